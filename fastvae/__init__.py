@@ -1,0 +1,7 @@
+"""Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
+
+from fastvae import reference
+from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl
+from fastvae.version import __version__
+
+__all__ = ["__version__", "mmd", "mmd_to_normal", "reference", "reparameterize_kl"]

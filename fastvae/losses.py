@@ -1,0 +1,3 @@
+"""Losses and objectives as nn.Modules."""
+
+from __future__ import annotations
