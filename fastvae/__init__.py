@@ -2,6 +2,7 @@
 
 from fastvae import reference
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl
+from fastvae.losses import MMDLoss
 from fastvae.version import __version__
 
-__all__ = ["__version__", "mmd", "mmd_to_normal", "reference", "reparameterize_kl"]
+__all__ = ["MMDLoss", "__version__", "mmd", "mmd_to_normal", "reference", "reparameterize_kl"]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import numbers
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvae.radial import KERNELS
+
+BACKENDS = (None, "cpu", "triton", "reference")
+ESTIMATORS = ("biased", "unbiased")
+PRECISIONS = (None, "highest", "high", "medium", "ieee")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -16,6 +24,13 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
     known = tuple(known)
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def mmd_options(*, kernel: str, estimator: str, precision: str | None, backend: str | None) -> None:
+    option("kernel", kernel, KERNELS)
+    option("estimator", estimator, ESTIMATORS)
+    option("precision", precision, PRECISIONS)
+    option("backend", backend, BACKENDS)
 
 
 def points(name: str, x: object) -> None:
@@ -53,18 +68,18 @@ def same_features(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_a} and {name_b} must have the same number of features, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
+def real(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
     """A real, finite number, returned as float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be greater than {above:g}, got {value:g}")
-    if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be at least {at_least:g}, got {value:g}")
-    return value
+    number = float(value)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {number}")
+    if above is not None and not number > above:
+        raise ValueError(f"{name} must be greater than {above:g}, got {number:g}")
+    if at_least is not None and not number >= at_least:
+        raise ValueError(f"{name} must be at least {at_least:g}, got {number:g}")
+    return number
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
@@ -75,8 +90,8 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
-def bandwidths(bandwidth: object, weights: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bandwidths h_b and their weights a_b as float64 vectors of one length.
+def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """The bandwidths h_b and their weights a_b as float64 vectors of one length, for data on `device` (any, if None).
 
     Numbers are checked here. A tensor stays on its device, its values unread: the operations turn a value that is not positive into nan.
     """
@@ -91,22 +106,22 @@ def bandwidths(bandwidth: object, weights: object, device: torch.device) -> tupl
     return h, a
 
 
-def _vector(name: str, value: object, device: torch.device, *, positive: bool) -> Tensor:
+def _vector(name: str, value: object, device: torch.device | None, *, positive: bool) -> Tensor:
     if isinstance(value, Tensor):
         floating_tensor(name, value)
         if value.ndim > 1:
             raise ValueError(f"{name} must be a scalar or a vector, got shape {tuple(value.shape)}")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require grad, as it is taken as a constant: pass {name}.detach()")
-        if value.device != device and value.device.type != "cpu":
+        if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             value_list = value.detach().reshape(-1).tolist()
             for v in value_list:
-                number(name, v, above=0) if positive else number(name, v)
+                real(name, v, above=0 if positive else None)
         return value.detach().reshape(-1).to(torch.float64)
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    numbers = [number(name, v, above=0) if positive else number(name, v) for v in values]
+    numbers = [real(name, v, above=0 if positive else None) for v in values]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -131,3 +146,45 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:
     if estimator == "unbiased" and x.shape[0] < 2:
         raise ValueError(f"{name} must have at least two rows for estimator='unbiased', got {x.shape[0]}: use estimator='biased'")
+
+
+def backend_device(backend: str | None, device: torch.device) -> None:
+    """The forced backend can compute on this device, and the default one is there."""
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend='cpu' must have tensors on the CPU, got {device}")
+    if backend == "triton" and device.type != "cuda" and not triton_interpreter():
+        raise ValueError(
+            f"backend='triton' must have tensors on a CUDA device, got {device}: or set TRITON_INTERPRET=1 before Python starts"
+        )
+    if device.type == "cuda" and backend in (None, "triton") and not _has_triton():
+        raise RuntimeError("Triton must be installed for tensors on a CUDA device: pip install triton, or pass backend='reference'")
+
+
+def triton_interpreter() -> bool:
+    """Whether Triton kernels run on CPU tensors in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def rows(name: str, x: object) -> None:
+    """A floating tensor of shape (..., features ≥ 1), not empty."""
+    floating_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have shape (..., features), two dimensions or more, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+
+
+def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
+    if generator is not None:
+        raise ValueError("eps and generator must not both be given")
+    floating_tensor("eps", eps)
+    same_shape("mu", mu, "eps", eps)
+    same_kind("mu", mu, "eps", eps)
+    if eps.requires_grad and torch.is_grad_enabled():
+        raise ValueError("eps must not require grad, as it is taken as a constant: pass eps.detach()")

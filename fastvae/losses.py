@@ -1,3 +1,50 @@
-"""Losses and objectives as nn.Modules."""
+"""Losses as nn.Modules."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from fastvae import checks
+from fastvae.functional import mmd, mmd_to_normal
+
+
+class MMDLoss(nn.Module):
+    """MMD² between two samples, or between a sample and N(0, I), as a loss.
+
+    `MMDLoss(bandwidth=2.0)(x, y)` is `fastvae.mmd(x, y, bandwidth=2.0)`, and `MMDLoss(bandwidth=2.0)(x)` is
+    `fastvae.mmd_to_normal(x, bandwidth=2.0)`; the arguments, shapes and errors are those of the two functions.
+    """
+
+    def __init__(
+        self,
+        bandwidth: float | Sequence[float] | Tensor = 1.0,
+        *,
+        bandwidth_weights: Sequence[float] | Tensor | None = None,
+        kernel: str = "rbf",
+        estimator: str = "biased",
+        precision: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.mmd_options(kernel=kernel, estimator=estimator, precision=precision, backend=backend)
+        checks.bandwidths(bandwidth, bandwidth_weights, None)
+        self.bandwidth = bandwidth
+        self.bandwidth_weights = bandwidth_weights
+        self.kernel = kernel
+        self.estimator = estimator
+        self.precision = precision
+        self.backend = backend
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, x_weights: Tensor | None = None, y_weights: Tensor | None = None) -> Tensor:
+        """The loss, a scalar, of x (N, D) and y (M, D), or of x and N(0, I) if y is None."""
+        options = {name: getattr(self, name) for name in ("bandwidth", "bandwidth_weights", "kernel", "estimator", "precision", "backend")}
+        if y is None:
+            if y_weights is not None:
+                raise ValueError("y_weights must be None where y is None, got weights")
+            return mmd_to_normal(x, x_weights=x_weights, **options)
+        return mmd(x, y, x_weights=x_weights, y_weights=y_weights, **options)
+
+    def extra_repr(self) -> str:
+        return f"bandwidth={self.bandwidth}, kernel={self.kernel!r}, estimator={self.estimator!r}"

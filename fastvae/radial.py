@@ -1,10 +1,23 @@
-"""Radial kernels k(x, y) = φ(‖x−y‖²) and what is known of them in closed form."""
+"""Radial kernels k(x, y) = φ(‖x−y‖²), how a sweep evaluates them, and what is known of them in closed form."""
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 KERNELS = ("rbf",)
+LOG2_E = math.log2(math.e)
+
+# A bandwidth whose mean exponent γ·d² is under this has a mean k above one half: sums of k − 1 are then more exact than sums of k.
+_SHIFT_BELOW = math.log(2)
+
+# k_b is a square of k_{b−1} only where the ratio of their γ is two to rounding.
+_POWER_OF_TWO = 1e-12
+_MOST_SQUARINGS = 4
 
 
 def rbf(squared_distance: Tensor, bandwidth: Tensor, bandwidth_weights: Tensor) -> Tensor:
@@ -19,16 +32,76 @@ def rbf(squared_distance: Tensor, bandwidth: Tensor, bandwidth_weights: Tensor) 
     return (bandwidth_weights * exponent.exp()).sum(-1)
 
 
-def rbf_normal_mean(x: Tensor, bandwidth: Tensor, bandwidth_weights: Tensor) -> Tensor:
-    """E_y k(x_i, y) for y ~ N(0, I): Σ_b a_b·(h²/(h²+1))^{D/2}·exp(−‖x_i‖²/(2(h²+1))), shape (N,).
-
-    Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
-    """
+def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:
+    """log E_y exp(−‖x_i−y‖²/(2h_b²)) for y ~ N(0, I), shape (N, B): −½·(D·log(1 + 1/h²) + ‖x_i‖²/(h² + 1)). Source: Rustamov 2019."""
     h2 = bandwidth.square()
-    exponent = -0.5 * (x.shape[-1] * (1 / h2).log1p() + x.square().sum(-1, keepdim=True) / (h2 + 1))
-    return (bandwidth_weights * exponent.exp()).sum(-1)
+    return -0.5 * (x.shape[-1] * (1 / h2).log1p() + x.square().sum(-1, keepdim=True) / (h2 + 1))
 
 
-def rbf_normal_self_mean(dim: int, bandwidth: Tensor, bandwidth_weights: Tensor) -> Tensor:
-    """E_{y,y'} k(y, y') for independent y, y' ~ N(0, I) in `dim` dimensions: Σ_b a_b·(h²/(h²+2))^{dim/2}, a scalar. Source: Rustamov 2019."""
-    return (bandwidth_weights * (-0.5 * dim * (2 / bandwidth.square()).log1p()).exp()).sum()
+def rbf_normal_self_exponent(dim: int, bandwidth: Tensor) -> Tensor:
+    """log E exp(−‖y−y'‖²/(2h_b²)) for y, y' ~ N(0, I) in `dim` dimensions, shape (B,): −½·D·log(1 + 2/h²). Source: Rustamov 2019."""
+    return -0.5 * dim * (2 / bandwidth.square()).log1p()
+
+
+@dataclass(frozen=True)
+class Radial:
+    """A sum of RBF kernels as tensors on the device of the data, float64, widest bandwidth first.
+
+    Attributes:
+        bandwidth: h_b, shape (B,).
+        weights: a_b, shape (B,).
+        gamma: 1/(2h_b²), shape (B,); nan where h_b is not positive.
+        shifts: 1 where sums of k_b − 1 are taken in place of sums of k_b, else 0, shape (B,). The ones come first.
+    """
+
+    bandwidth: Tensor
+    weights: Tensor
+    gamma: Tensor
+    shifts: Tensor
+
+    @staticmethod
+    def of(bandwidth: Tensor, bandwidth_weights: Tensor, mean_squared_distance: Tensor) -> Radial:
+        h, order = bandwidth.to(mean_squared_distance.device).sort(descending=True)
+        gamma = torch.where(h > 0, 0.5 / h.square(), math.nan)
+        shifts = (gamma * mean_squared_distance < _SHIFT_BELOW).to(torch.float64)
+        return Radial(h, bandwidth_weights.to(h.device)[order], gamma, shifts)
+
+
+@dataclass(frozen=True)
+class RBFLadder:
+    """A sum of RBF kernels in the order in which a sweep evaluates them: the widest first, those a power of two narrower by squaring.
+
+    Attributes:
+        gamma: γ_0 = 1/(2h_0²) of the widest bandwidth.
+        ratios: γ_b/γ_0, ascending from 1.
+        weights: a_b.
+        squarings: how many squarings lead from k_{b−1} to k_b; 0 where an exponential of its own is taken.
+        shifts: 1 where the sweep sums k_b − 1 in place of k_b, else 0. The ones come first.
+    """
+
+    gamma: float
+    ratios: tuple[float, ...]
+    weights: tuple[float, ...]
+    squarings: tuple[int, ...]
+    shifts: tuple[int, ...]
+
+    @staticmethod
+    def of(kernel: Radial) -> RBFLadder:
+        gammas = kernel.gamma.tolist()
+        squarings = [0]
+        for previous, this in itertools.pairwise(gammas):
+            power = math.log2(this / previous)
+            near = round(power) if math.isfinite(power) else 0
+            squarings.append(near if 1 <= near <= _MOST_SQUARINGS and abs(power - near) < _POWER_OF_TWO else 0)
+        return RBFLadder(
+            gamma=gammas[0],
+            ratios=tuple(gamma / gammas[0] for gamma in gammas),
+            weights=tuple(kernel.weights.tolist()),
+            squarings=tuple(squarings),
+            shifts=tuple(map(int, kernel.shifts.tolist())),
+        )
+
+    @property
+    def shifted_slope(self) -> float:
+        """Σ a_b·γ_b/γ_0 over the shifted bandwidths: what the gradient sums lack of a pair."""
+        return math.fsum(a * r * s for a, r, s in zip(self.weights, self.ratios, self.shifts, strict=True))

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvae.radial import rbf, rbf_normal_mean, rbf_normal_self_mean
+from fastvae.radial import rbf, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
 def mmd(
@@ -53,7 +53,8 @@ def mmd_to_normal(
     """Dense MMD² between the rows of x (N, D) and N(0, I), a scalar. Arguments as in `fastvae.mmd_to_normal`; memory O(N²·D)."""
     h, a = _bandwidths(x, bandwidth, bandwidth_weights)
     p = _weights(x, x_weights)
-    return _within(x, p, h, a, estimator) - 2 * (p @ rbf_normal_mean(x, h, a)) + rbf_normal_self_mean(x.shape[1], h, a)
+    cross = p @ rbf_normal_mean_exponent(x, h).exp() @ a
+    return _within(x, p, h, a, estimator) - 2 * cross + rbf_normal_self_exponent(x.shape[1], h).exp() @ a
 
 
 def _bandwidths(x: Tensor, bandwidth: float | Sequence[float] | Tensor, weights: Sequence[float] | Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,34 @@
+"""What the operations share."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for float32, bfloat16 and float16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _ForbidSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has, in O(N·M) memory")
+
+
+def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    """`grad`, whose own derivative to `inputs` raises; without this a double backward would take it for a constant."""
+    if not torch.is_grad_enabled():
+        return grad
+    return cast(Tensor, _ForbidSecondDerivative.apply(name, grad, *inputs))  # type: ignore[no-untyped-call]

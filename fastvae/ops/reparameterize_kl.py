@@ -1,0 +1,137 @@
+"""The custom ops and the autograd.Function of reparameterise + KL: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastvae.cpu import reparameterize_kl as cpu
+from fastvae.ops.common import accumulation_dtype
+
+FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor eps, bool per_dimension, str backend) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = (
+    "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor eps, bool per_dimension, str backend) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("fastvae::reparameterize_kl", mutates_args=(), schema=FORWARD_SCHEMA)
+def forward_op(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """z (N, D) and KL in the accumulation dtype, (N,) or per dimension (N, D)."""
+    if backend == "triton":
+        return cast(tuple[Tensor, Tensor], _triton_forward(mu, logvar, eps, per_dimension, backend))
+    return cpu.forward(mu, logvar, eps, per_dimension)
+
+
+@forward_op.register_kernel("cuda")
+def _triton_forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    from fastvae.kernels import reparameterize_kl as kernels
+
+    z, kl = _outputs(mu, per_dimension)
+    kernels.forward(mu.contiguous(), logvar.contiguous(), eps.contiguous(), z, kl)
+    return z, kl
+
+
+@forward_op.register_fake
+def _fake_forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return _outputs(mu, per_dimension)
+
+
+def _outputs(mu: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulation_dtype(mu.dtype))
+
+
+@torch.library.custom_op("fastvae::reparameterize_kl_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def backward_op(
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """dμ and dlogvar (N, D)."""
+    if backend == "triton":
+        return cast(tuple[Tensor, Tensor], _triton_backward(grad_z, grad_kl, mu, logvar, eps, per_dimension, backend))
+    return cpu.backward(grad_z, grad_kl, mu, logvar, eps, per_dimension)
+
+
+@backward_op.register_kernel("cuda")
+def _triton_backward(
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    from fastvae.kernels import reparameterize_kl as kernels
+
+    grads = _gradients(mu)
+    inputs = (t.contiguous() for t in (grad_z, grad_kl, mu, logvar, eps))
+    kernels.backward(*inputs, *grads)
+    return grads
+
+
+@backward_op.register_fake
+def _fake_backward(
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _gradients(mu)
+
+
+def _gradients(mu: Tensor) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+
+
+def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
+    """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
+    return cast(tuple[Tensor, Tensor], ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
+
+
+class ReparameterizeKL(torch.autograd.Function):
+    """(z, KL); arguments of `torch.ops.fastvae.reparameterize_kl`."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], forward_op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # ε and not z: z − μ loses what σ·ε has below the rounding of μ, in bfloat16 a good part of it.
+    mu, logvar, eps, ctx.per_dimension, ctx.backend = inputs
+    ctx.save_for_backward(mu, logvar, eps)
+
+
+def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+    grads = backward_op(grad_z, grad_kl, *ctx.saved_tensors, ctx.per_dimension, ctx.backend)
+    return *grads, None, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.per_dimension, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -> tuple[Tensor | None, ...]:
+    """The derivative of formula (3), in plain PyTorch: second derivatives are rare, and so may cost what they do elsewhere."""
+    dz, dkl, mu, logvar, eps = ctx.saved_tensors
+    var, half_noise = logvar.exp(), 0.5 * eps * (0.5 * logvar).exp()
+    u, v = grad_grad_mu, grad_grad_logvar
+    column = dkl if ctx.per_dimension else dkl[:, None]
+    to_dkl = u * mu + 0.5 * v * (var - 1)
+    to_logvar = 0.5 * v * (dz * half_noise + column * var)
+    return (
+        (u + v * half_noise).to(dz.dtype),
+        (to_dkl if ctx.per_dimension else to_dkl.sum(1)).to(dkl.dtype),
+        (u * column).to(mu.dtype),
+        to_logvar.to(mu.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+backward_op.register_autograd(_double_backward, setup_context=_setup_double)
