@@ -1,0 +1,157 @@
+"""The command line on LightningCLI: what a run is called, where it goes, and how an error reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer import Trainer
+
+from fastvae.training.callbacks import Pictures, StopAtNonFinite
+from fastvae.training.compare import compare
+from fastvae.training.data import ImageData
+from fastvae.training.module import ImageVAE
+
+# Each is true of our runs, and none asks the user for anything.
+QUIET = (
+    "The '.*_dataloader' does not have many workers",  # a batch is one indexing of a tensor in memory
+    "The number of training batches .* is smaller than the logging interval",  # epoch means are logged all the same
+    "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
+    "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
+)
+ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+class Parser(LightningArgumentParser):
+    """Says an error in one sentence, and lists `compare` beside Lightning's own subcommands."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.stderr.write(f"error: {' '.join(message.split())} (see --help)\n")
+        sys.exit(2)
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        action = super().add_subcommands(*args, **kwargs)
+        action.add_subcommand("compare", compare_parser(), help=compare_parser().description)
+        return action
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar an epoch; into a file or a pipe, where a bar cannot be redrawn, only its ends."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 10**9)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+
+class CommandLine(LightningCLI):
+    """`fit` and `test` of `ImageVAE` on `ImageData`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--runs", type=str, default="runs", help="The folder of all runs.")
+        parser.add_argument("--name", type=str, default="mmd_vae", help="The run's name: its files go to RUNS/NAME/version_K, K the next free number.")
+        parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(last_checkpoint(Path(config.runs, config.name)))
+        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+            raise FileNotFoundError(f"ckpt_path must be a checkpoint's file or 'last', got {config.ckpt_path!r}")
+        elif config.ckpt_path is None and self.config.subcommand == "test":
+            raise ValueError("ckpt_path must be given for test: --ckpt_path last, or a checkpoint's file")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self._get(self.config_init, "trainer").logger in (None, True):
+            folder = new_folder(Path(self._get(self.config, "runs"), self._get(self.config, "name")), self.subcommand)
+            place = {"save_dir": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
+            csv = CSVLogger(**place)
+            _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
+            kwargs["logger"] = [csv, TensorBoardLogger(**place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        if folder and last:
+            sys.stdout.write(
+                f"\nPictures, logs and checkpoints: {Path(folder).resolve()}\n"
+                f"Measure its codes: fastvae test --config {folder}/config.yaml --ckpt_path {last}\n"
+            )
+
+
+def run(args: list[str]) -> int:
+    """The exit status of `fastvae` with `args`; a wrong argument, file or number is one sentence on stderr."""
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip" not in record.getMessage())
+    try:
+        if args[:1] == ["compare"]:
+            compare(**compare_parser().parse_args(args[1:]).as_dict())
+        else:
+            sys.argv[1:] = args
+            CommandLine(
+                ImageVAE,
+                ImageData,
+                parser_class=Parser,
+                parser_kwargs={"description": "Train and measure variational autoencoders on images."},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                trainer_defaults={
+                    "max_epochs": 40,
+                    "num_sanity_val_steps": 0,
+                    "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures(), ProgressBar()],
+                },
+            )
+    except ERRORS as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def compare_parser() -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(description="Show on scikit-learn's digits how the ELBO's codes collapse and MMD-VAE's do not.")
+    parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
+    parser.add_function_arguments(compare)
+    return parser
+
+
+def new_folder(parent: Path, subcommand: str) -> Path:
+    """Creates and returns the first free version_K (fit) or test_K (test) in `parent`; `mkdir` decides, so two runs at once cannot share one."""
+    prefix = "version" if subcommand == "fit" else subcommand
+    parent.mkdir(parents=True, exist_ok=True)
+    k = 0
+    while True:
+        try:
+            (parent / f"{prefix}_{k}").mkdir()
+            return parent / f"{prefix}_{k}"
+        except FileExistsError:
+            k += 1
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The last checkpoint of the newest run in `folder` that has one."""
+    found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=os.path.getmtime)
+    if not found:
+        raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
+    return found[-1]

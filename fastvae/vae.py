@@ -1,0 +1,201 @@
+"""Encoders, decoders and the VAE that joins them, as plain nn.Modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvae import checks
+from fastvae.functional import reparameterize_kl
+from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput
+
+LIKELIHOODS = ("gaussian", "bernoulli")
+POSTERIORS = ("gaussian", "deterministic")
+
+
+class VAE(nn.Module):
+    """An encoder q(z|x), a decoder p(x|z) and the prior N(0, I) over z.
+
+    Args:
+        encoder: any module. For posterior="gaussian" it returns (N, 2·latent_dim), the means and then the log-variances, or the pair
+            (mu, logvar); for "deterministic" it returns (N, latent_dim).
+        decoder: any module from (N, latent_dim) to the likelihood's parameters: means ("gaussian") or logits ("bernoulli").
+        latent_dim: D, the number of latent dimensions.
+        likelihood: "gaussian" (sigma 1), "bernoulli", or a `Likelihood`, as `Gaussian(0.1)` or `Gaussian(learned=True)`.
+        posterior: "gaussian" or "deterministic".
+
+    Raises:
+        ValueError: an unknown option, or an encoder whose result has the wrong shape.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        latent_dim: int,
+        likelihood: str | Likelihood = "gaussian",
+        posterior: str = "gaussian",
+    ) -> None:
+        super().__init__()
+        checks.option("posterior", posterior, POSTERIORS)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = checks.integer("latent_dim", latent_dim, at_least=1)
+        self.likelihood = _likelihood(likelihood)
+        self.posterior = posterior
+        # Tells `sample` the device and dtype, whatever the decoder is made of.
+        self.register_buffer("origin", torch.zeros(self.latent_dim), persistent=False)
+        self.origin: Tensor
+
+    @classmethod
+    def mlp(
+        cls,
+        shape: int | Sequence[int],
+        *,
+        latent_dim: int,
+        hidden: Sequence[int] = (400,),
+        likelihood: str | Likelihood = "gaussian",
+        posterior: str = "gaussian",
+    ) -> VAE:
+        """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
+        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
+        decoder = mlp_decoder(latent_dim, list(hidden)[::-1], shape)
+        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
+
+    @classmethod
+    def conv(
+        cls,
+        shape: Sequence[int],
+        *,
+        latent_dim: int,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        likelihood: str | Likelihood = "gaussian",
+        posterior: str = "gaussian",
+    ) -> VAE:
+        """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
+        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
+        decoder = conv_decoder(latent_dim, list(channels)[::-1], shape, hidden=hidden)
+        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
+
+    def forward(self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None) -> VAEOutput:
+        """Encode, draw z, decode.
+
+        Args:
+            x: (N, …), whatever the encoder takes.
+            eps: the noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim); drawn from `generator` where not given.
+        """
+        mu, logvar = self.encode(x)
+        if logvar is None:
+            return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood)
+        z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
+        return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior."""
+        code = self.encoder(x)
+        if self.posterior == "deterministic":
+            _check_code("a deterministic encoder's result", code, self.latent_dim)
+            return code, None
+        if isinstance(code, Tensor):
+            _check_code("encoder's result", code, 2 * self.latent_dim)
+            mu, logvar = code.chunk(2, dim=1)
+            return mu, logvar
+        if not (isinstance(code, (tuple, list)) and len(code) == 2):
+            raise TypeError(f"encoder must return a tensor or the pair (mu, logvar), got {type(code).__name__}")
+        for name, part in zip(("mu", "logvar"), code, strict=True):
+            _check_code(f"encoder's {name}", part, self.latent_dim)
+        mu, logvar = code
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's parameters for codes z (N, latent_dim), as the decoder returns them."""
+        reconstruction: Tensor = self.decoder(z)
+        return reconstruction
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x|z] at the posterior's mean z = mu, in the units of the data."""
+        return self.likelihood.mean(self.decode(self.encode(x)[0]))
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """E[x|z] for n codes z drawn from N(0, I), in the units of the data."""
+        n = checks.integer("n", n, at_least=1)
+        z = torch.randn(n, self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, generator=generator)
+        return self.likelihood.mean(self.decode(z))
+
+
+def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: str = "gaussian") -> nn.Sequential:
+    """(N, *shape) or (N, features) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". ReLU between the layers."""
+    widths = [math.prod(_shape(shape)), *hidden, _code_width(latent_dim, posterior)]
+    return nn.Sequential(nn.Flatten(), *_perceptron(widths))
+
+
+def mlp_decoder(latent_dim: int, hidden: Sequence[int], shape: int | Sequence[int]) -> nn.Sequential:
+    """(N, latent_dim) → (N, *shape)."""
+    shape = _shape(shape)
+    return nn.Sequential(*_perceptron([latent_dim, *hidden, math.prod(shape)]), nn.Unflatten(1, shape))
+
+
+def conv_encoder(
+    shape: Sequence[int], channels: Sequence[int], latent_dim: int, *, hidden: int = 256, posterior: str = "gaussian"
+) -> nn.Sequential:
+    """(N, C, H, W) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". Each of `channels` halves H and W."""
+    sizes = _conv_sizes(shape, len(channels))
+    layers: list[nn.Module] = []
+    for c_in, c_out in zip([shape[0], *channels], channels, strict=False):
+        layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.ReLU()]
+    flat = channels[-1] * math.prod(sizes[-1])
+    return nn.Sequential(*layers, nn.Flatten(), *_perceptron([flat, hidden, _code_width(latent_dim, posterior)]))
+
+
+def conv_decoder(latent_dim: int, channels: Sequence[int], shape: Sequence[int], *, hidden: int = 256) -> nn.Sequential:
+    """(N, latent_dim) → (N, C, H, W). Each of `channels` doubles H and W."""
+    sizes = _conv_sizes(shape, len(channels))[::-1]
+    first = (channels[0], *sizes[0])
+    layers: list[nn.Module] = [*_perceptron([latent_dim, hidden, math.prod(first)]), nn.Unflatten(1, first)]
+    for c_in, c_out, size in zip(channels, [*channels[1:], shape[0]], sizes[1:], strict=True):
+        odd = (size[0] % 2, size[1] % 2)
+        layers += [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, output_padding=odd)]
+    return nn.Sequential(*layers)
+
+
+def _perceptron(widths: Sequence[int]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for width_in, width_out in zip(widths, widths[1:], strict=False):
+        checks.integer("every width of hidden", width_out, at_least=1)
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return layers[:-1]
+
+
+def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(checks.integer("every size of shape", size, at_least=1) for size in (shape if isinstance(shape, Sequence) else [shape]))
+
+
+def _conv_sizes(shape: Sequence[int], depth: int) -> list[tuple[int, int]]:
+    if len(shape) != 3 or depth < 1 or min(shape[1:]) < 2**depth:
+        raise ValueError(f"shape must be (C, H, W) with H, W ≥ {2**depth} for {depth} convolutions (at least one), got {tuple(shape)}")
+    return [(shape[1] >> level, shape[2] >> level) for level in range(depth + 1)]
+
+
+def _code_width(latent_dim: int, posterior: str) -> int:
+    checks.option("posterior", posterior, POSTERIORS)
+    checks.integer("latent_dim", latent_dim, at_least=1)
+    return latent_dim if posterior == "deterministic" else 2 * latent_dim
+
+
+def _likelihood(likelihood: str | Likelihood) -> Likelihood:
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    checks.option("likelihood", likelihood, LIKELIHOODS)
+    return Gaussian() if likelihood == "gaussian" else Bernoulli()
+
+
+def _check_code(name: str, code: object, width: int) -> None:
+    checks.floating_tensor(name, code)
+    assert isinstance(code, Tensor)
+    if code.ndim != 2 or code.shape[1] != width:
+        raise ValueError(f"{name} must have shape (N, {width}), got {tuple(code.shape)}")
