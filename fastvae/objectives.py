@@ -4,7 +4,7 @@ The loss is the mean over the batch of
 
     −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))                                   (1)
 
-Source: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", equation 6, with the MMD as divergence.
+Source: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Gaussian(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Independent Bernoulli features whose logits are the reconstruction: log p = −binary cross-entropy. x in [0, 1], grey values allowed."""
+    """Independent Bernoulli features whose logits are the reconstruction: log p = −binary cross-entropy, for x in [0, 1], greys allowed."""
 
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)
@@ -82,7 +82,7 @@ def _flat(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 class VAEOutput(NamedTuple):
     """What a VAE returns for N samples and D latent dimensions, and all that an objective reads.
 
-    `reconstruction` holds the likelihood's parameters as the decoder returns them (means for `Gaussian`, logits for `Bernoulli`), shape (N, …);
+    `reconstruction` (N, …) holds the likelihood's parameters as the decoder returns them: means for `Gaussian`, logits for `Bernoulli`.
     `z` and `mu` have shape (N, D). A deterministic posterior has z = mu and neither `logvar` (N, D) nor `kl` (N,).
     """
 
@@ -95,7 +95,7 @@ class VAEOutput(NamedTuple):
 
 
 class ObjectiveTerms(NamedTuple):
-    """Batch means, scalars in nats (`mmd` is MMD², without unit). A term that is not part of the loss is detached, or None where it was not computed."""
+    """Batch means, scalars in nats (`mmd` is MMD², without unit). A term outside the loss is detached, or None if it was not computed."""
 
     loss: Tensor
     reconstruction: Tensor
@@ -110,7 +110,8 @@ class VAEObjective(nn.Module):
 
     Args:
         kl_weight: ≥ 0.
-        mmd_weight: ≥ 0. MMD² is at most 2 while the other terms are sums over features, so weights of 10 (tens of features) to 1000 (images) are usual.
+        mmd_weight: ≥ 0. MMD² is at most 2 while the other terms are sums over features: weights of 10 (tens of features) to 1000
+            (images) are usual.
         bandwidth: the RBF kernel's h, or several. None takes √D: two independent codes from the prior lie at ‖z−z'‖² = 2D on
             average, where exp(−d²/(2h²)) = 1/e and the kernel tells distances apart at any D.
         estimator: "unbiased" or "biased". The biased one counts each code's kernel with itself, which a large weight and a small batch turn
@@ -160,7 +161,9 @@ class VAEObjective(nn.Module):
         kl_weight = 1 - checks.real("alpha", alpha)
         mmd_weight = alpha + checks.real("lambda_", lambda_) - 1
         if kl_weight < 0:
-            raise ValueError(f"alpha must be at most 1, as the KL's weight 1 - alpha would be negative and training maximise it, got {alpha:g}")
+            raise ValueError(
+                f"alpha must be at most 1, as the KL's weight 1 - alpha would be negative and training maximise it, got {alpha:g}"
+            )
         if mmd_weight < 0:
             raise ValueError(
                 "alpha + lambda_ - 1 must be at least 0, as a negative weight makes training maximise the MMD, "
@@ -179,10 +182,8 @@ class VAEObjective(nn.Module):
     def wae_mmd(
         cls, lambda_: float, *, bandwidth: float | Sequence[float] | Tensor | None = None, estimator: str = "unbiased"
     ) -> VAEObjective:
-        """The Wasserstein autoencoder's loss, for a VAE with posterior="deterministic". Source: Tolstikhin et al. 2018, with an RBF kernel."""
-        return cls(
-            kl_weight=0.0, mmd_weight=checks.real("lambda_", lambda_, at_least=0), bandwidth=bandwidth, estimator=estimator
-        )
+        """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, with an RBF kernel."""
+        return cls(kl_weight=0.0, mmd_weight=checks.real("lambda_", lambda_, at_least=0), bandwidth=bandwidth, estimator=estimator)
 
     def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False) -> ObjectiveTerms:
         """The loss of N samples and its terms.

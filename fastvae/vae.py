@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -165,7 +166,7 @@ def conv_decoder(latent_dim: int, channels: Sequence[int], shape: Sequence[int],
 
 def _perceptron(widths: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(widths, widths[1:], strict=False):
+    for width_in, width_out in itertools.pairwise(widths):
         checks.integer("every width of hidden", width_out, at_least=1)
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
     return layers[:-1]

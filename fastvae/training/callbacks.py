@@ -20,7 +20,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class StopAtNonFinite(Callback):
-    """Raises `NonFiniteError` before a non-finite loss or gradient reaches the weights: no later checkpoint is written, the last good one stays."""
+    """Raises `NonFiniteError` before a non-finite loss or gradient reaches the weights: the last checkpoint written is a good one."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not torch.isfinite(loss.detach()):
@@ -39,7 +39,8 @@ class StopAtNonFinite(Callback):
         checkpoint = trainer.checkpoint_callback
         path = (checkpoint.last_model_path or checkpoint.best_model_path) if isinstance(checkpoint, ModelCheckpoint) else ""
         raise NonFiniteError(
-            f"{what} must be finite, got a non-finite one at step {trainer.global_step} (epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}), "
+            f"{what} must be finite, got a non-finite one at step {trainer.global_step} "
+            f"(epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}), "
             f"first seen in {first}; the last good checkpoint is {path or 'not yet written'}"
         )
 
@@ -57,7 +58,9 @@ class Pictures(Callback):
         self.history = list(state_dict["history"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {name.removesuffix("_epoch"): float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        metrics = {
+            name.removesuffix("_epoch"): float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")
+        }
         self.history.append({"epoch": trainer.current_epoch, **metrics})
 
     @torch.no_grad()
@@ -73,6 +76,10 @@ class Pictures(Callback):
         output = vae(x)
         generator = torch.Generator(x.device).manual_seed(data.seed)
         pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")
-        pictures.grid(vae.sample(100, generator=generator).reshape(-1, *x.shape[1:]), folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
+        pictures.grid(
+            vae.sample(100, generator=generator).reshape(-1, *x.shape[1:]),
+            folder / "samples.png",
+            "Samples: decoded draws from the prior N(0, I)",
+        )
         pictures.latent(output.z, shown.labels, folder / "latent.png")
         pictures.loss_curves(self.history, folder / "loss_curves.png")

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +19,7 @@ from lightning.pytorch.trainer import Trainer
 
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
 from fastvae.training.compare import compare
-from fastvae.training.data import ImageData
+from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
 
 # Each is true of our runs, and none asks the user for anything.
@@ -69,7 +68,9 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--runs", type=str, default="runs", help="The folder of all runs.")
-        parser.add_argument("--name", type=str, default="mmd_vae", help="The run's name: its files go to RUNS/NAME/version_K, K the next free number.")
+        parser.add_argument(
+            "--name", type=str, default="mmd_vae", help="The run's name: its files go to RUNS/NAME/version_K, K the next free number."
+        )
         parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -84,11 +85,12 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").logger in (None, True):
-            folder = new_folder(Path(self._get(self.config, "runs"), self._get(self.config, "name")), self.subcommand)
-            place = {"save_dir": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
-            csv = CSVLogger(**place)
+            prefix = "version" if self.subcommand == "fit" else "test"
+            folder = new_folder(Path(self._get(self.config, "runs"), self._get(self.config, "name")), prefix)
+            place = (folder.parent.parent, folder.parent.name, folder.name)
+            csv = CSVLogger(*place)
             _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
-            kwargs["logger"] = [csv, TensorBoardLogger(**place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
+            kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -134,19 +136,6 @@ def compare_parser() -> jsonargparse.ArgumentParser:
     parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
     parser.add_function_arguments(compare)
     return parser
-
-
-def new_folder(parent: Path, subcommand: str) -> Path:
-    """Creates and returns the first free version_K (fit) or test_K (test) in `parent`; `mkdir` decides, so two runs at once cannot share one."""
-    prefix = "version" if subcommand == "fit" else subcommand
-    parent.mkdir(parents=True, exist_ok=True)
-    k = 0
-    while True:
-        try:
-            (parent / f"{prefix}_{k}").mkdir()
-            return parent / f"{prefix}_{k}"
-        except FileExistsError:
-            k += 1
 
 
 def last_checkpoint(folder: Path) -> Path:

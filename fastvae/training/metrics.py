@@ -29,7 +29,8 @@ def mutual_information(mu: Tensor, logvar: Tensor, *, generator: torch.Generator
     mu, logvar = mu.detach().double(), logvar.detach().double()
     eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
     z = mu + (0.5 * logvar).exp() * eps
-    # −2·log q(z_i|x_j), without the constant D·log 2π, as [z², z]·[1/σ², −2μ/σ²]ᵀ + Σ(μ²/σ² + logvar). Own pairs come from eps: no cancellation.
+    # −2·log q(z_i|x_j), without the constant D·log 2π, is [z², z]·[1/σ², −2μ/σ²]ᵀ + Σ(μ²/σ² + logvar).
+    # At a small σ that cancels where z_i is near mu_j, which is at i = j: the own pairs come from eps.
     precision = (-logvar).exp()
     right = torch.cat([precision, -2 * mu * precision], dim=1).T
     column = (mu.square() * precision + logvar).sum(1)
@@ -60,8 +61,11 @@ def collapsed_units(mu: Tensor, logvar: Tensor, *, epsilon: float = 0.01, delta:
 
 
 def marginal_summary(z: Tensor) -> dict[str, float]:
-    """How far q(z) is from N(0, I), from codes z (N, D): 0 for `mean` and `correlation` (the largest absolute ones), 1 for `std_min` and `std_max`, 0 for `mmd`
-    (unbiased, bandwidth √D, so it may be slightly negative)."""
+    """How far q(z) is from N(0, I), from codes z (N, D).
+
+    `mean` and `correlation` are the largest absolute ones, 0 at the prior; `std_min` and `std_max` are 1 there; `mmd` is the unbiased
+    MMD² with bandwidth √D, so it may be slightly negative.
+    """
     z = z.detach().double()
     std = z.std(0, correction=0)
     centred = (z - z.mean(0)) / std.clamp_min(torch.finfo(z.dtype).tiny)

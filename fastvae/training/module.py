@@ -19,8 +19,9 @@ Batch = tuple[Tensor, Tensor]
 class VAEModule(LightningModule):
     """Trains `vae` on `objective` with Adam, and measures its codes in `test`.
 
-    Batches are pairs (x, labels); the labels are not used. `test` reports the loss's terms, the mutual information I(x; z), active and collapsed units and the
-    distance of the marginal q(z) from N(0, I), over the first `evaluation_size` test samples (the mutual information is at most the logarithm of their number).
+    Batches are pairs (x, labels); the labels are not used. `test` reports the loss's terms and, over the first `evaluation_size`
+    samples, the mutual information I(x; z) (at most the logarithm of their number), active and collapsed units, and how far the
+    marginal q(z) is from N(0, I).
     """
 
     def __init__(self, vae: VAE, objective: VAEObjective, *, lr: float = 1e-3, evaluation_size: int = 10_000) -> None:

@@ -20,7 +20,7 @@ def grid(images: Tensor, file: Path, title: str, *, columns: int | None = None) 
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(0.6 * columns, 0.6 * rows + 0.4), layout="constrained")
-    _show(figure.add_subplot(), images, columns, title)
+    show(figure.add_subplot(), images, columns, title)
     figure.savefig(file, dpi=120)
 
 
@@ -29,12 +29,12 @@ def reconstructions(x: Tensor, x_hat: Tensor, file: Path, *, columns: int = 8) -
     rows = math.ceil(len(x) / columns)
     figure = Figure(figsize=(1.2 * columns + 0.4, 0.6 * rows + 0.5), layout="constrained")
     for axes, images, title in zip(figure.subplots(1, 2), (x, x_hat), ("Held-out images", "Reconstructions"), strict=True):
-        _show(axes, images, columns, title)
+        show(axes, images, columns, title)
     figure.savefig(file, dpi=120)
 
 
 def latent(z: Tensor, labels: Tensor, file: Path) -> None:
-    """Codes (N, D) on their first two principal axes, by label, beside each coordinate's distribution; the prior N(0, I) in black in both."""
+    """Codes (N, D) on their first two principal axes, by label, beside each coordinate's density; the prior N(0, I) in black."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     plane, line = figure.subplots(1, 2)
     latent_plane(plane, z, labels)
@@ -58,7 +58,9 @@ def latent_plane(axes: Axes, z: Tensor, labels: Tensor) -> None:
 
 def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:
     """Each term of the loss over the epochs, training and validation."""
-    terms = [term for term in ("loss", "reconstruction", "kl", "mmd") if any(f"train/{term}" in row or f"val/{term}" in row for row in history)]
+    terms = [
+        term for term in ("loss", "reconstruction", "kl", "mmd") if any(f"train/{term}" in row or f"val/{term}" in row for row in history)
+    ]
     figure = Figure(figsize=(3.4 * max(len(terms), 1), 3.2), layout="constrained")
     for axes, term in zip(np.atleast_1d(figure.subplots(1, max(len(terms), 1))), terms, strict=False):
         for stage in ("train", "val"):
@@ -70,7 +72,7 @@ def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _show(axes: Axes, images: Tensor, columns: int, title: str) -> None:
+def show(axes: Axes, images: Tensor, columns: int, title: str) -> None:
     n, channels, height, width = images.shape
     rows = math.ceil(n / columns)
     # One pixel of grey between the images, so that each is seen as one.
