@@ -48,7 +48,7 @@ class Gaussian(Likelihood):
 
     @property
     def sigma(self) -> float:
-        return math.exp(float(self.log_sigma))
+        return math.exp(self.log_sigma.item() if isinstance(self.log_sigma, Tensor) else self.log_sigma)
 
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)

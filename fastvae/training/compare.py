@@ -45,7 +45,7 @@ def compare(
     x = scaled(images)
     columns: dict[str, dict[str, str]] = {}
     codes: dict[str, tuple[VAE, Tensor]] = {}
-    for name, objective in (("ELBO", VAEObjective.vae()), (f"MMD-VAE, lambda {lambda_:g}", VAEObjective.mmd_vae(lambda_))):
+    for name, objective in (("ELBO", VAEObjective.vae()), ("MMD-VAE", VAEObjective.mmd_vae(lambda_))):
         seed_everything(seed, verbose=False)
         vae = VAE.mlp(x.shape[1:], latent_dim=latent_dim, hidden=(256,), likelihood="gaussian")
         train(vae, objective, data, epochs)
@@ -90,11 +90,11 @@ def measure(vae: VAE, objective: VAEObjective, x: Tensor) -> tuple[dict[str, str
 
 @torch.no_grad()
 def draw(x: Tensor, labels: Tensor, codes: dict[str, tuple[VAE, Tensor]], file: Path) -> None:
-    figure = Figure(figsize=(13, 4 * len(codes)), layout="constrained")
+    figure = Figure(figsize=(15, 4.4 * len(codes)), layout="constrained")
     rows = figure.subplots(len(codes), 3)
     for axes, (name, (vae, z)) in zip(rows, codes.items(), strict=True):
         pairs = torch.stack([x[:32], vae.reconstruct(x[:32])], dim=1).flatten(0, 1)
-        pictures.show(axes[0], pairs, 8, f"{name}: images, each beside its reconstruction")
+        pictures.show(axes[0], pairs, 8, f"{name}: images and reconstructions")
         pictures.show(axes[1], vae.sample(64, generator=torch.Generator().manual_seed(0)), 8, "Samples from the prior")
         pictures.latent_plane(axes[2], z, labels)
     figure.savefig(file, dpi=100)

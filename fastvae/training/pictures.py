@@ -51,7 +51,7 @@ def latent_plane(axes: Axes, z: Tensor, labels: Tensor) -> None:
     for radius in (1, 2, 3):
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="black", linewidth=0.8, linestyle=":" if radius > 1 else "-")
     reach = max(3.2, float(np.quantile(np.abs(points), 0.995)))
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Codes on two principal axes; prior at 1, 2, 3 sigma")
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Codes on two principal axes; N(0, I) at 1, 2, 3σ")
     if (y != NO_LABEL).any():
         axes.legend(loc="upper right", fontsize=7, markerscale=2)
 

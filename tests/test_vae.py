@@ -1,0 +1,191 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastvae import mmd
+from fastvae.objectives import Gaussian, VAEObjective
+from fastvae.vae import VAE, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("posterior", ["gaussian", "deterministic"])
+@pytest.mark.parametrize(("build", "shape"), [(VAE.mlp, 784), (VAE.mlp, (1, 8, 8)), (VAE.conv, (1, 8, 8)), (VAE.conv, (3, 7, 5))])
+def test_shapes(build, shape, posterior, likelihood):
+    vae = build(shape, latent_dim=4, likelihood=likelihood, posterior=posterior)
+    x = torch.rand(5, *([shape] if isinstance(shape, int) else shape))
+    output = vae(x)
+    assert output.reconstruction.shape == x.shape == vae.reconstruct(x).shape == vae.sample(5).shape
+    assert output.z.shape == output.mu.shape == (5, 4)
+    if posterior == "gaussian":
+        assert output.logvar.shape == (5, 4)
+        assert output.kl.shape == (5,)
+    else:
+        assert output.z is output.mu
+        assert output.logvar is None
+        assert output.kl is None
+
+
+@pytest.mark.parametrize("size", [(8, 8), (28, 28), (9, 14), (13, 31)])
+@pytest.mark.parametrize("channels", [(4,), (4, 8), (4, 8, 16)])
+def test_convolutions_return_to_the_size_they_came_from(size, channels):
+    code = conv_encoder((2, *size), channels, 3, hidden=16)(torch.rand(2, 2, *size))
+    assert code.shape == (2, 6)
+    assert conv_decoder(3, channels[::-1], (2, *size), hidden=16)(code[:, :3]).shape == (2, 2, *size)
+
+
+def test_forward_is_encode_reparameterise_decode():
+    vae = VAE.mlp(12, latent_dim=3).double()
+    x, eps = torch.rand(6, 12, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    output = vae(x, eps=eps)
+    mu, logvar = vae.encode(x)
+    z = mu + (logvar / 2).exp() * eps
+    torch.testing.assert_close(output.z, z)
+    torch.testing.assert_close(output.reconstruction, vae.decode(z))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, (logvar / 2).exp()), torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    ).sum(1)
+    torch.testing.assert_close(output.kl, expected)
+    torch.testing.assert_close(vae.reconstruct(x), vae.decode(mu))
+
+
+def test_randomness_is_an_argument():
+    vae, x = VAE.mlp(12, latent_dim=3), torch.rand(6, 12)
+    assert torch.equal(vae(x, generator=generator(1)).z, vae(x, generator=generator(1)).z)
+    assert not torch.equal(vae(x, generator=generator(1)).z, vae(x, generator=generator(2)).z)
+    assert torch.equal(vae.sample(4, generator=generator(1)), vae.sample(4, generator=generator(1)))
+
+
+def test_samples_and_reconstructions_are_in_the_units_of_the_data():
+    vae = VAE.mlp(12, latent_dim=3, likelihood="bernoulli")
+    for image in (vae.sample(50), vae.reconstruct(100 * torch.rand(50, 12))):
+        assert 0 <= image.min().item() <= image.max().item() <= 1
+
+
+def test_sample_follows_the_dtype_of_the_module():
+    assert VAE.mlp(12, latent_dim=3).double().sample(2).dtype == torch.float64
+
+
+class Pair(nn.Module):
+    def __init__(self, width=2):
+        super().__init__()
+        self.mu, self.logvar = nn.Linear(5, 2), nn.Linear(5, width)
+
+    def forward(self, x):
+        return self.mu(x), self.logvar(x)
+
+
+@pytest.mark.parametrize("encoder", [Pair(), nn.Linear(5, 4)])
+def test_any_user_module(encoder):
+    vae = VAE(encoder, nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 5)), latent_dim=2, likelihood=Gaussian(0.3, learned=True))
+    x = torch.rand(7, 5)
+    VAEObjective.info_vae(0.5, 3.0)(vae(x), x).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in vae.parameters())
+    assert any(name.endswith("log_sigma") for name, _ in vae.named_parameters())
+    copy = VAE(encoder, vae.decoder, latent_dim=2, likelihood=Gaussian(learned=True))
+    copy.load_state_dict(vae.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: VAE.mlp(5, latent_dim=0), ValueError, "latent_dim must be at least 1, got 0"),
+        (
+            lambda: VAE.mlp(5, latent_dim=2, likelihood="poisson"),
+            ValueError,
+            "likelihood must be one of 'gaussian', 'bernoulli', got 'poisson'",
+        ),
+        (
+            lambda: VAE.mlp(5, latent_dim=2, posterior="flow"),
+            ValueError,
+            "posterior must be one of 'gaussian', 'deterministic', got 'flow'",
+        ),
+        (lambda: VAE.mlp(5, latent_dim=2, hidden=(0,)), ValueError, "every width of hidden must be at least 1, got 0"),
+        (lambda: VAE.mlp(0, latent_dim=2), ValueError, "every size of shape must be at least 1, got 0"),
+        (
+            lambda: VAE.conv((1, 3, 8), latent_dim=2),
+            ValueError,
+            r"shape must be \(C, H, W\) with H, W ≥ 4 for 2 convolutions .*got \(1, 3, 8\)",
+        ),
+        (lambda: VAE.conv((8, 8), latent_dim=2), ValueError, r"shape must be \(C, H, W\)"),
+        (
+            lambda: VAE(nn.Linear(5, 2), nn.Identity(), latent_dim=2)(torch.rand(3, 5)),
+            ValueError,
+            r"encoder's result must have shape \(N, 4\), got \(3, 2\)",
+        ),
+        (
+            lambda: VAE(Pair(3), nn.Identity(), latent_dim=2)(torch.rand(3, 5)),
+            ValueError,
+            r"encoder's logvar must have shape \(N, 2\), got \(3, 3\)",
+        ),
+        (
+            lambda: VAE(nn.Linear(5, 4), nn.Identity(), latent_dim=2, posterior="deterministic")(torch.rand(3, 5)),
+            ValueError,
+            r"a deterministic encoder's result must have shape \(N, 2\), got \(3, 4\)",
+        ),
+        (
+            lambda: VAE(Three(), nn.Identity(), latent_dim=2)(torch.rand(3, 5)),
+            TypeError,
+            r"encoder must return a tensor or the pair \(mu, logvar\), got tuple",
+        ),
+        (lambda: VAE.mlp(5, latent_dim=2).sample(0), ValueError, "n must be at least 1, got 0"),
+    ],
+)
+def test_error_sentences(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+class Three(nn.Module):
+    def forward(self, x):
+        return x, x, x
+
+
+def test_builders_are_plain_modules():
+    assert mlp_encoder(12, (7, 6), 3)(torch.rand(2, 3, 4)).shape == (2, 6)
+    assert mlp_decoder(3, (6, 7), (3, 2, 2))(torch.rand(2, 3)).shape == (2, 3, 2, 2)
+    assert [type(m).__name__ for m in mlp_encoder(12, (7,), 3)] == ["Flatten", "Linear", "ReLU", "Linear"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "posterior"),
+    [(VAEObjective.vae(), "gaussian"), (VAEObjective.mmd_vae(20.0), "gaussian"), (VAEObjective.wae_mmd(20.0), "deterministic")],
+)
+def test_training_lowers_the_loss_and_brings_the_samples_to_the_data(objective, posterior):
+    torch.manual_seed(0)
+    angle = 2 * math.pi * torch.rand(512)
+    data = torch.stack([angle.cos(), angle.sin()], dim=1) + 0.05 * torch.randn(512, 2)
+    vae = VAE.mlp(2, latent_dim=2, hidden=(64,), likelihood=Gaussian(0.1), posterior=posterior)
+
+    def distance():
+        with torch.no_grad():
+            return mmd(vae.sample(512, generator=generator(3)), data, bandwidth=0.3, estimator="unbiased").item()
+
+    optimizer = torch.optim.Adam(vae.parameters(), lr=3e-3)
+    before, losses = distance(), []
+    for _ in range(400):
+        loss = objective(vae(data), data).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert distance() < 0.2 * before
+
+
+def test_state_dict_round_trip():
+    vae, copy = VAE.conv((1, 8, 8), latent_dim=2, channels=(4,)), VAE.conv((1, 8, 8), latent_dim=2, channels=(4,))
+    copy.load_state_dict(vae.state_dict())
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(vae.reconstruct(x), copy.reconstruct(x))
+
+
+def test_float64_gradients_of_the_whole_model():
+    vae = VAE.mlp(3, latent_dim=2, hidden=(4,), likelihood=Gaussian(0.5)).double()
+    x, eps = torch.rand(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: VAEObjective.info_vae(0.5, 10.0)(vae(x, eps=eps), x).loss, x)
