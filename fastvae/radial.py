@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from torch import Tensor
 
 KERNELS = ("rbf",)
 LOG2_E = math.log2(math.e)
+
+# Error allowed in the exponent of a pair. ‖x‖² + ‖y‖² − 2x·y is off by about eps·‖x‖²: where that is more, a sweep computes distances
+# in another way.
+EXPONENT_ERROR = {torch.float32: 6e-5, torch.float64: 1e-11}
 
 # A bandwidth whose mean exponent γ·d² is under this has a mean k above one half: sums of k − 1 are then more exact than sums of k.
 _SHIFT_BELOW = math.log(2)
@@ -52,31 +57,54 @@ class Radial:
         weights: a_b, shape (B,).
         gamma: 1/(2h_b²), shape (B,); nan where h_b is not positive.
         shifts: 1 where sums of k_b − 1 are taken in place of sums of k_b, else 0, shape (B,). The ones come first.
+        squarings: how many squarings lead from k_{b−1} to k_b; 0 where an exponential of its own is taken.
     """
 
     bandwidth: Tensor
     weights: Tensor
     gamma: Tensor
     shifts: Tensor
+    squarings: tuple[int, ...]
 
     @staticmethod
     def of(bandwidth: Tensor, bandwidth_weights: Tensor, mean_squared_distance: Tensor) -> Radial:
-        h, order = bandwidth.to(mean_squared_distance.device).sort(descending=True)
+        device = mean_squared_distance.device
+        squarings = (0,) * bandwidth.numel()
+        if bandwidth.device.type == "cpu":
+            squarings = _squarings(sorted(bandwidth.tolist(), reverse=True))
+            bandwidth = _constant(tuple(bandwidth.tolist()), device)
+        if bandwidth_weights.device.type == "cpu":
+            bandwidth_weights = _constant(tuple(bandwidth_weights.tolist()), device)
+        h, order = bandwidth.sort(descending=True)
         gamma = torch.where(h > 0, 0.5 / h.square(), math.nan)
         shifts = (gamma * mean_squared_distance < _SHIFT_BELOW).to(torch.float64)
-        return Radial(h, bandwidth_weights.to(h.device)[order], gamma, shifts)
+        return Radial(h, bandwidth_weights[order], gamma, shifts, squarings)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A copy to a GPU waits for it, and can't be captured in a CUDA graph: each set of numbers is copied once."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
+    powers = [0]
+    for wide, narrow in itertools.pairwise(bandwidths):
+        power = 2 * math.log2(wide / narrow) if narrow > 0 else math.nan
+        near = round(power) if math.isfinite(power) else 0
+        powers.append(near if 1 <= near <= _MOST_SQUARINGS and abs(power - near) < _POWER_OF_TWO else 0)
+    return tuple(powers)
 
 
 @dataclass(frozen=True)
 class RBFLadder:
-    """A sum of RBF kernels in the order in which a sweep evaluates them: the widest first, those a power of two narrower by squaring.
+    """`Radial` as numbers, for a sweep that the host steers.
 
     Attributes:
         gamma: γ_0 = 1/(2h_0²) of the widest bandwidth.
         ratios: γ_b/γ_0, ascending from 1.
         weights: a_b.
-        squarings: how many squarings lead from k_{b−1} to k_b; 0 where an exponential of its own is taken.
-        shifts: 1 where the sweep sums k_b − 1 in place of k_b, else 0. The ones come first.
+        squarings, shifts: as in `Radial`.
     """
 
     gamma: float
@@ -88,16 +116,11 @@ class RBFLadder:
     @staticmethod
     def of(kernel: Radial) -> RBFLadder:
         gammas = kernel.gamma.tolist()
-        squarings = [0]
-        for previous, this in itertools.pairwise(gammas):
-            power = math.log2(this / previous)
-            near = round(power) if math.isfinite(power) else 0
-            squarings.append(near if 1 <= near <= _MOST_SQUARINGS and abs(power - near) < _POWER_OF_TWO else 0)
         return RBFLadder(
             gamma=gammas[0],
             ratios=tuple(gamma / gammas[0] for gamma in gammas),
             weights=tuple(kernel.weights.tolist()),
-            squarings=tuple(squarings),
+            squarings=kernel.squarings,
             shifts=tuple(map(int, kernel.shifts.tolist())),
         )
 
@@ -105,3 +128,22 @@ class RBFLadder:
     def shifted_slope(self) -> float:
         """Σ a_b·γ_b/γ_0 over the shifted bandwidths: what the gradient sums lack of a pair."""
         return math.fsum(a * r * s for a, r, s in zip(self.weights, self.ratios, self.shifts, strict=True))
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """What a sweep over all pairs of rows returns, in the terms of formula (1) of `fastvae.reference.mmd`; k stands for k − shift.
+
+    Attributes:
+        within_x: Σ_{i≠j} p_i p_j k(x_i, x_j), a float64 scalar.
+        within_y: Σ_{i≠j} q_i q_j k(y_i, y_j), zero without a y.
+        across: Σ_ij p_i q_j k(x_i, y_j), zero without a y.
+        x_pull: (N, D), Σ_j w_j·W_ij·(x_i − z_j) over the rows z of x and y, with W = Σ_b a_b·(γ_b/γ_0)·k_b, w = x_scale·p on x and −q on y.
+        y_pull: (M, D), likewise with w = −p on x and y_scale·q on y.
+    """
+
+    within_x: Tensor
+    within_y: Tensor
+    across: Tensor
+    x_pull: Tensor | None
+    y_pull: Tensor | None

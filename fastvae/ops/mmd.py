@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastvae.cpu import pairwise as cpu_pairwise
+from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative
 from fastvae.radial import Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
@@ -39,7 +39,7 @@ def mmd_op(
     if backend == "triton":
         forced = _triton(x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, precision, backend, x_grad, y_grad)
         return cast(tuple[Tensor, Tensor, Tensor], forced)
-    return _evaluate(cpu_pairwise.pair_sums, x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad)
+    return _evaluate(cpu.pair_sums, x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad)
 
 
 @mmd_op.register_kernel("cuda")
@@ -56,9 +56,9 @@ def _triton(
     x_grad: bool,
     y_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastvae.kernels import pairwise as triton_pairwise
+    from fastvae.kernels import mmd as kernels
 
-    pair_sums = partial(triton_pairwise.pair_sums, precision=precision or torch.get_float32_matmul_precision())
+    pair_sums = partial(kernels.pair_sums, precision=precision or torch.get_float32_matmul_precision())
     return _evaluate(pair_sums, x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad)
 
 
@@ -118,8 +118,8 @@ def _evaluate(
         if not unbiased:
             # The pairs i = j, exactly; the shifts cancel between the terms, as the weights of each sum to one.
             value = value + (x_square + y_square) * (kernel.weights @ (1 - kernel.shifts))
-        grad_x = _gradient(centred, p, sums.x_moments, kernel)
-        grad_y = x.new_empty(0) if y is None else _gradient(y, q, sums.y_moments, kernel)
+        grad_x = _gradient(centred, p, sums.x_pull, kernel)
+        grad_y = x.new_empty(0) if y is None else _gradient(y, q, sums.y_pull, kernel)
         if y is None:
             value = value + _prior_terms(x, p, kernel)
             if x_grad:
@@ -135,11 +135,10 @@ def _row_weights(x: Tensor, weights: Tensor | None) -> float | Tensor:
     return 1 / x.shape[0] if weights is None else weights[:, None]
 
 
-def _gradient(z: Tensor, weights: Tensor | None, moments: Tensor | None, kernel: Radial) -> Tensor:
-    """2·w_i·Σ_j 2·w_j·φ'(d²_ij)·(z_i − z_j) with φ' = −Σ_b a_b·γ_b·k_b, from the moments of a sweep."""
-    if moments is None:
+def _gradient(z: Tensor, weights: Tensor | None, pull: Tensor | None, kernel: Radial) -> Tensor:
+    """2·w_i·Σ_j 2·w_j·φ'(d²_ij)·(z_i − z_j) with φ' = −Σ_b a_b·γ_b·k_b, from the pull of a sweep."""
+    if pull is None:
         return z.new_empty(0)
-    pull = moments[:, -1:] * z - moments[:, :-1]
     return pull * (_row_weights(z, weights) * (-4 * kernel.gamma[0]).to(z.dtype))
 
 

@@ -11,25 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastvae.radial import LOG2_E, Radial, RBFLadder
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, PairSums, Radial, RBFLadder
 
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower.
 TILE = 512
-
-# Error allowed in the exponent of a pair, by dtype of the input. ‖x‖² + ‖y‖² − 2x·y is off by about eps·‖x‖²: where that is more, float64
-# takes over, and where float64 does not do, differences.
-EXPONENT_ERROR = {torch.float32: 6e-5, torch.float64: 1e-11}
-
-
-@dataclass
-class PairSums:
-    """What a sweep returns. `within_x` and `within_y` leave the pairs i = j out; all are sums of k − shift (see `RBFLadder`)."""
-
-    within_x: Tensor
-    within_y: Tensor
-    across: Tensor
-    x_moments: Tensor | None
-    y_moments: Tensor | None
 
 
 def pair_sums(
@@ -43,11 +28,7 @@ def pair_sums(
     x_grad: bool,
     y_grad: bool,
 ) -> PairSums:
-    """Sweep all pairs of rows of x (N, D) and y (M, D), centred, in float32 or float64, with weights p (N,) and q (M,), equal if None.
-
-    `within_x` = Σ_{i≠j} p_i p_j k(x_i, x_j), `within_y` likewise, `across` = Σ_ij p_i q_j k(x_i, y_j). The moments (N, D + 1) of a row
-    of x are Σ_j w_j·W_ij·[z_j, 1] with W = Σ_b a_b·(γ_b/γ_0)·k_b and w = [x_scale·p; −q]; for a row of y, w = [−p; y_scale·q].
-    """
+    """Sweep all pairs of rows of x (N, D) and y (M, D), centred, in float32 or float64, with weights p (N,) and q (M,), equal if None."""
     ladder = RBFLadder.of(kernel)
     sweep = _Sweep(ladder, *_arithmetic(x, y, ladder))
     a = sweep.points(x, p, x_grad)
@@ -58,8 +39,15 @@ def pair_sums(
         b = sweep.points(y, q, y_grad)
         within_y = sweep.within(b, float(y_scale))
         across = sweep.across(a, b)
-    moments = (None if side is None or side.moments is None else side.moments.T.to(x.dtype) for side in (a, b))
-    return PairSums(*torch.tensor([within_x, within_y, across], dtype=torch.float64), *moments)
+    totals = torch.tensor([within_x, within_y, across], dtype=torch.float64)
+    return PairSums(*totals, _pull(x, a), _pull(y, b))
+
+
+def _pull(z: Tensor | None, side: _Points | None) -> Tensor | None:
+    if z is None or side is None or side.moments is None:
+        return None
+    moments = side.moments.T
+    return (moments[:, -1:] * z - moments[:, :-1]).to(z.dtype)
 
 
 def _arithmetic(x: Tensor, y: Tensor | None, kernel: RBFLadder) -> tuple[torch.dtype, bool]:
