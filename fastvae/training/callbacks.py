@@ -24,8 +24,9 @@ class StopAtNonFinite(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not torch.isfinite(loss.detach()):
-            named = pl_module.observed if isinstance(pl_module, VAEModule) else {}
-            self._stop(trainer, "loss", {**dict(pl_module.named_parameters()), **named, "loss": loss})
+            observed = dict(pl_module.observed) if isinstance(pl_module, VAEModule) else {}
+            x = {"x": observed.pop("x")} if observed else {}
+            self._stop(trainer, "loss", {**x, **dict(pl_module.named_parameters()), **observed, "loss": loss})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if trainer.precision == "16-mixed":  # its loss scaler makes infinite gradients, and skips them, by design

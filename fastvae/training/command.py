@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import re
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +33,7 @@ QUIET = (
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
 )
+KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
 ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 
 
@@ -37,7 +41,7 @@ class Parser(LightningArgumentParser):
     """Says an error in one sentence, and lists `compare` beside Lightning's own subcommands."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.stderr.write(f"error: {' '.join(message.split())} (see --help)\n")
+        sys.stderr.write(f"error: {plain(message)} (see --help)\n")
         sys.exit(2)
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,19 +73,36 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--runs", type=str, default="runs", help="The folder of all runs.")
         parser.add_argument(
-            "--name", type=str, default="mmd_vae", help="The run's name: its files go to RUNS/NAME/version_K, K the next free number."
+            "--name",
+            type=str | None,
+            default=None,
+            help="The run's files go to RUNS/NAME/version_K, K the next free number. The objective's name by default.",
         )
         parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(last_checkpoint(Path(config.runs, config.name)))
-        elif config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-            raise FileNotFoundError(f"ckpt_path must be a checkpoint's file or 'last', got {config.ckpt_path!r}")
-        elif config.ckpt_path is None and self.config.subcommand == "test":
-            raise ValueError("ckpt_path must be given for test: --ckpt_path last, or a checkpoint's file")
+        checkpoint = self._checkpoint(config)
+        if checkpoint is not None:
+            # A run's own configuration is the default of what continues or measures it; what is given here goes before it.
+            own_config = checkpoint.parent.parent / "config.yaml"
+            if not config.config and own_config.is_file():
+                at = args.index(self.config.subcommand) + 1
+                self.config = parser.parse_args([*args[:at], "--config", str(own_config), *args[at:]])
+                config = self.config[self.config.subcommand]
+            config.ckpt_path = str(checkpoint)
+        config.name = config.name or config.model.objective
+
+    def _checkpoint(self, config: jsonargparse.Namespace) -> Path | None:
+        path = config.ckpt_path or ("last" if self.config.subcommand == "test" else None)
+        if path is None:
+            return None
+        checkpoint = last_checkpoint(Path(config.runs, config.name or "*")) if path == "last" else Path(path)
+        if not zipfile.is_zipfile(checkpoint):  # as torch.save writes: false for a missing and for a truncated file
+            raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}")
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").logger in (None, True):
@@ -97,8 +118,7 @@ class CommandLine(LightningCLI):
         folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
         if folder and last:
             sys.stdout.write(
-                f"\nPictures, logs and checkpoints: {Path(folder).resolve()}\n"
-                f"Measure its codes: fastvae test --config {folder}/config.yaml --ckpt_path {last}\n"
+                f"\nPictures, logs and checkpoints: {Path(folder).resolve()}\nMeasure its codes: fastvae test --ckpt_path {last}\n"
             )
 
 
@@ -111,7 +131,6 @@ def run(args: list[str]) -> int:
         if args[:1] == ["compare"]:
             compare(**compare_parser().parse_args(args[1:]).as_dict())
         else:
-            sys.argv[1:] = args
             CommandLine(
                 ImageVAE,
                 ImageData,
@@ -119,8 +138,9 @@ def run(args: list[str]) -> int:
                 parser_kwargs={"description": "Train and measure variational autoencoders on images."},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
+                args=args,
                 trainer_defaults={
-                    "max_epochs": 40,
+                    "max_epochs": 60,
                     "num_sanity_val_steps": 0,
                     "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures(), ProgressBar()],
                 },
@@ -139,8 +159,18 @@ def compare_parser() -> jsonargparse.ArgumentParser:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The last checkpoint of the newest run in `folder` that has one."""
-    found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=os.path.getmtime)
+    """The newest last.ckpt of all runs in `folder`, which may be a pattern."""
+    found = glob.glob(f"{folder}/version_*/checkpoints/last.ckpt")
     if not found:
         raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
-    return found[-1]
+    return Path(max(found, key=os.path.getmtime))
+
+
+def plain(message: str) -> str:
+    """jsonargparse's message on one line, without Python's names of types."""
+    message = re.sub(r"(?:an? )?typing\.Literal\[(.*?)\]", r"one of \1", " ".join(message.split()))
+    message = re.sub(r"(?:an? )?<class '(?:\w+\.)*(\w+)'>", lambda found: KINDS.get(found[1], found[1]), message)
+    message = re.sub(
+        r"Does not validate against .* Subtypes: \[(.*?)\] Errors:.* Given value: ", r"Expected one of \1. Got value: ", message
+    )
+    return re.sub(r'Parser key "(.*?)": Expected (.*?)\. Got value: (.*)', r"\1 must be \2, got \3", message)

