@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -34,7 +35,7 @@ QUIET = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
 )
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
-ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
@@ -58,6 +59,10 @@ class ProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()  # so that the error begins a line
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
@@ -112,7 +117,9 @@ class CommandLine(LightningCLI):
             csv = CSVLogger(*place)
             _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
             kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
-        return super().instantiate_trainer(**kwargs)
+        callbacks = self._get(self.config_init, "trainer").callbacks or []
+        bar = [ProgressBar()] if self._get(self.config, "trainer").enable_progress_bar is not False else []
+        return super().instantiate_trainer(callbacks=[*callbacks, *bar], **kwargs)
 
     def after_fit(self) -> None:
         folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
@@ -142,7 +149,7 @@ def run(args: list[str]) -> int:
                 trainer_defaults={
                     "max_epochs": 60,
                     "num_sanity_val_steps": 0,
-                    "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures(), ProgressBar()],
+                    "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures()],
                 },
             )
     except ERRORS as error:

@@ -234,7 +234,11 @@ def read_idx(file: Path) -> Array:
 
 def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: str) -> Split:
     """Arrays as one Split. Images may be (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C); a square number F becomes a square image."""
-    x = torch.cat([_as_images(array, source) for array in images])
+    parts = [_as_images(array, source) for array in images]
+    kinds = {f"{tuple(part.shape[1:])} {part.dtype}" for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"images in {source} must have one shape and one dtype, got {' and '.join(sorted(kinds))}")
+    x = torch.cat(parts)
     if labels is None:
         return Split(x, torch.full((len(x),), NO_LABEL))
     y = torch.from_numpy(np.concatenate([array.astype(np.int64) for array in labels]))
@@ -267,8 +271,9 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
     """The named arrays of one file, none if it is of another kind."""
     if file.suffix in (".npy", ".npz"):
         try:
-            loaded = np.load(file, allow_pickle=False)
-            arrays = {file.stem: loaded} if file.suffix == ".npy" else {f"{file.stem}.{key}": loaded[key] for key in loaded.files}
+            with file.open("rb") as stream:
+                loaded = np.load(stream, allow_pickle=False)
+                arrays = {file.stem: loaded} if file.suffix == ".npy" else {f"{file.stem}.{key}": loaded[key] for key in loaded.files}
         except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
             raise ValueError(
                 f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})"

@@ -26,6 +26,8 @@ class VAEModule(LightningModule):
 
     def __init__(self, vae: VAE, objective: VAEObjective, *, lr: float = 1e-3, evaluation_size: int = 10_000) -> None:
         super().__init__()
+        if vae.posterior == "deterministic" and objective.kl_weight:
+            raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {objective.kl_weight:g}")
         self.vae = vae
         self.objective = objective
         self.lr = lr
@@ -108,7 +110,7 @@ class ImageVAE(VAEModule):
         likelihood: bernoulli (pixels in [0, 1]) or gaussian.
         sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned.
         learn_sigma: Train sigma.
-        posterior: gaussian, or deterministic (for wae_mmd).
+        posterior: gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
         objective: vae, beta_vae, info_vae, mmd_vae or wae_mmd.
         beta: The KL's weight in beta_vae.
         alpha: InfoVAE's alpha: the KL has the weight 1 - alpha.
@@ -129,7 +131,7 @@ class ImageVAE(VAEModule):
         likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
         sigma: float = 1.0,
         learn_sigma: bool = False,
-        posterior: Literal["gaussian", "deterministic"] = "gaussian",
+        posterior: Literal["auto", "gaussian", "deterministic"] = "auto",
         objective: Literal["vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd"] = "mmd_vae",
         beta: float = 1.0,
         alpha: float = 0.0,
@@ -139,6 +141,8 @@ class ImageVAE(VAEModule):
         lr: float = 1e-3,
         evaluation_size: int = 10_000,
     ) -> None:
+        if posterior == "auto":
+            posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
         noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma)
         vae = (
             VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, likelihood=noise, posterior=posterior)

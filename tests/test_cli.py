@@ -1,0 +1,158 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+SMALL = ["--data.name", "digits", "--data.batch_size", "512", "--model.latent_dim", "3", "--model.hidden", "[16]"]
+PICTURES = ("reconstructions.png", "samples.png", "latent.png", "loss_curves.png")
+
+
+def fastvae(folder, *args, code=0):
+    """Runs the command in `folder`, and returns what it said."""
+    command = [sys.executable, "-c", "from fastvae.cli import main; main()", *args]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "100"}, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def error(folder, *args):
+    """The one line of a wrong call's error."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from fastvae.cli import main; main()", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "Seed set to" not in line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def files(folder):
+    return {file: file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_fit_test_and_resume(tmp_path):
+    out, err = fastvae(tmp_path, "fit", *SMALL, "--trainer.max_epochs", "2")
+    run = tmp_path / "runs" / "mmd_vae" / "version_0"
+    assert str(run) in out
+    assert "warn" not in (out + err).lower()
+    assert {file.name for file in run.iterdir()} >= {*PICTURES, "config.yaml", "metrics.csv", "checkpoints"}
+    assert any(file.name.startswith("events.out.tfevents") for file in run.iterdir())
+    for name in PICTURES:
+        assert imread(run / name).std() > 0.01
+    first = files(run)
+
+    out, _ = fastvae(tmp_path, "test")
+    assert "test/mutual_information" in out
+    assert (tmp_path / "runs" / "mmd_vae" / "test_0" / "metrics.csv").is_file()
+
+    out, err = fastvae(tmp_path, "fit", "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    assert "version_1" in out
+    assert "warn" not in (out + err).lower()
+    epochs = [line.split(",")[0] for line in (tmp_path / "runs" / "mmd_vae" / "version_1" / "metrics.csv").read_text().splitlines()[1:]]
+    assert set(epochs) == {"2"}
+    assert files(run) == first
+
+
+@pytest.mark.slow
+def test_configuration_file_and_own_data(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    np.savez(folder / "mine.npz", images=np.random.default_rng(0).integers(0, 256, (60, 9, 11), dtype=np.uint8))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "name: mine\nmodel: {architecture: conv, channels: [4], hidden: [8], objective: info_vae, lambda_: 5}\ndata: {batch_size: 20}\n"
+    )
+    out, _ = fastvae(tmp_path, "fit", "--config", str(config), "--data.path", str(folder), "--trainer.max_epochs", "1", "--runs", "out")
+    assert str(tmp_path / "out" / "mine" / "version_0") in out
+    out, _ = fastvae(tmp_path, "test", "--runs", "out")
+    assert "test/active_units" in out
+    assert (
+        "ckpt_path must be a checkpoint of this model"
+        in fastvae(tmp_path, "test", "--runs", "out", "--data.name", "digits", "--data.path", "null", code=1)[1]
+    )
+
+
+@pytest.mark.slow
+def test_compare(tmp_path):
+    out, _ = fastvae(tmp_path, "compare", "--epochs", "1")
+    for row in ("mutual information", "active units", "ELBO", "MMD-VAE", "7.49"):
+        assert row in out
+    run = tmp_path / "runs" / "compare" / "version_0"
+    assert (run / "table.txt").read_text() in out
+    assert imread(run / "compare.png").std() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fit", "--bogus", "3"], ("unrecognized arguments: --bogus 3", "--help")),
+        (["nope"], ("'nope'", "fit")),
+        (["fit", "--data.name", "cifar"], ("data.name must be one of", "'fashion_mnist'", "got cifar")),
+        (["fit", "--model.latent_dim", "x"], ("model.latent_dim must be an integer, got x",)),
+        (["fit", "--data.path", "nowhere"], ("data.path must be a folder that exists, got 'nowhere'",)),
+        (
+            ["fit", *SMALL, "--model.objective", "info_vae", "--model.lambda_", "0.001"],
+            ("alpha + lambda_ - 1 must be at least 0", "maximise"),
+        ),
+        (["test"], ("ckpt_path must not be 'last' before a run has written a checkpoint",)),
+        (["fit", "--ckpt_path", "absent.ckpt"], ("ckpt_path must be 'last' or a whole checkpoint's file, got 'absent.ckpt'",)),
+    ],
+    ids=lambda value: None,
+)
+def test_a_wrong_call_is_one_sentence(tmp_path, args, words):
+    line = error(tmp_path, *args)
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_corrupt_file_and_a_corrupt_checkpoint(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
+    assert "it is corrupt" in error(tmp_path, "fit", "--data.path", str(tmp_path))
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 cut off")
+    assert "whole checkpoint" in error(tmp_path, "test", "--ckpt_path", str(tmp_path / "broken.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_with_one_sentence(tmp_path):
+    _, err = fastvae(tmp_path, "fit", *SMALL, "--model.lr", "1e30", code=1)
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: loss must be finite, got a non-finite one at step 1 (epoch 0, batch 1)")
+
+
+@pytest.mark.slow
+def test_help():
+    out, _ = fastvae(".", "--help")
+    assert all(word in out for word in ("fit", "test", "compare"))
+    out, _ = fastvae(".", "fit", "--help")
+    assert "--data.path" in out
+    assert "--model.lambda_" in out
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    from fastvae import cli
+
+    monkeypatch.setitem(sys.modules, "fastvae.training.command", None)
+    for module in ("lightning", "lightning.pytorch", "jsonargparse"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=r'pip install "fastvae-mmd\[train\]"'):
+        cli.main(["fit"])
+
+
+def test_the_package_does_not_import_lightning():
+    code = "import sys, fastvae, fastvae.vae, fastvae.objectives, fastvae.training.metrics; sys.exit('lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

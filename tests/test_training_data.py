@@ -1,0 +1,262 @@
+import gzip
+import pickle
+import struct
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae.training.data import NO_LABEL, ImageData, Images, Split, read_idx
+
+
+def write_idx(file, array, code=0x08):
+    raw = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    file.write_bytes(gzip.compress(raw) if file.suffix == ".gz" else raw)
+    return file
+
+
+def images(n, shape=(5, 4), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    for name, n in (("train", 30), ("t10k", 10)):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", images(n, seed=n))
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", np.arange(n, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "folder", "auto"])
+def test_idx_folder(idx_folder, name):
+    data = ImageData(name, path=str(idx_folder), validation=0.1, batch_size=8)
+    assert data.shape == [1, 5, 4]
+    assert [len(data.splits[split].images) for split in ("train", "val", "test")] == [27, 3, 10]
+    seen = torch.cat([data.splits["train"].images, data.splits["val"].images])[:, 0]
+    expected = torch.from_numpy(images(30, seed=30))
+    assert sorted(seen.sum((1, 2)).tolist()) == sorted(expected.sum((1, 2)).tolist())
+    for split, source in (("train", expected), ("test", torch.from_numpy(images(10, seed=10)))):
+        for image, label in zip(*data.splits[split], strict=True):
+            assert any(torch.equal(image[0], other) and int(label) == i % 10 for i, other in enumerate(source))
+
+
+def test_batches_are_scaled_and_whole(idx_folder):
+    data = ImageData(path=str(idx_folder), validation=0, batch_size=8)
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert [len(x) for x, _ in batches] == [8, 8, 8, 6]
+    x = torch.cat([x for x, _ in batches])
+    assert x.dtype == torch.float32
+    assert 0 <= x.min().item() < 0.1 < 0.9 < x.max().item() <= 1
+
+
+def test_no_batch_of_one_image(idx_folder):
+    for batch_size in range(2, 12):
+        data = ImageData(path=str(idx_folder), validation=1 / 3, batch_size=batch_size)
+        data.setup()
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+            assert min(len(x) for x, _ in loader) > 1
+        assert sum(len(x) for x, _ in data.test_dataloader()) == 10
+
+
+def test_a_seed_fixes_the_batches(idx_folder):
+    def order(seed):
+        data = ImageData(path=str(idx_folder), seed=seed, binarisation="dynamic")
+        data.setup()
+        return torch.cat([x for x, _ in data.train_dataloader()])
+
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
+
+
+def test_dynamic_binarisation(idx_folder):
+    data = ImageData(path=str(idx_folder), binarisation="dynamic", batch_size=30, validation=0)
+    data.setup()
+    loader = data.train_dataloader()
+    draws = torch.stack([x[labels.argsort(stable=True)] for x, labels in (next(iter(loader)) for _ in range(2))])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    test = [torch.cat([x for x, _ in data.test_dataloader()]) for _ in range(2)]
+    assert torch.equal(*test)
+    assert set(test[0].unique().tolist()) == {0.0, 1.0}
+    grey = Images(Split(torch.full((4000, 1, 1, 1), 0.3), torch.zeros(4000)), binarise=torch.Generator().manual_seed(0))
+    first, second = (grey.__getitems__(range(4000))[0] for _ in range(2))
+    assert first.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert not torch.equal(first, second)
+
+
+def test_a_large_batch_is_one_indexing():
+    split = Split(torch.zeros(20_000, 1, 2, 2, dtype=torch.uint8), torch.zeros(20_000))
+    x, labels = Images(split).__getitems__(list(range(8192)))
+    assert x.shape == (8192, 1, 2, 2)
+    assert labels.shape == (8192,)
+
+
+@pytest.mark.parametrize(("name", "shape", "n"), [("digits", [1, 8, 8], 1797), ("mnist_5k", [1, 28, 28], 5000)])
+def test_data_that_comes_with_a_dependency(name, shape, n):
+    data = ImageData(name)
+    assert data.shape == shape
+    assert sum(len(split.images) for split in data.splits.values()) == n
+    x, labels = next(iter(data.train_dataloader()))
+    assert 0 <= x.min().item() < 0.1 < 0.9 < x.max().item() <= 1
+    assert set(labels.tolist()) == set(range(10))
+
+
+def test_no_test_share_tests_on_the_training_images():
+    data = ImageData("digits", validation=0, test=0)
+    data.setup()
+    assert len(data.splits["train"].images) == len(data.splits["test"].images) == 1797
+    assert data.val_dataloader() == []
+
+
+def test_npz_and_npy(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_train=images(12, (4, 4, 3)), y_train=np.arange(12), x_test=images(4, (4, 4, 3)), y_test=np.arange(4))
+    data = ImageData(path=str(tmp_path), validation=0)
+    assert data.shape == [3, 4, 4]
+    assert len(data.splits["test"].images) == 4
+    folder = tmp_path / "npy"
+    folder.mkdir()
+    for part in range(2):
+        np.save(folder / f"part{part}.npy", images(6, (16,), seed=part).astype(np.float64) / 255)
+    data = ImageData(path=str(folder), validation=0, test=0)
+    assert data.shape == [1, 4, 4]
+    assert len(data.splits["train"].images) == 12
+    assert set(data.splits["train"].labels.tolist()) == {NO_LABEL}
+
+
+@pytest.mark.parametrize(
+    ("array", "shape"), [(images(2, (7,)), [1, 1, 7]), (images(2, (3, 6, 5)), [3, 6, 5]), (images(2, (6, 5, 1)), [1, 6, 5])]
+)
+def test_layouts(tmp_path, array, shape):
+    np.save(tmp_path / "images.npy", array)
+    assert ImageData(path=str(tmp_path), validation=0, test=0).shape == shape
+
+
+def test_idx_of_other_types(tmp_path):
+    values = np.linspace(0, 1, 24, dtype=">f4").reshape(2, 3, 4)
+    np.testing.assert_array_equal(read_idx(write_idx(tmp_path / "a.idx", values, 0x0D)), values)
+
+
+def broken(tmp_path, kind):
+    whole = write_idx(tmp_path / "train-images-idx3-ubyte", images(4))
+    raw = whole.read_bytes()
+    whole.unlink()
+    if kind == "truncated idx":
+        whole.write_bytes(raw[:-3])
+    elif kind == "longer idx":
+        whole.write_bytes(raw + b"x")
+    elif kind == "header cut off":
+        whole.write_bytes(raw[:9])
+    elif kind == "not idx":
+        whole.write_bytes(b"<html>not found</html>")
+    elif kind == "empty file":
+        whole.write_bytes(b"")
+    elif kind == "truncated gzip":
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(raw)[:-12])
+    elif kind == "not gzip":
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(raw)
+    elif kind == "truncated npz":
+        np.savez(tmp_path / "a.npz", x=images(4))
+        (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    elif kind == "truncated npy":
+        np.save(tmp_path / "a.npy", images(4))
+        (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-30])
+    elif kind == "pickle":
+        np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object))
+    elif kind == "bare pickle":
+        (tmp_path / "a.npy").write_bytes(pickle.dumps([1, 2]))
+    elif kind == "single value":
+        np.save(tmp_path / "a.npy", np.float32(1))
+    elif kind == "integers":
+        np.save(tmp_path / "a.npy", images(4).astype(np.int64))
+    elif kind == "range":
+        np.save(tmp_path / "a.npy", images(4).astype(np.float32))
+    elif kind == "nan":
+        np.save(tmp_path / "a.npy", np.full((4, 5, 5), np.nan))
+    elif kind == "labels":
+        np.savez(tmp_path / "a.npz", x=images(4), y=np.arange(3))
+    elif kind == "two shapes":
+        np.savez(tmp_path / "a.npz", x_train=images(4), x_test=images(4, (6, 6)))
+    elif kind == "two shapes in one set":
+        np.savez(tmp_path / "a.npz", x1=images(4), x2=images(4, (6, 6)))
+    elif kind == "five dimensions":
+        np.save(tmp_path / "a.npy", images(4, (2, 2, 2, 2)))
+    elif kind == "no images":
+        np.save(tmp_path / "y.npy", np.arange(3))
+
+
+SENTENCES = {
+    "truncated idx": r"must have 96 bytes for shape \(4, 5, 4\), got 93: it is corrupt",
+    "longer idx": r"must have 96 bytes for shape \(4, 5, 4\), got 97: it is corrupt",
+    "header cut off": "must have .* bytes for shape .*, got 9: it is corrupt",
+    "not idx": "must be an IDX file, got one that begins with 3c 68 74 6d",
+    "empty file": "must be an IDX file, got one that begins with nothing",
+    "truncated gzip": "must be a whole gzip file, got a corrupt one",
+    "not gzip": "must be a whole gzip file, got a corrupt one",
+    "truncated npz": "must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+    "truncated npy": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
+    "pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
+    "bare pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
+    "single value": "must hold arrays of images or labels, got the single value a",
+    "integers": "must be uint8 or floating, got int64",
+    "range": r"must lie in \[0, 1\], got values from",
+    "nan": r"must lie in \[0, 1\], got values from nan",
+    "labels": "must have one label an image, got 3 labels for 4 images",
+    "two shapes": r"must hold training and test images of one shape, got \(1, 5, 4\) and \(1, 6, 6\)",
+    "two shapes in one set": r"must have one shape and one dtype, got \(1, 5, 4\) torch.uint8 and \(1, 6, 6\) torch.uint8",
+    "five dimensions": r"must have shape \(N, F\), .* got \(4, 2, 2, 2, 2\)",
+    "no images": "must hold images in IDX, .npy or .npz files, got none",
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_a_broken_file_is_one_sentence(tmp_path, kind):
+    broken(tmp_path, kind)
+    with pytest.raises((ValueError, FileNotFoundError), match=SENTENCES[kind]) as error:
+        ImageData(path=str(tmp_path)).setup()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name": "folder"}, "data.path must name a folder of images for data.name 'folder', got none"),
+        ({"name": "digits", "path": "x"}, "data.path must not be given for data.name 'digits'"),
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"validation": 1.0}, "data.validation must be less than 1"),
+        ({"test": -0.1}, "data.test must be at least 0, got -0.1"),
+        ({"path": "nowhere/at/all"}, "data.path must be a folder that exists, got 'nowhere/at/all'"),
+    ],
+)
+def test_error_sentences(arguments, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        ImageData(**arguments).setup()
+
+
+def test_an_empty_training_set(tmp_path):
+    np.save(tmp_path / "a.npy", images(1))
+    with pytest.raises(ValueError, match="data must leave at least one training image"):
+        ImageData(path=str(tmp_path), validation=0.9, test=0).setup()
+
+
+def test_offline_download_is_one_sentence(monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
+    with pytest.raises(ConnectionError, match=r"data.name 'mnist' must be downloaded from OpenML, which failed .*no route.*--data.path"):
+        ImageData("mnist").setup()
+
+
+def test_download_is_split_as_the_data_set_is(monkeypatch):
+    class Bunch:
+        data = np.repeat(np.arange(70_000) >= 60_000, 4).reshape(70_000, 4).astype(np.float64)
+        target = np.array(["3"] * 70_000, dtype=object)
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *_, **__: Bunch)
+    data = ImageData("mnist", validation=0)
+    data.setup()
+    assert len(data.splits["train"].images) == 60_000
+    assert data.splits["train"].images.max() == 0
+    assert data.splits["test"].images.min() == 1
+    assert set(data.splits["test"].labels.tolist()) == {3}

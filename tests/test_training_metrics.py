@@ -1,0 +1,72 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae.training.metrics import active_units, collapsed_units, marginal_summary, mutual_information
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0])
+def test_mutual_information_of_a_gaussian_channel(dims, sigma):
+    """x ~ N(0, I) and z = x + sigma·noise share ½·D·log(1 + 1/sigma²) nats."""
+    mu = torch.randn(6000, dims, generator=generator())
+    logvar = torch.full_like(mu, 2 * math.log(sigma))
+    expected = 0.5 * dims * math.log1p(1 / sigma**2)
+    assert mutual_information(mu, logvar, generator=generator(1)) == pytest.approx(expected, rel=0.05, abs=0.02)
+
+
+def test_mutual_information_is_the_sum_over_all_pairs():
+    mu, logvar = torch.randn(2, 40, 3, generator=generator(), dtype=torch.float64)
+    eps = torch.randn(40, 3, generator=generator(1), dtype=torch.float64)
+    m, v, z = mu.numpy(), np.exp(logvar.numpy()), (mu + (logvar / 2).exp() * eps).numpy()
+    density = np.array(
+        [[np.prod(np.exp(-((z[i] - m[j]) ** 2) / (2 * v[j])) / np.sqrt(2 * np.pi * v[j])) for j in range(40)] for i in range(40)]
+    )
+    expected = np.mean(np.log(np.diag(density)) - np.log(density.mean(1)))
+    for chunk in (7, 40, 1000):
+        assert mutual_information(mu, logvar, generator=generator(1), chunk=chunk) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("logvar", [-20.0, -60.0])
+def test_codes_that_tell_every_sample_apart_reach_log_n(logvar):
+    mu = torch.randn(500, 4, generator=generator())
+    assert mutual_information(mu, torch.full_like(mu, logvar)) == pytest.approx(math.log(500), rel=1e-9)
+
+
+def test_a_posterior_that_ignores_x_has_none():
+    mu = torch.zeros(500, 4)
+    assert mutual_information(mu, mu) == pytest.approx(0, abs=1e-12)
+    assert active_units(mu) == 0
+    assert collapsed_units(mu, mu) == 4
+
+
+def test_units_are_counted_one_by_one():
+    x = torch.randn(4000, 1, generator=generator())
+    mu = x * torch.tensor([1.0, 0.11, 0.09, 0.0])
+    logvar = torch.zeros(4000, 4)
+    logvar[:2000, 3] = -2.0
+    assert active_units(mu) == 2
+    # The second's KL is 0.006·x², within 0.01 only for |x| < 1.3; the third's 0.004·x² for |x| < 1.6; the last's variance moves with x.
+    assert collapsed_units(mu, logvar) == 0
+    assert collapsed_units(mu, logvar, epsilon=0.2) == 2
+
+
+def test_marginal_summary_of_the_prior_and_away_from_it():
+    z = torch.randn(5000, 4, generator=generator())
+    prior = marginal_summary(z)
+    assert prior["mean"] < 0.06
+    assert 0.96 < prior["std_min"] < prior["std_max"] < 1.04
+    assert prior["correlation"] < 0.06
+    assert abs(prior["mmd"]) < 1e-3
+    away = marginal_summary(torch.stack([2 * z[:, 0], z[:, 1] + 1, z[:, 1], 0.5 * z[:, 3]], dim=1))
+    assert away["mean"] == pytest.approx(1, abs=0.06)
+    assert away["std_min"] == pytest.approx(0.5, abs=0.04)
+    assert away["std_max"] == pytest.approx(2, abs=0.1)
+    assert away["correlation"] == pytest.approx(1, abs=1e-6)
+    assert away["mmd"] > 10 * abs(prior["mmd"])
