@@ -1,0 +1,466 @@
+"""The pair sweep of MMD on a GPU: a block of rows against all columns, tile by tile, its sums kept in registers.
+
+Rows come in scaled by √(2γ_0·log₂e), so that k of the widest bandwidth is exp2(u_i·u_j − ½‖u_i‖² − ½‖u_j‖²). The sums over columns are those
+of formula (1) of `fastvae.reference.mmd` and of a row's gradient, Σ_j w_j·W_ij·(u_i − u_j). Each program owns its rows: no atomics, a fixed
+order, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvae.kernels.config import difference_config, sweep_config
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, PairSums, Radial
+
+IEEE = tl.constexpr(0)
+TF32 = tl.constexpr(1)
+BF16 = tl.constexpr(2)
+SPLIT = tl.constexpr(3)
+PRECISION = {"ieee": IEEE.value, "high": TF32.value, "medium": BF16.value, "highest": SPLIT.value}
+
+# Three bits of the constexpr SQUARINGS are the squarings of one bandwidth.
+_SQUARING_BITS = 3
+
+
+# Triton's interpreter keeps bfloat16 as bits, which its dot would multiply.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _dot(a_hi, a_lo, b_hi, b_lo, acc, MODE: tl.constexpr):
+    """a @ b + acc; in SPLIT mode a = a_hi + a_lo, b = b_hi + b_lo, without the product of the two low parts."""
+    if _INTERPRETED and (MODE == SPLIT or MODE == BF16):
+        a_hi, a_lo, b_hi, b_lo = a_hi.to(tl.float32), a_lo.to(tl.float32), b_hi.to(tl.float32), b_lo.to(tl.float32)
+    if MODE == SPLIT:
+        acc = tl.dot(a_lo, b_hi, acc)
+        acc = tl.dot(a_hi, b_lo, acc)
+        return tl.dot(a_hi, b_hi, acc)
+    elif MODE == BF16:
+        return tl.dot(a_hi, b_hi, acc)
+    elif MODE == TF32:
+        return tl.dot(a_hi, b_hi, acc, input_precision="tf32")
+    else:
+        return tl.dot(a_hi, b_hi, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _split(w, MODE: tl.constexpr):
+    """w as the two operands that `_dot` takes in this mode."""
+    if MODE == SPLIT:
+        hi = w.to(tl.bfloat16)
+        return hi, (w - hi.to(tl.float32)).to(tl.bfloat16)
+    elif MODE == BF16:
+        hi = w.to(tl.bfloat16)
+        return hi, hi
+    else:
+        return w, w
+
+
+@triton.jit
+def _radial(exponent, table_ptr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
+    """Σ_b a_b·k_b and Σ_b a_b·(γ_b/γ_0)·k_b, or k_0 twice for one bandwidth. `table` holds rows of ratios, weights and slopes."""
+    power = tl.exp2(exponent)
+    value = power
+    slope = power
+    if BANDWIDTHS > 1:
+        value = power * tl.load(table_ptr + BANDWIDTHS)
+        slope = value
+        for b in tl.static_range(1, BANDWIDTHS):
+            if (SQUARINGS >> (3 * b)) & 7 == 0:
+                power = tl.exp2(exponent * tl.load(table_ptr + b))
+            else:
+                for _ in tl.static_range((SQUARINGS >> (3 * b)) & 7):
+                    power = power * power
+            value += power * tl.load(table_ptr + BANDWIDTHS + b)
+            slope += power * tl.load(table_ptr + 2 * BANDWIDTHS + b)
+    return value, slope
+
+
+@triton.jit
+def _tile(
+    row_hi,
+    row_lo,
+    row_half,
+    row_hi_ptrs,
+    row_lo_ptrs,
+    mask_n,
+    offs_n,
+    col_hi_ptr,
+    col_lo_ptr,
+    col_half_ptr,
+    col_weight_ptr,
+    table_ptr,
+    value_shift,
+    slope_shift,
+    start_m,
+    M,
+    d_out,
+    value_acc,
+    slope_acc,
+    moments,
+    DIAGONAL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MODE: tl.constexpr,
+    BANDWIDTHS: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of the sweep: its sums added to the accumulators."""
+    # where
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    col_offs = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
+
+    # load; a padded column has exponent −inf, and so k = 0
+    col_half = tl.load(col_half_ptr + offs_m, mask=mask_m, other=float("-inf"))
+    exponent = tl.zeros([row_half.shape[0], BLOCK_M], dtype=row_half.dtype)
+    for block in tl.static_range(D // BLOCK_D):
+        col_hi = tl.load(col_hi_ptr + block * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+        col_lo = col_hi
+        if MODE == SPLIT:
+            col_lo = tl.load(col_lo_ptr + block * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+        if D > BLOCK_D:
+            row_hi = tl.load(row_hi_ptrs + block * BLOCK_D, mask=mask_n[:, None], other=0.0)
+            row_lo = row_hi
+            if MODE == SPLIT:
+                row_lo = tl.load(row_lo_ptrs + block * BLOCK_D, mask=mask_n[:, None], other=0.0)
+        exponent = _dot(row_hi, row_lo, tl.trans(col_hi), tl.trans(col_lo), exponent, MODE)
+
+    # compute
+    exponent += row_half[:, None] + col_half[None, :]
+    value, slope = _radial(exponent, table_ptr, BANDWIDTHS, SQUARINGS)
+    value -= value_shift
+    if DIAGONAL:
+        off_diagonal = offs_n[:, None] != offs_m[None, :]
+        value = tl.where(off_diagonal, value, 0.0)
+    if WEIGHTED:
+        col_weight = tl.load(col_weight_ptr + offs_m, mask=mask_m, other=0.0)
+        value = value * col_weight[None, :]
+    value_acc += value
+    if GRADIENT:
+        if BANDWIDTHS == 1:
+            slope = value
+        else:
+            slope -= slope_shift
+            if DIAGONAL:
+                slope = tl.where(off_diagonal, slope, 0.0)
+            if WEIGHTED:
+                slope = slope * col_weight[None, :]
+            slope_acc += slope
+        if D > BLOCK_D:
+            col_hi = tl.load(col_hi_ptr + d_out * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+            col_lo = col_hi
+            if MODE == SPLIT:
+                col_lo = tl.load(col_lo_ptr + d_out * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+        slope_hi, slope_lo = _split(slope, MODE)
+        moments = _dot(slope_hi, slope_lo, col_hi, col_lo, moments, MODE)
+    return value_acc, slope_acc, moments
+
+
+@triton.jit
+def sweep_kernel(
+    row_hi_ptr,  # (N, D), scaled rows, and in SPLIT mode their low parts
+    row_lo_ptr,
+    row_half_ptr,  # (N,), −½‖u‖²
+    col_hi_ptr,  # (M, D)
+    col_lo_ptr,
+    col_half_ptr,  # (M,)
+    col_weight_ptr,  # (M,)
+    table_ptr,  # (3, BANDWIDTHS), ratios, weights and slopes
+    shift_ptr,  # (2,), Σ_b of the shifted weights and slopes
+    differences_ptr,  # (1,), nonzero where `differences_kernel` takes over
+    value_ptr,  # (N,), Σ_j w_j·(k − shift)
+    pull_ptr,  # (N, D), Σ_j w_j·(W − shift)·(u_i − u_j)
+    N,
+    M,
+    WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
+    SYMMETRIC: tl.constexpr,  # columns from the diagonal on, those right of it twice
+    GRADIENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MODE: tl.constexpr,
+    BANDWIDTHS: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Row sums of a block of rows against all columns; program 1 is the block of features of `pull`."""
+    if tl.load(differences_ptr) != 0:
+        return
+    # where
+    start_n = tl.program_id(0) * BLOCK_N
+    d_out = tl.program_id(1)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    row_offs = offs_n[:, None].to(tl.int64) * D + offs_d[None, :]
+
+    # load
+    row_half = tl.load(row_half_ptr + offs_n, mask=mask_n, other=0.0)
+    row_hi = tl.load(row_hi_ptr + row_offs, mask=mask_n[:, None], other=0.0)
+    row_lo = row_hi
+    if MODE == SPLIT:
+        row_lo = tl.load(row_lo_ptr + row_offs, mask=mask_n[:, None], other=0.0)
+    value_shift = tl.load(shift_ptr)
+    slope_shift = tl.load(shift_ptr + 1)
+
+    # compute
+    value_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_half.dtype)
+    slope_acc = value_acc
+    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_half.dtype)
+    columns = M
+    if WITHIN:
+        # This loop skips the tiles on the diagonal, which come masked after it: a self-pair in the products would swamp small sums.
+        if SYMMETRIC:
+            columns = tl.maximum(M - start_n - BLOCK_N, 0)
+        else:
+            columns = tl.where(start_n + BLOCK_N >= M, start_n, M - BLOCK_N)
+    for start_m in range(0, columns, BLOCK_M):
+        shifted_m = start_m
+        if WITHIN:
+            shifted_m = tl.where((start_m >= start_n) | SYMMETRIC, start_m + BLOCK_N, start_m)
+            if SYMMETRIC:
+                shifted_m += start_n
+        value_acc, slope_acc, moments = _tile(
+            row_hi, row_lo, row_half, row_hi_ptr + row_offs, row_lo_ptr + row_offs, mask_n, offs_n,
+            col_hi_ptr, col_lo_ptr, col_half_ptr, col_weight_ptr, table_ptr, value_shift, slope_shift, shifted_m, M, d_out,
+            value_acc, slope_acc, moments, False, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    padding = tl.cdiv(columns, BLOCK_M) * BLOCK_M - columns
+    if SYMMETRIC:
+        value_acc += value_acc
+        padding += padding
+    if WITHIN:
+        for start_m in range(start_n, tl.minimum(start_n + BLOCK_N, M), BLOCK_M):
+            value_acc, slope_acc, moments = _tile(
+                row_hi, row_lo, row_half, row_hi_ptr + row_offs, row_lo_ptr + row_offs, mask_n, offs_n,
+                col_hi_ptr, col_lo_ptr, col_half_ptr, col_weight_ptr, table_ptr, value_shift, slope_shift, start_m, M, d_out,
+                value_acc, slope_acc, moments, True, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+        width = tl.minimum(BLOCK_N, M - start_n)
+        padding += tl.cdiv(width, BLOCK_M) * BLOCK_M - width
+    value = tl.sum(value_acc, 1)
+    slope = value
+    if BANDWIDTHS > 1:
+        slope = tl.sum(slope_acc, 1)
+    if not WEIGHTED:
+        value += padding * value_shift
+        if BANDWIDTHS == 1:
+            slope = value
+        else:
+            slope += padding * slope_shift
+
+    # store
+    if d_out == 0:
+        tl.store(value_ptr + offs_n, value, mask=mask_n)
+    if GRADIENT:
+        block = row_offs + d_out * BLOCK_D
+        row = tl.load(row_hi_ptr + block, mask=mask_n[:, None], other=0.0).to(row_half.dtype)
+        if MODE == SPLIT:
+            row += tl.load(row_lo_ptr + block, mask=mask_n[:, None], other=0.0).to(row_half.dtype)
+        tl.store(pull_ptr + block, slope[:, None] * row - moments, mask=mask_n[:, None])
+
+
+@triton.jit
+def differences_kernel(
+    row_ptr,  # (N, D), scaled rows
+    col_ptr,  # (M, D)
+    col_weight_ptr,  # (M,)
+    table_ptr,
+    shift_ptr,
+    differences_ptr,
+    value_ptr,
+    pull_ptr,
+    N,
+    M,
+    WITHIN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BANDWIDTHS: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The sums of `sweep_kernel` from u_i − u_j itself, for points whose norms dwarf the bandwidth."""
+    if tl.load(differences_ptr) == 0:
+        return
+    # where
+    d_out = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_n = offs_n < N
+    row_offs = offs_n[:, None].to(tl.int64) * D + offs_d[None, :]
+
+    # load
+    value_shift = tl.load(shift_ptr)
+    slope_shift = tl.load(shift_ptr + 1)
+    row_out = tl.load(row_ptr + row_offs + d_out * BLOCK_D, mask=mask_n[:, None], other=0.0)
+
+    # compute
+    value_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
+    pull = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_out.dtype)
+    for start_m in range(0, M, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        col_offs = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
+        exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
+        for block in range(0, D, BLOCK_D):
+            row = tl.load(row_ptr + row_offs + block, mask=mask_n[:, None], other=0.0)
+            col = tl.load(col_ptr + col_offs + block, mask=mask_m[:, None], other=0.0)
+            difference = row[:, None, :] - col[None, :, :]
+            exponent -= 0.5 * tl.sum(difference * difference, 2)
+        value, slope = _radial(exponent, table_ptr, BANDWIDTHS, SQUARINGS)
+        # A padded column is a pair of nothing; loading zeros alone would make it a pair with the origin.
+        counts = mask_m[None, :] & ((offs_n[:, None] != offs_m[None, :]) | (not WITHIN))
+        value = tl.where(counts, value - value_shift, 0.0)
+        if WEIGHTED:
+            col_weight = tl.load(col_weight_ptr + offs_m, mask=mask_m, other=0.0)
+            value = value * col_weight[None, :]
+        value_acc += value
+        if GRADIENT:
+            if BANDWIDTHS == 1:
+                slope = value
+            else:
+                slope = tl.where(counts, slope - slope_shift, 0.0)
+                if WEIGHTED:
+                    slope = slope * col_weight[None, :]
+            col = tl.load(col_ptr + col_offs + d_out * BLOCK_D, mask=mask_m[:, None], other=0.0)
+            pull += tl.sum(slope[:, :, None] * (row_out[:, None, :] - col[None, :, :]), 1)
+
+    # store
+    if d_out == 0:
+        tl.store(value_ptr + offs_n, tl.sum(value_acc, 1), mask=mask_n)
+    if GRADIENT:
+        tl.store(pull_ptr + row_offs + d_out * BLOCK_D, pull, mask=mask_n[:, None])
+
+
+@dataclass
+class _Operands:
+    """One sample as the kernels read it."""
+
+    scaled: Tensor  # (N, D), padded with zero features to whole blocks
+    hi: Tensor  # (N, D), in the dtype of the products
+    lo: Tensor
+    half: Tensor  # (N,)
+    weights: Tensor | None  # (N,)
+    dim: int
+
+    @staticmethod
+    def of(z: Tensor, weights: Tensor | None, scale: Tensor, mode: int, block_d: int) -> _Operands:
+        dim = z.shape[1]
+        scaled = torch.nn.functional.pad(z * scale, (0, -dim % block_d))
+        hi = lo = product = scaled
+        if mode in (BF16.value, SPLIT.value):
+            hi = scaled.to(torch.bfloat16)
+            product = hi.to(scaled.dtype)
+        if mode == SPLIT.value:
+            lo = (scaled - product).to(torch.bfloat16)
+            product = product + lo
+        # Norms of what the products see, so that a point stays at distance zero from itself.
+        return _Operands(scaled, hi, lo, product.square().sum(1).mul_(-0.5), weights, dim)
+
+
+class _Launcher:
+    def __init__(self, x: Tensor, kernel: Radial, radius2: Tensor, gradient: bool, precision: str) -> None:
+        self.mode = IEEE.value if x.dtype == torch.float64 else PRECISION[precision]
+        self.config = sweep_config(x.shape[1], 2 if self.mode in (BF16.value, SPLIT.value) else x.element_size(), gradient)
+        self.difference_config = difference_config(x.element_size())
+        ratios = kernel.gamma / kernel.gamma[0]
+        slopes = kernel.weights * ratios
+        self.scale = (2 * LOG2_E * kernel.gamma[0]).sqrt().to(x.dtype)
+        self.bandwidths = len(kernel.squarings)
+        self.squarings = sum(n << (_SQUARING_BITS * b) for b, n in enumerate(kernel.squarings))
+        self.table = torch.stack([ratios, kernel.weights, slopes]).to(x.dtype)
+        # With one bandwidth the kernels leave its weight out.
+        self.unit = kernel.weights[0] if self.bandwidths == 1 else 1.0
+        shifts = torch.stack([kernel.weights @ kernel.shifts, slopes @ kernel.shifts])
+        self.slope_shift = shifts[1].to(x.dtype)
+        self.shifts = (kernel.shifts.expand(2) if self.bandwidths == 1 else shifts).to(x.dtype).contiguous()
+        limit = EXPONENT_ERROR[x.dtype] / torch.finfo(x.dtype).eps
+        self.differences = (kernel.gamma[-1] * radius2 > limit).to(torch.int32)
+
+    def operands(self, z: Tensor, weights: Tensor | None) -> _Operands:
+        return _Operands.of(z, weights, self.scale, self.mode, self.config.block_d)
+
+    def sweep(self, rows: _Operands, columns: _Operands, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Σ_j w_j·(k − shift) (N,) and Σ_j w_j·(W − shift)·(u_i − u_j) (N, D), with w = 1/M where the columns have no weights."""
+        within = rows is columns
+        n, m, d = rows.half.numel(), columns.half.numel(), rows.scaled.shape[1]
+        value = torch.empty_like(rows.half)
+        pull = torch.empty_like(rows.scaled) if gradient else value
+        weights = columns.half if columns.weights is None else columns.weights
+        shared = dict(GRADIENT=gradient, WEIGHTED=columns.weights is not None, BANDWIDTHS=self.bandwidths, SQUARINGS=self.squarings, D=d)
+        config = self.config
+        sweep_kernel[(triton.cdiv(n, config.block_n), d // config.block_d if gradient else 1)](
+            rows.hi, rows.lo, rows.half, columns.hi, columns.lo, columns.half, weights, self.table, self.shifts, self.differences,
+            value, pull, n, m, **shared, WITHIN=within, SYMMETRIC=within and not gradient and columns.weights is None, MODE=self.mode,
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        config = self.difference_config
+        differences_kernel[(triton.cdiv(n, config.block_n), d // config.block_d if gradient else 1)](
+            rows.scaled, columns.scaled, weights, self.table, self.shifts, self.differences, value, pull, n, m, **shared, WITHIN=within,
+            BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        mean = 1 / m if columns.weights is None else 1.0
+        value = value.double() * (mean * self.unit)
+        if not gradient:
+            return value, None
+        return value, pull[:, : rows.dim] * (mean * self.unit / self.scale).to(pull.dtype)
+
+
+def pair_sums(
+    x: Tensor,
+    p: Tensor | None,
+    y: Tensor | None,
+    q: Tensor | None,
+    kernel: Radial,
+    x_scale: float | Tensor,
+    y_scale: float | Tensor,
+    x_grad: bool,
+    y_grad: bool,
+    precision: str,
+) -> PairSums:
+    """Sweep all pairs of rows of x (N, D) and y (M, D), centred, in float32 or float64, with weights p (N,) and q (M,), equal if None."""
+    radius2 = torch.stack([z.square().sum(1).max() for z in (x, y) if z is not None]).max()
+    launcher = _Launcher(x, kernel, radius2, x_grad or y_grad, precision)
+
+    def total(value: Tensor, weights: Tensor | None) -> Tensor:
+        return value.mean() if weights is None else weights.double() @ value
+
+    def shifted(z: Tensor, other: Tensor, weights: Tensor | None) -> Tensor:
+        """Σ_j w_j·(z_i − other_j) times the shift: what the sweep leaves out, in closed form."""
+        return launcher.slope_shift * (z - (other.mean(0) if weights is None else weights @ other))
+
+    a = launcher.operands(x, p)
+    value, x_pull = launcher.sweep(a, a, x_grad)
+    within_x = total(value, p)
+    within_y = across = torch.zeros_like(within_x)
+    if x_pull is not None:
+        x_pull = x_scale * (x_pull + shifted(x, x, p))
+    if y is None:
+        return PairSums(within_x, within_y, across, x_pull, None)
+    b = launcher.operands(y, q)
+    value, y_pull = launcher.sweep(b, b, y_grad)
+    within_y = total(value, q)
+    value, x_across = launcher.sweep(a, b, x_grad)
+    across = total(value, p)
+    if x_pull is not None and x_across is not None:
+        x_pull = x_pull - (x_across + shifted(x, y, q))
+    if y_pull is not None:
+        _, y_across = launcher.sweep(b, a, y_grad)
+        assert y_across is not None
+        y_pull = y_scale * (y_pull + shifted(y, y, q)) - (y_across + shifted(y, x, p))
+    return PairSums(within_x, within_y, across, x_pull, y_pull)
