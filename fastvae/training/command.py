@@ -33,13 +33,17 @@ QUIET = (
     "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
+    r"\s*(By default only one Jsonargparse|``[\w.]+`` was deprecated in v)",  # the same with jsonargparse
 )
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
-ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException)
+ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
     """Says an error in one sentence, and lists `compare` beside Lightning's own subcommands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.stderr.write(f"error: {plain(message)} (see --help)\n")
@@ -159,7 +163,9 @@ def run(args: list[str]) -> int:
 
 
 def compare_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description="Show on scikit-learn's digits how the ELBO's codes collapse and MMD-VAE's do not.")
+    parser = jsonargparse.ArgumentParser(
+        allow_abbrev=False, description="Show on scikit-learn's digits how the ELBO's codes collapse and MMD-VAE's do not."
+    )
     parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
     parser.add_function_arguments(compare)
     return parser
