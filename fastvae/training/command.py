@@ -33,7 +33,7 @@ QUIET = (
     "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
-    r"\s*(By default only one Jsonargparse|``[\w.]+`` was deprecated in v)",  # the same with jsonargparse
+    r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
 )
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
 ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
