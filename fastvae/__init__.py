@@ -3,6 +3,21 @@
 from fastvae import reference
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl
 from fastvae.losses import MMDLoss
+from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
+from fastvae.vae import VAE
 from fastvae.version import __version__
 
-__all__ = ["MMDLoss", "__version__", "mmd", "mmd_to_normal", "reference", "reparameterize_kl"]
+__all__ = [
+    "VAE",
+    "Bernoulli",
+    "Gaussian",
+    "Likelihood",
+    "MMDLoss",
+    "VAEObjective",
+    "VAEOutput",
+    "__version__",
+    "mmd",
+    "mmd_to_normal",
+    "reference",
+    "reparameterize_kl",
+]

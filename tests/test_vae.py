@@ -178,6 +178,34 @@ def test_training_lowers_the_loss_and_brings_the_samples_to_the_data(objective, 
     assert distance() < 0.2 * before
 
 
+def test_five_lines_in_anyones_loop():
+    import fastvae
+
+    loader, losses = torch.linspace(0, 1, 784).round().expand(10, 32, 784), []
+    model = fastvae.VAE.mlp(784, latent_dim=20, likelihood="bernoulli")
+    objective = fastvae.VAEObjective.mmd_vae(lambda_=1000)
+    optimizer = torch.optim.Adam(model.parameters())
+    for x in loader:
+        loss = objective(model(x), x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("objective", [VAEObjective.vae(), VAEObjective.info_vae(0.5, 10.0)])
+def test_one_compiled_graph(objective):
+    vae = VAE.mlp(12, latent_dim=3, likelihood="bernoulli")
+
+    def step(x, eps):
+        return objective(vae(x, eps=eps), x).loss
+
+    x, eps = torch.rand(8, 12), torch.randn(8, 3)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, eps), step(x, eps))
+
+
 def test_state_dict_round_trip():
     vae, copy = VAE.conv((1, 8, 8), latent_dim=2, channels=(4,)), VAE.conv((1, 8, 8), latent_dim=2, channels=(4,))
     copy.load_state_dict(vae.state_dict())

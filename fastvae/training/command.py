@@ -151,7 +151,7 @@ def run(args: list[str]) -> int:
                 auto_configure_optimizers=False,
                 args=args,
                 trainer_defaults={
-                    "max_epochs": 80,
+                    "max_epochs": 60,
                     "num_sanity_val_steps": 0,
                     "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures()],
                 },
