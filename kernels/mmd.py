@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.config import difference_config, sweep_config
+from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, sweep_config
 from fastvae.radial import EXPONENT_ERROR, LOG2_E, PairSums, Radial
 
 IEEE = tl.constexpr(0)
@@ -23,6 +23,9 @@ TF32 = tl.constexpr(1)
 BF16 = tl.constexpr(2)
 SPLIT = tl.constexpr(3)
 PRECISION = {"ieee": IEEE.value, "high": TF32.value, "medium": BF16.value, "highest": SPLIT.value}
+
+# Bandwidths whose 3 coefficients each a thread keeps in registers; more are read again for each tile.
+MAX_HOISTED = tl.constexpr(6)
 
 # Three bits of the constexpr SQUARINGS are the squarings of one bandwidth.
 _SQUARING_BITS = 3
@@ -53,8 +56,9 @@ def _dot(a_hi, a_lo, b_hi, b_lo, acc, MODE: tl.constexpr):
 def _split(w, MODE: tl.constexpr):
     """w as the two operands that `_dot` takes in this mode."""
     if MODE == SPLIT:
-        hi = w.to(tl.bfloat16)
-        return hi, (w - hi.to(tl.float32)).to(tl.bfloat16)
+        # Truncated, not rounded: a rounding whose result is read back takes the unit that the exponentials need.
+        hi = (w.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return hi.to(tl.bfloat16), (w - hi).to(tl.bfloat16)
     elif MODE == BF16:
         hi = w.to(tl.bfloat16)
         return hi, hi
@@ -63,23 +67,51 @@ def _split(w, MODE: tl.constexpr):
 
 
 @triton.jit
-def _radial(exponent, table_ptr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
-    """Σ_b a_b·k_b and Σ_b a_b·(γ_b/γ_0)·k_b, or k_0 twice for one bandwidth. `table` holds rows of ratios, weights and slopes."""
+def _table(table_ptr, BANDWIDTHS: tl.constexpr):
+    """Ratios, weights and slopes as scalars, loaded once where they are few enough to stay in registers."""
+    table = ()
+    if BANDWIDTHS > 1 and BANDWIDTHS <= MAX_HOISTED:
+        for n in tl.static_range(3 * BANDWIDTHS):
+            table += (tl.load(table_ptr + n),)
+    return table
+
+
+@triton.jit
+def _entry(table, table_ptr, n: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    if BANDWIDTHS <= MAX_HOISTED:
+        return table[n]
+    else:
+        return tl.load(table_ptr + n)
+
+
+@triton.jit
+def _radial(exponent, table, table_ptr, value_shift, slope_shift, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
+    """Σ_b a_b·k_b and Σ_b a_b·(γ_b/γ_0)·k_b, each less its shift, or k_0 − shift twice for one bandwidth."""
     power = tl.exp2(exponent)
-    value = power
-    slope = power
-    if BANDWIDTHS > 1:
-        value = power * tl.load(table_ptr + BANDWIDTHS)
+    if BANDWIDTHS == 1:
+        value = power - value_shift
+        return value, value
+    else:
+        value = power * _entry(table, table_ptr, BANDWIDTHS, BANDWIDTHS) - value_shift
         slope = value
+        if GRADIENT:
+            slope = power * _entry(table, table_ptr, 2 * BANDWIDTHS, BANDWIDTHS) - slope_shift
         for b in tl.static_range(1, BANDWIDTHS):
             if (SQUARINGS >> (3 * b)) & 7 == 0:
-                power = tl.exp2(exponent * tl.load(table_ptr + b))
+                power = tl.exp2(exponent * _entry(table, table_ptr, b, BANDWIDTHS))
             else:
                 for _ in tl.static_range((SQUARINGS >> (3 * b)) & 7):
                     power = power * power
-            value += power * tl.load(table_ptr + BANDWIDTHS + b)
-            slope += power * tl.load(table_ptr + 2 * BANDWIDTHS + b)
-    return value, slope
+            value += power * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
+            if GRADIENT:
+                slope += power * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
+        return value, slope
+
+
+@triton.jit
+def _row_sums(tile):
+    """Sums over columns 8 apart, which one thread of a matrix unit's tile holds: no exchange between threads, few registers."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), 1)
 
 
 @triton.jit
@@ -89,17 +121,16 @@ def _tile(
     row_half,
     row_hi_ptrs,
     row_lo_ptrs,
-    mask_n,
     offs_n,
-    col_hi_ptr,
-    col_lo_ptr,
+    col_hi_ptrs,
+    col_lo_ptrs,
     col_half_ptr,
     col_weight_ptr,
+    table,
     table_ptr,
     value_shift,
     slope_shift,
     start_m,
-    M,
     d_out,
     value_acc,
     slope_acc,
@@ -117,72 +148,62 @@ def _tile(
     """One tile of the sweep: its sums added to the accumulators."""
     # where
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < M
-    col_offs = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
+    start = tl.cast(start_m, tl.int64) * D
 
-    # load; a padded column has exponent −inf, and so k = 0
-    col_half = tl.load(col_half_ptr + offs_m, mask=mask_m, other=float("-inf"))
-    exponent = tl.zeros([row_half.shape[0], BLOCK_M], dtype=row_half.dtype)
+    # load and multiply; the norms come first, so that the products add to them for nothing
+    exponent = row_half[:, None] + tl.load(col_half_ptr + offs_m)[None, :]
     for block in tl.static_range(D // BLOCK_D):
-        col_hi = tl.load(col_hi_ptr + block * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+        col_hi = tl.load(col_hi_ptrs + (start + block * BLOCK_D))
         col_lo = col_hi
         if MODE == SPLIT:
-            col_lo = tl.load(col_lo_ptr + block * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+            col_lo = tl.load(col_lo_ptrs + (start + block * BLOCK_D))
         if D > BLOCK_D:
-            row_hi = tl.load(row_hi_ptrs + block * BLOCK_D, mask=mask_n[:, None], other=0.0)
+            row_hi = tl.load(row_hi_ptrs + block * BLOCK_D)
             row_lo = row_hi
             if MODE == SPLIT:
-                row_lo = tl.load(row_lo_ptrs + block * BLOCK_D, mask=mask_n[:, None], other=0.0)
+                row_lo = tl.load(row_lo_ptrs + block * BLOCK_D)
         exponent = _dot(row_hi, row_lo, tl.trans(col_hi), tl.trans(col_lo), exponent, MODE)
 
     # compute
-    exponent += row_half[:, None] + col_half[None, :]
-    value, slope = _radial(exponent, table_ptr, BANDWIDTHS, SQUARINGS)
-    value -= value_shift
+    value, slope = _radial(exponent, table, table_ptr, value_shift, slope_shift, GRADIENT, BANDWIDTHS, SQUARINGS)
     if DIAGONAL:
         off_diagonal = offs_n[:, None] != offs_m[None, :]
         value = tl.where(off_diagonal, value, 0.0)
+        slope = tl.where(off_diagonal, slope, 0.0)
     if WEIGHTED:
-        col_weight = tl.load(col_weight_ptr + offs_m, mask=mask_m, other=0.0)
+        col_weight = tl.load(col_weight_ptr + offs_m)
         value = value * col_weight[None, :]
-    value_acc += value
+        slope = slope * col_weight[None, :]
+    value_acc += _row_sums(value)
     if GRADIENT:
-        if BANDWIDTHS == 1:
-            slope = value
-        else:
-            slope -= slope_shift
-            if DIAGONAL:
-                slope = tl.where(off_diagonal, slope, 0.0)
-            if WEIGHTED:
-                slope = slope * col_weight[None, :]
-            slope_acc += slope
+        if BANDWIDTHS > 1:
+            slope_acc += _row_sums(slope)
         if D > BLOCK_D:
-            col_hi = tl.load(col_hi_ptr + d_out * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+            col_hi = tl.load(col_hi_ptrs + (start + d_out * BLOCK_D))
             col_lo = col_hi
             if MODE == SPLIT:
-                col_lo = tl.load(col_lo_ptr + d_out * BLOCK_D + col_offs, mask=mask_m[:, None], other=0.0)
+                col_lo = tl.load(col_lo_ptrs + (start + d_out * BLOCK_D))
         slope_hi, slope_lo = _split(slope, MODE)
         moments = _dot(slope_hi, slope_lo, col_hi, col_lo, moments, MODE)
     return value_acc, slope_acc, moments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padding"])
 def sweep_kernel(
     row_hi_ptr,  # (N, D), scaled rows, and in SPLIT mode their low parts
     row_lo_ptr,
     row_half_ptr,  # (N,), −½‖u‖²
     col_hi_ptr,  # (M, D)
     col_lo_ptr,
-    col_half_ptr,  # (M,)
+    col_half_ptr,  # (M,), −inf for a padded column, whose k is 0
     col_weight_ptr,  # (M,)
     table_ptr,  # (3, BANDWIDTHS), ratios, weights and slopes
     shift_ptr,  # (2,), Σ_b of the shifted weights and slopes
     differences_ptr,  # (1,), nonzero where `differences_kernel` takes over
-    value_ptr,  # (N,), Σ_j w_j·(k − shift)
-    pull_ptr,  # (N, D), Σ_j w_j·(W − shift)·(u_i − u_j)
-    N,
-    M,
+    value_ptr,  # (SPLITS, N), Σ_j w_j·(k − shift)
+    pull_ptr,  # (SPLITS, N, D), Σ_j w_j·(W − shift)·(u_i − u_j)
+    M,  # columns with their padding; N and M are multiples of BLOCK_N, so that no load needs a mask
+    padding,  # columns that are padding
     WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
     SYMMETRIC: tl.constexpr,  # columns from the diagonal on, those right of it twice
     GRADIENT: tl.constexpr,
@@ -195,95 +216,101 @@ def sweep_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Row sums of a block of rows against all columns; program 1 is the block of features of `pull`."""
+    """Row sums of a block of rows against a share of the columns; program 1 is the block of features of `pull`, program 2 the share."""
     if tl.load(differences_ptr) != 0:
         return
     # where
     start_n = tl.program_id(0) * BLOCK_N
     d_out = tl.program_id(1)
+    split = tl.program_id(2)
+    rows = tl.num_programs(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_n = offs_n < N
-    row_offs = offs_n[:, None].to(tl.int64) * D + offs_d[None, :]
+    row_start = tl.cast(start_n, tl.int64) * D
+    row_offs = tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
+    col_offs = offs_m[:, None] * D + offs_d[None, :]
 
     # load
-    row_half = tl.load(row_half_ptr + offs_n, mask=mask_n, other=0.0)
-    row_hi = tl.load(row_hi_ptr + row_offs, mask=mask_n[:, None], other=0.0)
+    row_half = tl.load(row_half_ptr + offs_n)
+    row_hi_ptrs = row_hi_ptr + row_start + row_offs
+    row_lo_ptrs = row_lo_ptr + row_start + row_offs
+    row_hi = tl.load(row_hi_ptrs)
     row_lo = row_hi
     if MODE == SPLIT:
-        row_lo = tl.load(row_lo_ptr + row_offs, mask=mask_n[:, None], other=0.0)
+        row_lo = tl.load(row_lo_ptrs)
     value_shift = tl.load(shift_ptr)
     slope_shift = tl.load(shift_ptr + 1)
+    table = _table(table_ptr, BANDWIDTHS)
 
     # compute
-    value_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_half.dtype)
+    value_acc = tl.zeros([BLOCK_N, 8], dtype=row_half.dtype)
     slope_acc = value_acc
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_half.dtype)
+    # This loop skips the tiles on the diagonal, which come masked after it: a self-pair in the products would swamp small sums.
     columns = M
-    if WITHIN:
-        # This loop skips the tiles on the diagonal, which come masked after it: a self-pair in the products would swamp small sums.
-        if SYMMETRIC:
-            columns = tl.maximum(M - start_n - BLOCK_N, 0)
-        else:
-            columns = tl.where(start_n + BLOCK_N >= M, start_n, M - BLOCK_N)
-    for start_m in range(0, columns, BLOCK_M):
+    if SYMMETRIC:
+        columns = M - start_n - BLOCK_N
+    elif WITHIN:
+        columns = M - BLOCK_N
+    share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2)) * BLOCK_M
+    first = split * share
+    last = tl.minimum(first + share, columns)
+    for start_m in range(first, last, BLOCK_M):
         shifted_m = start_m
-        if WITHIN:
-            shifted_m = tl.where((start_m >= start_n) | SYMMETRIC, start_m + BLOCK_N, start_m)
-            if SYMMETRIC:
-                shifted_m += start_n
+        if SYMMETRIC:
+            shifted_m = start_m + start_n + BLOCK_N
+        elif WITHIN:
+            shifted_m = tl.where(start_m >= start_n, start_m + BLOCK_N, start_m)
         value_acc, slope_acc, moments = _tile(
-            row_hi, row_lo, row_half, row_hi_ptr + row_offs, row_lo_ptr + row_offs, mask_n, offs_n,
-            col_hi_ptr, col_lo_ptr, col_half_ptr, col_weight_ptr, table_ptr, value_shift, slope_shift, shifted_m, M, d_out,
+            row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, offs_n, col_hi_ptr + col_offs, col_lo_ptr + col_offs,
+            col_half_ptr, col_weight_ptr, table, table_ptr, value_shift, slope_shift, shifted_m, d_out,
             value_acc, slope_acc, moments, False, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    padding = tl.cdiv(columns, BLOCK_M) * BLOCK_M - columns
     if SYMMETRIC:
         value_acc += value_acc
-        padding += padding
     if WITHIN:
-        for start_m in range(start_n, tl.minimum(start_n + BLOCK_N, M), BLOCK_M):
-            value_acc, slope_acc, moments = _tile(
-                row_hi, row_lo, row_half, row_hi_ptr + row_offs, row_lo_ptr + row_offs, mask_n, offs_n,
-                col_hi_ptr, col_lo_ptr, col_half_ptr, col_weight_ptr, table_ptr, value_shift, slope_shift, start_m, M, d_out,
-                value_acc, slope_acc, moments, True, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        width = tl.minimum(BLOCK_N, M - start_n)
-        padding += tl.cdiv(width, BLOCK_M) * BLOCK_M - width
+        if split == 0:
+            for start_m in range(start_n, start_n + BLOCK_N, BLOCK_M):
+                value_acc, slope_acc, moments = _tile(
+                    row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, offs_n, col_hi_ptr + col_offs, col_lo_ptr + col_offs,
+                    col_half_ptr, col_weight_ptr, table, table_ptr, value_shift, slope_shift, start_m, d_out,
+                    value_acc, slope_acc, moments, True, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
     value = tl.sum(value_acc, 1)
     slope = value
     if BANDWIDTHS > 1:
         slope = tl.sum(slope_acc, 1)
     if not WEIGHTED:
-        value += padding * value_shift
-        if BANDWIDTHS == 1:
-            slope = value
-        else:
-            slope += padding * slope_shift
+        # A padded column has added −shift. It is in the share of split 0 here, whichever has summed it: the shares are added up.
+        padded = tl.where(split == 0, padding, 0)
+        if SYMMETRIC:
+            padded = tl.where(start_n + BLOCK_N == M, padded, 2 * padded)
+        value += padded * value_shift
+        slope += padded * slope_shift
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + offs_n, value, mask=mask_n)
+        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, value)
     if GRADIENT:
-        block = row_offs + d_out * BLOCK_D
-        row = tl.load(row_hi_ptr + block, mask=mask_n[:, None], other=0.0).to(row_half.dtype)
+        row = tl.load(row_hi_ptrs + d_out * BLOCK_D).to(row_half.dtype)
         if MODE == SPLIT:
-            row += tl.load(row_lo_ptr + block, mask=mask_n[:, None], other=0.0).to(row_half.dtype)
-        tl.store(pull_ptr + block, slope[:, None] * row - moments, mask=mask_n[:, None])
+            row += tl.load(row_lo_ptrs + d_out * BLOCK_D).to(row_half.dtype)
+        pull_ptrs = pull_ptr + (tl.cast(split, tl.int64) * rows + start_n) * D + d_out * BLOCK_D + row_offs
+        tl.store(pull_ptrs, slope[:, None] * row - moments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def differences_kernel(
-    row_ptr,  # (N, D), scaled rows
+    row_ptr,  # (N, D), scaled rows; N is a multiple of BLOCK_N
     col_ptr,  # (M, D)
     col_weight_ptr,  # (M,)
     table_ptr,
     shift_ptr,
     differences_ptr,
-    value_ptr,
-    pull_ptr,
-    N,
-    M,
+    value_ptr,  # (SPLITS, N)
+    pull_ptr,  # (SPLITS, N, D)
+    M,  # columns without padding
     WITHIN: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -299,69 +326,72 @@ def differences_kernel(
         return
     # where
     d_out = tl.program_id(1)
+    split = tl.program_id(2)
+    rows = tl.num_programs(0) * BLOCK_N
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_n = offs_n < N
     row_offs = offs_n[:, None].to(tl.int64) * D + offs_d[None, :]
 
     # load
     value_shift = tl.load(shift_ptr)
     slope_shift = tl.load(shift_ptr + 1)
-    row_out = tl.load(row_ptr + row_offs + d_out * BLOCK_D, mask=mask_n[:, None], other=0.0)
+    table = _table(table_ptr, BANDWIDTHS)
+    row_out = tl.load(row_ptr + row_offs + d_out * BLOCK_D)
 
     # compute
     value_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
     pull = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_out.dtype)
-    for start_m in range(0, M, BLOCK_M):
+    share = tl.cdiv(tl.cdiv(M, BLOCK_M), tl.num_programs(2)) * BLOCK_M
+    first = split * share
+    last = tl.minimum(first + share, M)
+    for start_m in range(first, last, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         col_offs = offs_m[:, None].to(tl.int64) * D + offs_d[None, :]
         exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
         for block in range(0, D, BLOCK_D):
-            row = tl.load(row_ptr + row_offs + block, mask=mask_n[:, None], other=0.0)
+            row = tl.load(row_ptr + row_offs + block)
             col = tl.load(col_ptr + col_offs + block, mask=mask_m[:, None], other=0.0)
             difference = row[:, None, :] - col[None, :, :]
             exponent -= 0.5 * tl.sum(difference * difference, 2)
-        value, slope = _radial(exponent, table_ptr, BANDWIDTHS, SQUARINGS)
+        value, slope = _radial(exponent, table, table_ptr, value_shift, slope_shift, GRADIENT, BANDWIDTHS, SQUARINGS)
         # A padded column is a pair of nothing; loading zeros alone would make it a pair with the origin.
         counts = mask_m[None, :] & ((offs_n[:, None] != offs_m[None, :]) | (not WITHIN))
-        value = tl.where(counts, value - value_shift, 0.0)
+        value = tl.where(counts, value, 0.0)
+        slope = tl.where(counts, slope, 0.0)
         if WEIGHTED:
             col_weight = tl.load(col_weight_ptr + offs_m, mask=mask_m, other=0.0)
             value = value * col_weight[None, :]
+            slope = slope * col_weight[None, :]
         value_acc += value
         if GRADIENT:
-            if BANDWIDTHS == 1:
-                slope = value
-            else:
-                slope = tl.where(counts, slope - slope_shift, 0.0)
-                if WEIGHTED:
-                    slope = slope * col_weight[None, :]
             col = tl.load(col_ptr + col_offs + d_out * BLOCK_D, mask=mask_m[:, None], other=0.0)
             pull += tl.sum(slope[:, :, None] * (row_out[:, None, :] - col[None, :, :]), 1)
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + offs_n, tl.sum(value_acc, 1), mask=mask_n)
+        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.sum(value_acc, 1))
     if GRADIENT:
-        tl.store(pull_ptr + row_offs + d_out * BLOCK_D, pull, mask=mask_n[:, None])
+        tl.store(pull_ptr + tl.cast(split, tl.int64) * rows * D + row_offs + d_out * BLOCK_D, pull)
 
 
 @dataclass
 class _Operands:
-    """One sample as the kernels read it."""
+    """One sample as the kernels read it: padded to whole blocks with rows of weight zero and features that are zero."""
 
-    scaled: Tensor  # (N, D), padded with zero features to whole blocks
+    scaled: Tensor  # (N, D)
     hi: Tensor  # (N, D), in the dtype of the products
     lo: Tensor
-    half: Tensor  # (N,)
+    half: Tensor  # (N,), −inf in the padding
     weights: Tensor | None  # (N,)
+    rows: int
     dim: int
 
     @staticmethod
-    def of(z: Tensor, weights: Tensor | None, scale: Tensor, mode: int, block_d: int) -> _Operands:
-        dim = z.shape[1]
-        scaled = torch.nn.functional.pad(z * scale, (0, -dim % block_d))
+    def of(z: Tensor, weights: Tensor | None, centre: Tensor, scale: Tensor, mode: int, config: SweepConfig) -> _Operands:
+        rows, dim = z.shape
+        padding = -rows % config.block_n
+        scaled = torch.nn.functional.pad((z - centre) * scale, (0, -dim % config.block_d, 0, padding))
         hi = lo = product = scaled
         if mode in (BF16.value, SPLIT.value):
             hi = scaled.to(torch.bfloat16)
@@ -370,19 +400,25 @@ class _Operands:
             lo = (scaled - product).to(torch.bfloat16)
             product = product + lo
         # Norms of what the products see, so that a point stays at distance zero from itself.
-        return _Operands(scaled, hi, lo, product.square().sum(1).mul_(-0.5), weights, dim)
+        half = product.square().sum(1).mul_(-0.5)
+        half[rows:] = float("-inf")
+        weights = None if weights is None else torch.nn.functional.pad(weights, (0, padding))
+        return _Operands(scaled, hi, lo, half, weights, rows, dim)
 
 
 class _Launcher:
-    def __init__(self, x: Tensor, kernel: Radial, radius2: Tensor, gradient: bool, precision: str) -> None:
+    def __init__(self, x: Tensor, centre: Tensor, kernel: Radial, radius2: Tensor, gradient: bool, precision: str) -> None:
+        self.centre = centre
         self.mode = IEEE.value if x.dtype == torch.float64 else PRECISION[precision]
-        self.config = sweep_config(x.shape[1], 2 if self.mode in (BF16.value, SPLIT.value) else x.element_size(), gradient)
+        self.bandwidths = len(kernel.squarings)
+        self.squarings = sum(n << (_SQUARING_BITS * b) for b, n in enumerate(kernel.squarings))
+        self.device = device_limits(x.device)
+        products = "float64" if x.dtype == torch.float64 else precision
+        self.config = sweep_config(x.shape[1], products, gradient, self.bandwidths, self.device.architecture)
         self.difference_config = difference_config(x.element_size())
         ratios = kernel.gamma / kernel.gamma[0]
         slopes = kernel.weights * ratios
         self.scale = (2 * LOG2_E * kernel.gamma[0]).sqrt().to(x.dtype)
-        self.bandwidths = len(kernel.squarings)
-        self.squarings = sum(n << (_SQUARING_BITS * b) for b, n in enumerate(kernel.squarings))
         self.table = torch.stack([ratios, kernel.weights, slopes]).to(x.dtype)
         # With one bandwidth the kernels leave its weight out.
         self.unit = kernel.weights[0] if self.bandwidths == 1 else 1.0
@@ -393,32 +429,36 @@ class _Launcher:
         self.differences = (kernel.gamma[-1] * radius2 > limit).to(torch.int32)
 
     def operands(self, z: Tensor, weights: Tensor | None) -> _Operands:
-        return _Operands.of(z, weights, self.scale, self.mode, self.config.block_d)
+        return _Operands.of(z, weights, self.centre, self.scale, self.mode, self.config)
 
     def sweep(self, rows: _Operands, columns: _Operands, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Σ_j w_j·(k − shift) (N,) and Σ_j w_j·(W − shift)·(u_i − u_j) (N, D), with w = 1/M where the columns have no weights."""
         within = rows is columns
-        n, m, d = rows.half.numel(), columns.half.numel(), rows.scaled.shape[1]
-        value = torch.empty_like(rows.half)
-        pull = torch.empty_like(rows.scaled) if gradient else value
-        weights = columns.half if columns.weights is None else columns.weights
-        shared = dict(GRADIENT=gradient, WEIGHTED=columns.weights is not None, BANDWIDTHS=self.bandwidths, SQUARINGS=self.squarings, D=d)
+        n, d = rows.scaled.shape
+        m = columns.half.numel()
         config = self.config
-        sweep_kernel[(triton.cdiv(n, config.block_n), d // config.block_d if gradient else 1)](
+        blocks = (n // config.block_n, d // config.block_d if gradient else 1)
+        splits = column_splits(blocks[0] * blocks[1], m // config.block_m, self.device.multiprocessors)
+        value = rows.half.new_empty(splits, n)
+        pull = rows.scaled.new_empty(splits, n, d) if gradient else value
+        weights = columns.half if columns.weights is None else columns.weights
+        weighted = columns.weights is not None
+        shared = dict(GRADIENT=gradient, WEIGHTED=weighted, BANDWIDTHS=self.bandwidths, SQUARINGS=self.squarings, D=d, WITHIN=within)
+        sweep_kernel[(*blocks, splits)](
             rows.hi, rows.lo, rows.half, columns.hi, columns.lo, columns.half, weights, self.table, self.shifts, self.differences,
-            value, pull, n, m, **shared, WITHIN=within, SYMMETRIC=within and not gradient and columns.weights is None, MODE=self.mode,
+            value, pull, m, m - columns.rows, **shared, SYMMETRIC=within and not gradient and not weighted, MODE=self.mode,
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         config = self.difference_config
-        differences_kernel[(triton.cdiv(n, config.block_n), d // config.block_d if gradient else 1)](
-            rows.scaled, columns.scaled, weights, self.table, self.shifts, self.differences, value, pull, n, m, **shared, WITHIN=within,
+        differences_kernel[(n // config.block_n, d // config.block_d if gradient else 1, splits)](
+            rows.scaled, columns.scaled, weights, self.table, self.shifts, self.differences, value, pull, columns.rows, **shared,
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        mean = 1 / m if columns.weights is None else 1.0
-        value = value.double() * (mean * self.unit)
+        mean = 1 / columns.rows if columns.weights is None else 1.0
+        value = value.sum(0, dtype=torch.float64)[: rows.rows] * (mean * self.unit)
         if not gradient:
             return value, None
-        return value, pull[:, : rows.dim] * (mean * self.unit / self.scale).to(pull.dtype)
+        return value, pull.sum(0)[: rows.rows, : rows.dim] * (mean * self.unit / self.scale).to(pull.dtype)
 
 
 def pair_sums(
@@ -426,6 +466,7 @@ def pair_sums(
     p: Tensor | None,
     y: Tensor | None,
     q: Tensor | None,
+    centre: Tensor,
     kernel: Radial,
     x_scale: float | Tensor,
     y_scale: float | Tensor,
@@ -433,16 +474,17 @@ def pair_sums(
     y_grad: bool,
     precision: str,
 ) -> PairSums:
-    """Sweep all pairs of rows of x (N, D) and y (M, D), centred, in float32 or float64, with weights p (N,) and q (M,), equal if None."""
-    radius2 = torch.stack([z.square().sum(1).max() for z in (x, y) if z is not None]).max()
-    launcher = _Launcher(x, kernel, radius2, x_grad or y_grad, precision)
+    """Sweep all pairs of rows of x (N, D) and y (M, D), in float32 or float64, with weights p (N,) and q (M,), equal if None."""
+    radius2 = torch.stack([(z - centre).square().sum(1).max() for z in (x, y) if z is not None]).max()
+    launcher = _Launcher(x, centre, kernel, radius2, x_grad or y_grad, precision)
 
     def total(value: Tensor, weights: Tensor | None) -> Tensor:
         return value.mean() if weights is None else weights.double() @ value
 
     def shifted(z: Tensor, other: Tensor, weights: Tensor | None) -> Tensor:
         """Σ_j w_j·(z_i − other_j) times the shift: what the sweep leaves out, in closed form."""
-        return launcher.slope_shift * (z - (other.mean(0) if weights is None else weights @ other))
+        other = other - centre
+        return launcher.slope_shift * ((z - centre) - (other.mean(0) if weights is None else weights @ other))
 
     a = launcher.operands(x, p)
     value, x_pull = launcher.sweep(a, a, x_grad)

@@ -22,15 +22,16 @@ def pair_sums(
     p: Tensor | None,
     y: Tensor | None,
     q: Tensor | None,
+    centre: Tensor,
     kernel: Radial,
     x_scale: float | Tensor,
     y_scale: float | Tensor,
     x_grad: bool,
     y_grad: bool,
 ) -> PairSums:
-    """Sweep all pairs of rows of x (N, D) and y (M, D), centred, in float32 or float64, with weights p (N,) and q (M,), equal if None."""
+    """Sweep all pairs of rows of x (N, D) and y (M, D), in float32 or float64, with weights p (N,) and q (M,), equal if None."""
     ladder = RBFLadder.of(kernel)
-    sweep = _Sweep(ladder, *_arithmetic(x, y, ladder))
+    sweep = _Sweep(ladder, centre, *_arithmetic(x, y, centre, ladder))
     a = sweep.points(x, p, x_grad)
     within_x = sweep.within(a, float(x_scale))
     within_y = across = 0.0
@@ -39,20 +40,13 @@ def pair_sums(
         b = sweep.points(y, q, y_grad)
         within_y = sweep.within(b, float(y_scale))
         across = sweep.across(a, b)
-    totals = torch.tensor([within_x, within_y, across], dtype=torch.float64)
-    return PairSums(*totals, _pull(x, a), _pull(y, b))
+    totals = [torch.tensor(total, dtype=torch.float64) for total in (within_x, within_y, across)]
+    return PairSums(totals[0], totals[1], totals[2], sweep.pull(a), None if b is None else sweep.pull(b))
 
 
-def _pull(z: Tensor | None, side: _Points | None) -> Tensor | None:
-    if z is None or side is None or side.moments is None:
-        return None
-    moments = side.moments.T
-    return (moments[:, -1:] * z - moments[:, :-1]).to(z.dtype)
-
-
-def _arithmetic(x: Tensor, y: Tensor | None, kernel: RBFLadder) -> tuple[torch.dtype, bool]:
+def _arithmetic(x: Tensor, y: Tensor | None, centre: Tensor, kernel: RBFLadder) -> tuple[torch.dtype, bool]:
     """The dtype of the sweep, and whether its distances come from differences."""
-    radius2 = max(float(z.square().sum(1).max()) for z in (x, y) if z is not None)
+    radius2 = max(float((z - centre).square().sum(1).max()) for z in (x, y) if z is not None)
     exponent = kernel.gamma * kernel.ratios[-1] * radius2
     for dtype in (x.dtype, torch.float64):
         if not exponent * torch.finfo(dtype).eps > EXPONENT_ERROR[x.dtype]:
@@ -62,6 +56,8 @@ def _arithmetic(x: Tensor, y: Tensor | None, kernel: RBFLadder) -> tuple[torch.d
 
 @dataclass
 class _Points:
+    rows: Tensor  # (N, D), centred
+    dtype: torch.dtype  # of the input
     weights: Tensor  # (N,)
     uniform: float | None  # the weight, where all are equal
     left: Tensor  # (N, D + 2): left @ right is the exponent of the widest bandwidth
@@ -71,15 +67,15 @@ class _Points:
 
 
 class _Sweep:
-    def __init__(self, kernel: RBFLadder, dtype: torch.dtype, differences: bool) -> None:
-        self.kernel, self.dtype, self.differences = kernel, dtype, differences
+    def __init__(self, kernel: RBFLadder, centre: Tensor, dtype: torch.dtype, differences: bool) -> None:
+        self.kernel, self.centre, self.dtype, self.differences = kernel, centre.to(dtype), dtype, differences
         # exp2 is the fastest exponential there is; expm1 has no such twin.
         self.unit = 1.0 if kernel.shifts[0] else LOG2_E
         buffers = 1 if len(kernel.ratios) == 1 else 3
         self.buffers = [torch.empty(TILE * TILE, dtype=dtype) for _ in range(buffers)]
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> _Points:
-        z = z.to(self.dtype)
+        dtype, z = z.dtype, z.to(self.dtype) - self.centre
         uniform = 1 / z.shape[0] if weights is None else None
         weights = z.new_full(z.shape[:1], 1 / z.shape[0]) if weights is None else weights.to(self.dtype)
         scaled = z * (2 * self.kernel.gamma * self.unit) ** 0.5
@@ -92,7 +88,11 @@ class _Sweep:
         weighted = torch.cat([z, one], 1).T * weights
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
         moments = torch.zeros(weighted.shape, dtype=self.dtype) if gradient else None
-        return _Points(weights, uniform, left, right, weighted, moments)
+        return _Points(z, dtype, weights, uniform, left, right, weighted, moments)
+
+    @staticmethod
+    def pull(a: _Points) -> Tensor | None:
+        return None if a.moments is None else (a.moments[-1:].T * a.rows - a.moments[:-1].T).to(a.dtype)
 
     def within(self, a: _Points, scale: float) -> float:
         total = 0.0
@@ -179,4 +179,4 @@ def _tiles(rows: int) -> list[slice]:
 def _quadratic_form(k: Tensor, a: _Points, i: slice, b: _Points, j: slice) -> float:
     if a.uniform is not None and b.uniform is not None:
         return a.uniform * b.uniform * float(k.sum())
-    return float(a.weights[i] @ (k @ b.weights[j]))
+    return float(a.weights[i].double() @ (k @ b.weights[j]).double())

@@ -105,20 +105,18 @@ def _evaluate(
             mean_squared_distance = (x.square().sum(1, dtype=torch.float64) + x.shape[1]).mean()
         else:
             centre = 0.5 * (x.mean(0) + y.mean(0))
-            y = y - centre
-            mean_squared_distance = (x - centre).square().sum(1, dtype=torch.float64).mean() + y.square().sum(1, dtype=torch.float64).mean()
-        centred = x - centre
+            mean_squared_distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()
         kernel = Radial.of(bandwidth, bandwidth_weights, mean_squared_distance)
         p, q = (None if w is None else w.to(dtype) for w in (x_weights, y_weights))
         x_square, y_square = _sum_of_squares(x, p), 0.0 if y is None else _sum_of_squares(y, q)
         x_scale, y_scale = (1 / (1 - square) if unbiased else 1.0 for square in (x_square, y_square))
-        sums = pair_sums(centred, p, y, q, kernel, x_scale, y_scale, x_grad, y_grad)
+        sums = pair_sums(x, p, y, q, centre, kernel, x_scale, y_scale, x_grad, y_grad)
 
         value = x_scale * sums.within_x + y_scale * sums.within_y - 2 * sums.across
         if not unbiased:
             # The pairs i = j, exactly; the shifts cancel between the terms, as the weights of each sum to one.
             value = value + (x_square + y_square) * (kernel.weights @ (1 - kernel.shifts))
-        grad_x = _gradient(centred, p, sums.x_pull, kernel)
+        grad_x = _gradient(x, p, sums.x_pull, kernel)
         grad_y = x.new_empty(0) if y is None else _gradient(y, q, sums.y_pull, kernel)
         if y is None:
             value = value + _prior_terms(x, p, kernel)

@@ -1,0 +1,142 @@
+"""One table of MMD problems for every backend, and the tolerances they are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvae import reference
+from fastvae.checks import triton_interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its interpreter, or a CUDA device")
+
+
+@dataclass(frozen=True)
+class Case:
+    """x ~ N(offset, I), y ~ N(offset + 0.3, 1.2²·I), n and m rows of d features."""
+
+    name: str
+    n: int = 70
+    m: int = 50
+    d: int = 5
+    bandwidth: tuple[float, ...] = (2.0,)
+    bandwidth_weights: tuple[float, ...] | None = None
+    estimator: str = "biased"
+    weighted: bool = False
+    offset: float = 0.0
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+
+    def points(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.n, self.d, dtype=torch.float64, generator=generator) + self.offset
+        y = 1.2 * torch.randn(self.m, self.d, dtype=torch.float64, generator=generator) + self.offset + 0.3
+        return tuple(self._lay_out(t.to(self.dtype)).to(DEVICE) for t in (x, y))
+
+    def _lay_out(self, t: Tensor) -> Tensor:
+        if self.layout == "transposed":
+            return t.T.contiguous().T
+        if self.layout == "sliced":
+            return torch.stack([t, -t], 2)[:, :, 0]
+        if self.layout == "expanded":
+            return t[:1].expand_as(t)
+        return t
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        if not self.weighted:
+            return {}
+        generator = torch.Generator().manual_seed(2)
+        p, q = (torch.rand(rows, dtype=torch.float64, generator=generator) for rows in (self.n, self.m))
+        p[0] = 0
+        return {"x_weights": (p / p.sum()).to(DEVICE, dtype), "y_weights": (q / q.sum()).to(DEVICE, dtype)}
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"bandwidth": self.bandwidth, "bandwidth_weights": self.bandwidth_weights, "estimator": self.estimator}
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _cases() -> list[Case]:
+    ladder = (1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0)
+    base = [
+        Case("one bandwidth"),
+        Case("unbiased", estimator="unbiased"),
+        Case("one row each", n=1, m=1),
+        Case("one row against many", n=1, m=70),
+        Case("two rows, unbiased", n=2, m=2, estimator="unbiased"),
+        Case("whole tiles", n=128, m=64, d=16),
+        Case("one past a tile", n=129, m=65, d=17),
+        Case("one feature", d=1),
+        Case("features past a block", n=20, m=30, d=130, bandwidth=(11.0,)),
+        Case("ladder by squaring", bandwidth=ladder),
+        Case("ladder by fourth powers", bandwidth=(1.0, 2.0, 4.0)),
+        Case("unrelated bandwidths", bandwidth=(0.7, 1.9, 3.1)),
+        Case("from narrow to wide", bandwidth=(0.05, 1.0, 30.0)),
+        Case("equal bandwidths", bandwidth=(2.0, 2.0)),
+        Case("weighted bandwidths", bandwidth=ladder, bandwidth_weights=(0.1, 0.2, 0.3, 0.4, -0.5)),
+        Case("one weighted bandwidth", bandwidth_weights=(3.0,)),
+        Case("sample weights", weighted=True),
+        Case("sample weights, ladder, unbiased", weighted=True, bandwidth=ladder, estimator="unbiased"),
+        Case("narrow", bandwidth=(0.01,)),
+        Case("wide", bandwidth=(20.0,)),
+        Case("far from the origin", offset=1000.0),
+        Case("transposed", layout="transposed"),
+        Case("sliced", layout="sliced"),
+        Case("expanded", layout="expanded"),
+    ]
+    return base + [replace(case, name=f"{case.name}, float64", dtype=torch.float64) for case in base]
+
+
+CASES = _cases()
+STREAMING_CASES = [
+    *CASES,
+    Case("several tiles", n=1100, m=700, d=3),
+    Case("several tiles, unbiased ladder", n=1100, m=700, d=3, bandwidth=(1.0, 2**0.5, 2.0), estimator="unbiased", weighted=True),
+    Case("several tiles, wide", n=600, m=1100, d=3, bandwidth=(20.0,)),
+    Case("bfloat16", dtype=torch.bfloat16),
+    Case("float16", dtype=torch.float16),
+]
+
+# Relative error of the value, of the gradient, and of one k. A k is as good as its exponent: some tens of roundings of the dtype, or of the
+# products (2⁻¹⁷ for split bfloat16, 2⁻¹¹ for tf32, 2⁻⁸ for bfloat16). In a mean over n rows of pairs the errors of k average out, as 1/n.
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-8, 1e-13),
+    torch.float32: (1e-5, 2e-5, 2e-6),
+}
+TRITON_TOLERANCE = {
+    "highest": (1e-5, 1e-4, 2e-5),
+    "ieee": (1e-5, 2e-5, 4e-6),
+    "high": (1e-3, 5e-3, 1e-3),
+    "medium": (1e-2, 5e-2, 1e-2),
+}
+
+
+def assert_close(actual, expected, tolerance: tuple[float, float, float], n: int, size: float = 1.0) -> None:
+    """(value, gradients …) against float64 ones, for samples of n rows or more; `size` is Σ_b |a_b|."""
+    value_rtol, grad_rtol, pair_error = tolerance
+    error, absolute = abs(actual[0].double() - expected[0]).item(), pair_error * size / n
+    assert error <= value_rtol * abs(expected[0].item()) + absolute, f"value off by {error:.1e} of {expected[0].item():.6g}"
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        error, norm = (a.double() - e).norm().item(), e.norm().item()
+        assert error <= grad_rtol * norm + absolute, f"gradient off by {error:.1e} of {norm:.1e}"
+
+
+def evaluate(function, *points: Tensor, **options):
+    """Value and gradients to the points."""
+    points = tuple(t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in points)
+    value = function(*points, **options)
+    return value.detach(), *torch.autograd.grad(value, points)
+
+
+def expected(case: Case, name: str, *points: Tensor):
+    """The dense reference in float64, on the values that the case's dtype holds."""
+    weights = {k: w.double() for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}
+    return evaluate(getattr(reference, name), *(t.double() for t in points), **case.options, **weights)

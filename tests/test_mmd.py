@@ -1,0 +1,266 @@
+"""MMD on the CPU path and on the Triton kernels against the dense reference in float64, and what autograd and the compiler make of it."""
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import reference
+from tests.cases import CASES, DEVICE, STREAMING_CASES, TOLERANCE, TRITON_TOLERANCE, Case, assert_close, evaluate, expected, needs_triton
+
+FUNCTIONS = ["mmd", "mmd_to_normal"]
+
+
+def run(case: Case, name: str, **options):
+    """Actual and expected (value, gradients …), and the value of a call that wants no gradient."""
+    points = case.points() if name == "mmd" else case.points()[:1]
+    weights = {k: w for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}
+    function = getattr(fastvae, name)
+    actual = evaluate(function, *points, **case.options, **weights, **options)
+    value_only = function(*points, **case.options, **weights, **options)
+    return actual, expected(case, name, *points), value_only
+
+
+def size(case: Case) -> tuple[int, float]:
+    rows = 1 if case.layout == "expanded" else min(case.n, case.m)
+    return rows, sum(map(abs, case.bandwidth_weights or (1.0,) * len(case.bandwidth)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("case", STREAMING_CASES, ids=lambda case: case.name)
+def test_cpu(case, name):
+    if case.offset and name == "mmd_to_normal":
+        pytest.skip("the prior is at the origin")
+    if DEVICE != "cpu":
+        pytest.skip("the default backend is not the CPU's")
+    actual, reference_values, value_only = run(case, name)
+    assert actual[0].dtype == case.accumulation_dtype
+    assert all(grad.dtype == case.dtype for grad in actual[1:])
+    tolerance = TOLERANCE[case.accumulation_dtype]
+    if case.dtype != case.accumulation_dtype:
+        tolerance = (tolerance[0], torch.finfo(case.dtype).eps, tolerance[2])
+    assert_close(actual, reference_values, tolerance, *size(case))
+    assert_close([value_only], reference_values[:1], tolerance, *size(case))
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_triton(case, name):
+    if case.offset and name == "mmd_to_normal":
+        pytest.skip("the prior is at the origin")
+    actual, reference_values, value_only = run(case, name, backend="triton", precision="highest")
+    tolerance = TOLERANCE[torch.float64] if case.dtype == torch.float64 else TRITON_TOLERANCE["highest"]
+    assert_close(actual, reference_values, tolerance, *size(case))
+    assert_close([value_only], reference_values[:1], tolerance, *size(case))
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("precision", ["high", "medium", "ieee"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[17]], ids=lambda case: case.name)
+def test_triton_precision(case, precision):
+    actual, reference_values, _ = run(case, "mmd", backend="triton", precision=precision)
+    assert_close(actual, reference_values, TRITON_TOLERANCE[precision], *size(case))
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_half(dtype):
+    case = Case("half", dtype=dtype)
+    actual, reference_values, _ = run(case, "mmd", backend="triton", precision="highest")
+    value, grad, absolute = TRITON_TOLERANCE["highest"]
+    assert_close(actual, reference_values, (value, max(grad, torch.finfo(dtype).eps), absolute), *size(case))
+
+
+def test_clusters_far_apart_with_a_small_bandwidth():
+    """Centring is not enough here: with ‖x‖² + ‖y‖² − 2x·y in float32 the gradient is off by several percent."""
+    side = 100 * torch.sign(torch.randn(300, 1, dtype=torch.float64))
+    x, y = (side + 0.1 * torch.randn(300, 4, dtype=torch.float64) for _ in range(2))
+    for dtype in (torch.float32, torch.float64):
+        a, b = x.to(dtype), y.to(dtype)
+        actual = evaluate(fastvae.mmd, a, b, bandwidth=0.2, backend="cpu")
+        assert_close(actual, evaluate(reference.mmd, a.double(), b.double(), bandwidth=0.2), TOLERANCE[dtype], 300)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+def test_triton_clusters_far_apart_with_a_small_bandwidth():
+    side = 100 * torch.sign(torch.randn(60, 1, dtype=torch.float64))
+    x, y = ((side + 0.1 * torch.randn(60, 4, dtype=torch.float64)).float().to(DEVICE) for _ in range(2))
+    for weights in ({}, {"x_weights": torch.full((60,), 1 / 60, device=DEVICE)}):
+        for bandwidth in (0.2, (0.1, 0.2)):
+            actual = evaluate(fastvae.mmd, x, y, bandwidth=bandwidth, backend="triton", **weights)
+            exact = evaluate(reference.mmd, x.double(), y.double(), bandwidth=bandwidth)
+            assert_close(actual, exact, TRITON_TOLERANCE["ieee"], 60)
+
+
+def test_nearly_constant_kernel_keeps_its_digits():
+    """Every k within 1e-3 of one, as in CMMD: sums of k would lose what sums of k − 1 keep."""
+    x, y = torch.randn(2000, 64), torch.randn(2000, 64) + 0.02
+    x, y = (torch.nn.functional.normalize(t) for t in (x, y))
+    exact = fastvae.mmd(x.double(), y.double(), bandwidth=30.0, backend="cpu")
+    assert fastvae.mmd(x, y, bandwidth=30.0, backend="cpu").item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_same_sample_has_no_mmd():
+    x = torch.randn(600, 3)
+    assert abs(fastvae.mmd(x, x.clone(), bandwidth=1.5).item()) < 1e-7
+
+
+BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["x", "y"])
+def test_a_value_that_is_not_finite_gives_nan(backend, value, where):
+    points = {"x": torch.randn(9, 3), "y": torch.randn(8, 3)}
+    points[where][4, 1] = value
+    result, *grads = evaluate(fastvae.mmd, points["x"], points["y"], backend=backend)
+    assert result.isnan()
+    assert all(grad.isnan().any() for grad in grads)
+    assert fastvae.mmd_to_normal(points[where], backend=backend).isnan()
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bandwidth", [(1.5,), (1.0, 2**0.5, 2.0), (0.6, 9.0)])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_gradcheck(backend, bandwidth, estimator):
+    x, y = (torch.randn(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for rows in (4, 3))
+    options = {"bandwidth": bandwidth, "estimator": estimator, "backend": backend}
+    assert torch.autograd.gradcheck(lambda x, y: fastvae.mmd(x, y, **options), (x, y))
+    assert torch.autograd.gradcheck(lambda x: fastvae.mmd_to_normal(x, **options), (x,))
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_gradcheck_by_differences():
+    x, y = (
+        torch.randn(rows, 2, dtype=torch.float64, device=DEVICE) * 0.1 + 1e4 * (torch.arange(rows, device=DEVICE) % 2)[:, None]
+        for rows in (4, 3)
+    )
+    x, y = x.requires_grad_(), y.requires_grad_()
+    for backend in ("cpu", "triton"):
+        assert torch.autograd.gradcheck(lambda x, y, backend=backend: fastvae.mmd(x, y, bandwidth=0.2, backend=backend), (x, y))
+
+
+def test_only_the_wanted_gradients(monkeypatch):
+    from fastvae.ops import mmd as op
+
+    asked = []
+    original = op.cpu.pair_sums
+    monkeypatch.setattr(op.cpu, "pair_sums", lambda *args: asked.append(args[-2:]) or original(*args))
+    x, y = torch.randn(5, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    fastvae.mmd(x, y, backend="cpu")
+    fastvae.mmd(x, y.detach(), backend="cpu")
+    with torch.no_grad():
+        fastvae.mmd(x, y, backend="cpu")
+    assert asked == [(True, True), (True, False), (False, False)]
+
+
+def test_second_derivative():
+    x, y = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="mmd has no second derivative: pass backend='reference'"):
+        grad.sum().backward()
+    assert torch.autograd.gradgradcheck(lambda x, y: fastvae.mmd(x, y, backend="reference"), (x, y))
+
+
+@pytest.mark.parametrize("y", [torch.randn(4, 2, dtype=torch.float64), None])
+def test_opcheck(y):
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    y = None if y is None else y.requires_grad_()
+    h = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fastvae.mmd.default, (x, y, None, None, h, h, False, "", "", True, y is not None))
+
+
+def test_op_called_without_its_gradient_says_so():
+    x, h = torch.randn(5, 2, requires_grad=True), torch.ones(1, dtype=torch.float64)
+    value, *_ = torch.ops.fastvae.mmd(x, None, None, None, h, h, False, "", "", False, False)
+    with pytest.raises(RuntimeError, match="without the gradient that backward needs"):
+        value.backward()
+
+
+def test_compiles_whole_and_once_for_all_sizes():
+    compilations = []
+
+    def backend(module, inputs):
+        compilations.append(module)
+        return module.forward
+
+    def loss(x, y):
+        return fastvae.mmd(2 * x, y, bandwidth=[1.0, 2.0], estimator="unbiased") + fastvae.mmd_to_normal(x)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (10, 23, 600):
+        x, y = torch.randn(rows, 4, requires_grad=True), torch.randn(rows + 3, 4)
+        torch.testing.assert_close(compiled(x, y), loss(x, y))
+    assert len(compilations) == 1
+
+
+def test_compiled_gradient():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, y: fastvae.mmd(2 * x, y), fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    for a, e in zip(evaluate(compiled, x, y), evaluate(lambda x, y: fastvae.mmd(2 * x, y), x, y), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_functional_gradient():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    _, expected_grad, _ = evaluate(fastvae.mmd, x, y)
+    torch.testing.assert_close(torch.func.grad(fastvae.mmd)(x, y), expected_grad)
+
+
+def test_autocast_computes_in_float32():
+    x, y = torch.randn(40, 8), torch.randn(30, 8)
+    exact = fastvae.mmd(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastvae.mmd(x, y).item() == exact.item()
+        assert fastvae.mmd(x.bfloat16(), y).item() == fastvae.mmd(x.bfloat16().float(), y).item()
+
+
+def test_bandwidth_as_a_tensor():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    for bandwidth in (torch.tensor(1.5), torch.tensor([1.0, 2.0])):
+        assert fastvae.mmd(x, y, bandwidth=bandwidth).item() == fastvae.mmd(x, y, bandwidth=bandwidth.tolist()).item()
+
+
+def test_same_bits_every_time():
+    x, y = torch.randn(1100, 5), torch.randn(700, 5)
+    first, second = (evaluate(fastvae.mmd, x, y, bandwidth=(1.0, 3.0)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_loss_module():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    loss = fastvae.MMDLoss(bandwidth=(1.0, 2.0), estimator="unbiased")
+    assert loss(x, y).item() == fastvae.mmd(x, y, bandwidth=(1.0, 2.0), estimator="unbiased").item()
+    assert loss(x).item() == fastvae.mmd_to_normal(x, bandwidth=(1.0, 2.0), estimator="unbiased").item()
+    assert "bandwidth=(1.0, 2.0)" in repr(loss)
+
+
+def test_memory_grows_with_n_and_not_with_its_square():
+    """Peak bytes of tensors that the sweep allocates, counted by the profiler at two sizes."""
+
+    def peak(n):
+        x = torch.randn(n, 4, requires_grad=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            fastvae.mmd_to_normal(x, backend="cpu").backward()
+        live = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        return most
+
+    small, large = peak(1024), peak(8192)
+    assert large < 1024 * 8192 * 4
+    assert large - small < 40 * 4 * 7168 * 4

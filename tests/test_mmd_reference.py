@@ -1,0 +1,74 @@
+"""The dense reference against formulas written down independently in numpy, and against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastvae import reference
+
+
+def numpy_mmd(x, y, bandwidths, weights, unbiased):
+    def mean_kernel(a, b, drop_diagonal):
+        total = 0.0
+        for i in range(len(a)):
+            for j in range(len(b)):
+                if drop_diagonal and i == j:
+                    continue
+                total += sum(
+                    w * math.exp(-float(np.sum((a[i] - b[j]) ** 2)) / (2 * h * h)) for h, w in zip(bandwidths, weights, strict=True)
+                )
+        return total / (len(a) * (len(b) - 1) if drop_diagonal else len(a) * len(b))
+
+    return mean_kernel(x, x, unbiased) + mean_kernel(y, y, unbiased) - 2 * mean_kernel(x, y, False)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize(("bandwidths", "weights"), [((1.3,), None), ((0.5, 2.0, 7.0), None), ((0.5, 2.0), (0.2, 3.0))])
+def test_mmd_is_the_double_sum(estimator, bandwidths, weights):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 0.5
+    value = reference.mmd(torch.tensor(x), torch.tensor(y), bandwidth=bandwidths, bandwidth_weights=weights, estimator=estimator)
+    assert value.item() == pytest.approx(numpy_mmd(x, y, bandwidths, weights or (1,) * len(bandwidths), estimator == "unbiased"), rel=1e-12)
+
+
+def test_sample_weights_are_multiplicities():
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    repeated = torch.cat([x, x[:1], x[:1]])
+    weights = torch.tensor([3, 1, 1, 1], dtype=torch.float64) / 6
+    torch.testing.assert_close(reference.mmd(x, y, x_weights=weights), reference.mmd(repeated, y))
+
+
+def test_unbiased_weights_reduce_to_the_u_statistic():
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    equal = torch.full((4,), 0.25, dtype=torch.float64)
+    torch.testing.assert_close(reference.mmd(x, y, estimator="unbiased", x_weights=equal), reference.mmd(x, y, estimator="unbiased"))
+
+
+def test_closed_form_prior_by_quadrature():
+    """One dimension: both expectations over N(0, 1) by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
+    x, h = np.array([-1.2, 0.3, 2.0]), 0.8
+    k = np.exp(-((x[:, None] - nodes[None]) ** 2) / (2 * h * h))
+    within = np.exp(-((x[:, None] - x[None]) ** 2) / (2 * h * h)).mean()
+    prior = weights @ np.exp(-((nodes[:, None] - nodes[None]) ** 2) / (2 * h * h)) @ weights
+    expected = within - 2 * (k @ weights).mean() + prior
+    assert reference.mmd_to_normal(torch.tensor(x)[:, None], bandwidth=h).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_closed_form_prior_is_the_limit_of_samples():
+    x = torch.randn(40, 3, dtype=torch.float64) * 0.5 + 0.4
+    y = torch.randn(4000, 3, dtype=torch.float64)
+    sampled = reference.mmd(x, y, bandwidth=1.5).item()
+    assert reference.mmd_to_normal(x, bandwidth=1.5).item() == pytest.approx(sampled, abs=3e-3)
+
+
+def test_two_gaussians_have_the_known_mmd():
+    """E over N(0, 1) and N(μ, 1) of the RBF kernel: both are Gaussian integrals of variance h² + 2."""
+    mu, h = 0.7, 1.1
+    x, y = torch.randn(3000, 1, dtype=torch.float64), torch.randn(3000, 1, dtype=torch.float64) + mu
+    same = math.sqrt(h * h / (h * h + 2))
+    expected = 2 * same * (1 - math.exp(-mu * mu / (2 * (h * h + 2))))
+    assert reference.mmd(x, y, bandwidth=h, estimator="unbiased").item() == pytest.approx(expected, abs=0.02)
