@@ -119,8 +119,7 @@ def _mmd(
         if y is None:
             return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights)
         return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights, y_weights=y_weights)
-    x_grad, y_grad = (torch.is_grad_enabled() and z is not None and z.requires_grad for z in (x, y))
-    return apply_mmd(x, y, x_weights, y_weights, h, a, estimator == "unbiased", precision or "", backend or "", x_grad, y_grad)
+    return apply_mmd(x, y, x_weights, y_weights, h, a, estimator == "unbiased", precision or "", backend or "")
 
 
 def reparameterize_kl(

@@ -13,6 +13,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class _ForbidSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:

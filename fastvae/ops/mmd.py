@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import mmd as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
 from fastvae.radial import Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
@@ -157,8 +157,12 @@ def _prior_gradient(x: Tensor, p: Tensor | None, kernel: Radial) -> Tensor:
 
 
 def apply_mmd(*args: Any) -> Tensor:
-    """MMD², differentiable; arguments of `torch.ops.fastvae.mmd`."""
-    return cast(Tensor, MMD.apply(*args)[0])  # type: ignore[no-untyped-call]
+    """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last two, which say what gradients are wanted."""
+    x, y = args[:2]
+    flags = (needs_grad(x), needs_grad(y))
+    if not any(flags):
+        return cast(Tensor, mmd_op(*args, *flags)[0])
+    return cast(Tensor, MMD.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
 
 
 class MMD(torch.autograd.Function):

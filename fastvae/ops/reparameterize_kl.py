@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.common import accumulation_dtype, needs_grad
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor eps, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -77,6 +77,8 @@ def _gradients(mu: Tensor) -> tuple[Tensor, Tensor]:
 
 def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
+    if not needs_grad(*args[:2]):
+        return cast(tuple[Tensor, Tensor], forward_op(*args))
     return cast(tuple[Tensor, Tensor], ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
 
 
@@ -103,11 +105,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-    grads = backward_op(grad_z, grad_kl, *ctx.saved_tensors, ctx.per_dimension, ctx.backend)
+    args = (grad_z, grad_kl, *ctx.saved_tensors, ctx.per_dimension, ctx.backend)
+    if needs_grad(*args[:4]):
+        grads = ReparameterizeKLBackward.apply(*args)  # type: ignore[no-untyped-call]
+    else:
+        grads = backward_op(*args)
     return *grads, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class ReparameterizeKLBackward(torch.autograd.Function):
+    """(dμ, dlogvar), itself differentiable; arguments of `torch.ops.fastvae.reparameterize_kl_backward`."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], backward_op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_double(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _double_backward(ctx, *grads)
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,117 @@
+"""Every bad call gives one clear sentence: the argument, the rule, what was received."""
+
+import pytest
+import torch
+
+import fastvae
+
+X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
+HALF = torch.full((4,), 0.25)
+
+BAD_MMD = [
+    ((None, Y), {}, TypeError, "x must be a torch.Tensor, got NoneType"),
+    (([[1.0]], Y), {}, TypeError, "x must be a torch.Tensor, got list"),
+    ((X.long(), Y), {}, TypeError, "x must have dtype float64, float32, bfloat16 or float16, got torch.int64"),
+    ((X, Y.to(torch.complex64)), {}, TypeError, "y must have dtype float64, float32, bfloat16 or float16, got torch.complex64"),
+    ((X[0], Y), {}, ValueError, "x must have shape (rows, features), got (3,)"),
+    ((X[None], Y), {}, ValueError, "x must have shape (rows, features), got (1, 4, 3)"),
+    ((X[:0], Y), {}, ValueError, "x must have at least one row and one feature, got shape (0, 3)"),
+    ((X, Y[:, :0]), {}, ValueError, "y must have at least one row and one feature, got shape (5, 0)"),
+    ((X, Y[:, :2]), {}, ValueError, "x and y must have the same number of features, got shapes (4, 3) and (5, 2)"),
+    ((X, Y.double()), {}, TypeError, "x and y must have the same dtype, got torch.float32 and torch.float64"),
+    ((X, Y.to("meta")), {}, ValueError, "x and y must be on the same device, got cpu and meta"),
+    ((X, Y), {"bandwidth": 0.0}, ValueError, "bandwidth must be greater than 0, got 0"),
+    ((X, Y), {"bandwidth": [1.0, -2.0]}, ValueError, "bandwidth must be greater than 0, got -2"),
+    ((X, Y), {"bandwidth": float("nan")}, ValueError, "bandwidth must be finite, got nan"),
+    ((X, Y), {"bandwidth": float("inf")}, ValueError, "bandwidth must be finite, got inf"),
+    ((X, Y), {"bandwidth": []}, ValueError, "bandwidth must hold at least one value, got none"),
+    ((X, Y), {"bandwidth": "median"}, TypeError, "bandwidth must be a number, got str"),
+    ((X, Y), {"bandwidth": True}, TypeError, "bandwidth must be a number, got bool"),
+    ((X, Y), {"bandwidth": torch.tensor([1.0, 0.0])}, ValueError, "bandwidth must be greater than 0, got 0"),
+    ((X, Y), {"bandwidth": torch.ones(2, 2)}, ValueError, "bandwidth must be a scalar or a vector, got shape (2, 2)"),
+    ((X, Y), {"bandwidth": torch.ones(1, dtype=torch.long)}, TypeError, "bandwidth must have dtype float64"),
+    (
+        (X, Y),
+        {"bandwidth": torch.ones(1, requires_grad=True)},
+        ValueError,
+        "bandwidth must not require grad, as it is taken as a constant: pass bandwidth.detach()",
+    ),
+    ((X, Y), {"bandwidth_weights": [1.0, 2.0]}, ValueError, "bandwidth_weights must have one value for each bandwidth, got 2 for 1"),
+    ((X, Y), {"kernel": "rfb"}, ValueError, "kernel must be one of 'rbf', got 'rfb'"),
+    ((X, Y), {"estimator": "u"}, ValueError, "estimator must be one of 'biased', 'unbiased', got 'u'"),
+    ((X, Y), {"precision": "low"}, ValueError, "precision must be one of None, 'highest', 'high', 'medium', 'ieee', got 'low'"),
+    ((X, Y), {"backend": "cuda"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'cuda'"),
+    (
+        (X[:1], Y),
+        {"estimator": "unbiased"},
+        ValueError,
+        "x must have at least two rows for estimator='unbiased', got 1: use estimator='biased'",
+    ),
+    ((X, Y[:1]), {"estimator": "unbiased"}, ValueError, "y must have at least two rows for estimator='unbiased', got 1"),
+    (
+        (X, Y),
+        {"x_weights": HALF[:3]},
+        ValueError,
+        "x_weights must have one value for each row of x, shape (4,), got (3,)",
+    ),
+    ((X, Y), {"x_weights": 2 * HALF}, ValueError, "x_weights must sum to one, got a sum of 2: divide by x_weights.sum()"),
+    ((X, Y), {"x_weights": [0.25] * 4}, TypeError, "x_weights must be a torch.Tensor, got list"),
+    ((X, Y), {"x_weights": HALF.to("meta")}, ValueError, "x_weights and x must be on the same device, got meta and cpu"),
+    ((X, Y), {"x_weights": HALF.clone().requires_grad_()}, ValueError, "x_weights must not require grad"),
+]
+
+
+@pytest.mark.parametrize(("points", "options", "error", "sentence"), BAD_MMD, ids=[case[3][:60] for case in BAD_MMD])
+def test_mmd(points, options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.mmd(*points, **options)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"mu": X[0], "logvar": X[0]}, ValueError, "mu must have shape (..., features), two dimensions or more, got (3,)"),
+        ({"mu": X[:0], "logvar": X[:0]}, ValueError, "mu must have at least one row and one feature, got shape (0, 3)"),
+        ({"logvar": X[:, :1]}, ValueError, "mu and logvar must have the same shape, got (4, 3) and (4, 1)"),
+        ({"logvar": X.double()}, TypeError, "mu and logvar must have the same dtype, got torch.float32 and torch.float64"),
+        ({"logvar": 1.0}, TypeError, "logvar must be a torch.Tensor, got float"),
+        ({"eps": Y}, ValueError, "mu and eps must have the same shape, got (4, 3) and (5, 3)"),
+        ({"eps": X, "generator": torch.Generator()}, ValueError, "eps and generator must not both be given"),
+        ({"eps": X.clone().requires_grad_()}, ValueError, "eps must not require grad, as it is taken as a constant: pass eps.detach()"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_reparameterize_kl(options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.reparameterize_kl(**{"mu": X, "logvar": X} | options)
+    assert str(caught.value) == sentence
+
+
+def test_normal_refuses_what_mmd_refuses():
+    with pytest.raises(ValueError, match="x must have at least two rows for estimator='unbiased', got 1"):
+        fastvae.mmd_to_normal(X[:1], estimator="unbiased")
+
+
+def test_loss_refuses_when_it_is_made():
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        fastvae.MMDLoss(estimator="u")
+    with pytest.raises(ValueError, match="bandwidth must be greater than 0"):
+        fastvae.MMDLoss(bandwidth=-1.0)
+    with pytest.raises(ValueError, match="y_weights must be None where y is None"):
+        fastvae.MMDLoss()(X, y_weights=HALF)
+
+
+def test_triton_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' must have tensors on a CUDA device, got cpu"):
+        fastvae.mmd(X, Y, backend="triton")
+
+
+def test_weights_that_sum_to_one_within_rounding_pass():
+    n = 100_000
+    weights = torch.rand(n)
+    assert fastvae.mmd(torch.zeros(n, 1)[:1], torch.zeros(1, 1), backend="reference").item() == 0
+    fastvae.checks.sample_weights("w", weights / weights.sum(), "x", torch.zeros(n, 1))

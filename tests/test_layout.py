@@ -1,0 +1,93 @@
+"""The tree holds to its layers: one name per operation in each of them, and imports point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastvae"
+OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path.stem not in ("__init__", "common"))
+
+# Lowest first: a module imports from its own layer and from those above it in this list.
+LAYERS = [
+    ["version", "radial"],
+    ["kernels"],
+    ["checks", "reference"],
+    ["cpu"],
+    ["ops"],
+    ["functional"],
+    ["losses", "objectives"],
+    ["vae"],
+    ["training"],
+    ["cli"],
+]
+
+
+def test_there_are_operations():
+    assert {"mmd", "reparameterize_kl"} <= set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_has_one_name_in_every_layer(operation):
+    for path in (
+        ROOT / "kernels" / f"{operation}.py",
+        PACKAGE / "reference" / f"{operation}.py",
+        PACKAGE / "cpu" / f"{operation}.py",
+        ROOT / "tests" / f"test_{operation}.py",
+        ROOT / "benchmarks" / f"bench_{operation}.py",
+    ):
+        assert path.is_file(), f"{operation} must have {path.relative_to(ROOT)}"
+
+
+def test_kernels_are_a_link_and_no_package():
+    assert (PACKAGE / "kernels").is_symlink()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from [node.module] if node.module != "fastvae" else [f"fastvae.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def layer(name):
+    for level, names in enumerate(LAYERS):
+        if name in names:
+            return level
+    raise AssertionError(f"fastvae.{name} must have a place in LAYERS")
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE).with_suffix("")
+        if relative.name == "__init__" and relative.parent.name == "":
+            continue
+        own = layer(relative.parts[0])
+        for name in imports(path):
+            if (
+                name.startswith("fastvae.")
+                and (PACKAGE / name.split(".")[1]).with_suffix(".py").exists() | (PACKAGE / name.split(".")[1]).is_dir()
+            ):
+                other = name.split(".")[1]
+                if (relative.parts[0], other) in {("cpu", "ops"), ("ops", "kernels")}:
+                    continue
+                assert layer(other) <= own, f"{path.relative_to(ROOT)} must not import {name}"
+
+
+def test_triton_is_imported_only_by_the_kernels():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.resolve() != (ROOT / "kernels").resolve():
+            assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
+
+
+@pytest.mark.parametrize("blocked", ["triton", "lightning", "matplotlib", "sklearn", "mlxtend"])
+def test_imports_without(blocked):
+    code = f"import sys; sys.modules[{blocked!r}] = None\nimport fastvae, torch\nprint(fastvae.mmd(torch.zeros(2, 1), torch.ones(2, 1)).item())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) > 0

@@ -1,0 +1,49 @@
+"""The wheel holds the package and its kernels, and works outside the checkout."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # Built from the source distribution, as `build` does by default: so that holds everything too.
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_wheel_has_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastvae"}
+    for name in ("fastvae/kernels/mmd.py", "fastvae/kernels/reparameterize_kl.py", "fastvae/py.typed"):
+        assert name in names
+
+
+@pytest.mark.slow
+def test_wheel_imports_outside_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import fastvae, torch;"
+        "assert fastvae.__file__.startswith(sys.argv[1]), fastvae.__file__;"
+        "x = torch.randn(5, 2, requires_grad=True); fastvae.mmd_to_normal(x).backward(); print(fastvae.__version__)"
+    )
+    run = (
+        [sys.executable, "-P", "-c", code, str(tmp_path / "site")]
+        if sys.version_info >= (3, 11)
+        else [sys.executable, "-c", code, str(tmp_path / "site")]
+    )
+    result = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
