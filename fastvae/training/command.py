@@ -32,6 +32,7 @@ QUIET = (
     "The number of training batches .* is smaller than the logging interval",  # epoch means are logged all the same
     "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
+    "Total length of `list` across ranks is zero",  # the same
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
     r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
 )
