@@ -1,0 +1,73 @@
+"""The error of every precision against float64, over dimensions, bandwidths and distance from the origin.
+
+Run: python -m benchmarks.accuracy. Without a GPU the kernels run in Triton's interpreter, where tf32 products are float32 ones.
+Rows go to benchmarks/results/accuracy.jsonl, the table to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402, the interpreter is chosen before Triton is imported
+
+import fastvae  # noqa: E402
+from fastvae import reference  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+MODES = ("cpu", "highest", "ieee", "high", "medium")
+DIMENSIONS = (2, 16, 64, 256)
+
+
+def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tuple[float, float]:
+    """Relative errors of the biased MMD² and, in norm, of its gradient to x."""
+
+    def run(function, x, y, **options):
+        x = x.clone().requires_grad_()
+        value = function(x, y, bandwidth=bandwidth, **options)
+        return value.detach().double().cpu(), torch.autograd.grad(value, x)[0].double().cpu()
+
+    options = {"backend": "cpu"} if mode == "cpu" else {"backend": "triton", "precision": mode}
+    device = "cpu" if mode == "cpu" else DEVICE
+    value, grad = run(fastvae.mmd, x.to(device), y.to(device), **options)
+    exact_value, exact_grad = run(reference.mmd, x.double(), y.double())
+    # At a bandwidth that no two points share the gradient is zero but for underflow.
+    grad_error = (grad - exact_grad).norm() / exact_grad.norm() if exact_grad.norm() > 1e-20 else grad.norm()
+    return ((value - exact_value).abs() / exact_value.abs()).item(), grad_error.item()
+
+
+def main() -> None:
+    np.seterr(over="ignore", invalid="ignore")
+    rows = []
+    for dim in DIMENSIONS:
+        n = 192 if dim < 64 else 64
+        for squared_bandwidth in (0.1, 1.0, float(dim)):
+            for offset in (0.0, 1000.0):
+                torch.manual_seed(0)
+                x, y = torch.randn(n, dim) + offset, 1.1 * torch.randn(n - 20, dim) + offset + 0.2
+                # Near pairs, so that a small bandwidth has something to see.
+                y[: n // 4] = x[: n // 4] + 0.5 * (squared_bandwidth / dim) ** 0.5 * torch.randn(n // 4, dim)
+                for mode in MODES:
+                    value, grad = errors(mode, x, y, squared_bandwidth**0.5)
+                    row = {"mode": mode, "d": dim, "bandwidth2": squared_bandwidth, "offset": offset, "value": value, "gradient": grad}
+                    rows.append(row | {"n": n, "device": DEVICE, "torch": torch.__version__})
+                    sys.stdout.write(f"{dim:5d} h² {squared_bandwidth:7g} offset {offset:5g} {mode:8s} {value:8.1e} {grad:8.1e}\n")
+                    sys.stdout.flush()
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("\n| precision | value: median | worst | gradient: median | worst |\n|---|---|---|---|---|")
+    for mode in MODES:
+        own = [row for row in rows if row["mode"] == mode]
+        figures = (f(row[key] for row in own) for key in ("value", "gradient") for f in (lambda v: np.median(list(v)), lambda v: max(v)))
+        print(f"| {mode} | " + " | ".join(f"{figure:.0e}" for figure in figures) + " |")
+
+
+if __name__ == "__main__":
+    main()
