@@ -177,6 +177,7 @@ def _tiles(rows: int) -> list[slice]:
 
 
 def _quadratic_form(k: Tensor, a: _Points, i: slice, b: _Points, j: slice) -> float:
+    # Rows in float32, their sum in float64: the rounding of one sum over the tile would not average out between few tiles.
     if a.uniform is not None and b.uniform is not None:
-        return a.uniform * b.uniform * float(k.sum())
+        return a.uniform * b.uniform * float(k.sum(1).sum(dtype=torch.float64))
     return float(a.weights[i].double() @ (k @ b.weights[j]).double())
