@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Rows, columns and features of a tile of a pair sweep, and how many warps and pipeline stages work on it."""
+    """A tile of a pair sweep, and how many warps and pipeline stages work on it.
+
+    Attributes:
+        block_n, block_m: its rows and columns; block_n is a multiple of block_m.
+        block_k: features of one step of the exponent's product.
+        block_d: features of the gradient that a program keeps.
+    """
 
     block_n: int
     block_m: int
+    block_k: int
     block_d: int
     num_warps: int
     num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a kernel."""
+        blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
@@ -25,22 +41,122 @@ class RowConfig:
     num_warps: int
 
 
-# Features that one block holds: with a gradient, its accumulator and two operands live in registers and shared memory together.
-MAX_BLOCK_D = 128
+@dataclass(frozen=True)
+class Device:
+    """What launch choices depend on: an architecture as 10·major + minor of its compute capability, and its multiprocessors."""
+
+    architecture: int
+    multiprocessors: int
 
 
-def sweep_config(dim: int, itemsize: int, gradient: bool) -> SweepConfig:
-    """For rows of `dim` features, operands of `itemsize` bytes each."""
-    block_d = min(max(16, _next_power_of_2(dim)), MAX_BLOCK_D)
-    if itemsize == 8:
-        return SweepConfig(32, 32, min(block_d, 32), 4, 2)
-    if block_d <= 64:
-        return SweepConfig(128, 64, block_d, 8 if gradient else 4, 2 if gradient else 3)
-    return SweepConfig(64, 64, block_d, 4, 2)
+# Of the H200, for the interpreter, which has no device.
+DEFAULT_DEVICE = Device(90, 132)
+
+# KiB of shared memory that a block may use.
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+# How a multiprocessor multiplies: Hopper by groups of warps, the B200 in tensor memory, all others as sm_80 does.
+_WGMMA, _TCGEN05 = (90,), (100, 103)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The tile for up to `dim` features and `bandwidths` bandwidths. Each holds no spill and fits its architectures' shared memory, as
+    `benchmarks/results/compile_report.jsonl` shows, and is the one tried with the fewest cycles of its slowest unit."""
+
+    dim: float
+    bandwidths: float
+    config: SweepConfig
+
+
+_ANY = math.inf
+# A block of features as wide as the rows.
+_ALL = 0
+
+_RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
+    ("wgmma", False): (
+        _Rule(32, _ANY, SweepConfig(128, 128, _ALL, _ALL, 4, 3)),
+        _Rule(128, _ANY, SweepConfig(128, 128, _ALL, _ALL, 8, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 128, 64, 64, 8, 2)),
+    ),
+    ("wgmma", True): (
+        _Rule(32, _ANY, SweepConfig(128, 128, _ALL, _ALL, 8, 3)),
+        _Rule(64, 1, SweepConfig(128, 128, _ALL, _ALL, 8, 2)),
+        _Rule(64, _ANY, SweepConfig(128, 64, _ALL, _ALL, 8, 2)),
+        _Rule(128, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
+        _Rule(128, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 64, 64, 128, 4, 2)),
+    ),
+    ("tcgen05", False): (
+        _Rule(32, _ANY, SweepConfig(128, 128, _ALL, _ALL, 4, 3)),
+        _Rule(128, _ANY, SweepConfig(128, 64, _ALL, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 64, 64, 64, 4, 1)),
+    ),
+    ("tcgen05", True): (
+        _Rule(64, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 1)),
+        _Rule(128, 1, SweepConfig(64, 32, _ALL, _ALL, 4, 1)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 64, 128, 4, 1)),
+    ),
+    ("mma", False): (
+        _Rule(32, _ANY, SweepConfig(128, 64, _ALL, _ALL, 4, 2)),
+        _Rule(64, 1, SweepConfig(128, 64, _ALL, _ALL, 4, 2)),
+        _Rule(64, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
+        _Rule(128, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 64, 32, 32, 8, 2)),
+    ),
+    ("mma", True): (
+        _Rule(32, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
+        _Rule(64, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
+        _Rule(64, _ANY, SweepConfig(128, 32, _ALL, _ALL, 8, 2)),
+        _Rule(128, 1, SweepConfig(128, 32, _ALL, _ALL, 8, 1)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
+    ),
+    # Multiply-adds read whole rows of both operands into registers: 16 features at a time.
+    ("ieee", False): (_Rule(_ANY, _ANY, SweepConfig(64, 64, 16, 16, 4, 2)),),
+    ("ieee", True): (
+        _Rule(32, _ANY, SweepConfig(64, 32, 16, _ALL, 4, 1)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 64, 4, 1)),
+    ),
+    ("float64", False): (_Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 16, 4, 2)),),
+    ("float64", True): (
+        _Rule(16, _ANY, SweepConfig(32, 32, 16, 16, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(32, 32, 16, 32, 4, 2)),
+    ),
+}
+
+# Fewer tiles than this for a program, and its start and the second pass over the splits cost more than an idle multiprocessor.
+MIN_TILES = 4
+
+
+@functools.lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return DEFAULT_DEVICE
+    major, minor = torch.cuda.get_device_capability(device)
+    return Device(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
+    """Into how many shares to cut the columns of each program, so that a small sample still fills the device twice."""
+    return max(1, min(2 * multiprocessors // programs, tiles // MIN_TILES))
+
+
+def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int) -> SweepConfig:
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd` or "float64"."""
+    unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
+    rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
+    config = next(rule.config for rule in rules if dim <= rule.dim and bandwidths <= rule.bandwidths)
+    whole = max(16, _next_power_of_2(dim))
+    return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
+
+
+def padded_dim(dim: int, config: SweepConfig) -> int:
+    """Features with their padding to whole blocks."""
+    return dim + -dim % max(config.block_k, config.block_d)
 
 
 def difference_config(itemsize: int) -> SweepConfig:
-    return SweepConfig(32, 32 if itemsize == 4 else 16, 8, 4, 1)
+    return SweepConfig(32, 32, 8, 8, 4, 1) if itemsize == 4 else SweepConfig(32, 16, 4, 8, 4, 1)
 
 
 def row_config(dim: int) -> RowConfig:

@@ -1,0 +1,331 @@
+"""Compile every kernel variant for each architecture, with no GPU, and say what bounds it.
+
+    python -m benchmarks.compile_report                                 all rows, into benchmarks/results/compile_report.jsonl
+    python -m benchmarks.compile_report --arch 90 --match D64 highest   only rows whose variant holds every given word, printed
+    python -m benchmarks.compile_report --quick                         the rows that the tests compile again
+
+A row holds registers, spills and shared memory; the instructions in the inner loop for a pair of points (for an element, in row-wise
+kernels), by unit; the cycles that each unit needs for them on one multiprocessor; and the time of one sweep over N = 65,536 rows against as
+many columns (half of the pairs where the sweep is symmetric) on the GPU named, were its slowest unit always busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPUS, ISSUE
+from benchmarks.sass import Binary, compile_kernel, is_matrix
+from fastvae.kernels import mmd, reparameterize_kl
+from fastvae.kernels.config import SHARED_MEMORY, RowConfig, SweepConfig, difference_config, padded_dim, row_config, sweep_config
+
+RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
+PREDICTED_ROWS = 65_536
+ARCHITECTURES = tuple(GPUS)
+PRECISIONS = ("highest", "high", "medium", "ieee", "float64")
+# Fewer than 16 features are padded to 16; the kernels for 256 features are those for all more.
+DIMS = (16, 64, 128, 256)
+_POINTER = {"highest": "*bf16", "medium": "*bf16", "high": "*fp32", "ieee": "*fp32", "float64": "*fp64"}
+_PRODUCTS = {"highest": 3, "medium": 1, "high": 1, "ieee": 1, "float64": 1}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One variant of `mmd.sweep_kernel`."""
+
+    precision: str
+    dim: int
+    gradient: bool
+    within: bool
+    bandwidths: int = 1
+    weighted: bool = False
+    ladder: bool = True  # each bandwidth's k is the square of the one before
+
+    @property
+    def symmetric(self) -> bool:
+        return self.within and not self.gradient and not self.weighted
+
+    @property
+    def name(self) -> str:
+        parts = [
+            "value+gradient" if self.gradient else "value",
+            self.precision,
+            f"D{self.dim}",
+            "within" if self.within else "across",
+            f"bandwidths{self.bandwidths}",
+        ]
+        return " ".join(parts + ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """One variant of `mmd.differences_kernel`."""
+
+    dtype: str
+    dim: int
+    gradient: bool
+    bandwidths: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{'value+gradient' if self.gradient else 'value'} {self.dtype} D{self.dim} within bandwidths{self.bandwidths}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One variant of a kernel of `reparameterize_kl`."""
+
+    direction: str
+    dtype: str
+    dim: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.dtype} D{self.dim}"
+
+
+Variant = Sweep | Differences | Rows
+# Kernel, binary, cycles and instructions by unit.
+Described = tuple[str, Binary, dict[str, float], dict[str, float]]
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """All of them on sm_90; elsewhere the shortest ones, and the longest, which take the most registers."""
+    for precision in PRECISIONS:
+        for dim in DIMS:
+            for gradient in (False, True):
+                for within in (False, True):
+                    for bandwidths in (1, 5):
+                        longest = gradient and within and bandwidths == 5
+                        shortest = not within and bandwidths == 1
+                        exact = precision in ("ieee", "float64")
+                        ends = (longest and (dim == 64 or not exact)) or (shortest and not exact and architecture != 86)
+                        if architecture == 90 or ends:
+                            yield Sweep(precision, dim, gradient, within, bandwidths)
+    for gradient in (False, True):
+        yield Sweep("highest", 64, gradient, True, 5, weighted=True, ladder=False)
+        for dtype in ("fp32", "fp64"):
+            yield Differences(dtype, 16, gradient, 5)
+    for direction in ("forward", "backward"):
+        for dtype in ("fp32", "bf16"):
+            yield Rows(direction, dtype, 64)
+
+
+def quick(variant: Variant, architecture: int) -> bool:
+    """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
+    if architecture != 90:
+        worst = Sweep("highest", 64, True, True, 5), Sweep("high", 128, True, True, 5)
+        return architecture != 86 and variant in worst
+    if isinstance(variant, Rows):
+        return True
+    counted = {
+        *(Sweep("highest", 16, False, within, bandwidths) for within in (False, True) for bandwidths in (1, 5)),
+        *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
+        *(Sweep("highest", dim, True, True, 5) for dim in DIMS),
+        Sweep("highest", 256, False, True, 5),
+    }
+    return variant in counted
+
+
+def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig:
+    if isinstance(variant, Sweep):
+        return sweep_config(variant.dim, variant.precision, variant.gradient, variant.bandwidths, architecture)
+    if isinstance(variant, Differences):
+        return difference_config(8 if variant.dtype == "fp64" else 4)
+    return row_config(variant.dim)
+
+
+def row(variant: Variant, architecture: int) -> dict[str, Any]:
+    """Compile a variant and describe it."""
+    describe: Any = {Sweep: _sweep, Differences: _differences, Rows: _rows}[type(variant)]
+    config = config_of(variant, architecture)
+    kernel, binary, units, work = describe(variant, config, architecture)
+    gpu = GPUS[architecture]
+    bound = max(units, key=lambda unit: units[unit])
+    per = "element" if isinstance(variant, Rows) else "pair"
+    return {
+        "kernel": kernel,
+        "variant": variant.name,
+        "arch": f"sm_{architecture}",
+        "config": dataclasses.asdict(config),
+        "registers": binary.registers,
+        "stack_bytes": binary.stack,
+        "spill_instructions": binary.local,
+        "shared_bytes": binary.shared,
+        "shared_limit": SHARED_MEMORY[architecture] << 10,
+        "per": per,
+        **work,
+        "cycles": {unit: round(cycles, 4) for unit, cycles in units.items()},
+        "bound": bound,
+        "gpu": gpu.name,
+        "predicted_ms": round(_count(variant) * units[bound] / (gpu.multiprocessors * gpu.ghz * 1e6), 3),
+        "triton": triton.__version__,
+    }
+
+
+def _count(variant: Variant) -> float:
+    if isinstance(variant, Rows):
+        return PREDICTED_ROWS * variant.dim
+    symmetric = isinstance(variant, Sweep) and variant.symmetric
+    return PREDICTED_ROWS**2 / (2 if symmetric else 1)
+
+
+def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
+    dim = padded_dim(variant.dim, config)
+    product = _POINTER[variant.precision]
+    scalar = "*fp64" if variant.precision == "float64" else "*fp32"
+    types = dict.fromkeys(("row_hi_ptr", "row_lo_ptr", "col_hi_ptr", "col_lo_ptr"), product)
+    types |= dict.fromkeys(
+        ("row_half_ptr", "col_half_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "value_ptr", "slope_ptr", "moments_ptr"), scalar
+    )
+    types |= {"differences_ptr": "*i32", "M": "i32", "padding": "i32"}
+    constants = {
+        "WITHIN": variant.within,
+        "SYMMETRIC": variant.symmetric,
+        "GRADIENT": variant.gradient,
+        "WEIGHTED": variant.weighted,
+        "MODE": mmd.PRECISION.get(variant.precision, mmd.PRECISION["ieee"]),
+        "BANDWIDTHS": variant.bandwidths,
+        "SQUARINGS": mmd.pack_squarings((0, *[int(variant.ladder)] * (variant.bandwidths - 1))),
+        "D": dim,
+    }
+    binary = compile_kernel(mmd.sweep_kernel, types, constants | config.launch(), architecture, aligned=("M",))
+    ops = _inner_loop(binary, dim // config.block_k)
+    work = _per_unit(ops, config.block_n * config.block_m / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    rate = {"highest": gpu.bf16, "medium": gpu.bf16, "high": gpu.tf32, "ieee": gpu.fp32, "float64": gpu.fp64}[variant.precision]
+    products = _PRODUCTS[variant.precision] * (dim + (config.block_d if variant.gradient else 0))
+    width = {"*bf16": 2, "*fp32": 4, "*fp64": 8}[product] * (2 if variant.precision == "highest" else 1)
+    loaded = width * dim / config.block_n
+    if dim > config.block_k:
+        loaded += width * dim / config.block_m + width * config.block_d / config.block_n * variant.gradient
+    blocks = dim // config.block_d
+    units = _cycles(work, gpu.fp64)
+    units["products"] = products / rate
+    units["memory"] = loaded / CACHE_BYTES
+    # Each block of features of the gradient takes a sweep of its own.
+    repeats = blocks if variant.gradient else 1
+    return "mmd.sweep_kernel", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+
+
+def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
+    dim = -(-variant.dim // 16) * 16
+    names = ("row_ptr", "col_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "scale_ptr", "value_ptr", "slope_ptr", "moments_ptr")
+    types = dict.fromkeys(names, f"*{variant.dtype}") | {"differences_ptr": "*i32", "M": "i32"}
+    constants = {
+        "WITHIN": True,
+        "GRADIENT": variant.gradient,
+        "WEIGHTED": False,
+        "BANDWIDTHS": variant.bandwidths,
+        "SQUARINGS": mmd.pack_squarings((0, *[1] * (variant.bandwidths - 1))),
+        "D": dim,
+    }
+    binary = compile_kernel(mmd.differences_kernel, types, constants | config.launch(), architecture)
+    blocks = dim // config.block_d
+    work = _per_unit(_inner_loop(binary, dim // config.block_k), config.block_n * config.block_m / (32 * config.num_warps))
+    repeats = blocks if variant.gradient else 1
+    units = {unit: repeats * cycles for unit, cycles in _cycles(work, GPUS[architecture].fp64).items()}
+    return "mmd.differences_kernel", binary, units, work
+
+
+def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
+    fn = {"forward": reparameterize_kl.forward_kernel, "backward": reparameterize_kl.backward_kernel}[variant.direction]
+    types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")}
+    types |= {name: "*fp32" for name in ("kl_ptr", "grad_kl_ptr") if name in types} | {"N": "i32", "D": "i32"}
+    constants = {"PER_DIMENSION": False, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
+    binary = compile_kernel(fn, types, constants, architecture, aligned=("D",))
+    work = _per_unit(binary.code, config.block_n * config.block_d / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    arrays = sum(type_ == f"*{variant.dtype}" for name, type_ in types.items() if name not in ("kl_ptr", "grad_kl_ptr"))
+    units = _cycles(work, gpu.fp64)
+    units["memory"] = arrays * (2 if variant.dtype == "bf16" else 4) * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second
+    return f"reparameterize_kl.{variant.direction}_kernel", binary, units, work
+
+
+def _inner_loop(binary: Binary, trips: int = 1) -> collections.Counter[str]:
+    """The first of the longest kind: the loop that masks the tiles on the diagonal comes after the one over all other tiles."""
+    loops = [loop.weighed(trips) for loop in binary.loops]
+    arithmetic = [sum(n for op, n in loop.items() if op.startswith(("MUFU", "DFMA"))) for loop in loops]
+    return next(loop for loop, n in zip(loops, arithmetic, strict=True) if 2 * n >= max(arithmetic))
+
+
+def _per_unit(ops: collections.Counter[str], count: float) -> dict[str, float]:
+    def instructions(*prefixes: str) -> float:
+        return round(sum(n for op, n in ops.items() if op.startswith(prefixes)) / count, 3)
+
+    total = round(sum(ops.values()) / count, 3)
+    # A conversion of one number at a time (F2F) takes the exponential unit.
+    exponential = instructions("MUFU", "F2F.")
+    matrix = round(sum(n for op, n in ops.items() if is_matrix(op)) / count, 3)
+    return {
+        "instructions": total,
+        "exponential": exponential,
+        "matrix": matrix,
+        "double": instructions("DFMA", "DADD", "DMUL", "DSETP", "DMNMX"),
+        "other": round(total - exponential - matrix, 3),
+    }
+
+
+def _cycles(work: dict[str, float], double_rate: int) -> dict[str, float]:
+    units = {"exponentials": work["exponential"] / EXPONENTIALS, "issue": work["instructions"] / ISSUE}
+    if work["double"]:
+        units["double"] = work["double"] / double_rate
+    return units
+
+
+def format_row(row: dict[str, Any]) -> str:
+    config = "×".join(str(row["config"][key]) for key in ("block_n", "block_m", "block_k", "block_d") if key in row["config"])
+    spill = (
+        f" SPILLS {row['stack_bytes']} B, {row['spill_instructions']} instructions"
+        if row["stack_bytes"] or row["spill_instructions"]
+        else ""
+    )
+    over = f" OVER THE LIMIT of {row['shared_limit']}" if row["shared_bytes"] > row["shared_limit"] else ""
+    return (
+        f"{row['arch']:6} {row['kernel'].split('.')[0]}.{row['kernel'].split('.')[1]:20} {row['variant']:52} {config:11} "
+        f"{row['config']['num_warps']} warps, {row['registers']:3} registers, {row['shared_bytes']:6} B shared{over}{spill}; "
+        f"{row['instructions']:6.2f} instructions/{row['per']} ({row['exponential']:.2f} exponential, {row['matrix']:.2f} matrix); "
+        f"{row['bound']} bound, {row['predicted_ms']} ms on {row['gpu']}"
+    )
+
+
+def sort_key(row: dict[str, Any]) -> tuple[int, str, str]:
+    return int(row["arch"][3:]), row["kernel"], row["variant"]
+
+
+def load(path: Path = RESULTS) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows by kernel, variant and architecture."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["kernel"], row["variant"], row["arch"]): row for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--match", nargs="+", default=[], help="words that a variant's name must hold")
+    parser.add_argument("--quick", action="store_true", help="what the tests compile")
+    parser.add_argument("--output", type=Path, help="where to write the rows; the committed file, if nothing is left out")
+    args = parser.parse_args()
+    rows = []
+    for architecture in args.arch:
+        for variant in variants(architecture):
+            if all(word in variant.name.split() for word in args.match) and (quick(variant, architecture) or not args.quick):
+                rows.append(row(variant, architecture))
+                print(format_row(rows[-1]), flush=True)
+    output = args.output
+    if output is None and not args.match and not args.quick and set(args.arch) == set(ARCHITECTURES):
+        output = RESULTS
+    if output is not None:
+        output.write_text("".join(json.dumps(r) + "\n" for r in sorted(rows, key=sort_key)))
+
+
+if __name__ == "__main__":
+    main()

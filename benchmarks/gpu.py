@@ -1,0 +1,51 @@
+"""Test, then benchmark, on a GPU and within ten minutes: python -m benchmarks.gpu, from a checkout that need not be installed.
+
+The tests that only a GPU can answer run first, and a failure ends the script: no number without them. Then the sweep of `benchmarks.run`,
+its plots and its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("test_mmd.py", "test_reparameterize_kl.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all; what the tests leave is the sweep's")
+    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu needs a CUDA device: on a CPU run python -m benchmarks.run")
+    deadline = time.monotonic() + 60 * args.minutes
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+    def run(*command: str, share: float = 1.0) -> int:
+        seconds = max(10.0, share * (deadline - time.monotonic()))
+        print(f"$ {' '.join(command)}   (at most {seconds:.0f} s)", flush=True)
+        try:
+            return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {seconds:.0f} s", flush=True)
+            return 124
+
+    # The options of pyproject.toml name plugins and warnings of the development environment.
+    tests = [str(ROOT / "tests" / module) for module in MODULES]
+    if code := run("-m", "pytest", "-q", "-x", "-o", "addopts=", "-o", "filterwarnings=", *tests, share=0.5):
+        sys.exit(f"the tests ended with {code}: nothing is measured")
+    run("-m", "benchmarks.run", "--output", args.output, "--seconds", "2")
+    if args.output == str(ROOT / "benchmarks" / "results"):
+        run("-m", "benchmarks.table")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What a multiprocessor of each architecture does in a clock, and one GPU of it: the vendors' figures, from which bounds are predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Exponentials and instructions (of one lane) that a multiprocessor issues in a clock, and bytes that its port to the level-2 cache brings.
+EXPONENTIALS = 16
+ISSUE = 128
+CACHE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Rates are dense multiply-adds a clock and multiprocessor."""
+
+    name: str
+    multiprocessors: int
+    ghz: float
+    bytes_per_second: float
+    bf16: int
+    tf32: int
+    fp32: int
+    fp64: int
+
+
+GPUS = {
+    80: GPU("A100", 108, 1.41, 2.0e12, 1024, 512, 64, 64),
+    86: GPU("RTX 3090", 82, 1.70, 0.94e12, 256, 128, 128, 2),
+    89: GPU("RTX 4090", 128, 2.52, 1.0e12, 256, 128, 128, 2),
+    90: GPU("H200", 132, 1.98, 4.8e12, 2048, 1024, 128, 128),
+    100: GPU("B200", 148, 1.85, 8.0e12, 4096, 2048, 128, 64),
+    120: GPU("RTX 5090", 170, 2.41, 1.79e12, 256, 128, 128, 2),
+}

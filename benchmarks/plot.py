@@ -1,0 +1,73 @@
+"""Plots drawn from the committed rows: python -m benchmarks.plot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks.rows import RESULTS, devices, load, milliseconds
+
+_DIRECTION = "forward+backward"
+
+
+def main() -> None:
+    rows = [row for row in load("mmd") if row["direction"] == _DIRECTION and row["status"] == "ok"]
+    for device in devices(rows):
+        here = [row for row in rows if row["device"] == device]
+        name = re.sub(r"\W+", "-", device.lower()).strip("-")
+        # The dimension of the series over N is the one with the most sizes.
+        sizes = {dim: {row["n"] for row in here if row["dim"] == dim and row["bandwidths"] == 1} for dim in {row["dim"] for row in here}}
+        dim = max(sizes, key=lambda dim: len(sizes[dim]))
+        series = [row for row in here if row["dim"] == dim and row["bandwidths"] == 1]
+        title = f"MMD² and its gradient, {device}"
+        _lines(series, "n", "N = M", milliseconds, "ms", f"{title}, D {dim}", RESULTS / f"{name}-time.png")
+        _lines(
+            series, "n", "N = M", lambda row: row["extra_mib"], "MiB beyond the inputs", f"{title}, D {dim}", RESULTS / f"{name}-memory.png"
+        )
+        n = max(row["n"] for row in here if row["dim"] != dim)
+        grid = [row for row in here if row["n"] == n and row["bandwidths"] == 1]
+        ours = {row["dim"]: milliseconds(row) for row in grid if row["provider"] == "fastvae"}
+        peers = [row for row in grid if row["provider"] != "fastvae" and row["dim"] in ours]
+        _lines(
+            peers, "dim", "D", lambda row, ours=ours: milliseconds(row) / ours[row["dim"]], "times as long as fastvae", f"{title}, N {n}",
+            RESULTS / f"{name}-speed-up.png", level=1.0,
+        )  # fmt: skip
+
+
+def _lines(
+    rows: list[dict[str, Any]],
+    key: str,
+    key_label: str,
+    value: Callable[[dict[str, Any]], float | None],
+    label: str,
+    title: str,
+    path: Path,
+    level: float | None = None,
+) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        points = sorted((row[key], value(row)) for row in rows if row["provider"] == provider and value(row))
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=provider, linewidth=2.5 if provider == "fastvae" else 1.2)
+    if level is not None:
+        axes.axhline(level, color="0.6", linewidth=0.8)
+    ticks = sorted({row[key] for row in rows})
+    axes.set(xscale="log", yscale="log", xlabel=key_label, ylabel=label, title=title)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Compile a Triton kernel for a GPU that need not be there, and count the instructions of its inner loop."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_BIN = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+_LABEL = re.compile(r"^(\.L_[\w.]+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ )?([A-Z0-9_.]+)(.*)")
+_TARGET = re.compile(r"(\.L_[\w.]+)")
+_MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "UTCHMMA", "UTCQMMA", "QGMMA")
+# The assembler also jumps by a call that never returns.
+_JUMPS = ("BRA", "@BRA", "CALL.REL", "@CALL.REL")
+_ENDS = (*_JUMPS, "EXIT", "RET", "BRX", "@EXIT")
+_LOCAL = ("LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        registers: a thread.
+        stack: bytes a thread.
+        shared: bytes a block.
+        local: loads and stores of local memory, that is, spills.
+        code: opcodes of the whole kernel.
+        loops: opcodes of the loops at the outermost level, in program order, each with the opcodes of the loops nested in it.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    code: collections.Counter[str]
+    loops: list[Loop]
+
+
+@dataclass(frozen=True)
+class Loop:
+    body: collections.Counter[str]  # without what is nested
+    nested: collections.Counter[str]  # loops over features; what waits for a barrier counts as one turn of the body
+
+    def weighed(self, trips: int) -> collections.Counter[str]:
+        """Instructions of one turn, those of nested loops `trips` times."""
+        return self.body + collections.Counter({op: n * trips for op, n in self.nested.items()})
+
+
+def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, aligned: tuple[str, ...] = ()) -> Binary:
+    """Compile for compute capability arch / 10.
+
+    Args:
+        types: of each argument that is no constexpr, as Triton writes them: "*fp32", "i32". Pointers are aligned to 16 bytes.
+        constants: the constexprs, num_warps and num_stages.
+        aligned: integer arguments that are multiples of 16.
+    """
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    missing = [name for name in fn.arg_names if name not in types and name not in constants]
+    if missing:
+        raise ValueError(f"{fn.__name__} must have a type or a value for each argument, got none for {', '.join(missing)}")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in aligned or signature[name].startswith("*")}
+    source = ASTSource(fn=fn, signature=signature, constexprs={k: v for k, v in constants.items() if k in fn.arg_names}, attrs=attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code, labels = _disassemble(_tool("nvdisasm", "-c", file.name))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    ops = collections.Counter(op.lstrip("@") for op, _ in code)
+    local = sum(n for op, n in ops.items() if op.startswith(_LOCAL))
+    return Binary(int(found[1]), int(found[2]), binary.metadata.shared, local, ops, _loops(code, labels))
+
+
+def is_matrix(op: str) -> bool:
+    return op.startswith(_MATRIX)
+
+
+def is_product(op: str) -> bool:
+    return is_matrix(op) or op.startswith(("FFMA", "DFMA", "MUFU"))
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([os.path.join(_BIN, name), *args], capture_output=True, text=True, check=True).stdout
+
+
+def _disassemble(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif instruction := _INSTRUCTION.match(line):
+            code.append(("@" * bool(instruction[1]) + instruction[2], instruction[3]))
+    return code, labels
+
+
+def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[Loop]:
+    """Loops are found in the graph of branches: out-of-line code that waits for a barrier makes their spans in the listing overlap."""
+    starts = sorted({0, *labels.values(), *(i + 1 for i, (op, _) in enumerate(code) if op.startswith(_ENDS))} - {len(code)})
+    ends = [*starts[1:], len(code)]
+    block_at = {start: n for n, start in enumerate(starts)}
+    successors: list[list[int]] = []
+    for n, end in enumerate(ends):
+        op, rest = code[end - 1]
+        # A branch is conditional by its predicate or by a uniform one, which it takes as an operand.
+        conditional = op.startswith("@") or (op.startswith(_JUMPS) and not rest.strip().startswith("`"))
+        following = []
+        target = _TARGET.search(rest)
+        if op.startswith(_JUMPS) and target and labels.get(target[1], len(code)) < len(code):
+            following.append(block_at[labels[target[1]]])
+        if n + 1 < len(ends) and (conditional or not op.startswith(_ENDS)):
+            following.append(n + 1)
+        successors.append(following)
+    predecessors: list[list[int]] = [[] for _ in starts]
+    for n, following in enumerate(successors):
+        for m in following:
+            predecessors[m].append(n)
+
+    dominators = _dominators(successors, predecessors)
+    bodies: dict[int, set[int]] = {}
+    for n, following in enumerate(successors):
+        for header in following:
+            if header in dominators.get(n, ()):
+                bodies.setdefault(header, {header}).update(_reaching(n, header, predecessors))
+
+    def count(blocks: set[int]) -> collections.Counter[str]:
+        return collections.Counter(code[i][0].lstrip("@") for n in blocks for i in range(starts[n], ends[n]))
+
+    loops = []
+    for _, body in sorted(bodies.items()):
+        if any(body < other for other in bodies.values()):
+            continue
+        steps = set().union(*(other for other in bodies.values() if other < body and any(is_product(op) for op in count(other))), set())
+        loops.append(Loop(count(body - steps), count(steps)))
+    return loops
+
+
+def _dominators(successors: list[list[int]], predecessors: list[list[int]]) -> dict[int, set[int]]:
+    reached, stack = {0}, [0]
+    while stack:
+        for m in successors[stack.pop()]:
+            if m not in reached:
+                reached.add(m)
+                stack.append(m)
+    dominators = {n: {0} if n == 0 else set(reached) for n in reached}
+    changed = True
+    while changed:
+        changed = False
+        for n in sorted(reached - {0}):
+            new = {n} | set.intersection(*(dominators[p] for p in predecessors[n] if p in reached))
+            if new != dominators[n]:
+                dominators[n], changed = new, True
+    return dominators
+
+
+def _reaching(n: int, header: int, predecessors: list[list[int]]) -> set[int]:
+    """Blocks from which n is reached without passing the header."""
+    body, stack = {header}, [n]
+    while stack:
+        m = stack.pop()
+        if m not in body:
+            body.add(m)
+            stack.extend(predecessors[m])
+    return body

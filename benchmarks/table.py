@@ -1,0 +1,65 @@
+"""The README's tables, from the committed rows: python -m benchmarks.table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rows import devices, load, milliseconds
+
+_DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
+
+
+def tables() -> str:
+    return "\n\n".join(text for benchmark in ("mmd", "reparameterize_kl") for text in _tables(benchmark))
+
+
+def _tables(benchmark: str) -> list[str]:
+    rows = load(benchmark)
+    texts = []
+    for device in devices(rows):
+        here = [row for row in rows if row["device"] == device]
+        providers = list(dict.fromkeys(row["provider"] for row in here))
+        cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+        for row in here:
+            case = (row["direction"], row["n"], row["dim"], row.get("bandwidths", 0))
+            cases.setdefault(case, {})[row["provider"]] = row
+        lines = [_title(benchmark, here), ""]
+        head = ["", "N", "D", *(["bandwidths"] if benchmark == "mmd" else []), *providers]
+        lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for (direction, n, dim, bandwidths), found in sorted(cases.items(), key=lambda case: case[0]):
+            cells = [_DIRECTION[direction], f"{n:,}", str(dim), *([str(bandwidths)] if benchmark == "mmd" else [])]
+            lines.append("| " + " | ".join(cells + [_cell(found.get(name), found.get("fastvae")) for name in providers]) + " |")
+        lines += [""] + [f"- {name}: {why}" for name, why in _reasons(here).items()]
+        texts.append("\n".join(lines).rstrip())
+    return texts
+
+
+def _title(benchmark: str, rows: list[dict[str, Any]]) -> str:
+    row = rows[-1]
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "pykeops", "geomloss") if row[name] != "not installed")
+    unit = "processor time" if "processor_ms" in row or any("processor_ms" in r for r in rows) else "time"
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if unit != "time" else ""
+    return f"`{benchmark}`, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {row['date']}:"
+
+
+def _cell(row: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    time = None if row is None else milliseconds(row)
+    base = None if ours is None else milliseconds(ours)
+    if time is None or row is None:
+        return "–"
+    ratio = "" if base is None or row is ours else f" ({time / base:.1f}×)"
+    return f"{time:.3g}{ratio}" if time < 1000 else f"{time:.0f}{ratio}"
+
+
+def _reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What a reader has to know of a provider: how it was built, and why a cell is empty."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for text in (row["note"], "" if row["status"] == "ok" else row["status"].split(":")[0]):
+            if text and text not in reasons.setdefault(row["provider"], []):
+                reasons[row["provider"]].append(text)
+    return {name: "; ".join(texts) for name, texts in reasons.items() if texts}
+
+
+if __name__ == "__main__":
+    print(tables())

@@ -1,0 +1,51 @@
+"""The kernels compiled for GPUs that are not here: no spill, no tile over the shared memory, no instruction more than committed."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from benchmarks import compile_report as report  # noqa: E402
+
+# A few instructions of a loop's frame move between equal compilations of other triton releases, not of one.
+RISE = 0.01
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return report.load()
+
+
+def test_committed_rows_are_of_these_configurations(committed):
+    rows = {(variant, arch): row for (_, variant, arch), row in committed.items()}
+    for architecture in report.ARCHITECTURES:
+        for variant in report.variants(architecture):
+            row = rows[variant.name, f"sm_{architecture}"]
+            assert row["config"] == dataclasses.asdict(report.config_of(variant, architecture)), variant
+
+
+def test_committed_rows_neither_spill_nor_overflow(committed):
+    for key, row in committed.items():
+        assert row["stack_bytes"] == row["spill_instructions"] == 0, key
+        assert row["shared_bytes"] <= row["shared_limit"], key
+
+
+@pytest.mark.slow
+def test_compiled_anew(committed, tmp_path):
+    """In a process of its own: here the kernels belong to Triton's interpreter."""
+    output = tmp_path / "rows.jsonl"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--output", str(output)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=env)
+    rows = report.load(output)
+    assert rows
+    for key, row in rows.items():
+        assert row["stack_bytes"] == row["spill_instructions"] == 0, key
+        assert row["shared_bytes"] <= row["shared_limit"], key
+        if row["triton"] == committed[key]["triton"]:
+            assert row["instructions"] <= committed[key]["instructions"] + RISE, key
