@@ -114,8 +114,8 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     # Multiply-adds read whole rows of both operands into registers: 16 features at a time.
     ("ieee", False): (_Rule(_ANY, _ANY, SweepConfig(64, 64, 16, 16, 4, 2)),),
     ("ieee", True): (
-        _Rule(32, _ANY, SweepConfig(64, 32, 16, _ALL, 4, 1)),
-        _Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 64, 4, 1)),
+        _Rule(32, _ANY, SweepConfig(64, 32, 16, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 64, 4, 2)),
     ),
     ("float64", False): (_Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 16, 4, 2)),),
     ("float64", True): (

@@ -1,0 +1,115 @@
+"""The benchmark suite itself: what it checks before it times, and what it says of a peer that is not there."""
+
+import json
+
+import pytest
+import torch
+
+import fastvae
+from benchmarks import plot, providers, rows, run, table
+from benchmarks.measure import Ceilings, Time, interleaved, peak_extra_mib, summary
+from fastvae import reference
+
+
+@pytest.fixture(scope="module")
+def points():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(60, 3, generator=generator), 1.2 * torch.randn(40, 3, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def exact(points):
+    return providers.expected(*points, (2.0, 1.0))
+
+
+def test_expected_is_the_reference(points, exact):
+    x, y = (t.double() for t in points)
+    x.requires_grad_()
+    value = reference.mmd(x, y, bandwidth=(2.0, 1.0))
+    value.backward()
+    assert exact[0] == pytest.approx(value.item(), rel=1e-12)
+    torch.testing.assert_close(exact[1], x.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("compute", [providers.fused, providers.fused_to_normal, providers.matrix, providers.broadcast])
+def test_providers_agree(points, exact, compute):
+    provider = providers.Provider("tried", compute, prior=compute is providers.fused_to_normal)
+    assert run.verdict(provider, *points, (2.0, 1.0), exact) == "ok"
+
+
+def test_a_wrong_provider_is_not_timed(points, exact):
+    wrong_value = providers.Provider("wrong", lambda x, y, h: 1.01 * fastvae.mmd(x, y, bandwidth=h))
+    wrong_gradient = providers.Provider("wrong", lambda x, y, h: fastvae.mmd(x, y, bandwidth=h) + 0.1 * (x - x.detach()).sum())
+    fails = providers.Provider("fails", lambda x, y, h: x @ y)
+    assert run.verdict(wrong_value, *points, (2.0, 1.0), exact).startswith("wrong value")
+    assert run.verdict(wrong_gradient, *points, (2.0, 1.0), exact).startswith("wrong gradient")
+    assert run.verdict(fails, *points, (2.0, 1.0), exact).startswith("failed: RuntimeError")
+
+
+def test_a_missing_peer_is_said(monkeypatch):
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    missing = {p.name: p.missing for p in providers.providers("cpu")}
+    assert missing["KeOps"] == "missing: pykeops not installed"
+    assert missing["geomloss"] == "missing: geomloss, pykeops not installed"
+    assert missing["fastvae"] is None
+
+
+def test_the_snippet_of_differences_is_refused_where_it_takes_too_much():
+    snippet = providers.Provider("N×M×D", providers.broadcast)
+    assert snippet.refuses(512, 16) is None
+    assert snippet.refuses(8192, 64) == "not run: one of its N×M×D arrays takes 16.0 GiB"
+
+
+def test_measures():
+    times = interleaved({"a": lambda: None, "b": lambda: None}, "cpu", rounds=4, seconds=60)
+    assert [len(values) for values in times.values()] == [4, 4]
+    found = summary([Time(1e-3 * n, 2e-3 * n) for n in range(1, 12)], "cpu")
+    assert found == {"median_ms": 6, "p20_ms": 3, "p80_ms": 9, "processor_ms": 12, "rounds": 11}
+    extra = peak_extra_mib(lambda: torch.ones(1 << 23), "cpu")
+    assert extra is None or extra == pytest.approx(32, abs=4)
+
+
+def test_the_floor_adds_units_on_a_cpu_and_overlaps_them_on_a_gpu():
+    ceilings = Ceilings(multiply_adds=1e9, exponentials=1e9, copied=1e9)
+    assert run.floor_ms(1000, 3, "forward", "cpu", ceilings) == pytest.approx(8)
+    assert run.floor_ms(1000, 3, "forward", "cuda", ceilings) == pytest.approx(6)
+    assert run.floor_ms(1000, 3, "forward+backward", "cuda", ceilings) == pytest.approx(12)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    common = {"benchmark": "mmd", "dtype": "float32", "device": "a CPU", "threads": 1, "note": "", "date": "2026-01-01", "bandwidths": 1}
+    common |= {"torch": "2", "triton": "3", "pykeops": "not installed", "geomloss": "not installed", "direction": "forward+backward"}
+    lines = []
+    for n, dim in ((10, 2), (20, 2), (10, 4)):
+        for provider, ms in (("fastvae", 99.0), ("fastvae", 2.0 * n), ("eager", 8.0 * n)):
+            row = {
+                "n": n,
+                "m": n,
+                "dim": dim,
+                "provider": provider,
+                "status": "ok",
+                "processor_ms": ms,
+                "median_ms": 2 * ms,
+                "extra_mib": 1.0,
+            }
+            lines.append(common | row)
+        lines.append(common | {"n": n, "m": n, "dim": dim, "provider": "KeOps", "status": "missing: pykeops not installed"})
+    (tmp_path / "mmd_cpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(table, "load", lambda benchmark: rows.load(benchmark, tmp_path))
+    monkeypatch.setattr(plot, "load", lambda benchmark: rows.load(benchmark, tmp_path))
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("results")
+def test_table_takes_the_newest_rows_and_says_what_is_missing():
+    text = table.tables()
+    assert "| forward and backward | 10 | 2 | 1 | 20 | 80 (4.0×) | – |" in text
+    assert "- KeOps: missing" in text
+
+
+def test_plots_are_drawn_from_rows(results):
+    pytest.importorskip("matplotlib")
+    plot.main()
+    assert {path.name for path in results.glob("*.png")} == {"a-cpu-time.png", "a-cpu-memory.png", "a-cpu-speed-up.png"}
