@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,10 @@ def real(name: str, value: Any, *, above: float | None = None, at_least: float |
     """A real, finite number, returned as float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {number}")
     if above is not None and not number > above:
@@ -88,6 +92,14 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return int(value)
+
+
+def sizes(name: str, values: object) -> None:
+    """A sequence of integers of at least one."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
+    for value in values:
+        integer(f"every size of {name}", value, at_least=1)
 
 
 def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -116,13 +128,21 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            value_list = value.detach().reshape(-1).tolist()
-            for v in value_list:
-                real(name, v, above=0 if positive else None)
+            for v in value.detach().reshape(-1).tolist():
+                _bandwidth_number(name, v, positive)
         return value.detach().reshape(-1).to(torch.float64)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    numbers = [real(name, v, above=0 if positive else None) for v in values]
-    return torch.tensor(numbers, dtype=torch.float64)
+    numbers = [_bandwidth_number(name, v, positive) for v in values]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def _bandwidth_number(name: str, value: object, positive: bool) -> float:
+    number = real(name, value, above=0 if positive else None)
+    if positive and not 1e-150 <= number <= 1e150:
+        raise ValueError(f"{name} must be between 1e-150 and 1e150, so that its square is a number too, got {number:g}")
+    return number
 
 
 def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
@@ -135,12 +155,21 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} and {x_name} must be on the same device, got {weights.device} and {x.device}")
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
+    # Where reading the sum would wait for a GPU or break a graph, the operation turns a wrong one into nan.
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         total = float(weights.detach().double().sum())
-        # The rounding of n weights of `eps` each: a sum further off is not rounding.
-        tolerance = 16 * torch.finfo(weights.dtype).eps
-        if not abs(total - 1) <= tolerance:
+        if not sum_to_one(weights.detach()):
             raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum()")
+
+
+def sum_to_one(weights: Tensor) -> Tensor:
+    """Whether they do but for rounding, a scalar."""
+    return (weights.double().sum() - 1).abs() <= 16 * torch.finfo(weights.dtype).eps
+
+
+def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
+    if estimator == "unbiased" and weights.device.type == "cpu" and not torch.compiler.is_compiling() and int((weights != 0).sum()) < 2:
+        raise ValueError(f"{name} must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'")
 
 
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae import checks, reference
+from fastvae.ops.common import accumulation_dtype
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 
@@ -115,10 +116,15 @@ def _mmd(
             checks.enough_rows(name, points, estimator)
         if points is not None and weights is not None:
             checks.sample_weights(f"{name}_weights", weights, name, points)
+            checks.enough_weights(f"{name}_weights", weights, estimator)
     if backend == "reference":
-        if y is None:
-            return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights)
-        return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights, y_weights=y_weights)
+        dtype = accumulation_dtype(x.dtype)
+        x = x.to(dtype)
+        y, x_weights, y_weights = (None if t is None else t.to(dtype) for t in (y, x_weights, y_weights))
+        with torch.autocast(x.device.type, enabled=False):
+            if y is None:
+                return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights)
+            return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights, y_weights=y_weights)
     return apply_mmd(x, y, x_weights, y_weights, h, a, estimator == "unbiased", precision or "", backend or "")
 
 
@@ -154,6 +160,7 @@ def reparameterize_kl(
     """
     checks.rows("mu", mu)
     checks.floating_tensor("logvar", logvar)
+    mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
     checks.same_shape("mu", mu, "logvar", logvar)
     checks.same_kind("mu", mu, "logvar", logvar)
     checks.option("backend", backend, checks.BACKENDS)
@@ -165,7 +172,9 @@ def reparameterize_kl(
     else:
         eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
     if backend == "reference":
-        return reference.reparameterize_kl(mu, logvar, eps=eps, per_dimension=per_dimension)
+        dtype = accumulation_dtype(mu.dtype)
+        z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=eps.to(dtype), per_dimension=per_dimension)
+        return z.to(mu.dtype), kl
     matrices = (t.reshape(-1, mu.shape[-1]) for t in (mu, logvar, eps))
     z, kl = apply_reparameterize_kl(*matrices, per_dimension, backend or "")
     return z.reshape(mu.shape), kl.reshape(mu.shape if per_dimension else mu.shape[:-1])
@@ -173,6 +182,6 @@ def reparameterize_kl(
 
 def _autocast(x: Tensor) -> Tensor:
     """x, or under autocast x in float32, as autocast does for the losses of PyTorch."""
-    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
         return x.float()
     return x

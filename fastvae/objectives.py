@@ -76,7 +76,9 @@ class Bernoulli(Likelihood):
 def _flat(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     if reconstruction.shape[:1] != x.shape[:1] or reconstruction.numel() != x.numel():
         raise ValueError(f"x must have the features of the reconstruction, got shapes {tuple(x.shape)} and {tuple(reconstruction.shape)}")
-    return reconstruction.flatten(1), x.flatten(1)
+    # A sum over the features of an image is past what float16 and bfloat16 hold.
+    dtype = torch.promote_types(torch.promote_types(reconstruction.dtype, x.dtype), torch.float32)
+    return reconstruction.flatten(1).to(dtype), x.flatten(1).to(dtype)
 
 
 class VAEOutput(NamedTuple):
@@ -158,8 +160,9 @@ class VAEObjective(nn.Module):
         estimator: str = "unbiased",
     ) -> VAEObjective:
         """InfoVAE: kl_weight 1−alpha and mmd_weight alpha+lambda_−1, both ≥ 0. Source: Zhao, Song and Ermon 2019."""
-        kl_weight = 1 - checks.real("alpha", alpha)
-        mmd_weight = alpha + checks.real("lambda_", lambda_) - 1
+        # Rounded, as −1.8 + 2.8 − 1 is not quite zero.
+        kl_weight = round(1 - checks.real("alpha", alpha), 12)
+        mmd_weight = round(alpha + checks.real("lambda_", lambda_) - 1, 12)
         if kl_weight < 0:
             raise ValueError(
                 f"alpha must be at most 1, as the KL's weight 1 - alpha would be negative and training maximise it, got {alpha:g}"
@@ -209,7 +212,7 @@ class VAEObjective(nn.Module):
         if self.mmd_weight:
             mmd = self._mmd(output.z)
             loss = loss + self.mmd_weight * mmd
-        elif all_terms:
+        elif all_terms and (len(output.z) > 1 or self.estimator == "biased"):
             mmd = self._mmd(output.z.detach())
         return ObjectiveTerms(loss, reconstruction, kl, mmd)
 

@@ -22,7 +22,8 @@ _SHIFT_BELOW = math.log(2)
 
 # k_b is a square of k_{b−1} only where the ratio of their γ is two to rounding.
 _POWER_OF_TWO = 1e-12
-_MOST_SQUARINGS = 4
+# Each squaring doubles the relative error: a chain of them starts anew after seven, which also fit the three bits of a kernel's argument.
+_MOST_SQUARINGS = 7
 
 
 def rbf(squared_distance: Tensor, bandwidth: Tensor, bandwidth_weights: Tensor) -> Tensor:
@@ -88,11 +89,12 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
-    powers = [0]
+    powers, chain = [0], 0
     for wide, narrow in itertools.pairwise(bandwidths):
         power = 2 * math.log2(wide / narrow) if narrow > 0 else math.nan
         near = round(power) if math.isfinite(power) else 0
-        powers.append(near if 1 <= near <= _MOST_SQUARINGS and abs(power - near) < _POWER_OF_TWO else 0)
+        chain = chain + near if near >= 1 and abs(power - near) < _POWER_OF_TWO and chain + near <= _MOST_SQUARINGS else 0
+        powers.append(near if chain else 0)
     return tuple(powers)
 
 

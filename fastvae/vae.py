@@ -64,7 +64,7 @@ class VAE(nn.Module):
     ) -> VAE:
         """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
         encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
-        decoder = mlp_decoder(latent_dim, list(hidden)[::-1], shape)
+        decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
         return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
 
     @classmethod
@@ -80,7 +80,7 @@ class VAE(nn.Module):
     ) -> VAE:
         """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
         encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
-        decoder = conv_decoder(latent_dim, list(channels)[::-1], shape, hidden=hidden)
+        decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
         return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
 
     def forward(self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None) -> VAEOutput:
@@ -131,12 +131,14 @@ class VAE(nn.Module):
 
 def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: str = "gaussian") -> nn.Sequential:
     """(N, *shape) or (N, features) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". ReLU between the layers."""
+    checks.sizes("hidden", hidden)
     widths = [math.prod(_shape(shape)), *hidden, _code_width(latent_dim, posterior)]
     return nn.Sequential(nn.Flatten(), *_perceptron(widths))
 
 
 def mlp_decoder(latent_dim: int, hidden: Sequence[int], shape: int | Sequence[int]) -> nn.Sequential:
     """(N, latent_dim) → (N, *shape)."""
+    checks.sizes("hidden", hidden)
     shape = _shape(shape)
     return nn.Sequential(*_perceptron([latent_dim, *hidden, math.prod(shape)]), nn.Unflatten(1, shape))
 
@@ -145,7 +147,7 @@ def conv_encoder(
     shape: Sequence[int], channels: Sequence[int], latent_dim: int, *, hidden: int = 256, posterior: str = "gaussian"
 ) -> nn.Sequential:
     """(N, C, H, W) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". Each of `channels` halves H and W."""
-    sizes = _conv_sizes(shape, len(channels))
+    sizes = _conv_sizes(shape, channels)
     layers: list[nn.Module] = []
     for c_in, c_out in zip([shape[0], *channels], channels, strict=False):
         layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.ReLU()]
@@ -155,7 +157,7 @@ def conv_encoder(
 
 def conv_decoder(latent_dim: int, channels: Sequence[int], shape: Sequence[int], *, hidden: int = 256) -> nn.Sequential:
     """(N, latent_dim) → (N, C, H, W). Each of `channels` doubles H and W."""
-    sizes = _conv_sizes(shape, len(channels))[::-1]
+    sizes = _conv_sizes(shape, channels)[::-1]
     first = (channels[0], *sizes[0])
     layers: list[nn.Module] = [*_perceptron([latent_dim, hidden, math.prod(first)]), nn.Unflatten(1, first)]
     for c_in, c_out, size in zip(channels, [*channels[1:], shape[0]], sizes[1:], strict=True):
@@ -176,7 +178,10 @@ def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(checks.integer("every size of shape", size, at_least=1) for size in (shape if isinstance(shape, Sequence) else [shape]))
 
 
-def _conv_sizes(shape: Sequence[int], depth: int) -> list[tuple[int, int]]:
+def _conv_sizes(shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int, int]]:
+    checks.sizes("shape", shape)
+    checks.sizes("channels", channels)
+    depth = len(channels)
     if len(shape) != 3 or depth < 1 or min(shape[1:]) < 2**depth:
         raise ValueError(f"shape must be (C, H, W) with H, W ≥ {2**depth} for {depth} convolutions (at least one), got {tuple(shape)}")
     return [(shape[1] >> level, shape[2] >> level) for level in range(depth + 1)]

@@ -425,7 +425,7 @@ class _Operands:
         rows, dim = z.shape
         padding = -rows % config.block_n
         blocks = (0, padded_dim(dim, config) - dim, 0, padding)
-        points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, (z - centre) * scale))
+        points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, ((z - centre).double() * scale).to(z.dtype)))
         hi = lo = scaled
         if mode in (BF16.value, SPLIT.value):
             hi = lo = scaled.to(torch.bfloat16)
@@ -452,7 +452,8 @@ class _Launcher:
         self.difference_config = difference_config(x.element_size())
         ratios = kernel.gamma / kernel.gamma[0]
         slopes = kernel.weights * ratios
-        self.scale = (2 * LOG2_E * kernel.gamma[0]).sqrt().to(x.dtype)
+        self.scale = (2 * LOG2_E * kernel.gamma[0]).sqrt()
+        self.rounded_scale = self.scale.to(x.dtype)
         self.table = torch.stack([ratios, kernel.weights, slopes]).to(x.dtype)
         # With one bandwidth the kernels leave its weight out.
         self.unit = kernel.weights[0] if self.bandwidths == 1 else 1.0
@@ -486,7 +487,7 @@ class _Launcher:
         )  # fmt: skip
         config = self.difference_config
         differences_kernel[(n // config.block_n, d // config.block_d if gradient else 1, splits)](
-            rows.points, columns.points, weights, self.table, self.shifts, self.scale, self.differences, value, slope, moments,
+            rows.points, columns.points, weights, self.table, self.shifts, self.rounded_scale, self.differences, value, slope, moments,
             columns.rows, **constants, WITHIN=within, **config.launch(),
         )  # fmt: skip
         mean = 1 / columns.rows if columns.weights is None else 1.0

@@ -55,6 +55,19 @@ BAD_MMD = [
         "x_weights must have one value for each row of x, shape (4,), got (3,)",
     ),
     ((X, Y), {"x_weights": 2 * HALF}, ValueError, "x_weights must sum to one, got a sum of 2: divide by x_weights.sum()"),
+    (
+        (X, Y),
+        {"x_weights": torch.eye(4)[0], "estimator": "unbiased"},
+        ValueError,
+        "x_weights must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'",
+    ),
+    (
+        (X, Y),
+        {"bandwidth": 1e160},
+        ValueError,
+        "bandwidth must be between 1e-150 and 1e150, so that its square is a number too, got 1e+160",
+    ),
+    ((X, Y), {"bandwidth": 10**400}, ValueError, "bandwidth must be finite, got inf"),
     ((X, Y), {"x_weights": [0.25] * 4}, TypeError, "x_weights must be a torch.Tensor, got list"),
     ((X, Y), {"x_weights": HALF.to("meta")}, ValueError, "x_weights and x must be on the same device, got meta and cpu"),
     ((X, Y), {"x_weights": HALF.clone().requires_grad_()}, ValueError, "x_weights must not require grad"),
@@ -115,3 +128,23 @@ def test_weights_that_sum_to_one_within_rounding_pass():
     weights = torch.rand(n)
     assert fastvae.mmd(torch.zeros(n, 1)[:1], torch.zeros(1, 1), backend="reference").item() == 0
     fastvae.checks.sample_weights("w", weights / weights.sum(), "x", torch.zeros(n, 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (lambda: fastvae.VAE.mlp(12, latent_dim=3, hidden=400), TypeError, "hidden must be a sequence of integers, got int"),
+        (lambda: fastvae.VAE.conv(28, latent_dim=3), TypeError, "shape must be a sequence of integers, got int"),
+        (lambda: fastvae.VAE.conv((1, 8, 8), latent_dim=3, channels=8), TypeError, "channels must be a sequence of integers, got int"),
+        (
+            lambda: fastvae.VAE.conv((1, 8, 8), latent_dim=3, channels=(0, 4)),
+            ValueError,
+            "every size of channels must be at least 1, got 0",
+        ),
+        (lambda: fastvae.VAE.conv((1, 8.0, 8), latent_dim=3), TypeError, "every size of shape must be an integer, got float"),
+    ],
+)
+def test_vae_builders(build, error, sentence):
+    with pytest.raises(error) as caught:
+        build()
+    assert str(caught.value) == sentence

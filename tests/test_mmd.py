@@ -264,3 +264,128 @@ def test_memory_grows_with_n_and_not_with_its_square():
     small, large = peak(1024), peak(8192)
     assert large < 1024 * 8192 * 4
     assert large - small < 40 * 4 * 7168 * 4
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of PyTorch's own, on the first forward-mode call
+def test_forward_mode_is_refused_and_not_zero():
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+    tangent = torch.ones_like(x)
+    for function in (lambda x: fastvae.mmd(x, y), fastvae.mmd_to_normal):
+        with pytest.raises(NotImplementedError):
+            torch.func.jvp(function, (x,), (tangent,))
+    _, derivative = torch.func.jvp(lambda x: fastvae.mmd(x, y, backend="reference"), (x,), (tangent,))
+    torch.testing.assert_close(derivative, torch.func.grad(fastvae.mmd)(x, y).sum())
+
+
+def test_gradients_are_contiguous():
+    """As the fake says: the compiler builds on it."""
+    h = torch.ones(1, dtype=torch.float64)
+    x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
+    _, grad_x, grad_y = torch.ops.fastvae.mmd(x, y, None, None, h, h, False, "", "", True, True)
+    assert grad_x.is_contiguous()
+    assert grad_y.is_contiguous()
+
+
+def test_default_device_does_not_matter():
+    x, y = torch.randn(5, 3), torch.randn(4, 3)
+    value = fastvae.mmd(x, y, bandwidth=(1.0, 2.0))
+    with torch.device("meta"):
+        assert fastvae.mmd(x, y, bandwidth=(1.0, 2.0)).item() == value.item()
+
+
+def test_the_pair_term_and_the_closed_form_have_the_same_bandwidth():
+    """A scale rounded to float32 is another bandwidth: MMD² near zero then keeps the difference, more of it the more rows there are."""
+    x = torch.randn(4000, 10)
+    exact = fastvae.mmd_to_normal(x.double(), bandwidth=10**0.5, backend="cpu").item()
+    assert fastvae.mmd_to_normal(x, bandwidth=10**0.5, backend="cpu").item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["x", "y"])
+@pytest.mark.parametrize("outlier", [1e3, 1e9, 1e15, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_outlier(dtype, outlier, where):
+    points = {"x": torch.randn(600, 3, dtype=dtype), "y": torch.randn(90, 3, dtype=dtype)}
+    points[where][7] = outlier
+    actual = evaluate(fastvae.mmd, points["x"], points["y"], bandwidth=(0.7, 1.0), backend="cpu")
+    exact = evaluate(reference.mmd, points["x"].double(), points["y"].double(), bandwidth=(0.7, 1.0))
+    assert_close(actual, exact, TOLERANCE[dtype], 90, 2.0)
+
+
+def test_a_ladder_of_many_squarings():
+    bandwidth = tuple(0.05 * 2 ** (n / 2) for n in range(40))
+    x, y = torch.randn(60, 3, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    exact = evaluate(reference.mmd, x, y, bandwidth=bandwidth)
+    assert_close(evaluate(fastvae.mmd, x, y, bandwidth=bandwidth, backend="cpu"), exact, TOLERANCE[torch.float64], 50, 40.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_infinite_row(backend):
+    assert fastvae.mmd_to_normal(torch.tensor([[float("inf"), 1.0]]), backend=backend).isnan()
+
+
+def test_what_needs_no_gradient_may_change_before_backward():
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+    _, expected_grad, _ = evaluate(fastvae.mmd, x, y)
+    value = fastvae.mmd(x, y)
+    y.add_(1)
+    value.backward()
+    torch.testing.assert_close(x.grad, expected_grad)
+
+
+def test_tiny_data_and_bandwidth():
+    """γ itself overflows float32 here."""
+    x, y = torch.randn(50, 3) * 1e-20, torch.randn(40, 3) * 1e-20
+    actual = evaluate(fastvae.mmd, x, y, bandwidth=1e-20, backend="cpu")
+    assert_close(actual, evaluate(reference.mmd, x.double(), y.double(), bandwidth=1e-20), TOLERANCE[torch.float32], 40)
+
+
+def test_reference_backend_keeps_the_contract():
+    x, y = torch.randn(20, 3), torch.randn(15, 3)
+    exact = fastvae.mmd(x.bfloat16(), y.bfloat16())
+    dense = fastvae.mmd(x.bfloat16(), y.bfloat16(), backend="reference")
+    assert dense.dtype == torch.float32
+    torch.testing.assert_close(dense, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fastvae.mmd(x, y, backend="reference"), fastvae.mmd(x, y))
+    weights = torch.full((20,), 0.05, dtype=torch.float64)
+    torch.testing.assert_close(fastvae.mmd(x, y, x_weights=weights, backend="reference"), fastvae.mmd(x, y))
+
+
+def test_compiled_call_gives_nan_for_what_it_cannot_check():
+    x, y = torch.randn(20, 3), torch.randn(15, 3)
+    compiled = torch.compile(fastvae.mmd, fullgraph=True, backend="eager")
+    assert compiled(x, y, x_weights=torch.full((20,), 0.3)).isnan()
+    assert compiled(x, y, bandwidth=torch.tensor([-1.0])).isnan()
+    assert compiled(x, y, x_weights=torch.full((20,), 0.05)).isfinite()
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_reach_the_kernels(monkeypatch, name):
+    from fastvae.kernels import mmd as kernels
+
+    seen = []
+    original = kernels.pair_sums
+    monkeypatch.setattr(kernels, "pair_sums", lambda *args, **kwargs: seen.append(kwargs["precision"]) or original(*args, **kwargs))
+    points = [torch.randn(5, 3, device=DEVICE), torch.randn(4, 3, device=DEVICE)][: 1 if name == "mmd_to_normal" else 2]
+    getattr(fastvae, name)(*points, backend="triton", precision="ieee")
+    fastvae.MMDLoss(backend="triton", precision="high")(*points)
+    getattr(fastvae, name)(*points, backend="triton")
+    assert seen == ["ieee", "high", "highest"]
+
+
+def test_loss_module_passes_its_options_on():
+    x, y = torch.randn(9, 4), torch.randn(7, 4)
+    p, q = torch.softmax(torch.randn(9), 0), torch.softmax(torch.randn(7), 0)
+    loss = fastvae.MMDLoss(bandwidth=(1.0, 2.0), bandwidth_weights=(0.3, 0.7))
+    options = {"bandwidth": (1.0, 2.0), "bandwidth_weights": (0.3, 0.7)}
+    assert loss(x, y, x_weights=p, y_weights=q).item() == fastvae.mmd(x, y, x_weights=p, y_weights=q, **options).item()
+    assert loss(x, x_weights=p).item() == fastvae.mmd_to_normal(x, x_weights=p, **options).item()
+
+
+def test_second_derivative_to_the_other_sample():
+    x, y = torch.randn(5, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), y)

@@ -6,6 +6,7 @@ import torch
 from torch import distributions as D
 
 from fastvae.objectives import Bernoulli, Gaussian, VAEObjective, VAEOutput
+from fastvae.vae import VAE
 
 N, FEATURES, LATENT = 9, 6, 3
 
@@ -165,3 +166,28 @@ def test_one_sample_with_the_unbiased_estimator(output, x):
     one = VAEOutput(*(t[:1] for t in output[:5]), Bernoulli())
     with pytest.raises(ValueError, match="two rows"):
         VAEObjective.mmd_vae(1.0)(one, x[:1])
+
+
+def test_weights_that_cancel_are_zero():
+    objective = VAEObjective.info_vae(-1.8, 2.8)
+    assert objective.mmd_weight == 0
+
+
+def test_logging_a_batch_of_one():
+    vae = VAE.mlp(4, latent_dim=2)
+    x = torch.randn(1, 4)
+    assert VAEObjective.vae()(vae(x), x, all_terms=True).mmd is None
+
+
+def test_half_precision_likelihood_sums_in_float32():
+    x = torch.rand(4, 3, 64, 64)
+    exact = Gaussian(0.1).log_prob(x * 0, x)
+    half = Gaussian(0.1).log_prob(x.half() * 0, x.half())
+    torch.testing.assert_close(half, exact, rtol=1e-3, atol=0)
+
+
+def test_autocast_takes_noise_and_parts_of_another_precision():
+    vae = VAE.mlp(4, latent_dim=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = vae(torch.randn(5, 4), eps=torch.randn(5, 2))
+    assert output.z.dtype == torch.float32

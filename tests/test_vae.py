@@ -105,7 +105,7 @@ def test_any_user_module(encoder):
             ValueError,
             "posterior must be one of 'gaussian', 'deterministic', got 'flow'",
         ),
-        (lambda: VAE.mlp(5, latent_dim=2, hidden=(0,)), ValueError, "every width of hidden must be at least 1, got 0"),
+        (lambda: VAE.mlp(5, latent_dim=2, hidden=(0,)), ValueError, "every size of hidden must be at least 1, got 0"),
         (lambda: VAE.mlp(0, latent_dim=2), ValueError, "every size of shape must be at least 1, got 0"),
         (
             lambda: VAE.conv((1, 3, 8), latent_dim=2),

@@ -31,7 +31,7 @@ def pair_sums(
 ) -> PairSums:
     """Sweep all pairs of rows of x (N, D) and y (M, D), in float32 or float64, with weights p (N,) and q (M,), equal if None."""
     ladder = RBFLadder.of(kernel)
-    sweep = _Sweep(ladder, centre, *_arithmetic(x, y, centre, ladder))
+    sweep = _Sweep(ladder, *_arithmetic(x, y, centre, ladder))
     a = sweep.points(x, p, x_grad)
     within_x = sweep.within(a, float(x_scale))
     within_y = across = 0.0
@@ -40,18 +40,20 @@ def pair_sums(
         b = sweep.points(y, q, y_grad)
         within_y = sweep.within(b, float(y_scale))
         across = sweep.across(a, b)
-    totals = [torch.tensor(total, dtype=torch.float64) for total in (within_x, within_y, across)]
+    totals = [x.new_tensor(total, dtype=torch.float64) for total in (within_x, within_y, across)]
     return PairSums(totals[0], totals[1], totals[2], sweep.pull(a), None if b is None else sweep.pull(b))
 
 
-def _arithmetic(x: Tensor, y: Tensor | None, centre: Tensor, kernel: RBFLadder) -> tuple[torch.dtype, bool]:
-    """The dtype of the sweep, and whether its distances come from differences."""
+def _arithmetic(x: Tensor, y: Tensor | None, centre: Tensor, kernel: RBFLadder) -> tuple[Tensor, float]:
+    """The centre in the dtype of the sweep, and the largest ‖z − centre‖² at which the products of that dtype are exact enough."""
+    steepest = kernel.gamma * kernel.ratios[-1] / EXPONENT_ERROR[x.dtype]
+    limit = 1 / (steepest * torch.finfo(x.dtype).eps)
     radius2 = max(float((z - centre).square().sum(1).max()) for z in (x, y) if z is not None)
-    exponent = kernel.gamma * kernel.ratios[-1] * radius2
-    for dtype in (x.dtype, torch.float64):
-        if not exponent * torch.finfo(dtype).eps > EXPONENT_ERROR[x.dtype]:
-            return dtype, False
-    return torch.float64, True
+    if not radius2 > limit:
+        return centre, limit
+    # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
+    pooled = x if y is None else torch.cat([x, y])
+    return pooled.median(0).values.double(), 1 / (steepest * torch.finfo(torch.float64).eps)
 
 
 @dataclass
@@ -64,31 +66,31 @@ class _Points:
     right: Tensor  # (D + 2, N)
     weighted: Tensor  # (D + 1, N): w_j·[z_j, 1]
     moments: Tensor | None  # (D + 1, N)
+    far: list[bool]  # for each tile of rows, whether distances to it must come from differences
 
 
 class _Sweep:
-    def __init__(self, kernel: RBFLadder, centre: Tensor, dtype: torch.dtype, differences: bool) -> None:
-        self.kernel, self.centre, self.dtype, self.differences = kernel, centre.to(dtype), dtype, differences
+    def __init__(self, kernel: RBFLadder, centre: Tensor, limit: float) -> None:
+        self.kernel, self.centre, self.limit, self.dtype = kernel, centre, limit, centre.dtype
         # exp2 is the fastest exponential there is; expm1 has no such twin.
         self.unit = 1.0 if kernel.shifts[0] else LOG2_E
         buffers = 1 if len(kernel.ratios) == 1 else 3
-        self.buffers = [torch.empty(TILE * TILE, dtype=dtype) for _ in range(buffers)]
+        self.buffers = [centre.new_empty(TILE * TILE) for _ in range(buffers)]
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> _Points:
         dtype, z = z.dtype, z.to(self.dtype) - self.centre
         uniform = 1 / z.shape[0] if weights is None else None
         weights = z.new_full(z.shape[:1], 1 / z.shape[0]) if weights is None else weights.to(self.dtype)
-        scaled = z * (2 * self.kernel.gamma * self.unit) ** 0.5
+        # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
+        scaled = (z.double() * (2 * self.kernel.gamma * self.unit) ** 0.5).to(self.dtype)
         one = torch.ones_like(z[:, :1])
-        if self.differences:
-            left, right = scaled, scaled.T
-        else:
-            half = scaled.square().sum(1, keepdim=True).mul_(-0.5)
-            left, right = torch.cat([scaled, half, one], 1), torch.cat([scaled, one, half], 1).T.contiguous()
+        half = scaled.square().sum(1, keepdim=True).mul_(-0.5)
+        left, right = torch.cat([scaled, half, one], 1), torch.cat([scaled, one, half], 1).T.contiguous()
+        far = [bool(rows.square().sum(1).max() > self.limit) for rows in torch.split(z, TILE)]
         weighted = torch.cat([z, one], 1).T * weights
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
-        moments = torch.zeros(weighted.shape, dtype=self.dtype) if gradient else None
-        return _Points(z, dtype, weights, uniform, left, right, weighted, moments)
+        moments = torch.zeros_like(weighted) if gradient else None
+        return _Points(z, dtype, weights, uniform, left, right, weighted, moments, far)
 
     @staticmethod
     def pull(a: _Points) -> Tensor | None:
@@ -118,7 +120,7 @@ class _Sweep:
         total = 0.0
         gradient = a.moments is not None or b.moments is not None
         exponent = self._buffer(0, i, j)
-        self._exponent(a.left[i], b.right[:, j], exponent)
+        self._exponent(a, i, b, j, exponent)
         single = len(self.kernel.ratios) == 1
         power = exponent if single else self._buffer(1, i, j)
         slope = exponent if single else self._buffer(2, i, j)
@@ -140,12 +142,12 @@ class _Sweep:
         rows, columns = i.stop - i.start, j.stop - j.start
         return self.buffers[n][: rows * columns].view(rows, columns)
 
-    def _exponent(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        if self.differences:
-            distance = torch.cdist(left, right.T, compute_mode="donot_use_mm_for_euclid_dist")
-            torch.mul(distance, distance, out=out).mul_(-0.5)
+    def _exponent(self, a: _Points, i: slice, b: _Points, j: slice, out: Tensor) -> None:
+        if a.far[i.start // TILE] or b.far[j.start // TILE]:
+            distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
+            torch.mul(distance, distance, out=out).mul_(-self.kernel.gamma * self.unit)
         else:
-            torch.mm(left, right, out=out)
+            torch.mm(a.left[i], b.right[:, j], out=out)
 
     def _climb(self, rung: int, exponent: Tensor, power: Tensor) -> None:
         """k_b − shift_b into `power`, which holds k_{b−1} − shift_{b−1}."""

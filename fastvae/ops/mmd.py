@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastvae.checks import sum_to_one
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
 from fastvae.radial import Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
@@ -122,6 +123,10 @@ def _evaluate(
             value = value + _prior_terms(x, p, kernel)
             if x_grad:
                 grad_x += _prior_gradient(x, p, kernel)
+        # One row alone has no pair that would show that it is not finite.
+        value = value + 0 * centre.sum()
+        for weights in (x_weights, y_weights):
+            value = value if weights is None else torch.where(sum_to_one(weights), value, torch.nan)
         return value.to(dtype), grad_x, grad_y
 
 
@@ -137,7 +142,9 @@ def _gradient(z: Tensor, weights: Tensor | None, pull: Tensor | None, kernel: Ra
     """2·w_i·Σ_j 2·w_j·φ'(d²_ij)·(z_i − z_j) with φ' = −Σ_b a_b·γ_b·k_b, from the pull of a sweep."""
     if pull is None:
         return z.new_empty(0)
-    return pull * (_row_weights(z, weights) * (-4 * kernel.gamma[0]).to(z.dtype))
+    # In two factors: γ itself may be past the range of float32.
+    scale = kernel.gamma[0].sqrt()
+    return ((pull * scale.to(z.dtype)) * (_row_weights(z, weights) * (-4 * scale).to(z.dtype))).contiguous()
 
 
 def _prior_terms(x: Tensor, p: Tensor | None, kernel: Radial) -> Tensor:
@@ -160,7 +167,8 @@ def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last two, which say what gradients are wanted."""
     x, y = args[:2]
     flags = (needs_grad(x), needs_grad(y))
-    if not any(flags):
+    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
+    if not any(flags) and torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
     return cast(Tensor, MMD.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
 
@@ -184,7 +192,8 @@ class MMD(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, y = inputs[:2]
+    # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
+    x, y = (t if needed else None for t, needed in zip(inputs[:2], ctx.needs_input_grad[:2], strict=True))
     ctx.save_for_backward(x, y, *output[1:])
 
 

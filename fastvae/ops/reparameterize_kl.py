@@ -77,7 +77,8 @@ def _gradients(mu: Tensor) -> tuple[Tensor, Tensor]:
 
 def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
-    if not needs_grad(*args[:2]):
+    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
+    if not needs_grad(*args[:2]) and torch.compiler.is_compiling():
         return cast(tuple[Tensor, Tensor], forward_op(*args))
     return cast(tuple[Tensor, Tensor], ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
 
