@@ -156,7 +156,7 @@ def padded_dim(dim: int, config: SweepConfig) -> int:
 
 
 def difference_config(itemsize: int) -> SweepConfig:
-    return SweepConfig(32, 32, 8, 8, 4, 1) if itemsize == 4 else SweepConfig(32, 16, 4, 8, 4, 1)
+    return SweepConfig(32, 32 if itemsize == 4 else 16, 4, 8, 4, 1)
 
 
 def row_config(dim: int) -> RowConfig:
