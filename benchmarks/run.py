@@ -179,10 +179,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16384 if gpu else 4096, help="N = M at which D and bandwidths vary")
     parser.add_argument("--series", type=int, nargs="*", default=[4096, 16384, 65536] if gpu else [2048, 4096, 8192], help="N = M, D fixed")
     parser.add_argument("--series-dim", type=int, default=64)
-    parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 64, 256])
+    parser.add_argument("--dims", type=int, nargs="*", default=[2, 16, 64, 256])
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     rows_default = ["65536x64", "262144x64", "65536x512"] if gpu else ["4096x64", "65536x64", "16384x512"]
-    parser.add_argument("--row-shapes", nargs="+", default=rows_default, help="N×D of reparameterize_kl, as 4096x64")
+    parser.add_argument("--row-shapes", nargs="*", default=rows_default, help="N×D of reparameterize_kl, as 4096x64")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of one case; three rounds at least")
     parser.add_argument("--threads", type=int, default=1)
