@@ -87,7 +87,7 @@ class _Sweep:
         half = scaled.square().sum(1, keepdim=True).mul_(-0.5)
         left, right = torch.cat([scaled, half, one], 1), torch.cat([scaled, one, half], 1).T.contiguous()
         far = [bool(rows.square().sum(1).max() > self.limit) for rows in torch.split(z, TILE)]
-        weighted = torch.cat([z, one], 1).T * weights
+        weighted = torch.cat([z, one], 1).T.contiguous() * weights
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
         moments = torch.zeros_like(weighted) if gradient else None
         return _Points(z, dtype, weights, uniform, left, right, weighted, moments, far)
