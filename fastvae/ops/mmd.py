@@ -5,8 +5,9 @@ The op returns the value and the gradients that the call asks for, all from one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastvae.checks import sum_to_one
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import PairSums, Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor bandwidth, Tensor bandwidth_weights, "
@@ -22,80 +23,54 @@ SCHEMA = (
 )
 
 
+class Problem(NamedTuple):
+    """The arguments of the op, in the order of its schema."""
+
+    x: Tensor
+    y: Tensor | None
+    x_weights: Tensor | None
+    y_weights: Tensor | None
+    bandwidth: Tensor
+    bandwidth_weights: Tensor
+    unbiased: bool
+    precision: str
+    backend: str
+    x_grad: bool
+    y_grad: bool
+
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
 @torch.library.custom_op("fastvae::mmd", mutates_args=(), schema=SCHEMA)
-def mmd_op(
-    x: Tensor,
-    y: Tensor | None,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    bandwidth: Tensor,
-    bandwidth_weights: Tensor,
-    unbiased: bool,
-    precision: str,
-    backend: str,
-    x_grad: bool,
-    y_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def mmd_op(*args: Any) -> Result:
     """(MMD², its gradient to x, its gradient to y) in the accumulation dtype; y = None is N(0, I). A gradient not asked for is empty."""
-    if backend == "triton":
-        forced = _triton(x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, precision, backend, x_grad, y_grad)
-        return cast(tuple[Tensor, Tensor, Tensor], forced)
-    return _evaluate(cpu.pair_sums, x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad)
+    problem = Problem(*args)
+    return _triton(*args) if problem.backend == "triton" else _evaluate(cpu.pair_sums, problem)
 
 
-@mmd_op.register_kernel("cuda")
-def _triton(
-    x: Tensor,
-    y: Tensor | None,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    bandwidth: Tensor,
-    bandwidth_weights: Tensor,
-    unbiased: bool,
-    precision: str,
-    backend: str,
-    x_grad: bool,
-    y_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(*args: Any) -> Result:
     from fastvae.kernels import mmd as kernels
 
-    pair_sums = partial(kernels.pair_sums, precision=precision or torch.get_float32_matmul_precision())
-    return _evaluate(pair_sums, x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad)
+    problem = Problem(*args)
+    precision = problem.precision or torch.get_float32_matmul_precision()
+    return _evaluate(partial(kernels.pair_sums, precision=precision), problem)
+
+
+mmd_op.register_kernel("cuda")(_triton)
 
 
 @mmd_op.register_fake
-def _fake(
-    x: Tensor,
-    y: Tensor | None,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    bandwidth: Tensor,
-    bandwidth_weights: Tensor,
-    unbiased: bool,
-    precision: str,
-    backend: str,
-    x_grad: bool,
-    y_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(x.dtype)
-    value = x.new_empty((), dtype=dtype)
-    grad_x = x.new_empty(x.shape if x_grad else (0,), dtype=dtype)
-    grad_y = x.new_empty(y.shape if y_grad and y is not None else (0,), dtype=dtype)
-    return value, grad_x, grad_y
+def _fake(*args: Any) -> Result:
+    problem = Problem(*args)
+    x, y, dtype = problem.x, problem.y, accumulation_dtype(problem.x.dtype)
+    grad_x = x.new_empty(x.shape if problem.x_grad else (0,), dtype=dtype)
+    grad_y = x.new_empty(y.shape if problem.y_grad and y is not None else (0,), dtype=dtype)
+    return x.new_empty((), dtype=dtype), grad_x, grad_y
 
 
-def _evaluate(
-    pair_sums: Any,
-    x: Tensor,
-    y: Tensor | None,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-    bandwidth: Tensor,
-    bandwidth_weights: Tensor,
-    unbiased: bool,
-    x_grad: bool,
-    y_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate(pair_sums: Callable[..., PairSums], problem: Problem) -> Result:
+    x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, *_, x_grad, y_grad = problem
     with torch.autocast(x.device.type, enabled=False):
         dtype = accumulation_dtype(x.dtype)
         x = x.to(dtype)
@@ -177,11 +152,11 @@ class MMD(torch.autograd.Function):
     """(MMD², gradient to x, gradient to y); only the first is differentiable. Arguments of `torch.ops.fastvae.mmd`."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor, Tensor], mmd_op(*args))
+    def forward(*args: Any) -> Result:
+        return cast(Result, mmd_op(*args))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
         _, grad_x, grad_y = output
         ctx.mark_non_differentiable(grad_x, grad_y)
         _setup_context(ctx, inputs, output)
@@ -191,7 +166,7 @@ class MMD(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
     x, y = (t if needed else None for t, needed in zip(inputs[:2], ctx.needs_input_grad[:2], strict=True))
     ctx.save_for_backward(x, y, *output[1:])
@@ -199,7 +174,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_value: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *saved = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 11
+    grads: list[Tensor | None] = [None] * len(Problem._fields)
     for n, (source, grad) in enumerate(zip((x, y), saved, strict=True)):
         if ctx.needs_input_grad[n]:
             if grad.shape != source.shape:
