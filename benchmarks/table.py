@@ -1,7 +1,8 @@
-"""The README's tables, from the committed rows: python -m benchmarks.table."""
+"""The README's tables, from the committed rows: python -m benchmarks.table --n 8192."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from benchmarks.rows import devices, load, milliseconds
@@ -9,12 +10,13 @@ from benchmarks.rows import devices, load, milliseconds
 _DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
 
 
-def tables() -> str:
-    return "\n\n".join(text for benchmark in ("mmd", "reparameterize_kl") for text in _tables(benchmark))
+def tables(n: int | None = None) -> str:
+    """All tables, or of `mmd` only the rows of one N."""
+    return "\n\n".join(text for benchmark in ("mmd", "reparameterize_kl") for text in _tables(benchmark, n if benchmark == "mmd" else None))
 
 
-def _tables(benchmark: str) -> list[str]:
-    rows = load(benchmark)
+def _tables(benchmark: str, n: int | None) -> list[str]:
+    rows = [row for row in load(benchmark) if n in (None, row["n"])]
     texts = []
     for device in devices(rows):
         here = [row for row in rows if row["device"] == device]
@@ -62,4 +64,6 @@ def _reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(tables())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, help="only the rows of mmd with this N")
+    print(tables(parser.parse_args().n))
