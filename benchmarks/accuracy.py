@@ -6,6 +6,7 @@ Rows go to benchmarks/results/accuracy.jsonl, the table to standard output.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -45,6 +46,7 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     np.seterr(over="ignore", invalid="ignore")
     rows = []
     for dim in DIMENSIONS:

@@ -6,6 +6,7 @@ float64 that shares no code with the library. The row goes to benchmarks/results
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import time
@@ -30,6 +31,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, D, generator=generator)
     y = 1.1 * torch.randn(M, D, generator=generator) + 0.1
