@@ -239,11 +239,14 @@ def test_an_empty_training_set(tmp_path):
         ImageData(path=str(tmp_path), validation=0.9, test=0).setup()
 
 
-def test_offline_download_is_one_sentence(monkeypatch):
+@pytest.mark.filterwarnings("ignore:A network error occurred")
+def test_offline_download_is_one_sentence(monkeypatch, tmp_path):
     def offline(*_, **__):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
+    # Below fetch_openml, which thus checks its own arguments.
+    monkeypatch.setattr("sklearn.datasets._openml.urlopen", offline)
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
     with pytest.raises(ConnectionError, match=r"data.name 'mnist' must be downloaded from OpenML, which failed .*no route.*--data.path"):
         ImageData("mnist").setup()
 

@@ -291,7 +291,7 @@ def _openml(name: str) -> tuple[Split, Split]:
     from sklearn.datasets import fetch_openml
 
     try:
-        data = fetch_openml(OPENML_NAMES[name], version=1, as_frame=False, n_retries=0)
+        data = fetch_openml(OPENML_NAMES[name], version=1, as_frame=False, n_retries=1)
     except OSError as error:
         raise ConnectionError(
             f"data.name {name!r} must be downloaded from OpenML, which failed ({error}): "
