@@ -2,13 +2,30 @@
 
 The loss is the mean over the batch of
 
-    −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))                                   (1)
+    −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))   +   DIP                         (1)
 
-Source: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence.
+where the KL may stand for one of
+
+    capacity    mean_i |KL_i − C|                                                                                       (2)
+    free bits   Σ_g max(λ, mean_i Σ_{d∈g} KL_id), over groups g of latent dimensions                                    (3)
+
+and, with S the covariance over the batch of mu (DIP-VAE-I), or of mu plus the batch's mean of diag(exp(logvar)) (DIP-VAE-II),
+
+    DIP = lambda_od·Σ_{i≠j} S_ij² + lambda_d·Σ_i (S_ii − 1)²                                                            (4)
+
+The importance-weighted bound is a loss of its own, over K codes z_k ~ q(z|x) of each sample:
+
+    −log 1/K·Σ_k w_k,   w_k = p(x|z_k)·p(z_k)/q(z_k|x)                                                                  (5)
+
+Sources: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence;
+Burgess et al. 2018, "Understanding disentangling in β-VAE" (2); Kingma et al. 2016, "Improved variational inference with inverse
+autoregressive flow", appendix C.8 (3); Kumar, Sattigeri and Balakrishnan 2018, "Variational inference of disentangled latent concepts from
+unlabeled observations" (4); Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders" (5).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvae import checks
-from fastvae.functional import mmd_to_normal
+from fastvae.functional import mmd_to_normal, reparameterize_kl
+
+DIP_KINDS = ("i", "ii")
+BOUND_GRADIENTS = ("reparameterised", "doubly")
 
 
 class Likelihood(nn.Module):
@@ -39,27 +59,56 @@ class Gaussian(Likelihood):
     Args:
         sigma: the noise's standard deviation in the units of the data, > 0.
         learned: train one sigma for all features, starting from `sigma`.
+        optimal: take the sigma that maximises the likelihood of each training batch, sigma² = mean of (x−x̂)² over its samples and
+            features, but at least `least_sigma`². The gradient with respect to x̂ is that at this sigma held fixed, as the likelihood is
+            flat in sigma at its maximum. Evaluation takes a running mean over the training batches, which starts from `sigma` and of
+            which each batch is a tenth.
+        least_sigma: bounds the optimal sigma from below, so that a perfect reconstruction has a finite likelihood.
+
+    Raises:
+        ValueError: a sigma that is not positive, or one that is both learned and optimal.
+
+    Source of the optimal sigma: Rybkin, Daniilidis and Levine 2021, "Simple and effective VAE training with calibrated decoders".
     """
 
-    def __init__(self, sigma: float = 1.0, *, learned: bool = False) -> None:
+    def __init__(self, sigma: float = 1.0, *, learned: bool = False, optimal: bool = False, least_sigma: float = math.exp(-6)) -> None:
         super().__init__()
+        if learned and optimal:
+            raise ValueError("learned and optimal must not both be true, as each finds sigma in its own way")
         log_sigma = math.log(checks.real("sigma", sigma, above=0))
+        self.least_variance = checks.real("least_sigma", least_sigma, above=0) ** 2
+        self.optimal = optimal
         self.log_sigma: Tensor | float = nn.Parameter(torch.tensor(log_sigma)) if learned else log_sigma
+        if optimal:
+            self.register_buffer("running_variance", torch.tensor(math.exp(2 * log_sigma)))
+            self.running_variance: Tensor
 
     @property
     def sigma(self) -> float:
+        if self.optimal:
+            return math.sqrt(max(self.running_variance.item(), self.least_variance))
         return math.exp(self.log_sigma.item() if isinstance(self.log_sigma, Tensor) else self.log_sigma)
 
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)
-        precision = (-2 * self.log_sigma).exp() if isinstance(self.log_sigma, Tensor) else math.exp(-2 * self.log_sigma)
-        return -0.5 * (x - reconstruction).square().sum(1) * precision - x.shape[1] * (self.log_sigma + 0.5 * math.log(2 * math.pi))
+        squares = (x - reconstruction).square()
+        log_sigma = self._optimal_log_sigma(squares) if self.optimal else self.log_sigma
+        precision = (-2 * log_sigma).exp() if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma)
+        return -0.5 * squares.sum(1) * precision - x.shape[1] * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+    def _optimal_log_sigma(self, squares: Tensor) -> Tensor:
+        if self.training:
+            variance = squares.detach().mean()
+            self.running_variance.lerp_(variance.to(self.running_variance.dtype), 0.1)
+        else:
+            variance = self.running_variance
+        return 0.5 * variance.clamp_min(self.least_variance).log()
 
     def mean(self, reconstruction: Tensor) -> Tensor:
         return reconstruction
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma:g}, learned={isinstance(self.log_sigma, Tensor)}"
+        return f"sigma={self.sigma:g}, learned={isinstance(self.log_sigma, Tensor)}, optimal={self.optimal}"
 
 
 class Bernoulli(Likelihood):
@@ -85,7 +134,8 @@ class VAEOutput(NamedTuple):
     """What a VAE returns for N samples and D latent dimensions, and all that an objective reads.
 
     `reconstruction` (N, …) holds the likelihood's parameters as the decoder returns them: means for `Gaussian`, logits for `Bernoulli`.
-    `z` and `mu` have shape (N, D). A deterministic posterior has z = mu and neither `logvar` (N, D) nor `kl` (N,).
+    `z` and `mu` have shape (N, D). A deterministic posterior has z = mu and neither `logvar` (N, D) nor `kl` (N,). With K samples of z,
+    `z` and `reconstruction` have N·K rows, those of one x together.
     """
 
     reconstruction: Tensor
@@ -97,12 +147,18 @@ class VAEOutput(NamedTuple):
 
 
 class ObjectiveTerms(NamedTuple):
-    """Batch means, scalars in nats (`mmd` is MMD², without unit). A term outside the loss is detached, or None if it was not computed."""
+    """Batch means, scalars in nats (`mmd` is MMD², without unit). A term outside the loss is detached, or None if it was not computed.
+
+    `kl` is the KL divergence itself, also where a capacity or free bits stand for it in the loss; `dip` is (4) as the loss has it.
+    `summands` holds by its name each weighted term that has a part in the loss: they add up to it.
+    """
 
     loss: Tensor
     reconstruction: Tensor
     kl: Tensor | None
     mmd: Tensor | None
+    dip: Tensor | None = None
+    summands: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class VAEObjective(nn.Module):
@@ -118,10 +174,18 @@ class VAEObjective(nn.Module):
             average, where exp(−d²/(2h²)) = 1/e and the kernel tells distances apart at any D.
         estimator: "unbiased" or "biased". The biased one counts each code's kernel with itself, which a large weight and a small batch turn
             into a pull of every code to the origin.
+        capacity: C in nats, ≥ 0, for (2) in the place of the KL.
+        free_bits: λ in nats a group, ≥ 0, for (3) in the place of the KL: a group whose mean KL over the batch is under λ has no gradient.
+        free_bits_group: latent dimensions a group, neighbours in the code. 1 is a floor for each dimension, D one for their sum.
+        dip_weights: (lambda_od, lambda_d) of (4), each ≥ 0.
+        dip_kind: "i" or "ii".
 
     Raises:
-        ValueError: a negative weight (training would maximise that divergence), a bandwidth that is not positive, an unknown estimator.
+        ValueError: a negative weight (training would maximise that divergence), a bandwidth that is not positive, an unknown estimator or
+            kind, a capacity together with free bits.
     """
+
+    samples = 1
 
     def __init__(
         self,
@@ -130,15 +194,47 @@ class VAEObjective(nn.Module):
         mmd_weight: float = 0.0,
         bandwidth: float | Sequence[float] | Tensor | None = None,
         estimator: str = "unbiased",
+        capacity: float | None = None,
+        free_bits: float = 0.0,
+        free_bits_group: int = 1,
+        dip_weights: tuple[float, float] = (0.0, 0.0),
+        dip_kind: str = "i",
     ) -> None:
         super().__init__()
-        self.kl_weight = checks.real("kl_weight", kl_weight, at_least=0)
-        self.mmd_weight = checks.real("mmd_weight", mmd_weight, at_least=0)
+        self.kl_weight: float | Tensor = checks.real("kl_weight", kl_weight, at_least=0)
+        self.mmd_weight: float | Tensor = checks.real("mmd_weight", mmd_weight, at_least=0)
         checks.option("estimator", estimator, checks.ESTIMATORS)
         if bandwidth is not None:
             checks.bandwidths(bandwidth, None, None)
         self.bandwidth = bandwidth
         self.estimator = estimator
+        self.capacity: float | Tensor | None = None if capacity is None else checks.real("capacity", capacity, at_least=0)
+        self.free_bits = checks.real("free_bits", free_bits, at_least=0)
+        self.free_bits_group = checks.integer("free_bits_group", free_bits_group, at_least=1)
+        if capacity is not None and free_bits:
+            raise ValueError(f"capacity must be None where free_bits are given, as each stands for the KL, got {capacity:g}")
+        self.dip_weights = tuple(checks.real(name, w, at_least=0) for name, w in zip(("lambda_od", "lambda_d"), dip_weights, strict=True))
+        checks.option("dip_kind", dip_kind, DIP_KINDS)
+        self.dip_kind = dip_kind
+
+    def set(self, *, kl_weight: float | None = None, mmd_weight: float | None = None, capacity: float | None = None) -> None:
+        """Sets a weight or the capacity between two steps, as a schedule does; each ≥ 0, None leaves it as it is.
+
+        From the first call on that weight is a tensor, which later calls fill: a compiled step is not compiled anew, and a captured one
+        sees the new number. Its term is then computed at a weight of 0 too. The tensor moves with the objective (`objective.to(device)`).
+        """
+        for name, value in {"kl_weight": kl_weight, "mmd_weight": mmd_weight, "capacity": capacity}.items():
+            if value is None:
+                continue
+            value = checks.real(name, value, at_least=0)
+            current = getattr(self, name)
+            if current is None:
+                raise ValueError(f"{name} must be given to the objective before it is set, got None")
+            if isinstance(current, Tensor):
+                current.fill_(value)
+            else:
+                delattr(self, name)
+                self.register_buffer(name, torch.tensor(value), persistent=False)
 
     @classmethod
     def vae(cls) -> VAEObjective:
@@ -188,6 +284,23 @@ class VAEObjective(nn.Module):
         """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, with an RBF kernel."""
         return cls(kl_weight=0.0, mmd_weight=checks.real("lambda_", lambda_, at_least=0), bandwidth=bandwidth, estimator=estimator)
 
+    @classmethod
+    def capacity_vae(cls, gamma: float, capacity: float) -> VAEObjective:
+        """(2) with weight `gamma`, ≥ 0: each sample's KL is held at `capacity` nats, which a schedule raises. Source: Burgess et al."""
+        return cls(kl_weight=checks.real("gamma", gamma, at_least=0), capacity=capacity)
+
+    @classmethod
+    def dip_vae(cls, lambda_od: float, lambda_d: float | None = None, *, kind: str = "i") -> VAEObjective:
+        """The negative ELBO plus (4). `lambda_d` is 10·lambda_od (kind "i") or lambda_od ("ii") by default. Source: Kumar et al. 2018."""
+        checks.option("kind", kind, DIP_KINDS)
+        lambda_od = checks.real("lambda_od", lambda_od, at_least=0)
+        return cls(dip_weights=(lambda_od, (10 if kind == "i" else 1) * lambda_od if lambda_d is None else lambda_d), dip_kind=kind)
+
+    @classmethod
+    def iwae(cls, samples: int, *, gradient: str = "reparameterised") -> ImportanceWeighted:
+        """The importance-weighted bound (5): `ImportanceWeighted(samples, gradient=gradient)`. Source: Burda et al. 2016."""
+        return ImportanceWeighted(samples, gradient=gradient)
+
     def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False) -> ObjectiveTerms:
         """The loss of N samples and its terms.
 
@@ -200,25 +313,129 @@ class VAEObjective(nn.Module):
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
         """
         reconstruction = -output.likelihood.log_prob(output.reconstruction, x).mean()
-        loss, kl, mmd = reconstruction, None, None
-        if output.kl is not None:
-            kl = output.kl.mean()
-        if self.kl_weight:
-            if kl is None:
-                raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {self.kl_weight:g}")
-            loss = loss + self.kl_weight * kl
+        summands = {"reconstruction": reconstruction}
+        kl = None if output.kl is None else output.kl.mean()
+        mmd = dip = None
+        if _counts(self.kl_weight):
+            if output.kl is None or kl is None:
+                raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(self.kl_weight):g}")
+            summands["kl"] = _weight(self.kl_weight, kl) * self._kl_penalty(output, output.kl)
         elif kl is not None:
             kl = kl.detach()
-        if self.mmd_weight:
+        if _counts(self.mmd_weight):
             mmd = self._mmd(output.z)
-            loss = loss + self.mmd_weight * mmd
+            summands["mmd"] = _weight(self.mmd_weight, mmd) * mmd
         elif all_terms and (len(output.z) > 1 or self.estimator == "biased"):
             mmd = self._mmd(output.z.detach())
-        return ObjectiveTerms(loss, reconstruction, kl, mmd)
+        if any(self.dip_weights):
+            dip = summands["dip"] = self._dip(output)
+        loss = functools.reduce(torch.add, summands.values())
+        return ObjectiveTerms(loss, reconstruction, kl, mmd, dip, summands)
+
+    def _kl_penalty(self, output: VAEOutput, kl: Tensor) -> Tensor:
+        if self.capacity is not None:
+            return (kl - _weight(self.capacity, kl)).abs().mean()
+        if not self.free_bits:
+            return kl.mean()
+        assert output.logvar is not None
+        d = output.mu.shape[1]
+        if d % self.free_bits_group:
+            raise ValueError(f"free_bits_group must divide the number of latent dimensions, {d}, got {self.free_bits_group}")
+        _, per_dimension = reparameterize_kl(output.mu, output.logvar, eps=torch.zeros_like(output.mu), per_dimension=True)
+        return per_dimension.mean(0).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
     def _mmd(self, z: Tensor) -> Tensor:
         bandwidth = math.sqrt(z.shape[1]) if self.bandwidth is None else self.bandwidth
         return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator)
 
+    def _dip(self, output: VAEOutput) -> Tensor:
+        # A covariance in bfloat16 would not see a variance of one.
+        with torch.autocast(output.mu.device.type, enabled=False):
+            mu = output.mu.to(torch.promote_types(output.mu.dtype, torch.float32))
+            centred = mu - mu.mean(0)
+            covariance = centred.T @ centred / len(mu)
+            if self.dip_kind == "ii":
+                if output.logvar is None:
+                    raise ValueError("dip_kind must be 'i' for a deterministic posterior, which has no variance, got 'ii'")
+                covariance = covariance + output.logvar.to(mu.dtype).exp().mean(0).diag()
+            diagonal = covariance.diagonal()
+            lambda_od, lambda_d = self.dip_weights
+            return lambda_od * (covariance - diagonal.diag()).square().sum() + lambda_d * (diagonal - 1).square().sum()
+
     def extra_repr(self) -> str:
-        return f"kl_weight={self.kl_weight:g}, mmd_weight={self.mmd_weight:g}, bandwidth={self.bandwidth}, estimator={self.estimator!r}"
+        options = {
+            "capacity": None if self.capacity is None else float(self.capacity),
+            "free_bits": self.free_bits,
+            "dip_weights": self.dip_weights if any(self.dip_weights) else None,
+        }
+        return (
+            f"kl_weight={float(self.kl_weight):g}, mmd_weight={float(self.mmd_weight):g}, bandwidth={self.bandwidth}, "
+            f"estimator={self.estimator!r}" + "".join(f", {name}={value}" for name, value in options.items() if value)
+        )
+
+
+class ImportanceWeighted(VAEObjective):
+    """The importance-weighted bound (5), for `output = model(x, samples=objective.samples)`.
+
+    Args:
+        samples: K ≥ 1 codes a sample; K = 1 is the ELBO with a sampled KL.
+        gradient: "reparameterised", whose signal-to-noise for the encoder falls as 1/√K; or "doubly", the encoder's gradient
+            reparameterised a second time: Σ_k w̃_k²·∂log w_k/∂z_k·∂z_k/∂φ with w̃ the normalised weights, unbiased as well, its
+            signal-to-noise rises as √K. The decoder's gradient is the same in both.
+
+    Sources: Burda, Grosse and Salakhutdinov 2016; Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte Carlo
+    objectives" (DReG).
+    """
+
+    def __init__(self, samples: int, *, gradient: str = "reparameterised") -> None:
+        super().__init__()
+        self.samples = checks.integer("samples", samples, at_least=1)
+        checks.option("gradient", gradient, BOUND_GRADIENTS)
+        self.gradient = gradient
+
+    def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False) -> ObjectiveTerms:
+        """The negative bound of N samples, as `loss`, beside the terms of one code each, detached.
+
+        Raises:
+            ValueError: a deterministic posterior, or an output with another number of codes a sample.
+        """
+        mu, logvar, z = output.mu, output.logvar, output.z
+        if logvar is None or output.kl is None:
+            raise ValueError("posterior must be 'gaussian' for the importance-weighted bound, got a deterministic one")
+        if len(z) != len(mu) * self.samples:
+            raise ValueError(f"output must hold samples={self.samples} codes a sample, got {len(z)} codes for {len(mu)} samples")
+        log_likelihood = output.likelihood.log_prob(output.reconstruction, x.repeat_interleave(self.samples, 0))
+        doubly = self.gradient == "doubly"
+        posterior = (mu.detach(), logvar.detach()) if doubly else (mu, logvar)
+        log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), z.reshape(len(mu), self.samples, -1), *posterior)
+        loss = math.log(self.samples) - log_w.logsumexp(1).mean()
+        if doubly and z.requires_grad:
+            share = log_w.detach().softmax(1).reshape(-1, 1)
+            # The decoder has its gradient with weights w̃_k before this, the encoder gets w̃_k² after it.
+            z.register_hook(lambda gradient: gradient * share.to(gradient.dtype))  # type: ignore[no-untyped-call]
+        mmd = self._mmd(z.detach()) if all_terms and len(z) > 1 else None
+        return ObjectiveTerms(loss, -log_likelihood.detach().mean(), output.kl.detach().mean(), mmd, None, {"bound": loss})
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}, gradient={self.gradient!r}"
+
+
+def log_importance_weights(log_likelihood: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log w_k = log p(x|z_k) + log N(z_k; 0, I) − log N(z_k; mu, exp(logvar)), shape (N, K).
+
+    Args:
+        log_likelihood: log p(x|z_k), shape (N, K).
+        z: (N, K, D).
+        mu, logvar: (N, D).
+    """
+    mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
+    return log_likelihood + 0.5 * ((z - mu).square() * (-logvar).exp() + logvar - z.square()).sum(2).to(log_likelihood.dtype)
+
+
+def _counts(weight: float | Tensor) -> bool:
+    """Whether its term is computed: not at a constant zero."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _weight(weight: float | Tensor, term: Tensor) -> float | Tensor:
+    return weight.to(term.device) if isinstance(weight, Tensor) else weight

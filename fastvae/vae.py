@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvae import checks
 from fastvae.functional import reparameterize_kl
-from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput
+from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
 
 LIKELIHOODS = ("gaussian", "bernoulli")
 POSTERIORS = ("gaussian", "deterministic")
@@ -27,9 +27,12 @@ class VAE(nn.Module):
         latent_dim: D, the number of latent dimensions.
         likelihood: "gaussian" (sigma 1), "bernoulli", or a `Likelihood`, as `Gaussian(0.1)` or `Gaussian(learned=True)`.
         posterior: "gaussian" or "deterministic".
+        logvar_bounds: (low, high) in which to hold logvar: the encoder's value v becomes c + r·tanh((v − c)/r), with c the middle of the
+            bounds and r half their distance. Its gradient, 1 − ((logvar − c)/r)², is 1 in the middle and falls to 0 towards the bounds,
+            which no v passes. None leaves logvar as the encoder returns it.
 
     Raises:
-        ValueError: an unknown option, or an encoder whose result has the wrong shape.
+        ValueError: an unknown option, bounds that are not in order, or an encoder whose result has the wrong shape.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class VAE(nn.Module):
         latent_dim: int,
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
+        logvar_bounds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         checks.option("posterior", posterior, POSTERIORS)
+        self.logvar_bounds = None if logvar_bounds is None else _bounds(logvar_bounds)
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = checks.integer("latent_dim", latent_dim, at_least=1)
@@ -61,11 +66,12 @@ class VAE(nn.Module):
         hidden: Sequence[int] = (400,),
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
+        logvar_bounds: tuple[float, float] | None = None,
     ) -> VAE:
         """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
         encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
         decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
-        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
+        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior, logvar_bounds=logvar_bounds)
 
     @classmethod
     def conv(
@@ -77,24 +83,33 @@ class VAE(nn.Module):
         hidden: int = 256,
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
+        logvar_bounds: tuple[float, float] | None = None,
     ) -> VAE:
         """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
         encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
         decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
-        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior)
+        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior, logvar_bounds=logvar_bounds)
 
-    def forward(self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None) -> VAEOutput:
+    def forward(self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None, samples: int = 1) -> VAEOutput:
         """Encode, draw z, decode.
 
         Args:
             x: (N, …), whatever the encoder takes.
-            eps: the noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim); drawn from `generator` where not given.
+            eps: the noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim), or (N, samples, latent_dim) for more samples than one;
+                drawn from `generator` where not given.
+            samples: K codes for each x. A deterministic posterior has one.
         """
         mu, logvar = self.encode(x)
+        if checks.integer("samples", samples, at_least=1) == 1:
+            if logvar is None:
+                return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood)
+            z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
+            return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood)
         if logvar is None:
-            return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood)
-        z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
-        return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood)
+            raise ValueError(f"samples must be 1 for a deterministic posterior, which has one code, got {samples}")
+        z, kl = reparameterize_kl(_repeated(mu, samples), _repeated(logvar, samples), eps=eps, generator=generator)
+        z = z.flatten(0, 1)
+        return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior."""
@@ -105,18 +120,53 @@ class VAE(nn.Module):
         if isinstance(code, Tensor):
             _check_code("encoder's result", code, 2 * self.latent_dim)
             mu, logvar = code.chunk(2, dim=1)
-            return mu, logvar
+            return mu, self._bounded(logvar)
         if not (isinstance(code, (tuple, list)) and len(code) == 2):
             raise TypeError(f"encoder must return a tensor or the pair (mu, logvar), got {type(code).__name__}")
         for name, part in zip(("mu", "logvar"), code, strict=True):
             _check_code(f"encoder's {name}", part, self.latent_dim)
         mu, logvar = code
-        return mu, logvar
+        return mu, self._bounded(logvar)
+
+    def _bounded(self, logvar: Tensor) -> Tensor:
+        if self.logvar_bounds is None:
+            return logvar
+        low, high = self.logvar_bounds
+        middle, reach = (low + high) / 2, (high - low) / 2
+        return middle + reach * ((logvar - middle) / reach).tanh()
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's parameters for codes z (N, latent_dim), as the decoder returns them."""
         reconstruction: Tensor = self.decoder(z)
         return reconstruction
+
+    @torch.no_grad()
+    def log_likelihood(self, x: Tensor, *, samples: int = 500, chunk: int = 50, generator: torch.Generator | None = None) -> Tensor:
+        """An estimate of log p(x) in nats, shape (N,): log 1/K·Σ_k p(x|z_k)·p(z_k)/q(z_k|x) over K = `samples` codes z_k ~ q(z|x).
+
+        It lies below log p(x) on average, and nears it as K grows; K = 1 is the ELBO. Without a gradient, `chunk` codes of each x at a
+        time: memory O(N·chunk·features), whatever K is.
+
+        Raises:
+            ValueError: a deterministic posterior, samples or chunk below 1.
+
+        Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders".
+        """
+        checks.integer("chunk", chunk, at_least=1)
+        mu, logvar = self.encode(x)
+        if logvar is None:
+            raise ValueError("posterior must be 'gaussian' for a likelihood of x, got 'deterministic'")
+        total = None
+        left = checks.integer("samples", samples, at_least=1)
+        while left:
+            k = min(chunk, left)
+            left -= k
+            z, _ = reparameterize_kl(_repeated(mu, k), _repeated(logvar, k), generator=generator)
+            log_prob = self.likelihood.log_prob(self.decode(z.flatten(0, 1)), x.repeat_interleave(k, 0)).reshape(-1, k)
+            part = log_importance_weights(log_prob, z, mu, logvar).logsumexp(1)
+            total = part if total is None else torch.logaddexp(total, part)
+        assert total is not None
+        return total - math.log(samples)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x|z] at the posterior's mean z = mu, in the units of the data."""
@@ -191,6 +241,18 @@ def _code_width(latent_dim: int, posterior: str) -> int:
     checks.option("posterior", posterior, POSTERIORS)
     checks.integer("latent_dim", latent_dim, at_least=1)
     return latent_dim if posterior == "deterministic" else 2 * latent_dim
+
+
+def _repeated(t: Tensor, samples: int) -> Tensor:
+    """(N, D) as (N, samples, D)."""
+    return t.unsqueeze(1).expand(-1, samples, -1)
+
+
+def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = (checks.real("each of logvar_bounds", bound) for bound in bounds)
+    if not low < high:
+        raise ValueError(f"logvar_bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
+    return low, high
 
 
 def _likelihood(likelihood: str | Likelihood) -> Likelihood:

@@ -19,7 +19,7 @@ LAYERS = [
     ["cpu"],
     ["ops"],
     ["functional"],
-    ["losses", "objectives"],
+    ["losses", "objectives", "schedules"],
     ["vae"],
     ["training"],
     ["cli"],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import distributions as D
+from torch._dynamo.testing import CompileCounter
 
 from fastvae.objectives import Bernoulli, Gaussian, VAEObjective, VAEOutput
 from fastvae.vae import VAE
@@ -43,6 +44,15 @@ def numpy_terms(output, x, h, *, unbiased=True):
     return nll, kl, numpy_mmd(z, h, unbiased=unbiased)
 
 
+def numpy_kl(output):
+    mu, logvar = output.mu.detach().numpy(), output.logvar.detach().numpy()
+    return 0.5 * (mu**2 + np.exp(logvar) - 1 - logvar)
+
+
+def numpy_kl_tensor(output):
+    return torch.from_numpy(numpy_kl(output).sum(1))
+
+
 @pytest.mark.parametrize(
     ("objective", "kl_weight", "mmd_weight"),
     [
@@ -59,8 +69,91 @@ def test_loss_is_the_weighted_sum_of_its_terms(objective, kl_weight, mmd_weight,
     nll, kl, mmd = numpy_terms(output, x, math.sqrt(LATENT))
     terms = objective(output, x, all_terms=True)
     torch.testing.assert_close(
-        torch.stack([t.detach() for t in terms]), torch.tensor([nll + kl_weight * kl + mmd_weight * mmd, nll, kl, mmd], dtype=torch.float64)
+        torch.stack([t.detach() for t in terms[:4]]),
+        torch.tensor([nll + kl_weight * kl + mmd_weight * mmd, nll, kl, mmd], dtype=torch.float64),
     )
+
+
+def test_summands_add_up_to_the_loss(output, x):
+    objective = VAEObjective(kl_weight=0.5, mmd_weight=2.0, dip_weights=(3.0, 4.0))
+    terms = objective(output, x)
+    assert set(terms.summands) == {"reconstruction", "kl", "mmd", "dip"}
+    assert sum(term.item() for term in terms.summands.values()) == pytest.approx(terms.loss.item())
+    assert set(VAEObjective.mmd_vae(1.0)(output, x, all_terms=True).summands) == {"reconstruction", "mmd"}
+
+
+def test_capacity_holds_each_sample(output, x):
+    nll = VAEObjective(kl_weight=0.0)(output, x).loss.item()
+    each = numpy_kl(output).sum(1)
+    terms = VAEObjective.capacity_vae(30.0, 1.2)(output, x)
+    assert terms.loss.item() - nll == pytest.approx(30 * np.abs(each - 1.2).mean())
+    assert terms.kl.item() == pytest.approx(each.mean())
+    # Above the capacity the KL is pulled down, below it up.
+    (gradient,) = torch.autograd.grad(terms.loss, output.kl)
+    np.testing.assert_array_equal(gradient.sign().numpy(), np.sign(each - 1.2))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("floor", [1e-9, 0.6, 1e3])
+def test_free_bits_are_a_floor_on_the_mean_of_each_group(floor, group, output, x):
+    nll = VAEObjective(kl_weight=0.0)(output, x).loss.item()
+    groups = numpy_kl(output).mean(0).reshape(-1, group).sum(1)
+    objective = VAEObjective(kl_weight=2.0, free_bits=floor, free_bits_group=group)
+    output = output._replace(kl=numpy_kl_tensor(output))
+    terms = objective(output, x)
+    assert terms.loss.item() - nll == pytest.approx(2 * np.maximum(groups, floor).sum())
+    (gradient,) = torch.autograd.grad(terms.loss, output.mu)
+    free = np.repeat(groups < floor, group)
+    assert not gradient[:, torch.from_numpy(free)].any()
+    assert free.all() or gradient[:, torch.from_numpy(~free)].any()
+
+
+@pytest.mark.parametrize("kind", ["i", "ii"])
+def test_dip_is_the_distance_of_the_covariance_from_the_identity(kind, output, x):
+    mu, logvar = output.mu.detach().numpy(), output.logvar.detach().numpy()
+    s = np.cov(mu.T, bias=True) + (np.diag(np.exp(logvar).mean(0)) if kind == "ii" else 0)
+    expected = 5 * sum(s[i, j] ** 2 for i in range(LATENT) for j in range(LATENT) if i != j)
+    expected += (50 if kind == "i" else 5) * sum((s[i, i] - 1) ** 2 for i in range(LATENT))
+    terms = VAEObjective.dip_vae(5.0, kind=kind)(output, x)
+    assert terms.dip.item() == pytest.approx(expected)
+    assert terms.loss.item() == pytest.approx(VAEObjective.vae()(output, x).loss.item() + expected)
+    other = VAEObjective.dip_vae(5.0, 0.0, kind=kind)(output, x).dip.item()
+    assert other == pytest.approx(5 * sum(s[i, j] ** 2 for i in range(LATENT) for j in range(LATENT) if i != j))
+
+
+@pytest.mark.parametrize("kind", ["i", "ii"])
+def test_gradient_of_dip(kind, output, x):
+    objective = VAEObjective.dip_vae(2.0, kind=kind)
+    assert torch.autograd.gradcheck(lambda mu, logvar: objective(output._replace(mu=mu, logvar=logvar), x).dip, (output.mu, output.logvar))
+
+
+def test_dip_under_autocast_is_not_rounded():
+    vae, x = VAE.mlp(6, latent_dim=3), torch.rand(64, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = vae(x, eps=torch.zeros(64, 3))
+        dip = VAEObjective.dip_vae(1.0)(output, x).dip
+    torch.testing.assert_close(dip, VAEObjective.dip_vae(1.0)(output._replace(mu=output.mu.float()), x).dip)
+
+
+def test_weights_are_set_between_steps(output, x):
+    objective = VAEObjective(kl_weight=0.0, mmd_weight=1.0, capacity=0.0)
+    for weights in ({"kl_weight": 0.25, "mmd_weight": 3.0}, {"kl_weight": 0.0}, {"kl_weight": 2.0, "mmd_weight": 0.5, "capacity": 1.0}):
+        objective.set(**weights)
+    expected = VAEObjective(kl_weight=2.0, mmd_weight=0.5, capacity=1.0)
+    assert objective(output, x).loss.item() == pytest.approx(expected(output, x).loss.item())
+    assert "kl_weight=2, mmd_weight=0.5" in str(objective)
+    assert not objective.state_dict()
+
+
+def test_a_weight_that_is_set_does_not_compile_anew(output, x):
+    objective = VAEObjective.info_vae(0.5, 2.0)
+    objective.set(kl_weight=0.0)
+    count = CompileCounter()
+    compiled = torch.compile(lambda z: objective(output._replace(z=z), x).loss, fullgraph=True, backend=count)
+    for weight in (0.0, 0.5, 1.0):
+        objective.set(kl_weight=weight)
+        torch.testing.assert_close(compiled(output.z), objective(output, x).loss)
+    assert count.frame_count == 1
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
@@ -116,6 +209,36 @@ def test_learned_sigma_finds_the_noise_of_the_data():
     assert likelihood.sigma == pytest.approx(x.square().mean().sqrt().item(), rel=1e-2)
 
 
+def test_optimal_sigma_is_that_of_the_batch(output, x):
+    likelihood = Gaussian(0.5, optimal=True)
+    sigma = (x - output.reconstruction).square().mean().sqrt().item()
+    for other in (0.9 * sigma, sigma, 1.1 * sigma):
+        assert (
+            likelihood.log_prob(output.reconstruction, x).sum().item()
+            >= Gaussian(other).log_prob(output.reconstruction, x).sum().item() - 1e-9
+        )
+    torch.testing.assert_close(
+        torch.autograd.grad(likelihood.log_prob(output.reconstruction, x).sum(), output.reconstruction),
+        torch.autograd.grad(Gaussian(sigma).log_prob(output.reconstruction, x).sum(), output.reconstruction),
+    )
+    perfect = likelihood.log_prob(x, x)
+    torch.testing.assert_close(perfect, Gaussian(math.exp(-6)).log_prob(x, x))
+
+
+def test_optimal_sigma_of_evaluation_is_that_of_training():
+    x = 0.3 * torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
+    likelihood = Gaussian(optimal=True)
+    for _ in range(100):
+        likelihood.log_prob(torch.zeros_like(x), x)
+    assert likelihood.sigma == pytest.approx(x.square().mean().sqrt().item(), rel=1e-3)
+    likelihood.eval()
+    noisy = x[:5] * 10
+    torch.testing.assert_close(likelihood.log_prob(noisy * 0, noisy), Gaussian(likelihood.sigma).log_prob(noisy * 0, noisy))
+    copy = Gaussian(optimal=True)
+    copy.load_state_dict(likelihood.state_dict())
+    assert copy.sigma == likelihood.sigma
+
+
 def test_bernoulli_is_the_density_of_torch_distributions(output, x):
     binary = x.round()
     expected = D.Independent(D.Bernoulli(logits=output.reconstruction), 1).log_prob(binary)
@@ -146,6 +269,18 @@ def test_likelihoods_sum_over_the_features_of_images(x):
         (lambda: VAEObjective(mmd_weight=math.nan), r"mmd_weight must be finite, got nan"),
         (lambda: VAEObjective(bandwidth=0.0), r"bandwidth must be greater than 0, got 0"),
         (lambda: VAEObjective(estimator="linear"), r"estimator must be one of 'biased', 'unbiased', got 'linear'"),
+        (lambda: VAEObjective(capacity=-1.0), r"capacity must be at least 0, got -1"),
+        (lambda: VAEObjective(capacity=1.0, free_bits=1.0), r"capacity must be None where free_bits are given, .* got 1"),
+        (lambda: VAEObjective(free_bits=-0.1), r"free_bits must be at least 0, got -0.1"),
+        (lambda: VAEObjective(free_bits_group=0), r"free_bits_group must be at least 1, got 0"),
+        (lambda: VAEObjective.dip_vae(-1.0), r"lambda_od must be at least 0, got -1"),
+        (lambda: VAEObjective.dip_vae(1.0, kind="iii"), r"kind must be one of 'i', 'ii', got 'iii'"),
+        (lambda: VAEObjective().set(kl_weight=-1.0), r"kl_weight must be at least 0, got -1"),
+        (lambda: VAEObjective().set(capacity=1.0), r"capacity must be given to the objective before it is set, got None"),
+        (lambda: VAEObjective.iwae(0), r"samples must be at least 1, got 0"),
+        (lambda: VAEObjective.iwae(2, gradient="vimco"), r"gradient must be one of 'reparameterised', 'doubly', got 'vimco'"),
+        (lambda: Gaussian(learned=True, optimal=True), r"learned and optimal must not both be true"),
+        (lambda: Gaussian(optimal=True, least_sigma=0.0), r"least_sigma must be greater than 0, got 0"),
         (lambda: Gaussian(0.0), r"sigma must be greater than 0, got 0"),
         (lambda: Gaussian().log_prob(torch.zeros(2, 3), torch.zeros(2, 4)), r"x must have the features of the reconstruction, got shapes"),
     ],
@@ -191,3 +326,91 @@ def test_autocast_takes_noise_and_parts_of_another_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = vae(torch.randn(5, 4), eps=torch.randn(5, 2))
     assert output.z.dtype == torch.float32
+
+
+K = 5
+
+
+def importance_weighted(gradient, vae, x, eps):
+    objective = VAEObjective.iwae(K, gradient=gradient)
+    return objective(vae(x, eps=eps, samples=K), x)
+
+
+@pytest.fixture
+def model():
+    return VAE.mlp(FEATURES, latent_dim=LATENT, hidden=(4,), likelihood=Gaussian(0.7)).double()
+
+
+def log_weights(vae, x, z, mu, logvar):
+    """(N, K) by torch.distributions."""
+    posterior = D.Independent(D.Normal(mu.unsqueeze(1), (logvar / 2).exp().unsqueeze(1)), 1)
+    prior = D.Independent(D.Normal(torch.zeros_like(z), torch.ones_like(z)), 1)
+    likelihood = D.Independent(D.Normal(vae.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]), 0.7), 1)
+    return likelihood.log_prob(x.unsqueeze(1)) + prior.log_prob(z) - posterior.log_prob(z)
+
+
+@pytest.mark.parametrize("gradient", ["reparameterised", "doubly"])
+def test_importance_weighted_bound(gradient, model, x):
+    eps = torch.randn(N, K, LATENT, dtype=torch.float64)
+    mu, logvar = model.encode(x)
+    z = mu.unsqueeze(1) + (logvar / 2).exp().unsqueeze(1) * eps
+    log_w = log_weights(model, x, z, mu, logvar)
+    terms = importance_weighted(gradient, model, x, eps)
+    torch.testing.assert_close(terms.loss, -(log_w.exp().mean(1)).log().mean())
+    torch.testing.assert_close(terms.kl, model(x).kl.mean().detach())
+    assert not terms.kl.requires_grad
+    expected = torch.autograd.grad(terms.loss, list(model.parameters()), retain_graph=True)
+    if gradient == "reparameterised":
+        torch.testing.assert_close(expected, torch.autograd.grad(-log_w.logsumexp(1).mean(), list(model.parameters())))
+        return
+    # Each sample's part of Tucker et al. 2019, equation (8), by itself.
+    share = log_w.detach().softmax(1)
+    for i in range(N):
+        for k in range(K):
+            leaf = z[i, k].detach().reshape(1, 1, -1).requires_grad_()
+            lw = log_weights(model, x[i : i + 1], leaf, mu[i : i + 1].detach(), logvar[i : i + 1].detach())
+            (g,) = torch.autograd.grad(lw.sum(), leaf)
+            z[i, k].backward(-(share[i, k] ** 2) * g.reshape(-1) / N, retain_graph=True)
+            inner = log_weights(model, x[i : i + 1], leaf.detach(), mu[i : i + 1].detach(), logvar[i : i + 1].detach())
+            (-share[i, k] * inner.sum() / N).backward()
+    torch.testing.assert_close(expected, tuple(p.grad for p in model.parameters()))
+
+
+def test_both_gradients_of_the_bound_have_one_mean(model, x):
+    parameters = list(model.encoder.parameters())
+
+    def gradients(gradient, draws=300):
+        rows = []
+        for _ in range(draws):
+            loss = importance_weighted(gradient, model, x, torch.randn(N, K, LATENT, dtype=torch.float64)).loss
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+        rows = torch.stack(rows)
+        return rows.mean(0), rows.std(0) / math.sqrt(draws)
+
+    (mean_a, error_a), (mean_b, error_b) = gradients("reparameterised"), gradients("doubly")
+    standardised = (mean_a - mean_b) / (error_a.square() + error_b.square()).sqrt().clamp_min(1e-12)
+    assert standardised.square().mean().sqrt().item() < 1.5
+    assert error_b.square().sum() < error_a.square().sum()
+
+
+def test_more_samples_bound_more_tightly(model, x):
+    with torch.no_grad():
+        bounds = [sum(VAEObjective.iwae(k)(model(x, samples=k), x).loss.item() for _ in range(200)) / 200 for k in (1, 10)]
+    assert bounds[1] < bounds[0]
+
+
+def test_importance_weighted_needs_its_samples(model, x):
+    with pytest.raises(ValueError, match=r"output must hold samples=5 codes a sample, got 9 codes for 9 samples"):
+        VAEObjective.iwae(K)(model(x), x)
+    deterministic = VAE.mlp(FEATURES, latent_dim=2, posterior="deterministic").double()
+    with pytest.raises(ValueError, match="posterior must be 'gaussian' for the importance-weighted bound"):
+        VAEObjective.iwae(1)(deterministic(x), x)
+
+
+@pytest.mark.parametrize("gradient", ["reparameterised", "doubly"])
+def test_importance_weighted_bound_of_one_compiled_graph(gradient, model, x):
+    eps = torch.randn(N, K, LATENT, dtype=torch.float64)
+    compiled = torch.compile(lambda: importance_weighted(gradient, model, x, eps).loss, fullgraph=True, backend="aot_eager")
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(importance_weighted(gradient, model, x, eps).loss, parameters)
+    torch.testing.assert_close(torch.autograd.grad(compiled(), parameters), expected)

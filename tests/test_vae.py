@@ -54,6 +54,91 @@ def test_forward_is_encode_reparameterise_decode():
     torch.testing.assert_close(vae.reconstruct(x), vae.decode(mu))
 
 
+def test_samples_of_one_x_lie_together():
+    vae = VAE.mlp(12, latent_dim=3).double()
+    x, eps = torch.rand(6, 12, dtype=torch.float64), torch.randn(6, 4, 3, dtype=torch.float64)
+    output = vae(x, eps=eps, samples=4)
+    assert output.z.shape == (24, 3)
+    assert output.reconstruction.shape == (24, 12)
+    assert output.mu.shape == output.logvar.shape == (6, 3)
+    for k in range(4):
+        alone = vae(x, eps=eps[:, k])
+        torch.testing.assert_close(output.z[k::4], alone.z)
+        torch.testing.assert_close(output.kl, alone.kl)
+
+
+def linear_gaussian(sigma=0.5):
+    """p(x) = N(b, W·Wᵀ + sigma²·I), with its exact posterior as the encoder."""
+    torch.manual_seed(1)
+    decoder = nn.Linear(2, 5).double()
+    w, b = decoder.weight.detach().clone(), decoder.bias.detach()
+    precision = torch.eye(2, dtype=torch.float64) + w.T @ w / sigma**2
+    # Independent dimensions, as the encoder's are.
+    q, values = torch.linalg.eigh(precision)[1], torch.linalg.eigvalsh(precision)
+    with torch.no_grad():
+        decoder.weight.copy_(w @ q)
+    encoder = nn.Linear(5, 4).double()
+    with torch.no_grad():
+        encoder.weight.zero_()
+        encoder.weight[:2] = (w @ q).T / sigma**2 / values[:, None]
+        encoder.bias[:2] = -encoder.weight[:2] @ b
+        encoder.bias[2:] = -values.log()
+    vae = VAE(encoder, decoder, latent_dim=2, likelihood=Gaussian(sigma)).double()
+    evidence = torch.distributions.MultivariateNormal(b, w @ w.T + sigma**2 * torch.eye(5, dtype=torch.float64))
+    return vae, evidence
+
+
+def test_log_likelihood_of_the_exact_posterior_is_exact():
+    vae, evidence = linear_gaussian()
+    x = evidence.sample((7,))
+    for samples, chunk in ((1, 50), (10, 3)):
+        torch.testing.assert_close(vae.log_likelihood(x, samples=samples, chunk=chunk), evidence.log_prob(x))
+
+
+def test_log_likelihood_nears_the_evidence_from_below():
+    vae, evidence = linear_gaussian()
+    with torch.no_grad():
+        vae.encoder.bias[:2] += 0.5
+    x = evidence.sample((400,))
+    exact = evidence.log_prob(x).mean().item()
+    gaps = [exact - vae.log_likelihood(x, samples=samples, chunk=64, generator=generator()).mean().item() for samples in (1, 10, 1000)]
+    assert gaps[0] > 5 * gaps[1] > 5 * abs(gaps[2])
+    assert abs(gaps[2]) < 0.02
+
+
+def test_log_likelihood_holds_one_chunk_at_a_time(monkeypatch):
+    vae, rows = VAE.mlp(12, latent_dim=3), []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: rows.append(len(z)) or decode(z))
+    vae.log_likelihood(torch.rand(4, 12), samples=11, chunk=5)
+    assert rows == [20, 20, 4]
+
+
+@pytest.mark.parametrize("encoder", ["pair", "tensor"])
+def test_bounded_logvar(encoder):
+    low, high = -8.0, 2.0
+    raw = torch.tensor([-1e30, -100.0, -3.0, -2.9, 0.0, 100.0, 1e30], dtype=torch.float64, requires_grad=True)
+    module = nn.Identity() if encoder == "tensor" else Halves()
+    vae = VAE(module, nn.Identity(), latent_dim=1, logvar_bounds=(low, high))
+    _, logvar = vae.encode(torch.stack([torch.zeros(7), raw], dim=1))
+    logvar = logvar.squeeze(1)
+    assert ((logvar >= low) & (logvar <= high)).all()
+    (gradient,) = torch.autograd.grad(logvar.sum(), raw)
+    torch.testing.assert_close(gradient, 1 - ((logvar.detach() + 3) / 5) ** 2)
+    assert gradient[2] == 1
+    assert vae(torch.tensor([[0.0, 1e30]])).kl.isfinite().all()
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return x.chunk(2, dim=1)
+
+
+def test_logvar_is_not_bounded_by_default():
+    vae = VAE(nn.Identity(), nn.Identity(), latent_dim=1)
+    assert vae.encode(torch.tensor([[0.0, 1e4]]))[1].item() == 1e4
+
+
 def test_randomness_is_an_argument():
     vae, x = VAE.mlp(12, latent_dim=3), torch.rand(6, 12)
     assert torch.equal(vae(x, generator=generator(1)).z, vae(x, generator=generator(1)).z)
@@ -132,6 +217,22 @@ def test_any_user_module(encoder):
             lambda: VAE(Three(), nn.Identity(), latent_dim=2)(torch.rand(3, 5)),
             TypeError,
             r"encoder must return a tensor or the pair \(mu, logvar\), got tuple",
+        ),
+        (lambda: VAE.mlp(5, latent_dim=2)(torch.rand(3, 5), samples=0), ValueError, "samples must be at least 1, got 0"),
+        (
+            lambda: VAE.mlp(5, latent_dim=2, posterior="deterministic")(torch.rand(3, 5), samples=2),
+            ValueError,
+            "samples must be 1 for a deterministic posterior, which has one code, got 2",
+        ),
+        (
+            lambda: VAE.mlp(5, latent_dim=2, posterior="deterministic").log_likelihood(torch.rand(3, 5)),
+            ValueError,
+            "posterior must be 'gaussian' for a likelihood of x, got 'deterministic'",
+        ),
+        (
+            lambda: VAE.mlp(5, latent_dim=2, logvar_bounds=(1.0, 1.0)),
+            ValueError,
+            r"logvar_bounds must be \(low, high\) with low < high, got \(1, 1\)",
         ),
         (lambda: VAE.mlp(5, latent_dim=2).sample(0), ValueError, "n must be at least 1, got 0"),
     ],
