@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import KERNELS
+from fastvae.radial import KERNELS, RBF, Kernel
 
 BACKENDS = (None, "cpu", "triton", "reference")
 ESTIMATORS = ("biased", "unbiased")
+MMD_ESTIMATORS = (*ESTIMATORS, "linear")
+DENSITY_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
 PRECISIONS = (None, "highest", "high", "medium", "ieee")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,20 +29,38 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def mmd_options(*, kernel: str, estimator: str, precision: str | None, backend: str | None) -> None:
-    option("kernel", kernel, KERNELS)
-    option("estimator", estimator, ESTIMATORS)
+def kernel(value: object) -> Kernel:
+    """The kernel of this name, or the kernel itself."""
+    if isinstance(value, Kernel) and type(value) is not Kernel:
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"kernel must be a name or a fastvae.radial.Kernel, got {type(value).__name__}")
+    option("kernel", value, KERNELS)
+    return KERNELS[value]
+
+
+def closed_form(value: object) -> None:
+    """A kernel whose expectations over N(0, I) are known."""
+    if not isinstance(kernel(value), RBF):
+        raise ValueError(
+            f"kernel must be 'rbf' for the closed form against N(0, I), got {kernel(value).name!r}: "
+            "pass a sample of the prior, mmd(x, torch.randn_like(x), ...)"
+        )
+
+
+def mmd_options(*, estimator: str, precision: str | None, backend: str | None) -> None:
+    option("estimator", estimator, MMD_ESTIMATORS)
     option("precision", precision, PRECISIONS)
     option("backend", backend, BACKENDS)
 
 
-def points(name: str, x: object) -> None:
-    """A floating tensor of shape (rows ≥ 1, features ≥ 1)."""
+def points(name: str, x: object, *, batched: bool = False) -> None:
+    """A floating tensor of shape (rows ≥ 1, features ≥ 1), after any batch dimensions if `batched`."""
     floating_tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.ndim != 2:
-        raise ValueError(f"{name} must have shape (rows, features), got {tuple(x.shape)}")
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    if x.ndim < 2 or (x.ndim > 2 and not batched):
+        raise ValueError(f"{name} must have shape {'(..., rows, features)' if batched else '(rows, features)'}, got {tuple(x.shape)}")
+    if x.numel() == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
 
 
@@ -65,8 +85,18 @@ def same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def same_features(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    if a.shape[1] != b.shape[1]:
+    if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"{name_a} and {name_b} must have the same number of features, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def same_batch(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    if a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(f"{name_a} and {name_b} must have the same batch dimensions, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def same_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, why: str) -> None:
+    if a.shape[-2] != b.shape[-2]:
+        raise ValueError(f"{name_a} and {name_b} must have the same number of rows for {why}, got {a.shape[-2]} and {b.shape[-2]}")
 
 
 def real(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
@@ -123,14 +153,12 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
         floating_tensor(name, value)
         if value.ndim > 1:
             raise ValueError(f"{name} must be a scalar or a vector, got shape {tuple(value.shape)}")
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require grad, as it is taken as a constant: pass {name}.detach()")
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             for v in value.detach().reshape(-1).tolist():
                 _bandwidth_number(name, v, positive)
-        return value.detach().reshape(-1).to(torch.float64)
+        return value.reshape(-1).to(torch.float64)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -149,32 +177,43 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
     """One constant, finite weight a row, summing to one."""
     floating_tensor(name, weights)
     assert isinstance(weights, Tensor)
-    if weights.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have one value for each row of {x_name}, shape ({x.shape[0]},), got {tuple(weights.shape)}")
+    if weights.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"{name} and {x_name} must be on the same device, got {weights.device} and {x.device}")
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
     # Where reading the sum would wait for a GPU or break a graph, the operation turns a wrong one into nan.
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        total = float(weights.detach().double().sum())
-        if not sum_to_one(weights.detach()):
-            raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum()")
+        sums = weights.detach().double().sum(-1).reshape(-1)
+        for total, one in zip(sums.tolist(), sum_to_one(weights.detach()).reshape(-1).tolist(), strict=True):
+            if not one:
+                raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
 
 
 def sum_to_one(weights: Tensor) -> Tensor:
-    """Whether they do but for rounding, a scalar."""
-    return (weights.double().sum() - 1).abs() <= 16 * torch.finfo(weights.dtype).eps
+    """Whether they do but for rounding, over the last dimension."""
+    return (weights.double().sum(-1) - 1).abs() <= 16 * torch.finfo(weights.dtype).eps
 
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
-    if estimator == "unbiased" and weights.device.type == "cpu" and not torch.compiler.is_compiling() and int((weights != 0).sum()) < 2:
+    if (
+        estimator == "unbiased"
+        and weights.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and int((weights != 0).sum(-1).min()) < 2
+    ):
         raise ValueError(f"{name} must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'")
 
 
+def no_linear_weights(name: str, estimator: str) -> None:
+    if estimator == "linear":
+        raise ValueError(f"{name} must be None for estimator='linear', got weights")
+
+
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:
-    if estimator == "unbiased" and x.shape[0] < 2:
-        raise ValueError(f"{name} must have at least two rows for estimator='unbiased', got {x.shape[0]}: use estimator='biased'")
+    if estimator != "biased" and x.shape[-2] < 2:
+        raise ValueError(f"{name} must have at least two rows for estimator={estimator!r}, got {x.shape[-2]}: use estimator='biased'")
 
 
 def backend_device(backend: str | None, device: torch.device) -> None:
@@ -217,3 +256,13 @@ def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
     same_kind("mu", mu, "eps", eps)
     if eps.requires_grad and torch.is_grad_enabled():
         raise ValueError("eps must not require grad, as it is taken as a constant: pass eps.detach()")
+
+
+def dataset_size(value: Any, z: Tensor, estimator: str) -> None:
+    """At least as many examples as the batch z has."""
+    integer("dataset_size", value, at_least=1)
+    rows = z.shape[0]
+    if value < rows:
+        raise ValueError(f"dataset_size must be at least the number of rows of z, {rows}, got {value}")
+    if estimator == "minibatch_stratified" and rows < 2:
+        raise ValueError(f"z must have at least two rows for estimator={estimator!r}, got {rows}: use estimator='minibatch_weighted'")

@@ -11,6 +11,7 @@ from fastvae import checks, reference
 from fastvae.ops.common import accumulation_dtype
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
+from fastvae.radial import Kernel
 
 
 def mmd(
@@ -19,7 +20,7 @@ def mmd(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str = "rbf",
+    kernel: str | Kernel = "rbf",
     estimator: str = "biased",
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
@@ -28,35 +29,41 @@ def mmd(
 ) -> Tensor:
     """Squared maximum mean discrepancy between two samples, in memory O((N + M)·D).
 
-        MMD² = mean k(x, x') + mean k(y, y') − 2·mean k(x, y),   k(x, y) = Σ_b a_b·exp(−‖x − y‖²/(2h_b²))
+        MMD² = mean k(x, x') + mean k(y, y') − 2·mean k(x, y),   k = Σ_b a_b·k_b of bandwidth h_b
 
-    Differentiable once, with respect to x and y; the gradient is computed in the same sweep as the value, and only if an input requires it.
+    Differentiable once, with respect to x, y and the bandwidths; the gradient is computed in the same sweep as the value, and only if an
+    input requires it. A gradient to B > 1 bandwidths takes B sweeps.
 
     Args:
-        x: (N, D), floating point.
-        y: (M, D), same dtype and device as x.
-        bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor. A constant: no gradient.
-        bandwidth_weights: a_b, one for each bandwidth; 1 each by default.
-        kernel: "rbf".
-        estimator: "biased" (V-statistic, means over all pairs) or "unbiased" (U-statistic: without the pairs i = j).
-        x_weights: (N,), summing to one; 1/N each by default. A constant: no gradient.
-        y_weights: (M,), likewise.
+        x: (..., N, D), floating point.
+        y: (..., M, D), same batch dimensions, dtype and device as x.
+        bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
+            require grad.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. May require grad where the bandwidth does.
+        kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
+            "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.radial.Kernel` with parameters of its own.
+        estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic: without the pairs i = j) or "linear" (N = M,
+            mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
+        x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient. Not for estimator="linear".
+        y_weights: (..., M), likewise.
         precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": as good as float32,
             "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the input's precision.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
-        A scalar, float64 for float64 inputs, else float32. nan if an input holds a nan or an infinity.
+        Shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
+        infinity.
 
     Raises:
         TypeError: x or y is not a floating-point tensor, or their dtypes differ.
-        ValueError: a shape, device, bandwidth, weight or option that the rules above exclude; estimator="unbiased" with one row.
+        ValueError: a shape, device, bandwidth, weight or option that the rules above exclude; one row where estimator is not "biased".
 
-    Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6.
+    Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
-    checks.points("x", x)
-    checks.points("y", y)
+    checks.points("x", x, batched=True)
+    checks.points("y", y, batched=True)
     checks.same_features("x", x, "y", y)
+    checks.same_batch("x", x, "y", y)
     x, y = _autocast(x), _autocast(y)
     checks.same_kind("x", x, "y", y)
     return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend)
@@ -67,7 +74,7 @@ def mmd_to_normal(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str = "rbf",
+    kernel: str | Kernel = "rbf",
     estimator: str = "biased",
     x_weights: Tensor | None = None,
     precision: str | None = None,
@@ -80,19 +87,22 @@ def mmd_to_normal(
     No sample of the prior is drawn: less noise, and less than half the work of `mmd(x, torch.randn_like(x))`.
 
     Args:
-        x: (N, D), floating point.
-        bandwidth, bandwidth_weights, kernel, x_weights, precision, backend: as in `mmd`.
+        x: (..., N, D), floating point.
+        bandwidth, bandwidth_weights, x_weights, precision, backend: as in `mmd`.
+        kernel: "rbf", the only one of these expectations.
         estimator: "biased" or "unbiased" for the mean over pairs of x.
 
     Returns:
-        A scalar, as in `mmd`.
+        Shape (...), as in `mmd`.
 
     Raises:
         TypeError, ValueError: as `mmd`.
 
     Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
     """
-    checks.points("x", x)
+    checks.points("x", x, batched=True)
+    checks.option("estimator", estimator, checks.ESTIMATORS)
+    checks.closed_form(kernel)
     return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend)
 
 
@@ -101,31 +111,59 @@ def _mmd(
     y: Tensor | None,
     bandwidth: float | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
-    kernel: str,
+    kernel: str | Kernel,
     estimator: str,
     x_weights: Tensor | None,
     y_weights: Tensor | None,
     precision: str | None,
     backend: str | None,
 ) -> Tensor:
-    checks.mmd_options(kernel=kernel, estimator=estimator, precision=precision, backend=backend)
+    family = checks.kernel(kernel)
+    checks.mmd_options(estimator=estimator, precision=precision, backend=backend)
     checks.backend_device(backend, x.device)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
         if points is not None:
             checks.enough_rows(name, points, estimator)
         if points is not None and weights is not None:
+            checks.no_linear_weights(f"{name}_weights", estimator)
             checks.sample_weights(f"{name}_weights", weights, name, points)
             checks.enough_weights(f"{name}_weights", weights, estimator)
-    if backend == "reference":
-        dtype = accumulation_dtype(x.dtype)
-        x = x.to(dtype)
-        y, x_weights, y_weights = (None if t is None else t.to(dtype) for t in (y, x_weights, y_weights))
-        with torch.autocast(x.device.type, enabled=False):
-            if y is None:
-                return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights)
-            return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=x_weights, y_weights=y_weights)
-    return apply_mmd(x, y, x_weights, y_weights, h, a, estimator == "unbiased", precision or "", backend or "")
+    if backend == "reference" or estimator == "linear":
+        return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
+    family, factor = family.canonical()
+    one_batch = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
+    one_batch += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
+    arguments = (family.name, family.parameters, estimator == "unbiased", precision or "", backend or "")
+    if torch.is_grad_enabled() and (h.requires_grad or a.requires_grad):
+        # MMD² is linear in the kernel, and the derivative to one bandwidth comes with its gradient to the points.
+        parts = [apply_mmd(*one_batch, factor * h[n : n + 1], torch.ones_like(h[:1]), *arguments) for n in range(h.numel())]
+        value = torch.stack(parts, -1) @ a.to(parts[0])
+    else:
+        value = apply_mmd(*one_batch, factor * h, a, *arguments)
+    return value.reshape(x.shape[:-2])
+
+
+def _dense_mmd(
+    x: Tensor,
+    y: Tensor | None,
+    bandwidth: Tensor,
+    bandwidth_weights: Tensor,
+    kernel: Kernel,
+    estimator: str,
+    x_weights: Tensor | None,
+    y_weights: Tensor | None,
+) -> Tensor:
+    dtype = accumulation_dtype(x.dtype)
+    x = x.to(dtype)
+    y, p, q = (None if t is None else t.to(dtype) for t in (y, x_weights, y_weights))
+    h, a = bandwidth.to(x), bandwidth_weights.to(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if y is None:
+            return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=p)
+        if estimator == "linear":
+            checks.same_rows("x", x, "y", y, "estimator='linear'")
+        return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, kernel=kernel, estimator=estimator, x_weights=p, y_weights=q)
 
 
 def reparameterize_kl(

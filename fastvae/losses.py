@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastvae import checks
 from fastvae.functional import mmd, mmd_to_normal
+from fastvae.radial import Kernel
 
 
 class MMDLoss(nn.Module):
@@ -22,13 +23,14 @@ class MMDLoss(nn.Module):
         bandwidth: float | Sequence[float] | Tensor = 1.0,
         *,
         bandwidth_weights: Sequence[float] | Tensor | None = None,
-        kernel: str = "rbf",
+        kernel: str | Kernel = "rbf",
         estimator: str = "biased",
         precision: str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.mmd_options(kernel=kernel, estimator=estimator, precision=precision, backend=backend)
+        checks.kernel(kernel)
+        checks.mmd_options(estimator=estimator, precision=precision, backend=backend)
         checks.bandwidths(bandwidth, bandwidth_weights, None)
         self.bandwidth = bandwidth
         self.bandwidth_weights = bandwidth_weights

@@ -1,16 +1,20 @@
-"""Radial kernels k(x, y) = φ(‖x−y‖²), how a sweep evaluates them, and what is known of them in closed form."""
+"""Kernels as functions of one number a pair, how a sweep evaluates sums of them, and what is known of them in closed form.
+
+A radial kernel is φ(t) of t = γ·‖x−y‖² with γ = 1/(2h²); the polynomial kernel is φ(t) of t = γ·x·y with γ = 1/(D·h²).
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-KERNELS = ("rbf",)
 LOG2_E = math.log2(math.e)
 
 # Error allowed in the exponent of a pair. ‖x‖² + ‖y‖² − 2x·y is off by about eps·‖x‖²: where that is more, a sweep computes distances
@@ -27,16 +31,159 @@ _POWER_OF_TWO = 1e-12
 _MOST_SQUARINGS = 7
 
 
-def rbf(squared_distance: Tensor, bandwidth: Tensor, bandwidth_weights: Tensor) -> Tensor:
-    """φ(d²) = Σ_b a_b·exp(−d²/(2h_b²)).
+@dataclass(frozen=True)
+class Kernel:
+    """φ of one family of kernels, which lacks only its bandwidths; the fields of a subclass are its parameters.
 
-    Args:
-        squared_distance: d², any shape.
-        bandwidth: h_b, shape (B,), a length in the units of the data.
-        bandwidth_weights: a_b, shape (B,).
+    Attributes:
+        name: what `kernel=` of the public functions calls it.
+        radial: t is a multiple of ‖x−y‖², not of x·y.
+        at_zero: φ(0), the constant that sums of k near it leave out.
+        rooted: φ is a function of √t, in which a small error of a small t is a large one.
     """
-    exponent = squared_distance.unsqueeze(-1) / (-2 * bandwidth.square())
-    return (bandwidth_weights * exponent.exp()).sum(-1)
+
+    name: ClassVar[str]
+    radial: ClassVar[bool] = True
+    rooted: ClassVar[bool] = False
+
+    @property
+    def at_zero(self) -> float:
+        return 1.0
+
+    def phi(self, t: Tensor) -> Tensor:
+        """φ(t), elementwise."""
+        raise NotImplementedError
+
+    def gamma(self, bandwidth: Tensor, dim: int) -> Tensor:
+        """γ of bandwidths h for rows of `dim` features."""
+        return (0.5 if self.radial else 1 / dim) / bandwidth.square()
+
+    def canonical(self) -> tuple[Kernel, float]:
+        """A kernel that the backends know, and the factor that takes h to its bandwidth."""
+        return self, 1.0
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(value) for value in astuple(self)]
+
+
+def _parameter(name: str, value: Any, rule: str, holds: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _root(t: Tensor) -> Tensor:
+    """√t, and its derivatives 0 at 0."""
+    positive = t > 0
+    return torch.where(positive, torch.where(positive, t, 1).sqrt(), 0)
+
+
+@dataclass(frozen=True)
+class RBF(Kernel):
+    """exp(−d²/(2h²)), the Gaussian kernel."""
+
+    name = "rbf"
+
+    def phi(self, t: Tensor) -> Tensor:
+        return (-t).exp()
+
+
+@dataclass(frozen=True)
+class RationalQuadratic(Kernel):
+    """(1 + d²/(2αh²))^−α, a mixture of RBF kernels.
+
+    Source: Rasmussen and Williams 2006, "Gaussian processes for machine learning", equation 4.19.
+    """
+
+    alpha: float = 1.0
+    name = "rational_quadratic"
+
+    def __post_init__(self) -> None:
+        _parameter("alpha", self.alpha, "greater than 0", lambda alpha: alpha > 0)
+
+    def phi(self, t: Tensor) -> Tensor:
+        return (1 + t / self.alpha) ** -self.alpha
+
+
+@dataclass(frozen=True)
+class IMQ(Kernel):
+    """h²/(h² + d²), the inverse multiquadric of Wasserstein autoencoders, C = h². Source: Tolstikhin et al. 2018, section 4."""
+
+    name = "imq"
+
+    def phi(self, t: Tensor) -> Tensor:
+        return 1 / (1 + 2 * t)
+
+    def canonical(self) -> tuple[Kernel, float]:
+        return RationalQuadratic(1.0), 0.5**0.5
+
+
+@dataclass(frozen=True)
+class Laplace(Kernel):
+    """exp(−d/h) of the Euclidean distance d. Its gradient at d = 0, where it has none, is taken as 0."""
+
+    name = "laplace"
+    rooted = True
+
+    def phi(self, t: Tensor) -> Tensor:
+        return (-_root(2 * t)).exp()
+
+
+@dataclass(frozen=True)
+class Energy(Kernel):
+    """−d/h, with which MMD² at h = 1 is the energy distance. Its gradient at d = 0, where it has none, is taken as 0.
+
+    Source: Sejdinovic et al. 2013, "Equivalence of distance-based and RKHS-based statistics in hypothesis testing".
+    """
+
+    name = "energy"
+    rooted = True
+
+    @property
+    def at_zero(self) -> float:
+        return 0.0
+
+    def phi(self, t: Tensor) -> Tensor:
+        return -_root(2 * t)
+
+
+@dataclass(frozen=True)
+class Polynomial(Kernel):
+    """(x·y/(D·h²) + coef0)^degree; by default that of the kernel inception distance. Source: Bińkowski et al. 2018, section 4."""
+
+    degree: int = 3
+    coef0: float = 1.0
+    name = "polynomial"
+    radial = False
+
+    def __post_init__(self) -> None:
+        _parameter("degree", self.degree, "a whole number from 1 to 8", lambda degree: degree in range(1, 9))
+        _parameter("coef0", self.coef0, "at least 0", lambda coef0: coef0 >= 0)
+
+    @property
+    def at_zero(self) -> float:
+        return float(self.coef0) ** int(self.degree)
+
+    @property
+    def coefficients(self) -> list[float]:
+        """Of φ(t) − φ(0) = Σ_n c_n·t^n, from the highest power to the first."""
+        degree = int(self.degree)
+        return [math.comb(degree, n) * float(self.coef0) ** (degree - n) for n in range(degree, 0, -1)]
+
+    def phi(self, t: Tensor) -> Tensor:
+        return (t + self.coef0) ** int(self.degree)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """φ'(t)."""
+        return self.degree * (t + self.coef0) ** (int(self.degree) - 1)
+
+
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Energy(), Polynomial())}
+
+
+def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
+    """The kernel whose `name` and `parameters` these are."""
+    return type(KERNELS[name])(*parameters)
 
 
 def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:
@@ -51,17 +198,19 @@ def rbf_normal_self_exponent(dim: int, bandwidth: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Radial:
-    """A sum of RBF kernels as tensors on the device of the data, float64, widest bandwidth first.
+class KernelSum:
+    """Σ_b a_b·k_b with k_b = φ(t_b), as tensors on the device of the data, float64, widest bandwidth first.
 
     Attributes:
+        kernel: φ.
         bandwidth: h_b, shape (B,).
         weights: a_b, shape (B,).
-        gamma: 1/(2h_b²), shape (B,); nan where h_b is not positive.
-        shifts: 1 where sums of k_b − 1 are taken in place of sums of k_b, else 0, shape (B,). The ones come first.
-        squarings: how many squarings lead from k_{b−1} to k_b; 0 where an exponential of its own is taken.
+        gamma: γ_b, shape (B,); nan where h_b is not positive.
+        shifts: 1 where sums of k_b − φ(0) are taken in place of sums of k_b, else 0, shape (B,). The ones come first.
+        squarings: for each bandwidth how many squarings lead from k_{b−1} to k_b; 0 where it is evaluated on its own.
     """
 
+    kernel: Kernel
     bandwidth: Tensor
     weights: Tensor
     gamma: Tensor
@@ -69,18 +218,32 @@ class Radial:
     squarings: tuple[int, ...]
 
     @staticmethod
-    def of(bandwidth: Tensor, bandwidth_weights: Tensor, mean_squared_distance: Tensor) -> Radial:
+    def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, mean_squared_distance: Tensor) -> KernelSum:
         device = mean_squared_distance.device
         squarings = (0,) * bandwidth.numel()
         if bandwidth.device.type == "cpu":
-            squarings = _squarings(sorted(bandwidth.tolist(), reverse=True))
+            if isinstance(kernel, RBF):
+                squarings = _squarings(sorted(bandwidth.tolist(), reverse=True))
             bandwidth = _constant(tuple(bandwidth.tolist()), device)
         if bandwidth_weights.device.type == "cpu":
             bandwidth_weights = _constant(tuple(bandwidth_weights.tolist()), device)
         h, order = bandwidth.sort(descending=True)
-        gamma = torch.where(h > 0, 0.5 / h.square(), math.nan)
-        shifts = (gamma * mean_squared_distance < _SHIFT_BELOW).to(torch.float64)
-        return Radial(h, bandwidth_weights[order], gamma, shifts, squarings)
+        gamma = torch.where(h > 0, kernel.gamma(h, dim), math.nan)
+        t = gamma * mean_squared_distance
+        # A polynomial without its constant takes no more work than with it.
+        shifted = ((2 * t).sqrt() if kernel.rooted else t) < _SHIFT_BELOW if kernel.radial else torch.ones_like(t, dtype=torch.bool)
+        shifts = shifted.to(torch.float64)
+        return KernelSum(kernel, h, bandwidth_weights[order], gamma, shifts, squarings)
+
+    @property
+    def ratios(self) -> Tensor:
+        """γ_b/γ_0, shape (B,), ascending from 1."""
+        return self.gamma / self.gamma[0]
+
+    @property
+    def slope_shifts(self) -> Tensor:
+        """1 where a sweep leaves 1 out of each pair's −φ'(t_b), which is the k_b of an RBF kernel, shape (B,)."""
+        return self.shifts if isinstance(self.kernel, RBF) else torch.zeros_like(self.shifts)
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,53 +263,50 @@ def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class RBFLadder:
-    """`Radial` as numbers, for a sweep that the host steers.
+class Ladder:
+    """`KernelSum` as numbers, for a sweep that the host steers; the attributes are those of `KernelSum`, `gamma` that of the widest."""
 
-    Attributes:
-        gamma: γ_0 = 1/(2h_0²) of the widest bandwidth.
-        ratios: γ_b/γ_0, ascending from 1.
-        weights: a_b.
-        squarings, shifts: as in `Radial`.
-    """
-
+    kernel: Kernel
     gamma: float
     ratios: tuple[float, ...]
     weights: tuple[float, ...]
     squarings: tuple[int, ...]
     shifts: tuple[int, ...]
+    slope_shift: float  # Σ a_b·γ_b/γ_0 over the bandwidths whose slope is shifted
 
     @staticmethod
-    def of(kernel: Radial) -> RBFLadder:
-        gammas = kernel.gamma.tolist()
-        return RBFLadder(
+    def of(kernel: KernelSum) -> Ladder:
+        gammas, weights = kernel.gamma.tolist(), kernel.weights.tolist()
+        ratios = [gamma / gammas[0] for gamma in gammas]
+        return Ladder(
+            kernel=kernel.kernel,
             gamma=gammas[0],
-            ratios=tuple(gamma / gammas[0] for gamma in gammas),
-            weights=tuple(kernel.weights.tolist()),
+            ratios=tuple(ratios),
+            weights=tuple(weights),
             squarings=kernel.squarings,
             shifts=tuple(map(int, kernel.shifts.tolist())),
+            slope_shift=math.fsum(a * r * s for a, r, s in zip(weights, ratios, kernel.slope_shifts.tolist(), strict=True)),
         )
 
-    @property
-    def shifted_slope(self) -> float:
-        """Σ a_b·γ_b/γ_0 over the shifted bandwidths: what the gradient sums lack of a pair."""
-        return math.fsum(a * r * s for a, r, s in zip(self.weights, self.ratios, self.shifts, strict=True))
 
+class Sweep(Protocol):
+    """What a backend offers: sums over all pairs of rows, and with them the pull on each row.
 
-@dataclass(frozen=True)
-class PairSums:
-    """What a sweep over all pairs of rows returns, in the terms of formula (1) of `fastvae.reference.mmd`; k stands for k − shift.
+    Notation of formula (1) of `fastvae.reference.mmd`; k stands for k − shift·φ(0). With s_b = −φ'(t_b) and W = Σ_b a_b·(γ_b/γ_0)·s_b,
+    the pull on row i of a gathers scale·Σ_j w_j·W_ij·(z_i − z_j) over every sum that a takes part in. For a kernel of x·y, of which
+    s_b = φ'(t_b), the summand is −½·w_j·W_ij·z_j, so that a row's gradient is −4γ_0·w_i times its pull for every kernel.
 
-    Attributes:
-        within_x: Σ_{i≠j} p_i p_j k(x_i, x_j), a float64 scalar.
-        within_y: Σ_{i≠j} q_i q_j k(y_i, y_j), zero without a y.
-        across: Σ_ij p_i q_j k(x_i, y_j), zero without a y.
-        x_pull: (N, D), Σ_j w_j·W_ij·(x_i − z_j) over the rows z of x and y, with W = Σ_b a_b·(γ_b/γ_0)·k_b, w = x_scale·p on x and −q on y.
-        y_pull: (M, D), likewise with w = −p on x and y_scale·q on y.
+    Made from the kernel, all samples, a point to see them from, and whether any pull is wanted.
     """
 
-    within_x: Tensor
-    within_y: Tensor
-    across: Tensor
-    x_pull: Tensor | None
-    y_pull: Tensor | None
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Any:
+        """The rows of z (N, D) with weights (N,), 1/N each if None; `gradient` says whether their pull is wanted."""
+
+    def within(self, a: Any, scale: float | Tensor) -> Tensor:
+        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), a float64 scalar."""
+
+    def across(self, a: Any, b: Any, scale: float | Tensor) -> Tensor:
+        """Σ_ij w_i·w_j·k(a_i, b_j), a float64 scalar."""
+
+    def pull(self, a: Any) -> Tensor:
+        """(N, D), in the dtype of z."""

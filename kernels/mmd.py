@@ -8,6 +8,7 @@ fixed order, the same bits every time.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, PairSums, Radial
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, KernelSum
 
 IEEE = tl.constexpr(0)
 TF32 = tl.constexpr(1)
@@ -440,33 +441,70 @@ class _Operands:
         return operands
 
 
-class _Launcher:
-    def __init__(self, x: Tensor, centre: Tensor, kernel: Radial, radius2: Tensor, gradient: bool, precision: str) -> None:
+@dataclass
+class Points:
+    """One sample, and what has pulled on its rows so far."""
+
+    z: Tensor  # (N, D), centred
+    weights: Tensor | None
+    operands: _Operands
+    pull: Tensor | None
+
+
+class Sweep:
+    """`fastvae.radial.Sweep` on a GPU."""
+
+    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, gradient: bool, precision: str) -> None:
+        if not isinstance(kernel.kernel, RBF):
+            raise NotImplementedError(f"kernel={kernel.kernel.name!r} must have backend='cpu' or 'reference', got 'triton'")
+        dtype = samples[0].dtype
         self.centre = centre
-        self.mode = IEEE.value if x.dtype == torch.float64 else PRECISION[precision]
+        self.mode = IEEE.value if dtype == torch.float64 else PRECISION[precision]
         self.bandwidths = len(kernel.squarings)
         self.squarings = pack_squarings(kernel.squarings)
-        self.device = device_limits(x.device)
-        products = "float64" if x.dtype == torch.float64 else precision
-        self.config = sweep_config(x.shape[1], products, gradient, self.bandwidths, self.device.architecture)
-        self.difference_config = difference_config(x.element_size())
-        ratios = kernel.gamma / kernel.gamma[0]
-        slopes = kernel.weights * ratios
+        self.device = device_limits(centre.device)
+        products = "float64" if dtype == torch.float64 else precision
+        self.config = sweep_config(samples[0].shape[1], products, gradient, self.bandwidths, self.device.architecture)
+        self.difference_config = difference_config(dtype.itemsize)
+        slopes = kernel.weights * kernel.ratios
         self.scale = (2 * LOG2_E * kernel.gamma[0]).sqrt()
-        self.rounded_scale = self.scale.to(x.dtype)
-        self.table = torch.stack([ratios, kernel.weights, slopes]).to(x.dtype)
+        self.rounded_scale = self.scale.to(dtype)
+        self.table = torch.stack([kernel.ratios, kernel.weights, slopes]).to(dtype)
         # With one bandwidth the kernels leave its weight out.
         self.unit = kernel.weights[0] if self.bandwidths == 1 else 1.0
-        shifts = torch.stack([kernel.weights @ kernel.shifts, slopes @ kernel.shifts])
-        self.slope_shift = shifts[1].to(x.dtype)
-        self.shifts = (kernel.shifts.expand(2) if self.bandwidths == 1 else shifts).to(x.dtype).contiguous()
-        limit = SPLIT_LIMIT if self.mode == SPLIT.value else EXPONENT_ERROR[x.dtype] / torch.finfo(x.dtype).eps
+        shifts = torch.stack([kernel.weights @ kernel.shifts, slopes @ kernel.slope_shifts])
+        self.slope_shift = shifts[1].to(dtype)
+        self.shifts = (kernel.shifts.expand(2) if self.bandwidths == 1 else shifts).to(dtype).contiguous()
+        limit = SPLIT_LIMIT if self.mode == SPLIT.value else EXPONENT_ERROR[dtype] / torch.finfo(dtype).eps
+        radius2 = torch.stack([(z - centre).square().sum(1).max() for z in samples]).max()
         self.differences = (kernel.gamma[-1] * radius2 > limit).to(torch.int32)
 
-    def operands(self, z: Tensor, weights: Tensor | None) -> _Operands:
-        return _Operands.of(z, weights, self.centre, self.scale, self.mode, self.config)
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:
+        operands = _Operands.of(z, weights, self.centre, self.scale, self.mode, self.config)
+        return Points(z - self.centre, weights, operands, torch.zeros_like(z) if gradient else None)
 
-    def sweep(self, rows: _Operands, columns: _Operands, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def within(self, a: Points, scale: float | Tensor) -> Tensor:
+        return self._add(a, a, scale)
+
+    def across(self, a: Points, b: Points, scale: float | Tensor) -> Tensor:
+        if b.pull is not None:
+            self._add(b, a, scale)
+        return self._add(a, b, scale)
+
+    def pull(self, a: Points) -> Tensor:
+        assert a.pull is not None
+        return a.pull
+
+    def _add(self, rows: Points, columns: Points, scale: float | Tensor) -> Tensor:
+        """Σ_ij w_i·w_j·(k − shift); the pull of the columns on the rows is added to theirs."""
+        value, pull = self.row_sums(rows.operands, columns.operands, rows.pull is not None)
+        if rows.pull is not None:
+            # What the sweep leaves out of each pair, in closed form.
+            mean = columns.z.mean(0) if columns.weights is None else columns.weights @ columns.z
+            rows.pull += scale * (pull + self.slope_shift * (rows.z - mean))
+        return value.mean() if rows.weights is None else rows.weights.double() @ value
+
+    def row_sums(self, rows: _Operands, columns: _Operands, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Σ_j w_j·(k − shift) (N,) and Σ_j w_j·(W − shift)·(u_i − u_j) (N, D), with w = 1/M where the columns have no weights."""
         within = rows is columns
         n, d = rows.points.shape
@@ -496,50 +534,3 @@ class _Launcher:
             return value, None
         pull = torch.addcmul(moments.sum(0).neg_(), slope.sum(0)[:, None], rows.product())
         return value, pull[: rows.rows, : rows.dim] * (mean * self.unit / self.scale).to(pull.dtype)
-
-
-def pair_sums(
-    x: Tensor,
-    p: Tensor | None,
-    y: Tensor | None,
-    q: Tensor | None,
-    centre: Tensor,
-    kernel: Radial,
-    x_scale: float | Tensor,
-    y_scale: float | Tensor,
-    x_grad: bool,
-    y_grad: bool,
-    precision: str,
-) -> PairSums:
-    """Sweep all pairs of rows of x (N, D) and y (M, D), in float32 or float64, with weights p (N,) and q (M,), equal if None."""
-    radius2 = torch.stack([(z - centre).square().sum(1).max() for z in (x, y) if z is not None]).max()
-    launcher = _Launcher(x, centre, kernel, radius2, x_grad or y_grad, precision)
-
-    def total(value: Tensor, weights: Tensor | None) -> Tensor:
-        return value.mean() if weights is None else weights.double() @ value
-
-    def shifted(z: Tensor, other: Tensor, weights: Tensor | None) -> Tensor:
-        """Σ_j w_j·(z_i − other_j) times the shift: what the sweep leaves out, in closed form."""
-        other = other - centre
-        return launcher.slope_shift * ((z - centre) - (other.mean(0) if weights is None else weights @ other))
-
-    a = launcher.operands(x, p)
-    value, x_pull = launcher.sweep(a, a, x_grad)
-    within_x = total(value, p)
-    within_y = across = torch.zeros_like(within_x)
-    if x_pull is not None:
-        x_pull = x_scale * (x_pull + shifted(x, x, p))
-    if y is None:
-        return PairSums(within_x, within_y, across, x_pull, None)
-    b = launcher.operands(y, q)
-    value, y_pull = launcher.sweep(b, b, y_grad)
-    within_y = total(value, q)
-    value, x_across = launcher.sweep(a, b, x_grad)
-    across = total(value, p)
-    if x_pull is not None and x_across is not None:
-        x_pull = x_pull - (x_across + shifted(x, y, q))
-    if y_pull is not None:
-        _, y_across = launcher.sweep(b, a, y_grad)
-        assert y_across is not None
-        y_pull = y_scale * (y_pull + shifted(y, y, q)) - (y_across + shifted(y, x, p))
-    return PairSums(within_x, within_y, across, x_pull, y_pull)

@@ -5,9 +5,20 @@ import torch
 
 import fastvae
 from fastvae import reference
-from tests.cases import CASES, DEVICE, STREAMING_CASES, TOLERANCE, TRITON_TOLERANCE, Case, assert_close, evaluate, expected, needs_triton
-
-FUNCTIONS = ["mmd", "mmd_to_normal"]
+from fastvae.radial import KERNELS
+from tests.cases import (
+    CASES,
+    DEVICE,
+    STREAMING_CASES,
+    TOLERANCE,
+    TRITON_TOLERANCE,
+    Case,
+    assert_close,
+    evaluate,
+    expected,
+    needs_triton,
+    problems,
+)
 
 
 def run(case: Case, name: str, **options):
@@ -25,11 +36,8 @@ def size(case: Case) -> tuple[int, float]:
     return rows, sum(map(abs, case.bandwidth_weights or (1.0,) * len(case.bandwidth)))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("case", STREAMING_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "name"), problems(STREAMING_CASES))
 def test_cpu(case, name):
-    if case.offset and name == "mmd_to_normal":
-        pytest.skip("the prior is at the origin")
     if DEVICE != "cpu":
         pytest.skip("the default backend is not the CPU's")
     actual, reference_values, value_only = run(case, name)
@@ -45,11 +53,8 @@ def test_cpu(case, name):
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "name"), problems(CASES))
 def test_triton(case, name):
-    if case.offset and name == "mmd_to_normal":
-        pytest.skip("the prior is at the origin")
     actual, reference_values, value_only = run(case, name, backend="triton", precision="highest")
     tolerance = TOLERANCE[torch.float64] if case.dtype == torch.float64 else TRITON_TOLERANCE["highest"]
     assert_close(actual, reference_values, tolerance, *size(case))
@@ -155,14 +160,50 @@ def test_only_the_wanted_gradients(monkeypatch):
     from fastvae.ops import mmd as op
 
     asked = []
-    original = op.cpu.pair_sums
-    monkeypatch.setattr(op.cpu, "pair_sums", lambda *args: asked.append(args[-2:]) or original(*args))
+    original = op.cpu.Sweep.points
+    monkeypatch.setattr(op.cpu.Sweep, "points", lambda sweep, z, w, gradient: asked.append(gradient) or original(sweep, z, w, gradient))
     x, y = torch.randn(5, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     fastvae.mmd(x, y, backend="cpu")
     fastvae.mmd(x, y.detach(), backend="cpu")
     with torch.no_grad():
         fastvae.mmd(x, y, backend="cpu")
-    assert asked == [(True, True), (True, False), (False, False)]
+    assert asked == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased", "linear"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck_of_every_kernel_and_of_the_bandwidths(kernel, estimator):
+    x, y = (torch.randn(6, 3, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))
+    options = {"kernel": kernel, "estimator": estimator}
+    assert torch.autograd.gradcheck(lambda x, y, h, a: fastvae.mmd(x, y, bandwidth=h, bandwidth_weights=a, **options), (x, y, h, a))
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_gradient_to_the_bandwidths_against_the_normal(estimator):
+    x = torch.randn(6, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    h = torch.tensor((0.8, 1.7, 30.0), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd_to_normal(x, bandwidth=h, estimator=estimator), (x, h))
+
+
+@pytest.mark.parametrize("kernel", ["laplace", "energy"])
+def test_kernels_with_a_cusp_have_no_gradient_there(kernel):
+    x = torch.randn(1, 4, device=DEVICE).expand(20, 4)
+    value, *gradients = evaluate(fastvae.mmd, x, x.clone(), kernel=kernel)
+    assert value.item() == 0
+    assert not any(grad.any() for grad in gradients)
+
+
+def test_batch_dimensions():
+    x, y = (torch.randn(2, 3, rows, 4, dtype=torch.float64, device=DEVICE) for rows in (9, 7))
+    p = torch.rand(2, 3, 9, dtype=torch.float64, device=DEVICE)
+    options = {"x_weights": p / p.sum(-1, keepdim=True), "bandwidth": (0.9, 2.0)}
+    actual, exact = (evaluate(lambda *points, f=f: (f(*points, **options) ** 2).sum(), x, y) for f in (fastvae.mmd, reference.mmd))
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, e)
+    assert fastvae.mmd_to_normal(x).shape == (2, 3)
+    h = torch.tensor((0.9, 2.0), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd(x, y, bandwidth=h), (x.requires_grad_(), h))
 
 
 def test_second_derivative():
@@ -178,12 +219,12 @@ def test_opcheck(y):
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     y = None if y is None else y.requires_grad_()
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    torch.library.opcheck(torch.ops.fastvae.mmd.default, (x, y, None, None, h, h, False, "", "", True, y is not None))
+    torch.library.opcheck(torch.ops.fastvae.mmd.default, (x, y, None, None, h, h, "rbf", [], False, "", "", True, y is not None, False))
 
 
 def test_op_called_without_its_gradient_says_so():
     x, h = torch.randn(5, 2, requires_grad=True), torch.ones(1, dtype=torch.float64)
-    value, *_ = torch.ops.fastvae.mmd(x, None, None, None, h, h, False, "", "", False, False)
+    value, *_ = torch.ops.fastvae.mmd(x, None, None, None, h, h, "rbf", [], False, "", "", False, False, False)
     with pytest.raises(RuntimeError, match="without the gradient that backward needs"):
         value.backward()
 
@@ -281,7 +322,7 @@ def test_gradients_are_contiguous():
     """As the fake says: the compiler builds on it."""
     h = torch.ones(1, dtype=torch.float64)
     x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
-    _, grad_x, grad_y = torch.ops.fastvae.mmd(x, y, None, None, h, h, False, "", "", True, True)
+    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, None, None, h, h, "rbf", [], False, "", "", True, True, False)
     assert grad_x.is_contiguous()
     assert grad_y.is_contiguous()
 
@@ -361,13 +402,13 @@ def test_compiled_call_gives_nan_for_what_it_cannot_check():
 
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ["mmd", "mmd_to_normal"])
 def test_options_reach_the_kernels(monkeypatch, name):
     from fastvae.kernels import mmd as kernels
 
     seen = []
-    original = kernels.pair_sums
-    monkeypatch.setattr(kernels, "pair_sums", lambda *args, **kwargs: seen.append(kwargs["precision"]) or original(*args, **kwargs))
+    original = kernels.Sweep
+    monkeypatch.setattr(kernels, "Sweep", lambda *args, **kwargs: seen.append(kwargs["precision"]) or original(*args, **kwargs))
     points = [torch.randn(5, 3, device=DEVICE), torch.randn(4, 3, device=DEVICE)][: 1 if name == "mmd_to_normal" else 2]
     getattr(fastvae, name)(*points, backend="triton", precision="ieee")
     fastvae.MMDLoss(backend="triton", precision="high")(*points)

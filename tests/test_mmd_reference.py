@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastvae import reference
+from fastvae.radial import Polynomial, RationalQuadratic
 
 
 def numpy_mmd(x, y, bandwidths, weights, unbiased):
@@ -72,3 +73,34 @@ def test_two_gaussians_have_the_known_mmd():
     same = math.sqrt(h * h / (h * h + 2))
     expected = 2 * same * (1 - math.exp(-mu * mu / (2 * (h * h + 2))))
     assert reference.mmd(x, y, bandwidth=h, estimator="unbiased").item() == pytest.approx(expected, abs=0.02)
+
+
+# Each kernel of h in numpy, of one x and one y.
+FORMULAS = {
+    "imq": lambda x, y, h: h * h / (h * h + np.sum((x - y) ** 2)),
+    "rational_quadratic": lambda x, y, h: 1 / (1 + np.sum((x - y) ** 2) / (2 * h * h)),
+    "laplace": lambda x, y, h: math.exp(-np.linalg.norm(x - y) / h),
+    "energy": lambda x, y, h: -np.linalg.norm(x - y) / h,
+    "polynomial": lambda x, y, h: (x @ y / (len(x) * h * h) + 1) ** 3,
+    RationalQuadratic(0.5): lambda x, y, h: 1 / math.sqrt(1 + np.sum((x - y) ** 2) / (h * h)),
+    Polynomial(degree=2, coef0=0.5): lambda x, y, h: (x @ y / (len(x) * h * h) + 0.5) ** 2,
+}
+
+
+@pytest.mark.parametrize("kernel", FORMULAS)
+def test_kernels_are_their_formulas(kernel):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)) + 0.5
+
+    def mean(a, b):
+        return np.mean([[FORMULAS[kernel](u, v, 1.3) for v in b] for u in a])
+
+    def linear(u, v, s, t):
+        k = FORMULAS[kernel]
+        return k(u, v, 1.3) + k(s, t, 1.3) - k(u, t, 1.3) - k(v, s, 1.3)
+
+    tensors = torch.tensor(x), torch.tensor(y)
+    biased = reference.mmd(*tensors, bandwidth=1.3, kernel=kernel).item()
+    assert biased == pytest.approx(mean(x, x) + mean(y, y) - 2 * mean(x, y), rel=1e-10)
+    neighbours = np.mean([linear(x[n], x[n + 1], y[n], y[n + 1]) for n in (0, 2, 4)])
+    assert reference.mmd(*tensors, bandwidth=1.3, kernel=kernel, estimator="linear").item() == pytest.approx(neighbours, rel=1e-10)

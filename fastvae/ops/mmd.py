@@ -15,16 +15,17 @@ from torch import Tensor
 from fastvae.checks import sum_to_one
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import PairSums, Radial, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor bandwidth, Tensor bandwidth_weights, "
-    "bool unbiased, str precision, str backend, bool x_grad, bool y_grad) -> (Tensor, Tensor, Tensor)"
+    "str kernel, float[] kernel_parameters, bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 class Problem(NamedTuple):
-    """The arguments of the op, in the order of its schema."""
+    """The arguments of the op, in the order of its schema. Points and weights may have one leading batch dimension."""
 
     x: Tensor
     y: Tensor | None
@@ -32,21 +33,26 @@ class Problem(NamedTuple):
     y_weights: Tensor | None
     bandwidth: Tensor
     bandwidth_weights: Tensor
+    kernel: str
+    kernel_parameters: list[float]
     unbiased: bool
     precision: str
     backend: str
     x_grad: bool
     y_grad: bool
+    bandwidth_grad: bool
 
 
-Result = tuple[Tensor, Tensor, Tensor]
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("fastvae::mmd", mutates_args=(), schema=SCHEMA)
 def mmd_op(*args: Any) -> Result:
-    """(MMD², its gradient to x, its gradient to y) in the accumulation dtype; y = None is N(0, I). A gradient not asked for is empty."""
+    """(MMD², its gradients to x, to y and to the one bandwidth) in the accumulation dtype, the last in float64; y = None is N(0, I).
+
+    A gradient not asked for is empty."""
     problem = Problem(*args)
-    return _triton(*args) if problem.backend == "triton" else _evaluate(cpu.pair_sums, problem)
+    return _triton(*args) if problem.backend == "triton" else _evaluate(cpu.Sweep, problem)
 
 
 def _triton(*args: Any) -> Result:
@@ -54,7 +60,7 @@ def _triton(*args: Any) -> Result:
 
     problem = Problem(*args)
     precision = problem.precision or torch.get_float32_matmul_precision()
-    return _evaluate(partial(kernels.pair_sums, precision=precision), problem)
+    return _evaluate(partial(kernels.Sweep, precision=precision), problem)
 
 
 mmd_op.register_kernel("cuda")(_triton)
@@ -64,84 +70,134 @@ mmd_op.register_kernel("cuda")(_triton)
 def _fake(*args: Any) -> Result:
     problem = Problem(*args)
     x, y, dtype = problem.x, problem.y, accumulation_dtype(problem.x.dtype)
+    batch = x.shape[:-2]
     grad_x = x.new_empty(x.shape if problem.x_grad else (0,), dtype=dtype)
     grad_y = x.new_empty(y.shape if problem.y_grad and y is not None else (0,), dtype=dtype)
-    return x.new_empty((), dtype=dtype), grad_x, grad_y
+    grad_bandwidth = x.new_empty(batch if problem.bandwidth_grad else (0,), dtype=torch.float64)
+    return x.new_empty(batch, dtype=dtype), grad_x, grad_y, grad_bandwidth
 
 
-def _evaluate(pair_sums: Callable[..., PairSums], problem: Problem) -> Result:
-    x, y, x_weights, y_weights, bandwidth, bandwidth_weights, unbiased, *_, x_grad, y_grad = problem
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = accumulation_dtype(x.dtype)
-        x = x.to(dtype)
-        y = None if y is None else y.to(dtype)
-        # MMD² does not change when both samples move; float32 is useless far from the origin.
-        if y is None:
-            centre = x.mean(0)
-            mean_squared_distance = (x.square().sum(1, dtype=torch.float64) + x.shape[1]).mean()
-        else:
-            centre = 0.5 * (x.mean(0) + y.mean(0))
-            mean_squared_distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()
-        kernel = Radial.of(bandwidth, bandwidth_weights, mean_squared_distance)
-        p, q = (None if w is None else w.to(dtype) for w in (x_weights, y_weights))
-        x_square, y_square = _sum_of_squares(x, p), 0.0 if y is None else _sum_of_squares(y, q)
-        x_scale, y_scale = (1 / (1 - square) if unbiased else 1.0 for square in (x_square, y_square))
-        sums = pair_sums(x, p, y, q, centre, kernel, x_scale, y_scale, x_grad, y_grad)
-
-        value = x_scale * sums.within_x + y_scale * sums.within_y - 2 * sums.across
-        if not unbiased:
-            # The pairs i = j, exactly; the shifts cancel between the terms, as the weights of each sum to one.
-            value = value + (x_square + y_square) * (kernel.weights @ (1 - kernel.shifts))
-        grad_x = _gradient(x, p, sums.x_pull, kernel)
-        grad_y = x.new_empty(0) if y is None else _gradient(y, q, sums.y_pull, kernel)
-        if y is None:
-            value = value + _prior_terms(x, p, kernel)
-            if x_grad:
-                grad_x += _prior_gradient(x, p, kernel)
-        # One row alone has no pair that would show that it is not finite.
-        value = value + 0 * centre.sum()
-        for weights in (x_weights, y_weights):
-            value = value if weights is None else torch.where(sum_to_one(weights), value, torch.nan)
-        return value.to(dtype), grad_x, grad_y
+def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
+    with torch.autocast(problem.x.device.type, enabled=False):
+        if problem.x.ndim == 2:
+            return _evaluate_one(make_sweep, problem)
+        results = []
+        for n in range(problem.x.shape[0]):
+            x, y, p, q = (None if t is None else t[n] for t in problem[:4])
+            assert x is not None
+            results.append(_evaluate_one(make_sweep, problem._replace(x=x, y=y, x_weights=p, y_weights=q)))
+        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
+        return cast(Result, tuple(t if t.numel() else t.reshape(0) for t in stacked))
 
 
-def _sum_of_squares(x: Tensor, weights: Tensor | None) -> float | Tensor:
-    return 1 / x.shape[0] if weights is None else weights.double().square().sum()
+def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
+    unbiased, bandwidth_grad = problem.unbiased, problem.bandwidth_grad
+    family = kernel_of(problem.kernel, problem.kernel_parameters)
+    samples = [_Sample.of(problem.x, problem.x_weights, unbiased, problem.x_grad or bandwidth_grad)]
+    if problem.y is not None:
+        samples.append(_Sample.of(problem.y, problem.y_weights, unbiased, problem.y_grad or bandwidth_grad))
+    mean = torch.stack([sample.z.mean(0) for sample in samples]).mean(0)
+    # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
+    centre = mean if family.radial else torch.zeros_like(mean)
+    origin = mean if problem.y is not None else torch.zeros_like(mean)
+    spread = torch.stack([(sample.z - origin).square().sum(1, dtype=torch.float64).mean() for sample in samples]).sum()
+    mean_squared_distance = spread if problem.y is not None else spread + mean.numel()
+    kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, mean.numel(), mean_squared_distance)
+
+    sweep = make_sweep(kernel, [sample.z for sample in samples], centre, any(sample.gradient for sample in samples))
+    points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
+    value = sum(
+        (sample.scale * sweep.within(rows, sample.scale) for sample, rows in zip(samples, points, strict=True)), start=0 * mean.sum()
+    )
+    if problem.y is not None:
+        value = value - 2 * sweep.across(points[0], points[1], -1.0)
+    gradients: list[Tensor | None] = [
+        _gradient(sample, sweep.pull(rows), kernel) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
+    ]
+    if not unbiased:
+        for sample, gradient in zip(samples, gradients, strict=True):
+            value = value + _diagonal(sample, kernel, gradient)
+    grad_bandwidth = mean.new_empty(0, dtype=torch.float64)
+    if bandwidth_grad:
+        # k does not change when the points, seen from the centre, and h grow together: Euler's theorem gives the derivative to h.
+        radial = [((s.z - centre).double() * g).sum() for s, g in zip(samples, gradients, strict=True) if g is not None]
+        grad_bandwidth = -torch.stack(radial).sum() / kernel.bandwidth[0]
+    if problem.y is None:
+        prior, prior_gradient, prior_bandwidth_gradient = _prior(samples[0], kernel)
+        value, gradients[0] = value + prior, None if gradients[0] is None else gradients[0] + prior_gradient
+        grad_bandwidth = grad_bandwidth + prior_bandwidth_gradient if bandwidth_grad else grad_bandwidth
+    for weights in (problem.x_weights, problem.y_weights):
+        value = value if weights is None else torch.where(sum_to_one(weights), value, torch.nan)
+    wanted = [g if want and g is not None else mean.new_empty(0) for g, want in zip([*gradients, None][:2], problem[-3:-1], strict=True)]
+    return value.to(mean.dtype), wanted[0], wanted[1], grad_bandwidth
 
 
-def _row_weights(x: Tensor, weights: Tensor | None) -> float | Tensor:
-    return 1 / x.shape[0] if weights is None else weights[:, None]
+class _Sample(NamedTuple):
+    """One sample in the accumulation dtype, and its part in MMD²."""
+
+    z: Tensor
+    weights: Tensor | None
+    row_weights: float | Tensor  # p_i, (N, 1) or one for all
+    sum_of_squares: float | Tensor  # Σ p_i²
+    scale: float | Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1
+    gradient: bool
+
+    @staticmethod
+    def of(z: Tensor, weights: Tensor | None, unbiased: bool, gradient: bool) -> _Sample:
+        z = z.to(accumulation_dtype(z.dtype))
+        weights = None if weights is None else weights.to(z.dtype)
+        square = 1 / z.shape[0] if weights is None else weights.double().square().sum()
+        scale = 1 / (1 - square) if unbiased else 1.0
+        return _Sample(z, weights, 1 / z.shape[0] if weights is None else weights[:, None], square, scale, gradient)
 
 
-def _gradient(z: Tensor, weights: Tensor | None, pull: Tensor | None, kernel: Radial) -> Tensor:
-    """2·w_i·Σ_j 2·w_j·φ'(d²_ij)·(z_i − z_j) with φ' = −Σ_b a_b·γ_b·k_b, from the pull of a sweep."""
-    if pull is None:
-        return z.new_empty(0)
+def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
+    """−4γ_0·w_i times the pull of a sweep."""
     # In two factors: γ itself may be past the range of float32.
     scale = kernel.gamma[0].sqrt()
-    return ((pull * scale.to(z.dtype)) * (_row_weights(z, weights) * (-4 * scale).to(z.dtype))).contiguous()
+    return ((pull * scale.to(pull.dtype)) * (sample.row_weights * (-4 * scale).to(pull.dtype))).contiguous()
 
 
-def _prior_terms(x: Tensor, p: Tensor | None, kernel: Radial) -> Tensor:
-    """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift."""
-    cross = _shifted_exp(rbf_normal_mean_exponent(x, kernel.bandwidth), kernel.shifts) @ kernel.weights
-    mean_cross = cross.mean() if p is None else p.double() @ cross
-    return _shifted_exp(rbf_normal_self_exponent(x.shape[1], kernel.bandwidth), kernel.shifts) @ kernel.weights - 2 * mean_cross
+def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> float | Tensor:
+    """Σ_i w_i²·(k(z_i, z_i) − shift·φ(0)), and its gradient added to `gradient`.
+
+    The shifts cancel between the sums of MMD², as the weights of each sum to one.
+    """
+    if kernel.kernel.radial:
+        return sample.sum_of_squares * kernel.kernel.at_zero * (kernel.weights @ (1 - kernel.shifts))
+    assert isinstance(kernel.kernel, Polynomial)
+    t = sample.z.square().sum(1, keepdim=True, dtype=torch.float64) * kernel.gamma
+    weights = torch.as_tensor(sample.row_weights, dtype=torch.float64, device=t.device).square()
+    if gradient is not None:
+        slope = kernel.kernel.slope(t) @ (kernel.weights * kernel.gamma)
+        gradient += (2 * weights * slope[:, None]).to(gradient.dtype) * sample.z
+    value = (kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts) @ kernel.weights
+    return (weights * value[:, None]).expand(len(t), 1).sum()
+
+
+def _prior(sample: _Sample, kernel: KernelSum) -> tuple[Tensor, Tensor, Tensor]:
+    """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift, and its gradients to x and to the one bandwidth."""
+    x, p, h = sample.z, sample.row_weights, kernel.bandwidth
+    p = torch.as_tensor(p, dtype=torch.float64, device=x.device).expand(len(x), 1)
+    cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[1], h)
+    value = (_shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts)).sum(0)) @ kernel.weights
+    cross, within = cross.exp(), within.exp() * kernel.weights
+    slope = cross @ (kernel.weights / (h.square() + 1))
+    gradient = x * (2 * p * slope[:, None]).to(x.dtype)
+    # d/dh of the two exponents
+    cross_slope = x.shape[1] / (h * (h.square() + 1)) + x.double().square().sum(1, keepdim=True) * h / (h.square() + 1).square()
+    within_slope = 2 * x.shape[1] / (h * (h.square() + 2))
+    return value, gradient, (within * within_slope).sum() - 2 * (p * cross * cross_slope * kernel.weights).sum()
 
 
 def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
     return torch.where(shifts > 0, exponent.expm1(), exponent.exp())
 
 
-def _prior_gradient(x: Tensor, p: Tensor | None, kernel: Radial) -> Tensor:
-    slope = rbf_normal_mean_exponent(x, kernel.bandwidth).exp() @ (kernel.weights / (kernel.bandwidth.square() + 1))
-    return x * (2 * slope[:, None].to(x.dtype) * _row_weights(x, p))
-
-
 def apply_mmd(*args: Any) -> Tensor:
-    """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last two, which say what gradients are wanted."""
-    x, y = args[:2]
-    flags = (needs_grad(x), needs_grad(y))
+    """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
+    x, y, _, _, bandwidth, *_ = args
+    flags = (needs_grad(x), needs_grad(y), needs_grad(bandwidth))
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not any(flags) and torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
@@ -149,7 +205,7 @@ def apply_mmd(*args: Any) -> Tensor:
 
 
 class MMD(torch.autograd.Function):
-    """(MMD², gradient to x, gradient to y); only the first is differentiable. Arguments of `torch.ops.fastvae.mmd`."""
+    """(MMD² and its gradients); only the first is differentiable. Arguments of `torch.ops.fastvae.mmd`."""
 
     @staticmethod
     def forward(*args: Any) -> Result:
@@ -157,8 +213,7 @@ class MMD(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-        _, grad_x, grad_y = output
-        ctx.mark_non_differentiable(grad_x, grad_y)
+        ctx.mark_non_differentiable(*output[1:])
         _setup_context(ctx, inputs, output)
 
     @staticmethod
@@ -166,21 +221,30 @@ class MMD(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
+# Where the arguments are that have a gradient, in the order of the op's gradients.
+_DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "bandwidth"))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
-    x, y = (t if needed else None for t, needed in zip(inputs[:2], ctx.needs_input_grad[:2], strict=True))
-    ctx.save_for_backward(x, y, *output[1:])
+    sources = (inputs[n] if ctx.needs_input_grad[n] else None for n in _DIFFERENTIABLE)
+    ctx.save_for_backward(*sources, *output[1:])
 
 
 def _backward(ctx: Any, grad_value: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, *saved = ctx.saved_tensors
+    sources, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     grads: list[Tensor | None] = [None] * len(Problem._fields)
-    for n, (source, grad) in enumerate(zip((x, y), saved, strict=True)):
-        if ctx.needs_input_grad[n]:
-            if grad.shape != source.shape:
-                raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
-            grad = forbid_second_derivative("mmd", grad, x, y)
-            grads[n] = (grad_value * grad).to(source.dtype)
+    for n, source, grad in zip(_DIFFERENTIABLE, sources, saved, strict=True):
+        if not ctx.needs_input_grad[n]:
+            continue
+        if grad.numel() == 0:
+            raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
+        grad = forbid_second_derivative("mmd", grad, *sources)
+        if source is sources[2]:
+            # One bandwidth for all of a batch.
+            grads[n] = (grad_value * grad).sum().reshape(source.shape).to(source)
+        else:
+            grads[n] = (grad_value[..., None, None] * grad).to(source.dtype)
     return tuple(grads)
 
 

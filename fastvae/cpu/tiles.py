@@ -1,0 +1,208 @@
+"""A kernel and its derivative over one tile of pairs of rows after another: what every pairwise operation walks on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladder, Laplace, Polynomial, RationalQuadratic
+
+# 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower.
+TILE = 512
+
+
+@dataclass
+class Points:
+    """One sample as the tiles read it."""
+
+    rows: Tensor  # (N, D), centred
+    dtype: torch.dtype  # of the input
+    weights: Tensor  # (N,)
+    uniform: bool  # all weights are 1/N
+    left: Tensor  # left @ right is the exponent of the widest bandwidth
+    right: Tensor
+    weighted: Tensor  # (D + 1, N): w_j·[z_j, 1]
+    moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1]
+    radius2: list[float]  # the largest ‖z‖² of each tile of rows
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def tiles(self) -> list[slice]:
+        return [slice(start, min(start + TILE, len(self))) for start in range(0, len(self), TILE)]
+
+
+class Rung(NamedTuple):
+    """One bandwidth of a tile, in buffers that the next one reuses."""
+
+    weight: float  # a_b
+    slope_weight: float  # a_b·γ_b/γ_0
+    value: Tensor  # k_b − shift·φ(0)
+    slope: Tensor  # −φ'(t_b) − shift, φ'(t_b) for a kernel of x·y
+
+
+class Tiles:
+    """The tiles of `kernel` between samples of which `samples` are all; a pair of a row with itself counts as zero."""
+
+    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor) -> None:
+        self.ladder = Ladder.of(kernel)
+        self.centre, self.limit = _arithmetic(self.ladder, samples, centre)
+        self.dtype = self.centre.dtype
+        self.kernel = self.ladder.kernel
+        self.single = len(self.ladder.ratios) == 1
+        # exp2 is the fastest exponential there is; expm1 has no such twin.
+        self.unit = LOG2_E if isinstance(self.kernel, RBF) and not self.ladder.shifts[0] else 1.0
+        self._buffers: dict[str, Tensor] = {}
+
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:
+        dtype, z = z.dtype, z.to(self.dtype) - self.centre
+        w = z.new_full(z.shape[:1], 1 / z.shape[0]) if weights is None else weights.to(self.dtype)
+        # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
+        unit = 2 * self.unit if self.kernel.radial else 1.0
+        scaled = (z.double() * (self.ladder.gamma * unit) ** 0.5).to(self.dtype)
+        one = torch.ones_like(z[:, :1])
+        half = scaled.square().sum(1, keepdim=True).mul_(-0.5) if self.kernel.radial else torch.zeros_like(one)
+        left, right = torch.cat([scaled, half, one], 1), torch.cat([scaled, one, half], 1).T.contiguous()
+        weighted = torch.cat([z, one], 1).T.contiguous() * w
+        # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
+        moments = torch.zeros_like(weighted) if gradient else None
+        radius2 = [float(rows.square().sum(1).max()) for rows in torch.split(z, TILE)]
+        return Points(z, dtype, w, weights is None, left, right, weighted, moments, radius2)
+
+    def pull(self, a: Points) -> Tensor:
+        """The pull on each row of `fastvae.radial.Sweep`, from the moments."""
+        assert a.moments is not None
+        pull = a.moments[-1:].T * a.rows - a.moments[:-1].T if self.kernel.radial else -0.5 * a.moments[:-1].T
+        return pull.to(a.dtype)
+
+    def rungs(self, a: Points, i: slice, b: Points, j: slice) -> Iterator[Rung]:
+        exponent = self.buffer("exponent", i, j)
+        self._exponent(a, i, b, j, exponent)
+        value = exponent if self.single else self.buffer("value", i, j)
+        for n, (ratio, weight) in enumerate(zip(self.ladder.ratios, self.ladder.weights, strict=True)):
+            slope = self._evaluate(n, exponent, value, i, j)
+            if a is b and i == j:
+                value.fill_diagonal_(0)
+                slope.fill_diagonal_(0)
+            yield Rung(weight, weight * ratio, value, slope)
+
+    def sums(self, a: Points, i: slice, b: Points, j: slice, slope: bool) -> tuple[Tensor, Tensor]:
+        """Σ_b a_b·k_b, and if `slope` Σ_b a_b·(γ_b/γ_0)·s_b, over a tile; without shifts."""
+        if self.single:
+            rung = next(self.rungs(a, i, b, j))
+            if slope and rung.slope is not rung.value:
+                rung.slope.mul_(rung.slope_weight)
+            return rung.value.mul_(rung.weight), rung.slope
+        total, slope_total = self.buffer("total", i, j).zero_(), self.buffer("slope total", i, j)
+        if slope:
+            slope_total.zero_()
+        for rung in self.rungs(a, i, b, j):
+            total.add_(rung.value, alpha=rung.weight)
+            if slope:
+                slope_total.add_(rung.slope, alpha=rung.slope_weight)
+        return total, slope_total
+
+    def add_moments(self, slope: Tensor, a: Points, i: slice, b: Points, j: slice, scale: float) -> None:
+        """A tile's share of the moments of a, and of b but for a tile on the diagonal of one sample."""
+        if a.moments is not None:
+            a.moments[:, i].addmm_(b.weighted[:, j], slope.T, alpha=scale)
+        if b.moments is not None and not (a is b and i == j):
+            b.moments[:, j].addmm_(a.weighted[:, i], slope, alpha=scale)
+
+    def buffer(self, name: str, i: slice, j: slice) -> Tensor:
+        """A tile of its own for each name."""
+        if name not in self._buffers:
+            self._buffers[name] = self.centre.new_empty(TILE * TILE)
+        rows, columns = i.stop - i.start, j.stop - j.start
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+    def _exponent(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
+        """−t_0 times the unit; √(2·t_0) for a rooted kernel, t_0 for one of x·y."""
+        radius2 = a.radius2[i.start // TILE], b.radius2[j.start // TILE]
+        if max(radius2) > self.limit:
+            distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
+            if self.kernel.rooted:
+                torch.mul(distance, (2 * self.ladder.gamma) ** 0.5, out=out)
+            else:
+                torch.mul(distance, distance, out=out).mul_(-self.ladder.gamma * self.unit)
+            return
+        torch.mm(a.left[i], b.right[:, j], out=out)
+        if self.kernel.rooted:
+            # What rounding may leave of t = 0 is taken as 0: the slope of a root is infinite there.
+            rounding = 16 * torch.finfo(self.dtype).eps * self.ladder.gamma * sum(radius2)
+            F.threshold(out.mul_(-2), rounding, 0.0, inplace=True).sqrt_()
+
+    def _evaluate(self, n: int, exponent: Tensor, out: Tensor, i: slice, j: slice) -> Tensor:
+        """k_n − shift·φ(0) into `out`, which holds that of n − 1 or is `exponent`; returns the slope."""
+        kernel, ratio, shift = self.kernel, self.ladder.ratios[n], self.ladder.shifts[n]
+        if isinstance(kernel, RBF):
+            self._climb(n, exponent, out)
+            return out
+        slope = self.buffer("slope", i, j)
+        if isinstance(kernel, RationalQuadratic):
+            torch.mul(exponent, -ratio / kernel.alpha, out=out)
+            torch.add(out, 1, out=slope).pow_(-kernel.alpha - 1)
+            if shift:
+                out.log1p_().mul_(-kernel.alpha).expm1_()
+            else:
+                out.add_(1).mul_(slope)
+        elif isinstance(kernel, Laplace):
+            torch.mul(exponent, -(ratio**0.5), out=out)
+            torch.exp(out, out=slope).div_(out).neg_().masked_fill_(out == 0, 0)
+            out.expm1_() if shift else out.exp_()
+        elif isinstance(kernel, Energy):
+            torch.mul(exponent, -(ratio**0.5), out=out)
+            torch.reciprocal(out, out=slope).neg_().masked_fill_(out == 0, 0)
+        elif isinstance(kernel, Polynomial):
+            t = torch.mul(exponent, ratio, out=slope)
+            first, *others = kernel.coefficients
+            out.fill_(first)
+            for coefficient in others:
+                out.mul_(t).add_(coefficient)
+            out.mul_(t)
+            if not shift:
+                out.add_(kernel.at_zero)
+            slope.add_(kernel.coef0).pow_(int(kernel.degree) - 1).mul_(kernel.degree)
+        else:
+            raise AssertionError(f"{kernel.name} has no tile")
+        return slope
+
+    def _climb(self, n: int, exponent: Tensor, power: Tensor) -> None:
+        ladder = self.ladder
+        shift, squarings = ladder.shifts[n], ladder.squarings[n]
+        if squarings:
+            if ladder.shifts[n - 1] and not shift:
+                power.add_(1)
+            for _ in range(squarings):
+                # (1 + e)² − 1 = e·(e + 2)
+                power.mul_(power + 2 if shift else power)
+            return
+        unit = (1.0 if shift else LOG2_E) / self.unit
+        if power is not exponent:
+            torch.mul(exponent, ladder.ratios[n] * unit, out=power)
+        if shift:
+            power.expm1_()
+        else:
+            power.exp2_()
+
+
+def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:
+    """The centre in the dtype of the tiles, and the largest ‖z − centre‖² at which the products of that dtype are exact enough."""
+    dtype = samples[0].dtype
+    steepest = ladder.gamma * ladder.ratios[-1] / EXPONENT_ERROR[dtype]
+    limit = float("inf") if not ladder.kernel.radial or isinstance(ladder.kernel, Energy) else 1 / steepest
+    exact = limit / torch.finfo(torch.float64).eps
+    if ladder.kernel.rooted:
+        return centre.double(), exact
+    limit = limit / torch.finfo(dtype).eps
+    radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
+    if not radius2 > limit:
+        return centre, limit
+    # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
+    return torch.cat(list(samples)).median(0).values.double(), exact
