@@ -1,9 +1,10 @@
 """Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
 
 from fastvae import reference
-from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl
+from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
+from fastvae.reference import KLDecomposition
 from fastvae.vae import VAE
 from fastvae.version import __version__
 
@@ -11,6 +12,7 @@ __all__ = [
     "VAE",
     "Bernoulli",
     "Gaussian",
+    "KLDecomposition",
     "Likelihood",
     "MMDLoss",
     "VAEObjective",
@@ -20,4 +22,5 @@ __all__ = [
     "mmd_to_normal",
     "reference",
     "reparameterize_kl",
+    "total_correlation",
 ]

@@ -105,6 +105,41 @@ def test_reparameterize_kl(options, error, sentence):
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"z": [[1.0]]}, TypeError, "z must be a torch.Tensor, got list"),
+        ({"z": X[0]}, ValueError, "z must have shape (rows, features), got (3,)"),
+        ({"z": X[:0]}, ValueError, "z must have at least one row and one feature, got shape (0, 3)"),
+        ({"mu": 1.0}, TypeError, "mu must be a torch.Tensor, got float"),
+        ({"logvar": X.long()}, TypeError, "logvar must have dtype float64, float32, bfloat16 or float16, got torch.int64"),
+        ({"mu": Y}, ValueError, "z and mu must have the same shape, got (4, 3) and (5, 3)"),
+        ({"logvar": X[:, :1]}, ValueError, "z and logvar must have the same shape, got (4, 3) and (4, 1)"),
+        ({"mu": X.double()}, TypeError, "z and mu must have the same dtype, got torch.float32 and torch.float64"),
+        ({"logvar": X.to("meta")}, ValueError, "z and logvar must be on the same device, got cpu and meta"),
+        ({"dataset_size": 3}, ValueError, "dataset_size must be at least the number of rows of z, 4, got 3"),
+        ({"dataset_size": 0}, ValueError, "dataset_size must be at least 1, got 0"),
+        ({"dataset_size": 10.0}, TypeError, "dataset_size must be an integer, got float"),
+        (
+            {"estimator": "mws"},
+            ValueError,
+            "estimator must be one of 'minibatch_weighted', 'minibatch_stratified', got 'mws'",
+        ),
+        (
+            {"z": X[:1], "mu": X[:1], "logvar": X[:1], "estimator": "minibatch_stratified"},
+            ValueError,
+            "z must have at least two rows for estimator='minibatch_stratified', got 1: use estimator='minibatch_weighted'",
+        ),
+        ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_total_correlation(options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.total_correlation(**{"z": X, "mu": X, "logvar": X, "dataset_size": 10} | options)
+    assert str(caught.value) == sentence
+
+
 def test_normal_refuses_what_mmd_refuses():
     with pytest.raises(ValueError, match="x must have at least two rows for estimator='unbiased', got 1"):
         fastvae.mmd_to_normal(X[:1], estimator="unbiased")

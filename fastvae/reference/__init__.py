@@ -2,5 +2,6 @@
 
 from fastvae.reference.mmd import mmd, mmd_to_normal
 from fastvae.reference.reparameterize_kl import reparameterize_kl
+from fastvae.reference.total_correlation import KLDecomposition, total_correlation
 
-__all__ = ["mmd", "mmd_to_normal", "reparameterize_kl"]
+__all__ = ["KLDecomposition", "mmd", "mmd_to_normal", "reparameterize_kl", "total_correlation"]

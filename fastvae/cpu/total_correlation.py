@@ -1,0 +1,188 @@
+"""Log densities under a batch of posteriors, tile by tile: formulas (1) and (5) of `fastvae.reference.total_correlation`.
+
+A tile is some rows of z against some posteriors in all dimensions, so that one look at it serves every dimension and their joint density.
+The exponents come from differences z − μ: expanded into matrix products they would lose (z/σ)² roundings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastvae.ops.common import accumulation_dtype
+from fastvae.radial import LOG2_E
+from fastvae.reference.total_correlation import HALF_LOG_2PI, LogWeights
+
+# Elements of a tile: its three float32 buffers fit a second-level cache of 2 MiB. Posteriors are its contiguous axis, on which PyTorch's
+# loops run: with fewer than 64 of them the loops' frame shows, and rows are what is left.
+BLOCK = 131_072
+MOST_COLUMNS, FEWEST_COLUMNS = 512, 64
+
+# Under 2 to the first, a density is zero: numbers that are not normal take ten times as long. A sum of densities above 2 to the second has
+# lost nothing by that.
+RANGE = {torch.float32: (-100.0, -40.0), torch.float64: (-1000.0, -500.0)}
+
+
+def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> tuple[Tensor, Tensor]:
+    """log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
+    sweep = _Sweep(z, mu, logvar, weights, offset)
+    joint = sweep.z.new_empty(z.shape[0])
+    marginals = torch.empty_like(sweep.z)
+    for rows in sweep.row_tiles():
+        total, joint[rows] = sweep.density(rows, None)
+        reference = torch.zeros_like(total)
+        if total.min() < 2**sweep.least_sum:
+            reference = sweep.maximum(rows)
+            total, _ = sweep.density(rows, reference)
+        marginals[:, rows] = total.log2_().add_(reference)
+    return sweep.to_nats(joint, marginals)
+
+
+def backward(
+    grad_joint: Tensor,
+    grad_marginals: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginals: Tensor,
+    weights: LogWeights,
+    offset: int,
+    z_grad: bool,
+    posterior_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz (N, D), dμ and dlogvar (M, D) in the dtype of the sweep, from the gradients of what `forward` returned and its values."""
+    sweep = _Sweep(z, mu, logvar, weights, offset)
+    joint, marginals = sweep.from_nats(joint, marginals)
+    a, b = grad_joint.to(sweep.dtype), grad_marginals.T.to(sweep.dtype)
+    dz = torch.zeros_like(sweep.z)
+    # Σ_i of G, G·(z − μ)/σ² and G·(z − μ)²/σ².
+    moments = [torch.zeros_like(sweep.mu) for _ in range(3 * posterior_grad)]
+    for rows in sweep.row_tiles():
+        reference, scale = marginals[:, rows], b[:, rows]
+        underflows = bool(reference.min() < sweep.least_sum)
+        if not underflows:
+            scale = scale * (-reference).exp2()
+        for columns in sweep.column_tiles():
+            difference, slope, exponent = sweep.tile(rows, columns)
+            pairs, _ = sweep.weigh(exponent, rows, columns)
+            pairs = sweep.exp2_(pairs.sub_(joint[rows, None])).mul_(a[rows, None])
+            if underflows:
+                exponent.sub_(reference[:, :, None])
+            g = torch.addcmul(pairs, sweep.exp2_(exponent), scale[:, :, None], out=exponent)
+            if posterior_grad:
+                moments[0][:, columns] += g.sum(1)
+            g.mul_(slope)
+            if z_grad:
+                dz[:, rows] += g.sum(2)
+            if posterior_grad:
+                moments[1][:, columns] += g.sum(1)
+                moments[2][:, columns] += g.mul_(difference).sum(1)
+    grad_z = (dz * -sweep.unit).T.contiguous() if z_grad else None
+    if not posterior_grad:
+        return grad_z, None, None
+    grad_mu = (moments[1] * sweep.unit).T.contiguous()
+    grad_logvar = (0.5 * (sweep.unit * moments[2] - moments[0])).T.contiguous()
+    return grad_z, grad_mu, grad_logvar
+
+
+class _Sweep:
+    """Transposed operands, dimensions first, in units of log 2: exponent = shift − (z − μ)²·slope ≤ 0, to which `bound` belongs."""
+
+    # The slope is ½·log₂e/σ²; 1/σ² is so many of them.
+    unit = 2 / LOG2_E
+
+    def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> None:
+        self.dtype = accumulation_dtype(z.dtype)
+        self.weights, self.offset = weights, offset
+        self.z, self.mu, logvar = (t.T.to(self.dtype).contiguous() for t in (z, mu, logvar))
+        self.slope = (logvar * -LOG2_E).exp2_().mul_(0.5 * LOG2_E)
+        shift = logvar * (-0.5 * LOG2_E)
+        self.bound = shift.amax(1, keepdim=True)
+        self.shift = shift.sub_(self.bound)
+        self.least, self.least_sum = RANGE[self.dtype]
+        dim, self.n = self.z.shape
+        self.m = self.mu.shape[1]
+        self.columns = min(self.m, max(FEWEST_COLUMNS, min(MOST_COLUMNS, BLOCK // (16 * dim))))
+        self.rows = min(self.n, max(1, BLOCK // (self.columns * dim)))
+        self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(3)]
+
+    def row_tiles(self) -> Iterator[slice]:
+        return _tiles(self.n, self.rows)
+
+    def column_tiles(self) -> Iterator[slice]:
+        return _tiles(self.m, self.columns)
+
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """z − μ, (z − μ)·slope and the exponents without weights, (D, rows, columns)."""
+        z, mu = self.z[:, rows, None], self.mu[:, None, columns]
+        shape = (z.shape[0], z.shape[1], mu.shape[2])
+        difference, slope, exponent = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
+        torch.sub(z, mu, out=difference)
+        torch.mul(difference, self.slope[:, None, columns], out=slope)
+        torch.addcmul(self.shift[:, None, columns], difference, slope, value=-1, out=exponent)
+        return difference, slope, exponent
+
+    def exp2_(self, exponent: Tensor) -> Tensor:
+        return torch.threshold_(exponent, self.least, -math.inf).exp2_()
+
+    def weigh(self, exponent: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """The joint exponents of a tile (rows, columns), and both with log w_ij less that of a pair (i, j) with j > i + 1."""
+        joint = exponent.sum(0)
+        own, following, other = self.weights
+        first, last = self.offset + rows.start, self.offset + rows.stop
+        wraps = last >= self.m and columns.start == 0
+        if own == other or not (wraps or (columns.start <= last and first < columns.stop)):
+            return joint, exponent
+        i = torch.arange(first, last, device=joint.device)[:, None]
+        j = torch.arange(columns.start, columns.stop, device=joint.device)
+        relative = torch.zeros_like(joint)
+        relative.masked_fill_(j == (i + 1) % self.m, (following - other) * LOG2_E).masked_fill_(j == i, (own - other) * LOG2_E)
+        return joint.add_(relative), exponent.add_(relative)
+
+    def density(self, rows: slice, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Σ_j exp2(exponent − reference) of each dimension (D, rows), and log2 Σ_j exp2(joint exponent) (rows,)."""
+        total = self.z.new_zeros(self.z.shape[0], rows.stop - rows.start)
+        lowest = torch.finfo(self.dtype).min
+        joint_most = self.z.new_full((rows.stop - rows.start,), lowest)
+        joint_total = torch.zeros_like(joint_most)
+        for columns in self.column_tiles():
+            _, _, exponent = self.tile(rows, columns)
+            joint, exponent = self.weigh(exponent, rows, columns)
+            most = torch.maximum(joint_most, joint.amax(1))
+            joint_total.mul_((joint_most - most).exp2_()).add_(self.exp2_(joint.sub_(most[:, None])).sum(1))
+            joint_most = most
+            if reference is not None:
+                exponent.sub_(reference[:, :, None])
+            total += self.exp2_(exponent).sum(2)
+        return total, joint_total.log2_().add_(joint_most)
+
+    def maximum(self, rows: slice) -> Tensor:
+        """max_j of the exponents (D, rows)."""
+        most = self.z.new_full((self.z.shape[0], rows.stop - rows.start), torch.finfo(self.dtype).min)
+        for columns in self.column_tiles():
+            _, exponent = self.weigh(self.tile(rows, columns)[2], rows, columns)
+            most = torch.maximum(most, exponent.amax(2))
+        return most
+
+    def to_nats(self, joint: Tensor, marginals: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) and (N, D) with all constants, from (N,) and (D, N) in units of log 2 without."""
+        joint_constant, constants = self._constants()
+        return ((joint + joint_constant) / LOG2_E).to(self.dtype), ((marginals + constants) / LOG2_E).T.to(self.dtype).contiguous()
+
+    def from_nats(self, joint: Tensor, marginals: Tensor) -> tuple[Tensor, Tensor]:
+        joint_constant, constants = self._constants()
+        return (joint.double() * LOG2_E - joint_constant).to(self.dtype), (marginals.T.double() * LOG2_E - constants).to(self.dtype)
+
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        bound = self.bound.double()
+        dim = bound.shape[0]
+        weight = self.weights.other * LOG2_E
+        return bound.sum() - dim * HALF_LOG_2PI * LOG2_E + weight, bound - HALF_LOG_2PI * LOG2_E + weight
+
+
+def _tiles(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
