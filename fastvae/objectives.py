@@ -237,14 +237,14 @@ class VAEObjective(nn.Module):
                 self.register_buffer(name, torch.tensor(value), persistent=False)
 
     @classmethod
-    def vae(cls) -> VAEObjective:
+    def vae(cls, *, free_bits: float = 0.0, free_bits_group: int = 1) -> VAEObjective:
         """The negative ELBO. Source: Kingma and Welling 2014."""
-        return cls()
+        return cls(free_bits=free_bits, free_bits_group=free_bits_group)
 
     @classmethod
-    def beta_vae(cls, beta: float) -> VAEObjective:
+    def beta_vae(cls, beta: float, *, free_bits: float = 0.0, free_bits_group: int = 1) -> VAEObjective:
         """The negative ELBO with `beta` times the KL. Source: Higgins et al. 2017."""
-        return cls(kl_weight=checks.real("beta", beta, at_least=0))
+        return cls(kl_weight=checks.real("beta", beta, at_least=0), free_bits=free_bits, free_bits_group=free_bits_group)
 
     @classmethod
     def info_vae(

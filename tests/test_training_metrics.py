@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastvae.training.metrics import active_units, collapsed_units, marginal_summary, mutual_information
+from fastvae import mmd_to_normal
+from fastvae.training.metrics import (
+    active_units,
+    code_summary,
+    collapsed_units,
+    kl_per_dimension,
+    marginal_summary,
+    mmd_terms,
+    mutual_information,
+)
 
 
 def generator(seed=0):
@@ -70,3 +79,48 @@ def test_marginal_summary_of_the_prior_and_away_from_it():
     assert away["std_max"] == pytest.approx(2, abs=0.1)
     assert away["correlation"] == pytest.approx(1, abs=1e-6)
     assert away["mmd"] > 10 * abs(prior["mmd"])
+
+
+def test_kl_of_each_dimension():
+    mu, logvar = torch.randn(2, 40, 3, generator=generator(), dtype=torch.float64)
+    m, v = mu.numpy(), logvar.numpy()
+    np.testing.assert_allclose(kl_per_dimension(mu, logvar), 0.5 * (m**2 + np.exp(v) - 1 - v).mean(0))
+
+
+@pytest.mark.parametrize("h", [None, 0.7])
+def test_the_three_terms_of_the_mmd(h):
+    z = torch.randn(60, 3, generator=generator()) + 0.3
+    terms = mmd_terms(z, bandwidth=h)
+    h = math.sqrt(3) if h is None else h
+    k = torch.exp(-torch.cdist(z, z).square() / (2 * h * h))
+    assert terms["within"] == pytest.approx((k.sum() - k.trace()).item() / (60 * 59), rel=1e-5)
+    y, other = torch.randn(2, 200_000, 3, generator=generator(1))
+    prior = torch.exp(-(y - other).square().sum(1) / (2 * h * h)).mean().item()
+    cross = torch.exp(-torch.cdist(z, y[:20_000]).square() / (2 * h * h)).mean().item()
+    assert terms["prior"] == pytest.approx(prior, rel=0.01)
+    assert terms["cross"] == pytest.approx(cross, rel=0.01)
+    mmd = mmd_to_normal(z, bandwidth=h, estimator="unbiased").item()
+    assert terms["within"] - 2 * terms["cross"] + terms["prior"] == pytest.approx(mmd, abs=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d", "h"), [(50, 2, None), (200, 2, 0.5), (50, 64, None), (200, 1000, None)])
+def test_the_standardised_mmd_has_variance_one_at_the_prior(n, d, h):
+    g = generator()
+    values = np.array([mmd_terms(torch.randn(n, d, generator=g), bandwidth=h)["standardised"] for _ in range(400)])
+    assert abs(values.mean()) < 4 / 20
+    assert values.std() == pytest.approx(1, abs=0.2)
+    assert mmd_terms(torch.randn(n, d, generator=g) * 1.5, bandwidth=h)["standardised"] > 4
+
+
+def test_code_summary_leaves_out_what_is_not_there():
+    mu, logvar = torch.randn(2, 30, 4, generator=generator())
+    scalars, vectors = code_summary(mu, logvar, mu)
+    assert scalars["logvar_min"] == logvar.min()
+    assert scalars["logvar_max"] == logvar.max()
+    assert {name: tuple(vector.shape) for name, vector in vectors.items()} == {"mu_variance": (4,), "kl_dimension": (4,)}
+    scalars, vectors = code_summary(mu, None, mu)
+    assert "mutual_information" not in scalars
+    assert set(vectors) == {"mu_variance"}
+    scalars, _ = code_summary(mu[:1], logvar[:1], mu[:1])
+    assert "mmd_standardised" not in scalars
+    assert all(math.isfinite(value) for value in scalars.values())

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import re
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from fastvae import checks
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
+from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, is_whole, newest_first
 from fastvae.training.compare import compare
 from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
@@ -36,6 +37,7 @@ QUIET = (
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
     r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
 )
+NEWEST_TWO: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
 ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 
@@ -88,6 +90,12 @@ class CommandLine(LightningCLI):
             default=None,
             help="The run's files go to RUNS/NAME/version_K, K the next free number. The objective's name by default.",
         )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=0,
+            help="Training steps between two checkpoints, beside that of each epoch. The last two of each kind are kept.",
+        )
         parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -109,10 +117,7 @@ class CommandLine(LightningCLI):
         path = config.ckpt_path or ("last" if self.config.subcommand == "test" else None)
         if path is None:
             return None
-        checkpoint = last_checkpoint(Path(config.runs, config.name or "*")) if path == "last" else Path(path)
-        if not zipfile.is_zipfile(checkpoint):  # as torch.save writes: false for a missing and for a truncated file
-            raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}")
-        return checkpoint
+        return checkpoint_file(path, Path(config.runs, config.name or "*"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").logger in (None, True):
@@ -124,7 +129,13 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
         callbacks = self._get(self.config_init, "trainer").callbacks or []
         bar = [ProgressBar()] if self._get(self.config, "trainer").enable_progress_bar is not False else []
-        return super().instantiate_trainer(callbacks=[*callbacks, *bar], **kwargs)
+        every = self._get(self.config, "checkpoint_every")
+        if every:
+            steps = checks.integer("checkpoint_every", every, at_least=1)
+            callbacks = [*callbacks, Checkpoints(filename="{step}", every_n_train_steps=steps, **NEWEST_TWO)]
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(callbacks=[*callbacks, RandomState(), *bar], plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
 
     def after_fit(self) -> None:
         folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
@@ -138,7 +149,9 @@ def run(args: list[str]) -> int:
     """The exit status of `fastvae` with `args`; a wrong argument, file or number is one sentence on stderr."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(words in record.getMessage() for words in ("Tip", "SIGTERMException was raised"))
+    )
     try:
         if args[:1] == ["compare"]:
             compare(**compare_parser().parse_args(args[1:]).as_dict())
@@ -154,9 +167,15 @@ def run(args: list[str]) -> int:
                 trainer_defaults={
                     "max_epochs": 60,
                     "num_sanity_val_steps": 0,
-                    "callbacks": [ModelCheckpoint(save_last=True, save_top_k=0), StopAtNonFinite(), Pictures()],
+                    "callbacks": [
+                        Checkpoints(save_last="link", save_on_train_epoch_end=True, save_on_exception=True, **NEWEST_TWO),
+                        StopAtNonFinite(),
+                        Pictures(),
+                    ],
                 },
             )
+    except SIGTERMException as end:
+        sys.stderr.write(f"{end}\n")
     except ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -172,12 +191,29 @@ def compare_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def checkpoint_file(path: str, folder: Path) -> Path:
+    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern."""
+    if path == "last":
+        return last_checkpoint(folder)
+    checkpoint = Path(path)
+    if not is_whole(checkpoint):
+        before = next((str(file) for file in newest_first(checkpoint.parent) if is_whole(file)), None)
+        hint = f"; a whole one beside it is {before!r}" if before else ""
+        raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}{hint}")
+    return checkpoint
+
+
 def last_checkpoint(folder: Path) -> Path:
-    """The newest last.ckpt of all runs in `folder`, which may be a pattern."""
-    found = glob.glob(f"{folder}/version_*/checkpoints/last.ckpt")
-    if not found:
+    """The newest whole checkpoint of all runs in `folder`, which may be a pattern; one that is not whole is passed over, and named."""
+    folders = [Path(found) for found in glob.glob(f"{folder}/version_*/checkpoints")]
+    files = [file for found in folders for file in newest_first(found)]
+    if not files:
         raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
-    return Path(max(found, key=os.path.getmtime))
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if is_whole(file):
+            return file
+        sys.stderr.write(f"warning: {str(file)!r} is not a whole checkpoint, taking the one before it\n")
+    raise ValueError(f"ckpt_path must be a whole checkpoint's file, got none among the {len(files)} in {str(folder)!r}")
 
 
 def plain(message: str) -> str:

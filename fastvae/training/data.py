@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvae import checks
+from fastvae.training.checkpoints import EpochSampler, ResumableLoader, epoch_seed
 
 OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 OPENML_TRAIN_SIZE = 60_000
@@ -41,9 +42,15 @@ class Split(NamedTuple):
 class Images(Dataset[Batch]):
     """Whole batches at once: the DataLoader hands `__getitems__` a batch's indices, so a large batch costs no loop over its items."""
 
-    def __init__(self, split: Split, *, binarise: torch.Generator | None = None) -> None:
+    def __init__(self, split: Split, *, binarise: int | None = None) -> None:
         self.split = split
         self.binarise = binarise
+        self.generator = torch.Generator()
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """The binarisation's draws follow from its seed and the epoch."""
+        self.generator.manual_seed(epoch_seed(self.binarise or 0, epoch, stream=1))
 
     def __len__(self) -> int:
         return len(self.split.images)
@@ -55,7 +62,7 @@ class Images(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images, labels = self.split.take(torch.as_tensor(indices))
         x = scaled(images)
-        return (x if self.binarise is None else torch.bernoulli(x, generator=self.binarise)), labels
+        return (x if self.binarise is None else torch.bernoulli(x, generator=self.generator)), labels
 
 
 class ImageData(LightningDataModule):
@@ -132,13 +139,13 @@ class ImageData(LightningDataModule):
         self.splits = splits
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        # The epoch is part of the seed: a resumed run does not begin again with the first epoch's order.
-        epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        images = Images(self.splits["train"], binarise=generator if self.binarisation == "dynamic" else None)
+        images = Images(self.splits["train"], binarise=self.seed if self.binarisation == "dynamic" else None)
         # A last batch of one image has no unbiased MMD.
         drop_last = len(images) > 1 and len(images) % self.batch_size == 1
-        return DataLoader(images, self.batch_size, shuffle=True, collate_fn=_whole, drop_last=drop_last, generator=generator)
+        sampler = EpochSampler(images, self.seed)
+        return ResumableLoader(
+            images, self.batch_size, sampler=sampler, collate_fn=_whole, drop_last=drop_last, generator=sampler.generator
+        )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         return self._ordered("val") if len(self.splits["val"].images) else []

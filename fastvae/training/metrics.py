@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.functional import mmd_to_normal, reparameterize_kl
+from fastvae.radial import rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 CHUNK = 1024
 
@@ -55,9 +56,17 @@ def collapsed_units(mu: Tensor, logvar: Tensor, *, epsilon: float = 0.01, delta:
 
     Unlike `active_units` it also sees a variance that moves with x. Source: Lucas et al. 2019, "Don't blame the ELBO!", definition 1.
     """
+    return int(((_kl(mu, logvar) < epsilon).double().mean(0) >= 1 - delta).sum())
+
+
+def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
+    """mean_i KL(q(z_d|x_i) ‖ N(0, 1)) in nats, shape (D,), of posteriors (N, D)."""
+    return _kl(mu, logvar).mean(0)
+
+
+def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
     mu, logvar = mu.detach().double(), logvar.detach().double()
-    _, kl = reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu), per_dimension=True)
-    return int(((kl < epsilon).double().mean(0) >= 1 - delta).sum())
+    return reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu), per_dimension=True)[1]
 
 
 def marginal_summary(z: Tensor) -> dict[str, float]:
@@ -77,3 +86,59 @@ def marginal_summary(z: Tensor) -> dict[str, float]:
         "correlation": float((correlation - torch.diag(correlation.diagonal())).abs().max()),
         "mmd": float(mmd_to_normal(z.float(), bandwidth=math.sqrt(z.shape[1]), estimator="unbiased")),
     }
+
+
+def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
+    """The three terms of the unbiased MMD² of codes z (N ≥ 2, D) to N(0, I), and that standardised.
+
+        mmd = within − 2·cross + prior,   within = mean_{i≠j} k(z_i, z_j), cross = mean_i E_y k(z_i, y), prior = E_yy' k(y, y')
+
+    `standardised` is mmd divided by its standard deviation where the codes are N independent draws from the prior,
+
+        √(2/(N(N−1))·E_yy' h(y, y')²),   h(y, y') = k(y, y') − E_y k(y, y') − E_y' k(y, y') + prior                      (2)
+
+    so that it compares over batch sizes, numbers of dimensions and bandwidths: about 0 and of variance 1 at the prior, far from it
+    otherwise, as N grows. Its law at the prior is a weighted sum of χ² and not normal: values of 3 or 4 are no rarity.
+
+    Args:
+        bandwidth: of the RBF kernel, √D by default.
+
+    Source: Gretton et al. 2012, "A kernel two-sample test", section 5 and appendix B; the Gaussian integrals of Rustamov 2019.
+    """
+    n, d = z.shape
+    z = z.detach().double()
+    h = torch.tensor([math.sqrt(d) if bandwidth is None else bandwidth], dtype=z.dtype, device=z.device)
+    mmd = float(mmd_to_normal(z, bandwidth=h, estimator="unbiased"))
+    cross, prior = float(rbf_normal_mean_exponent(z, h).exp().mean()), float(rbf_normal_self_exponent(d, h).exp())
+    # E k² is the same integral at the bandwidth h/√2; E_y (E_y' k)² that of a Gaussian's square.
+    h2 = float(h) ** 2
+    square = float(rbf_normal_self_exponent(d, h / math.sqrt(2)).exp())
+    mean_square = math.exp(d * math.log(h2 / (h2 + 1)) + 0.5 * d * math.log((h2 + 1) / (h2 + 3)))
+    variance = square - 2 * mean_square + prior**2
+    return {
+        "within": mmd + 2 * cross - prior,
+        "cross": cross,
+        "prior": prior,
+        "standardised": mmd / math.sqrt(2 / (n * (n - 1)) * variance),
+    }
+
+
+def code_summary(mu: Tensor, logvar: Tensor | None, z: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Everything that this module measures of posteriors (N, D) and a code z (N, D) of each: scalars, and vectors (D,).
+
+    A deterministic posterior has no logvar (None), and what needs one is left out; so is what needs two codes where N is 1.
+    """
+    scalars: dict[str, float] = {"evaluation_size": len(mu), "active_units": active_units(mu)}
+    vectors = {"mu_variance": mu.detach().double().var(0, correction=0)}
+    if logvar is not None:
+        scalars |= {
+            "mutual_information": mutual_information(mu, logvar),
+            "collapsed_units": collapsed_units(mu, logvar),
+            "logvar_min": float(logvar.min()),
+            "logvar_max": float(logvar.max()),
+        }
+        vectors["kl_dimension"] = kl_per_dimension(mu, logvar)
+    if len(z) > 1:
+        scalars |= {f"marginal_{name}": value for name, value in marginal_summary(z).items()}
+        scalars |= {f"mmd_{name}": value for name, value in mmd_terms(z).items()}
+    return scalars, vectors

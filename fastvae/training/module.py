@@ -2,86 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
 from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
-from fastvae.training.metrics import active_units, collapsed_units, marginal_summary, mutual_information
+from fastvae.training.metrics import code_summary
+from fastvae.training.schedule import Schedule
 from fastvae.vae import VAE
 
 Batch = tuple[Tensor, Tensor]
 
+# One scalar a dimension is a picture; thousands of columns are a burden.
+MOST_LOGGED_DIMENSIONS = 256
+
 
 class VAEModule(LightningModule):
-    """Trains `vae` on `objective` with Adam, and measures its codes in `test`.
+    """Trains `vae` on `objective` with Adam, and measures its codes in validation and test.
 
-    Batches are pairs (x, labels); the labels are not used. `test` reports the loss's terms and, over the first `evaluation_size`
-    samples, the mutual information I(x; z) (at most the logarithm of their number), active and collapsed units, and how far the
-    marginal q(z) is from N(0, I).
+    Batches are pairs (x, labels); the labels are not used. Beside the loss's terms, each validation (without one, each epoch of training)
+    reports what `fastvae.training.metrics.code_summary` tells of the first `diagnostics_size` codes (of the last ones, in training), and
+    `test` of the first `evaluation_size`.
+
+    Args:
+        lr: Adam's learning rate.
+        evaluation_size: codes measured in test.
+        diagnostics_size: codes measured in each epoch; 0 for none.
+        nll_samples: codes an x of the importance-weighted −log p(x) that `test` reports as `nll`; 0 for none.
+        gradient_norms_every: steps between two logs of the gradient norm of each summand of the loss; 0 for none. Costs a backward pass a
+            summand, and retains the graph, which a compiled step does not allow.
+        compile: the forward pass and the loss as one graph, by `torch.compile(fullgraph=True)`, its batch size dynamic.
+        channels_last: the memory format of images and convolutions.
     """
 
-    def __init__(self, vae: VAE, objective: VAEObjective, *, lr: float = 1e-3, evaluation_size: int = 10_000) -> None:
+    def __init__(
+        self,
+        vae: VAE,
+        objective: VAEObjective,
+        *,
+        lr: float = 1e-3,
+        evaluation_size: int = 10_000,
+        diagnostics_size: int = 2000,
+        nll_samples: int = 0,
+        gradient_norms_every: int = 0,
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         if vae.posterior == "deterministic" and objective.kl_weight:
-            raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {objective.kl_weight:g}")
-        self.vae = vae
+            raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(objective.kl_weight):g}")
+        if compile and gradient_norms_every:
+            raise ValueError(f"gradient_norms_every must be 0 where compile is true, got {gradient_norms_every}")
+        self.channels_last = channels_last
+        self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae  # type: ignore[call-overload]
         self.objective = objective
         self.lr = lr
         self.evaluation_size = evaluation_size
+        self.diagnostics_size = diagnostics_size
+        self.nll_samples = nll_samples
+        self.gradient_norms_every = gradient_norms_every
         self.observed: dict[str, Tensor] = {}
         self._codes: list[VAEOutput] = []
+        self._train_terms: Callable[[Tensor], tuple[VAEOutput, ObjectiveTerms]] = (
+            torch.compile(self._terms, fullgraph=True, dynamic=True) if compile else self._terms
+        )
 
     def forward(self, x: Tensor) -> VAEOutput:
-        output: VAEOutput = self.vae(x)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        samples = self.objective.samples
+        output: VAEOutput = self.vae(x, samples=samples) if samples > 1 else self.vae(x)
         return output
+
+    def _terms(self, x: Tensor) -> tuple[VAEOutput, ObjectiveTerms]:
+        output = self(x)
+        return output, self.objective(output, x)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x = batch[0]
-        output = self(x)
-        terms = self.objective(output, x)
+        output, terms = self._train_terms(x)
         self.observed = _named_tensors(x, output, terms)
         self.log("train/loss", terms.loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(x))
         self._log_terms("train", terms, len(x))
+        if self.gradient_norms_every and self.global_step % self.gradient_norms_every == 0:
+            self._log_gradient_norms(terms)
+        if self._measures_training():
+            self._codes = _newest([*self._codes, _codes(output)], self.diagnostics_size)
         loss: Tensor = terms.loss
         return loss
 
     def on_train_batch_end(self, *_: object) -> None:
         self.observed = {}
 
+    def on_train_epoch_end(self) -> None:
+        if self._measures_training():
+            self._log_codes("train", self.diagnostics_size)
+
+    def on_validation_epoch_start(self) -> None:
+        self._codes = []
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        x = batch[0]
-        terms = self.objective(self(x), x, all_terms=True)
-        self.log("val/loss", terms.loss, prog_bar=True, batch_size=len(x), sync_dist=True)
-        self._log_terms("val", terms, len(x))
+        self._evaluation_step("val", batch, self.diagnostics_size)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_codes("val", self.diagnostics_size)
 
     def on_test_epoch_start(self) -> None:
         self._codes = []
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        x = batch[0]
-        output = self(x)
-        terms = self.objective(output, x, all_terms=True)
-        self.log("test/loss", terms.loss, batch_size=len(x), sync_dist=True)
-        self._log_terms("test", terms, len(x))
-        if sum(len(codes.z) for codes in self._codes) < self.evaluation_size:
-            self._codes.append(output._replace(reconstruction=output.z))
+        self._evaluation_step("test", batch, self.evaluation_size)
+        if self.nll_samples:
+            x = batch[0]
+            nll = -self.vae.log_likelihood(x, samples=self.nll_samples).mean()
+            self.log("test/nll", nll, batch_size=len(x), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        mu, z = (torch.cat([getattr(codes, name) for codes in self._codes])[: self.evaluation_size] for name in ("mu", "z"))
-        metrics: dict[str, float] = {"evaluation_size": len(mu), "active_units": active_units(mu)}
-        logvars = [codes.logvar for codes in self._codes if codes.logvar is not None]
-        if logvars:
-            logvar = torch.cat(logvars)[: self.evaluation_size]
-            metrics["mutual_information"] = mutual_information(mu, logvar)
-            metrics["collapsed_units"] = collapsed_units(mu, logvar)
-        if len(z) > 1:
-            metrics |= {f"marginal_{name}": value for name, value in marginal_summary(z).items()}
-        self.log_dict({f"test/{name}": float(value) for name, value in metrics.items()}, sync_dist=True)
-        self._codes = []
+        self._log_codes("test", self.evaluation_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own, saved = self.state_dict(), checkpoint["state_dict"]
@@ -93,32 +133,89 @@ class VAEModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
+    def _evaluation_step(self, stage: str, batch: Batch, size: int) -> None:
+        x = batch[0]
+        output = self(x)
+        terms = self.objective(output, x, all_terms=True)
+        self.log(f"{stage}/loss", terms.loss, prog_bar=stage == "val", batch_size=len(x), sync_dist=True)
+        self._log_terms(stage, terms, len(x))
+        if sum(len(codes.mu) for codes in self._codes) < size:
+            self._codes.append(_codes(output))
+
+    def _measures_training(self) -> bool:
+        return self.diagnostics_size > 0 and not sum(self.trainer.num_val_batches)
+
+    def _log_codes(self, stage: str, size: int) -> None:
+        if self._codes and size:
+            # Rows of z beyond those of mu are further samples of the same codes.
+            mu, z = (torch.cat([getattr(codes, name) for codes in self._codes])[:size] for name in ("mu", "z"))
+            logvars = [codes.logvar for codes in self._codes if codes.logvar is not None]
+            scalars, per_dimension = code_summary(mu, torch.cat(logvars)[:size] if logvars else None, z)
+            for name, values in per_dimension.items():
+                if len(values) <= MOST_LOGGED_DIMENSIONS:
+                    scalars |= {f"{name}_{d:03d}": float(value) for d, value in enumerate(values)}
+            self.log_dict({f"{stage}/{name}": float(value) for name, value in scalars.items()}, sync_dist=True)
+        self._codes = []
+
     def _log_terms(self, stage: str, terms: ObjectiveTerms, batch_size: int) -> None:
-        named = {f"{stage}/{name}": value for name, value in terms._asdict().items() if name != "loss" and value is not None}
+        values = {"reconstruction": terms.reconstruction, "kl": terms.kl, "mmd": terms.mmd, "dip": terms.dip}
+        if terms.kl is not None:
+            values["negative_elbo"] = terms.reconstruction + terms.kl
+        named = {f"{stage}/{name}": value.detach() for name, value in values.items() if value is not None}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=stage != "train")
+
+    def _log_gradient_norms(self, terms: ObjectiveTerms) -> None:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        for name, term in terms.summands.items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+            self.log(f"train/gradient_norm_{name}", norm, on_step=True, on_epoch=False)
 
 
 class ImageVAE(VAEModule):
-    """A VAE for images of one shape.
+    """A VAE for images of one shape, or for rows of a table.
 
     Args:
-        shape: of one image, (C, H, W).
+        shape: of one image, (C, H, W), or of one row, (features,).
         architecture: mlp or conv.
         latent_dim: The number of latent dimensions.
         hidden: The widths of the perceptron's hidden layers (mlp; conv uses the first).
         channels: The channels of each convolution, each of which halves the image.
         likelihood: bernoulli (pixels in [0, 1]) or gaussian.
-        sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned.
+        sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned or optimal.
         learn_sigma: Train sigma.
+        optimal_sigma: Take in each training batch the sigma that makes it likeliest.
         posterior: gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
-        objective: vae, beta_vae, info_vae, mmd_vae or wae_mmd.
+        logvar_bounds: Hold the encoder's log-variance softly between these two numbers.
+        objective: vae, beta_vae, info_vae, mmd_vae, wae_mmd, capacity_vae, dip_vae or iwae.
         beta: The KL's weight in beta_vae.
         alpha: InfoVAE's alpha: the KL has the weight 1 - alpha.
         lambda_: InfoVAE's lambda: the MMD has the weight alpha + lambda - 1 in info_vae, lambda in mmd_vae and wae_mmd.
         bandwidth: The RBF kernel's bandwidth; sqrt(latent_dim) if it is not given.
         estimator: unbiased or biased, of the MMD.
+        free_bits: The nats of KL that each group of latent dimensions has for free, in vae and beta_vae.
+        free_bits_group: Latent dimensions a group of free_bits.
+        gamma: The weight of |KL - capacity| in capacity_vae.
+        capacity: The nats at which capacity_vae holds each image's KL.
+        lambda_od: The weight of the covariances of the codes in dip_vae.
+        lambda_d: The weight of their variances' distance from one; 10 lambda_od (dip_kind i) or lambda_od (ii) if it is not given.
+        dip_kind: i or ii.
+        samples: Codes an image in iwae.
+        bound_gradient: reparameterised or doubly, of the bound in iwae.
+        kl_schedule: How the KL's weight reaches its value from 0: constant (at once), linear, cosine or cyclical.
+        kl_schedule_steps: In how many training steps.
+        kl_schedule_cycles: In how many cycles, for cyclical.
+        mmd_schedule: The same for the MMD's weight.
+        mmd_schedule_steps: In how many training steps.
+        capacity_schedule: The same for the capacity.
+        capacity_schedule_steps: In how many training steps.
         lr: Adam's learning rate.
         evaluation_size: The most test images that the mutual information and the other measures of the codes are taken over.
+        diagnostics_size: The same in each epoch, for validation images; 0 for none.
+        nll_samples: Codes an image of the importance-weighted -log p(x) that test reports; 0 for none.
+        gradient_norms_every: Steps between two logs of the gradient norm of each term; 0 for none.
+        compile: Run the training step as one compiled graph.
+        channels_last: Keep images and convolutions in this memory format.
     """
 
     def __init__(
@@ -131,33 +228,102 @@ class ImageVAE(VAEModule):
         likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
         sigma: float = 1.0,
         learn_sigma: bool = False,
+        optimal_sigma: bool = False,
         posterior: Literal["auto", "gaussian", "deterministic"] = "auto",
-        objective: Literal["vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd"] = "mmd_vae",
+        logvar_bounds: tuple[float, float] | None = None,
+        objective: Literal["vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd", "capacity_vae", "dip_vae", "iwae"] = "mmd_vae",
         beta: float = 1.0,
         alpha: float = 0.0,
         lambda_: float = 1000.0,
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
+        free_bits: float = 0.0,
+        free_bits_group: int = 1,
+        gamma: float = 100.0,
+        capacity: float = 25.0,
+        lambda_od: float = 10.0,
+        lambda_d: float | None = None,
+        dip_kind: Literal["i", "ii"] = "i",
+        samples: int = 10,
+        bound_gradient: Literal["reparameterised", "doubly"] = "reparameterised",
+        kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant",
+        kl_schedule_steps: int = 10_000,
+        kl_schedule_cycles: int = 4,
+        mmd_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant",
+        mmd_schedule_steps: int = 10_000,
+        capacity_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "linear",
+        capacity_schedule_steps: int = 10_000,
         lr: float = 1e-3,
         evaluation_size: int = 10_000,
+        diagnostics_size: int = 2000,
+        nll_samples: int = 0,
+        gradient_norms_every: int = 0,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         if posterior == "auto":
             posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
-        noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma)
+        noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
         vae = (
-            VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, likelihood=noise, posterior=posterior)
+            VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, likelihood=noise, posterior=posterior, logvar_bounds=logvar_bounds)
             if architecture == "mlp"
-            else VAE.conv(shape, latent_dim=latent_dim, channels=channels, hidden=hidden[0], likelihood=noise, posterior=posterior)
+            else VAE.conv(
+                shape,
+                latent_dim=latent_dim,
+                channels=channels,
+                hidden=hidden[0],
+                likelihood=noise,
+                posterior=posterior,
+                logvar_bounds=logvar_bounds,
+            )
         )
-        terms = {
-            "vae": lambda: VAEObjective.vae(),
-            "beta_vae": lambda: VAEObjective.beta_vae(beta),
+        if free_bits and objective not in ("vae", "beta_vae"):
+            raise ValueError(f"model.free_bits must be 0 unless model.objective is vae or beta_vae, got {free_bits:g} for {objective}")
+        terms: dict[str, Callable[[], VAEObjective]] = {
+            "vae": lambda: VAEObjective.vae(free_bits=free_bits, free_bits_group=free_bits_group),
+            "beta_vae": lambda: VAEObjective.beta_vae(beta, free_bits=free_bits, free_bits_group=free_bits_group),
             "info_vae": lambda: VAEObjective.info_vae(alpha, lambda_, bandwidth=bandwidth, estimator=estimator),
             "mmd_vae": lambda: VAEObjective.mmd_vae(lambda_, bandwidth=bandwidth, estimator=estimator),
             "wae_mmd": lambda: VAEObjective.wae_mmd(lambda_, bandwidth=bandwidth, estimator=estimator),
+            "capacity_vae": lambda: VAEObjective.capacity_vae(gamma, capacity),
+            "dip_vae": lambda: VAEObjective.dip_vae(lambda_od, lambda_d, kind=dip_kind),
+            "iwae": lambda: VAEObjective.iwae(samples, gradient=bound_gradient),
         }
-        super().__init__(vae, terms[objective](), lr=lr, evaluation_size=evaluation_size)
+        super().__init__(
+            vae,
+            terms[objective](),
+            lr=lr,
+            evaluation_size=evaluation_size,
+            diagnostics_size=diagnostics_size,
+            nll_samples=nll_samples,
+            gradient_norms_every=gradient_norms_every,
+            compile=compile,
+            channels_last=channels_last,
+        )
         self.save_hyperparameters()
+        self._schedules = [
+            Schedule("kl_weight", kl_schedule, kl_schedule_steps, cycles=kl_schedule_cycles),
+            Schedule("mmd_weight", mmd_schedule, mmd_schedule_steps),
+        ]
+        if objective == "capacity_vae":
+            self._schedules.append(Schedule("capacity", capacity_schedule, capacity_schedule_steps))
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        return [schedule for schedule in self._schedules if schedule.kind != "constant"]
+
+
+def _codes(output: VAEOutput) -> VAEOutput:
+    """What is measured of an output, one code a sample."""
+    z = output.z.detach()[:: len(output.z) // len(output.mu)]
+    logvar = None if output.logvar is None else output.logvar.detach()
+    return output._replace(reconstruction=z, z=z, mu=output.mu.detach(), logvar=logvar, kl=None)
+
+
+def _newest(codes: list[VAEOutput], size: int) -> list[VAEOutput]:
+    """The last batches that hold `size` codes, or all."""
+    while sum(len(batch.mu) for batch in codes[1:]) >= size:
+        codes = codes[1:]
+    return codes
 
 
 def _named_tensors(x: Tensor, output: VAEOutput, terms: ObjectiveTerms) -> dict[str, Tensor]:
@@ -171,6 +337,7 @@ def _named_tensors(x: Tensor, output: VAEOutput, terms: ObjectiveTerms) -> dict[
         "kl": output.kl,
         "the reconstruction term": terms.reconstruction,
         "the mmd term": terms.mmd,
+        "the dip term": terms.dip,
         "loss": terms.loss,
     }
     return {name: tensor.detach() for name, tensor in named.items() if tensor is not None}

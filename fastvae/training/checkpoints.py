@@ -1,0 +1,173 @@
+"""What a checkpoint needs so that a resumed run is the uninterrupted one: random numbers, the place in the data, whole files."""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+
+class RandomState(Callback):
+    """Checkpoints hold the states of Python's, numpy's and torch's random numbers, and a resumed run goes on with them.
+
+    Validation draws from them and puts them back, so that it has no part in the training.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+        self._after_step: dict[str, Any] | None = None
+        self._validates = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers that the next step begins with, also where they wait for it or for the end of a validation."""
+        return self._loaded or (self._after_step if self._validates else None) or random_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not earlier: what Lightning does until the first step may draw numbers.
+        if self._loaded is not None:
+            set_random_state(self._loaded)
+            self._loaded = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Here and not at a validation's start, before which its loader has drawn a seed.
+        self._after_step = random_state()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validates = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validates = False
+        if self._after_step is not None:
+            set_random_state(self._after_step)
+
+
+def random_state() -> dict[str, Any]:
+    """The global states, of types that `torch.load(weights_only=True)` takes."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    # A run that goes on with fewer GPUs has no use for the states of the others.
+    for device in range(min(torch.cuda.device_count(), len(state["cuda"]))):
+        torch.cuda.set_rng_state(state["cuda"][device].cpu(), device)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Saves on SIGTERM too, which Lightning raises between two steps. Any other exception may come in the middle of one."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and self.save_on_exception:
+            super().on_exception(trainer, pl_module, exception)
+            path = self.last_model_path or self.best_model_path
+            exception.args = (f"stopped by SIGTERM at step {trainer.global_step}; to go on: fastvae fit --ckpt_path {path}",)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the checkpoint and renames, so that its name never stands for a part of it.
+
+    Lightning's own writing goes by way of the folder for temporary files, from where a move to another disk is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the file holds all that `torch.save` wrote, every byte as its checksum has it."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
+        return False
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder of checkpoints, links to one of them left out."""
+    files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink()]
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+
+
+class EpochSampler(RandomSampler):
+    """The order of an epoch, drawn from the seed and the epoch's number alone. The epoch counts up unless Lightning sets it."""
+
+    def __init__(self, data: Any, seed: int) -> None:
+        super().__init__(data, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(epoch_seed(self.seed, self.epoch))
+        self.epoch += 1
+        return super().__iter__()
+
+
+def epoch_seed(seed: int, epoch: int, stream: int = 0) -> int:
+    """A seed of its own for each seed, epoch and use."""
+    return int(np.random.SeedSequence((seed % 2**63, epoch, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
+    """A DataLoader whose state is its place in the epoch, which Lightning keeps in its checkpoints.
+
+    A resumed epoch begins anew and passes over the batches that were seen: what an epoch draws has to follow from its number, as with
+    `EpochSampler` and a data set's `start_epoch(epoch)`, which is called before an epoch's first batch.
+    """
+
+    _seen = 0
+    _skip = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # The epoch is known no sooner than its first batch: Lightning makes the iterator before it sets the sampler's epoch.
+        skip, self._skip = self._skip, 0
+        if hasattr(self.dataset, "start_epoch"):
+            self.dataset.start_epoch(getattr(self.sampler, "epoch", 0))
+        self._seen = 0
+        for batch in super().__iter__():
+            self._seen += 1
+            if self._seen > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self._seen % len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._skip = state_dict["seen"]

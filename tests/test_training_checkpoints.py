@@ -1,0 +1,255 @@
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from fastvae.training.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    EpochSampler,
+    RandomState,
+    ResumableLoader,
+    is_whole,
+    newest_first,
+    random_state,
+    set_random_state,
+)
+from fastvae.training.command import NEWEST_TWO, checkpoint_file
+from fastvae.training.data import ImageData
+from fastvae.training.module import ImageVAE
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+BATCHES = 4
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def fit(folder, *, steps=2 * BATCHES, every=1, ckpt_path=None, **options):
+    """Two epochs, and everything that has a state: Adam, dropout, a schedule, binarisation, validation."""
+    torch.manual_seed(0)
+    data = ImageData("digits", batch_size=360, binarisation="dynamic")
+    module = ImageVAE(
+        [1, 8, 8], latent_dim=2, hidden=[8], objective="beta_vae", kl_schedule="linear", kl_schedule_steps=6, diagnostics_size=50
+    )
+    module.vae.encoder.append(torch.nn.Dropout(0.1))
+    saving = {**NEWEST_TWO, "save_top_k": -1} if every == 1 else NEWEST_TWO
+    trainer = Trainer(
+        max_epochs=2,
+        max_steps=steps,
+        default_root_dir=folder,
+        callbacks=[Checkpoints(dirpath=folder, filename="{step}", every_n_train_steps=every, **saving), RandomState()],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    assert trainer.num_training_batches == BATCHES
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_resumed_at_any_step_ends_with_the_same_weights(tmp_path, accumulate):
+    steps = 2 * BATCHES if accumulate == 1 else 4
+    full = fit(tmp_path / "full", steps=steps, accumulate_grad_batches=accumulate)
+    checkpoints = newest_first(tmp_path / "full")
+    assert len(checkpoints) == steps
+    for checkpoint in checkpoints[1:]:
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        resumed = fit(tmp_path / "resumed", steps=steps, ckpt_path=checkpoint, accumulate_grad_batches=accumulate)
+        assert all(torch.equal(full[name], resumed[name]) for name in full), checkpoint
+
+
+def test_a_checkpoint_is_of_plain_types(tmp_path):
+    fit(tmp_path, steps=1)
+    saved = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    assert {"python", "numpy", "torch", "cuda"} == set(saved["callbacks"]["RandomState"])
+    assert saved["optimizer_states"]
+    assert saved["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"seen": 1}]
+
+
+def test_the_last_two_are_kept(tmp_path):
+    fit(tmp_path, steps=8, every=2)
+    assert [file.name for file in newest_first(tmp_path)] == ["step=8.ckpt", "step=6.ckpt"]
+    assert all(is_whole(file) for file in newest_first(tmp_path))
+
+
+def test_random_state_round_trip():
+    state = random_state()
+    first = (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), np.random.randn())  # noqa: NPY002
+    set_random_state(state)
+    assert first == (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), np.random.randn())  # noqa: NPY002
+
+
+def test_a_loader_goes_on_within_its_epoch():
+    data = ImageData("digits", batch_size=360, binarisation="dynamic", seed=3)
+    data.setup()
+
+    def epoch(number, state=None):
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)
+        if state is not None:
+            loader.load_state_dict(state)
+        return [x for x, _ in loader]
+
+    loader = data.train_dataloader()
+    first, second = [x for x, _ in loader], [x for x, _ in loader]
+    assert len(first) == BATCHES
+    assert not torch.equal(first[0], second[0])
+    for number, batches in enumerate((first, second)):
+        for seen in range(BATCHES):
+            again = epoch(number, {"seen": seen})
+            assert len(again) == BATCHES - seen
+            assert all(map(torch.equal, again, batches[seen:]))
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert loader.state_dict() == {"seen": 2}
+    list(iterator)
+    assert loader.state_dict() == {"seen": 0}
+
+
+def test_a_loader_of_any_data_set():
+    x = torch.arange(10.0)
+    data = torch.utils.data.TensorDataset(x)
+    loader = ResumableLoader(data, 3, sampler=EpochSampler(data, 0))
+    loader.load_state_dict({"seen": 2})
+    order = torch.cat([batch for (batch,) in ResumableLoader(data, 3, sampler=EpochSampler(data, 0))])
+    assert torch.equal(torch.cat([batch for (batch,) in loader]), order[6:])
+    assert torch.equal(order.sort().values, x)
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(1)}, file)
+
+    def cut_off(checkpoint, stream):
+        stream.write(b"PK half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(2)}, file)
+    assert torch.load(file, weights_only=True) == {"step": torch.tensor(1)}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_not_a_whole_checkpoint(tmp_path):
+    file = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.rand(1000)}, file)
+    assert is_whole(file)
+    raw = file.read_bytes()
+    for name, other in {
+        "truncated": raw[:-100],
+        "flipped": raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :],
+        "empty": b"",
+        "text": b"not found",
+    }.items():
+        (tmp_path / name).write_bytes(other)
+        assert not is_whole(tmp_path / name), name
+    assert not is_whole(tmp_path / "absent")
+    assert not is_whole(tmp_path)
+
+
+FIT = """
+import os, signal, sys
+from fastvae.training import command
+
+at, number, *args = sys.argv[1:]
+
+class RandomState(command.RandomState):
+    def on_train_batch_start(self, trainer, *others):
+        super().on_train_batch_start(trainer, *others)
+        if f"step{trainer.global_step}" == at:
+            os.kill(os.getpid(), int(number))
+
+command.RandomState = RandomState
+sys.exit(command.run(args))
+"""
+OPTIONS = {
+    "data": "name digits batch_size 360 binarisation dynamic",
+    "model": "latent_dim 2 hidden [8] diagnostics_size 50 objective beta_vae kl_schedule cosine kl_schedule_steps 6",
+    "trainer": "max_epochs 2 enable_progress_bar false",
+}
+SMALL = ["--checkpoint_every", "3"]
+for group, words in OPTIONS.items():
+    names, values = words.split()[::2], words.split()[1::2]
+    SMALL += [word for name, value in zip(names, values, strict=True) for word in (f"--{group}.{name}", value)]
+
+
+def start(folder, *args, at="never", number=signal.SIGKILL):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", FIT, at, str(int(number)), "fit", *args]
+    return subprocess.Popen(line, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def end(process):
+    """(exit status, what it said)"""
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err
+
+
+def last_weights(folder):
+    newest = max(folder.glob("version_*"), key=lambda version: int(version.name.split("_")[1]))
+    return torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    runs = tmp_path / "runs"
+    assert end(start(tmp_path, *SMALL, "--name", "full"))[0] == 0
+    full = last_weights(runs / "full")
+
+    def resume(name):
+        code, err = end(start(tmp_path, "--ckpt_path", "last", "--name", name))
+        assert code == 0, err
+        weights = last_weights(runs / name)
+        assert all(torch.equal(full[key], weights[key]) for key in full), name
+        return err
+
+    assert end(start(tmp_path, *SMALL, "--name", "killed", at="step5"))[0] == -signal.SIGKILL
+    newest, before = newest_first(runs / "killed" / "version_0" / "checkpoints")
+    assert [newest.name, before.name] == ["epoch=0-step=4.ckpt", "step=3.ckpt"]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.raises(
+        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=4.ckpt'; .* beside it is '{re.escape(str(before))}'"
+    ):
+        checkpoint_file(str(newest), runs / "killed")
+    assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a whole checkpoint, taking the one before it" in resume("killed")
+
+    # The signal comes in the last step of an epoch, and is heeded in the validation after it.
+    code, err = end(start(tmp_path, *SMALL, "--name", "stopped", at="step3", number=signal.SIGTERM))
+    assert code == 0
+    assert err.splitlines()[-1].startswith("stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path runs/stopped/version_0/")
+    assert "warn" not in resume("stopped").lower()
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_have_a_folder_each(tmp_path):
+    for code, err in map(end, [start(tmp_path, *SMALL, "--name", "same") for _ in range(2)]):
+        assert code == 0, err
+    folders = sorted(Path(tmp_path / "runs" / "same").iterdir())
+    assert [folder.name for folder in folders] == ["version_0", "version_1"]
+    first, second = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in folders)
+    assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
+    lines = [(folder / "metrics.csv").read_text().count("\n") for folder in folders]
+    assert lines[0] == lines[1]
