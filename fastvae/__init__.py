@@ -1,7 +1,16 @@
 """Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
 
 from fastvae import reference
-from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.functional import (
+    GroupMMD,
+    group_mmd,
+    kernel_matmul,
+    mmd,
+    mmd_to_normal,
+    reparameterize_kl,
+    total_correlation,
+    witness,
+)
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
 from fastvae.reference import KLDecomposition
@@ -12,15 +21,19 @@ __all__ = [
     "VAE",
     "Bernoulli",
     "Gaussian",
+    "GroupMMD",
     "KLDecomposition",
     "Likelihood",
     "MMDLoss",
     "VAEObjective",
     "VAEOutput",
     "__version__",
+    "group_mmd",
+    "kernel_matmul",
     "mmd",
     "mmd_to_normal",
     "reference",
     "reparameterize_kl",
     "total_correlation",
+    "witness",
 ]

@@ -48,12 +48,6 @@ def closed_form(value: object) -> None:
         )
 
 
-def mmd_options(*, estimator: str, precision: str | None, backend: str | None) -> None:
-    option("estimator", estimator, MMD_ESTIMATORS)
-    option("precision", precision, PRECISIONS)
-    option("backend", backend, BACKENDS)
-
-
 def points(name: str, x: object, *, batched: bool = False) -> None:
     """A floating tensor of shape (rows ≥ 1, features ≥ 1), after any batch dimensions if `batched`."""
     floating_tensor(name, x)
@@ -155,7 +149,7 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
             raise ValueError(f"{name} must be a scalar or a vector, got shape {tuple(value.shape)}")
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _readable(value):
             for v in value.detach().reshape(-1).tolist():
                 _bandwidth_number(name, v, positive)
         return value.reshape(-1).to(torch.float64)
@@ -184,7 +178,7 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
     # Where reading the sum would wait for a GPU or break a graph, the operation turns a wrong one into nan.
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _readable(weights):
         sums = weights.detach().double().sum(-1).reshape(-1)
         for total, one in zip(sums.tolist(), sum_to_one(weights.detach()).reshape(-1).tolist(), strict=True):
             if not one:
@@ -246,6 +240,66 @@ def rows(name: str, x: object) -> None:
         raise ValueError(f"{name} must have shape (..., features), two dimensions or more, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+
+
+def columns(name: str, v: object, y_name: str, y: Tensor) -> None:
+    """A floating vector or matrix with the rows of y."""
+    floating_tensor(name, v)
+    assert isinstance(v, Tensor)
+    if v.ndim not in (1, 2) or v.shape[0] != y.shape[0] or v.numel() == 0:
+        raise ValueError(f"{name} must have shape ({y.shape[0]},) or ({y.shape[0]}, columns), the rows of {y_name}, got {tuple(v.shape)}")
+
+
+def constant(name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad, as it is taken as a constant: pass {name}.detach()")
+
+
+def groups(value: object, num_groups: object, z: Tensor) -> int:
+    """Labels (N,) or weights (N, G) of the rows of z; returns G."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"groups must be a torch.Tensor, got {type(value).__name__}")
+    if value.device != z.device:
+        raise ValueError(f"groups and z must be on the same device, got {value.device} and {z.device}")
+    soft = value.is_floating_point()
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"groups must hold integers, or weights in a floating dtype, got {value.dtype}")
+    if value.shape[:1] != z.shape[:1] or value.ndim != (2 if soft else 1) or value.numel() == 0:
+        shape = f"({z.shape[0]}, groups)" if soft else f"({z.shape[0]},)"
+        raise ValueError(f"groups must have shape {shape}, one row for each row of z, got {tuple(value.shape)}")
+    if num_groups is not None:
+        integer("num_groups", num_groups, at_least=1)
+    if soft:
+        constant("groups", value)
+        if num_groups is not None and num_groups != value.shape[1]:
+            raise ValueError(f"num_groups must be the number of columns of groups, {value.shape[1]}, got {num_groups}")
+        if _readable(value) and not bool((value >= 0).all()):
+            raise ValueError(f"groups must hold weights of at least 0, got {value.min().item():g}")
+        return value.shape[1]
+    if num_groups is not None and not _readable(value):
+        assert isinstance(num_groups, int)
+        return num_groups
+    low, high = int(value.min()), int(value.max())
+    size = high + 1 if num_groups is None else num_groups
+    assert isinstance(size, int)
+    if low < 0 or high >= size:
+        raise ValueError(f"groups must hold integers from 0 to {size - 1}, got {low if low < 0 else high}")
+    return size
+
+
+def pairs(value: Any, num_groups: int) -> Tensor:
+    """Pairs of groups as an integer tensor (P, 2)."""
+    index = torch.as_tensor(value)
+    if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or index.is_floating_point():
+        raise ValueError(f"pairs must be pairs of integers, shape (P, 2), got shape {tuple(index.shape)} of {index.dtype}")
+    if _readable(index) and not bool(((index >= 0) & (index < num_groups)).all()):
+        raise ValueError(f"pairs must hold groups from 0 to {num_groups - 1}, got {index.tolist()}")
+    return index.long()
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether reading its values neither waits for a GPU nor breaks a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
+from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from fastvae.ops.total_correlation import apply_total_correlation, zero_if_finite
 from fastvae.radial import Kernel
@@ -120,9 +123,8 @@ def _mmd(
     precision: str | None,
     backend: str | None,
 ) -> Tensor:
-    family = checks.kernel(kernel)
-    checks.mmd_options(estimator=estimator, precision=precision, backend=backend)
-    checks.backend_device(backend, x.device)
+    family = _kernel_options(kernel, precision, backend, x)
+    checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
         if points is not None:
@@ -166,6 +168,214 @@ def _dense_mmd(
         if estimator == "linear":
             checks.same_rows("x", x, "y", y, "estimator='linear'")
         return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, kernel=kernel, estimator=estimator, x_weights=p, y_weights=q)
+
+
+def kernel_matmul(
+    x: Tensor,
+    y: Tensor,
+    v: Tensor,
+    *,
+    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth_weights: Sequence[float] | Tensor | None = None,
+    kernel: str | Kernel = "rbf",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """K(x, y)·v, the product of a kernel matrix with an array, in memory O((N + M)·(D + C)).
+
+        out_i = Σ_j k(x_i, y_j)·v_j
+
+    It is the mean embedding of y, weighted by v, seen at x. Differentiable once, with respect to x, y, v and the bandwidths; a gradient to
+    B > 1 bandwidths takes B sweeps.
+
+    Args:
+        x: (N, D), floating point.
+        y: (M, D), same dtype and device as x.
+        v: (M,) or (M, C), likewise.
+        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`.
+
+    Returns:
+        (N,) or (N, C), float64 for float64 inputs, else float32. nan if an input holds a nan or an infinity.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor, or their dtypes differ.
+        ValueError: a shape, device, bandwidth or option that the rules above exclude.
+
+    Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
+    """
+    checks.points("x", x)
+    checks.points("y", y)
+    checks.same_features("x", x, "y", y)
+    x, y, v = _autocast(x), _autocast(y), _autocast(v)
+    checks.columns("v", v, "y", y)
+    for name, t in (("y", y), ("v", v)):
+        checks.same_kind("x", x, name, t)
+    family = _kernel_options(kernel, precision, backend, x)
+    h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    columns = v if v.ndim == 2 else v[:, None]
+    if backend == "reference":
+        dtype = accumulation_dtype(x.dtype)
+        x, y, columns, h, a = (t.to(x.device, dtype) for t in (x, y, columns, h, a))
+        with torch.autocast(x.device.type, enabled=False):
+            out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
+    else:
+        family, factor = family.canonical()
+        options = (family.name, family.parameters, precision or "", backend or "")
+        if torch.is_grad_enabled() and (h.requires_grad or a.requires_grad):
+            one = torch.ones_like(h[:1])
+            parts = [apply_kernel_matmul(x, y, columns, factor * h[n : n + 1], one, *options) for n in range(h.numel())]
+            out = torch.stack(parts, -1) @ a.to(parts[0])
+        else:
+            out = apply_kernel_matmul(x, y, columns, factor * h, a, *options)
+    return out if v.ndim == 2 else out[:, 0]
+
+
+def witness(
+    points: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth_weights: Sequence[float] | Tensor | None = None,
+    kernel: str | Kernel = "rbf",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The witness function of MMD, mean_j k(t, x_j) − mean_j k(t, y_j): positive at t where x is denser than y.
+
+    Args:
+        points: t, (T, D), floating point.
+        x: (N, D), same dtype and device as points.
+        y: (M, D), likewise.
+        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`.
+
+    Returns:
+        (T,), differentiable as `kernel_matmul`.
+
+    Raises:
+        TypeError, ValueError: as `kernel_matmul`.
+
+    Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
+    """
+    checks.points("points", points)
+    for name, t in (("x", x), ("y", y)):
+        checks.points(name, t)
+        checks.same_features("points", points, name, t)
+        checks.same_kind("points", points, name, t)
+    weights = torch.cat([x.new_full(x.shape[:1], 1 / x.shape[0]), y.new_full(y.shape[:1], -1 / y.shape[0])])
+    options = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "kernel": kernel, "precision": precision}
+    return kernel_matmul(points, torch.cat([x, y]), weights, backend=backend, **options)  # type: ignore[arg-type]
+
+
+class GroupMMD(NamedTuple):
+    """MMD² between groups.
+
+    Attributes:
+        values: (G, G), zero on its diagonal, or (P,) for P given pairs; zero, and without gradient, where a group is not valid.
+        valid: (G,), False for a group that is excluded, as it has fewer than two members.
+        pairs: (G, G) or (P,), True where both groups of a pair are valid and differ.
+    """
+
+    values: Tensor
+    valid: Tensor
+    pairs: Tensor
+
+    def mean(self) -> Tensor:
+        """The mean over all valid pairs, a scalar; 0 if there is none."""
+        return self.values.sum() / self.pairs.sum().clamp(min=1)
+
+
+def group_mmd(
+    z: Tensor,
+    groups: Tensor,
+    *,
+    num_groups: int | None = None,
+    pairs: Sequence[tuple[int, int]] | Tensor | None = None,
+    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth_weights: Sequence[float] | Tensor | None = None,
+    kernel: str | Kernel = "rbf",
+    estimator: str = "biased",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> GroupMMD:
+    """MMD² between all pairs of G groups of rows, in one sweep over all pairs of rows, in memory O(N·(D + G)).
+
+    With `groups` of weights and `pairs` of a class in one domain with the same class in another it is the local MMD of subdomain
+    adaptation. Differentiable once, with respect to z. Where the loss is a multiple of the sum over all given pairs, as a mean is, the
+    gradient is taken in the sweep of the value; any other takes a second one, as does any on a GPU.
+
+    Args:
+        z: (N, D), floating point.
+        groups: (N,), each row's group from 0 to G − 1, integers; or (N, G), its weight in each, floating point, not negative. Columns are
+            divided by their sums.
+        num_groups: G. By default the largest number in groups plus one, which on a GPU waits for it.
+        pairs: (P, 2), the pairs of groups wanted; all by default.
+        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here.
+        estimator: "biased" or "unbiased".
+
+    Returns:
+        `GroupMMD(values, valid, pairs)`. A group with fewer than two members, or fewer than two rows of a weight that is not zero, is
+        excluded: not valid.
+
+    Raises:
+        TypeError, ValueError: as `mmd`; groups, num_groups or pairs that the rules above exclude.
+
+    Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6; Zhu et al. 2021, "Deep subdomain adaptation network for image
+    classification", for soft weights.
+    """
+    checks.points("z", z)
+    z = _autocast(z)
+    checks.option("estimator", estimator, checks.ESTIMATORS)
+    family = _kernel_options(kernel, precision, backend, z)
+    h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
+    checks.constant("bandwidth", h)
+    checks.constant("bandwidth_weights", a)
+    size = checks.groups(groups, num_groups, z)
+    dtype = accumulation_dtype(z.dtype)
+    if not groups.is_floating_point():
+        # Sorted, as a tile of rows then meets few groups.
+        groups, order = groups.long().sort(stable=True)
+        z = z[order]
+        groups = torch.nn.functional.one_hot(groups, size)
+    members = groups.detach().to(torch.float64)
+    valid = (members != 0).sum(0) >= 2
+    p = torch.where(valid, members / members.sum(0), 0)
+    self_weights = p.T @ p
+    scale = 1 / (1 - self_weights.diagonal().where(valid, 0)) if estimator == "unbiased" else torch.ones_like(self_weights[0])
+
+    wanted = valid[:, None] & valid & ~torch.eye(size, dtype=torch.bool, device=z.device)
+    index = None
+    if pairs is not None:
+        index = checks.pairs(pairs, size).to(z.device)
+        # How often each pair counts in the sum over the given ones.
+        counts = torch.zeros_like(self_weights).index_put_((index[:, 0], index[:, 1]), torch.ones_like(p[:1, 0]), accumulate=True) * wanted
+    else:
+        counts = wanted.double()
+    expected = torch.diag(scale * (counts.sum(0) + counts.sum(1))) - 2 * counts
+
+    if backend == "reference":
+        sums = reference.quadratic_form(z.to(dtype), p.to(dtype), bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
+    else:
+        canonical, factor = family.canonical()
+        options = (canonical.name, canonical.parameters, precision or "", backend or "")
+        sums = apply_quadratic_form(z, p.to(dtype), factor * h, a, *options, expected=expected)
+    if family.radial:
+        with_self = sums + self_weights * family.at_zero * a.to(z.device).sum()
+    else:
+        own = family.phi(z.double().square().sum(1, keepdim=True) * family.gamma(h.to(z.device), z.shape[1])) @ a.to(z.device)
+        with_self = sums + p.T @ (p * own[:, None])
+    within = scale * (sums if estimator == "unbiased" else with_self).diagonal()
+    values = torch.where(wanted, within[:, None] + within - with_self - with_self.T, 0).to(dtype)
+    if index is None:
+        return GroupMMD(values, valid, wanted)
+    return GroupMMD(values[index[:, 0], index[:, 1]], valid, wanted[index[:, 0], index[:, 1]])
+
+
+def _kernel_options(kernel: str | Kernel, precision: str | None, backend: str | None, x: Tensor) -> Kernel:
+    checks.option("precision", precision, checks.PRECISIONS)
+    checks.option("backend", backend, checks.BACKENDS)
+    checks.backend_device(backend, x.device)
+    return checks.kernel(kernel)
 
 
 def reparameterize_kl(

@@ -30,7 +30,9 @@ class MMDLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.kernel(kernel)
-        checks.mmd_options(estimator=estimator, precision=precision, backend=backend)
+        checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
+        checks.option("precision", precision, checks.PRECISIONS)
+        checks.option("backend", backend, checks.BACKENDS)
         checks.bandwidths(bandwidth, bandwidth_weights, None)
         self.bandwidth = bandwidth
         self.bandwidth_weights = bandwidth_weights

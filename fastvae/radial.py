@@ -218,8 +218,10 @@ class KernelSum:
     squarings: tuple[int, ...]
 
     @staticmethod
-    def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, mean_squared_distance: Tensor) -> KernelSum:
-        device = mean_squared_distance.device
+    def of(
+        kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, device: torch.device, mean_squared_distance: Tensor | None
+    ) -> KernelSum:
+        """For rows of `dim` features; without their mean squared distance nothing is shifted."""
         squarings = (0,) * bandwidth.numel()
         if bandwidth.device.type == "cpu":
             if isinstance(kernel, RBF):
@@ -229,10 +231,13 @@ class KernelSum:
             bandwidth_weights = _constant(tuple(bandwidth_weights.tolist()), device)
         h, order = bandwidth.sort(descending=True)
         gamma = torch.where(h > 0, kernel.gamma(h, dim), math.nan)
-        t = gamma * mean_squared_distance
-        # A polynomial without its constant takes no more work than with it.
-        shifted = ((2 * t).sqrt() if kernel.rooted else t) < _SHIFT_BELOW if kernel.radial else torch.ones_like(t, dtype=torch.bool)
-        shifts = shifted.to(torch.float64)
+        shifts = torch.zeros_like(gamma)
+        if mean_squared_distance is not None and kernel.radial:
+            t = gamma * mean_squared_distance
+            shifts = (((2 * t).sqrt() if kernel.rooted else t) < _SHIFT_BELOW).to(torch.float64)
+        elif mean_squared_distance is not None:
+            # A polynomial without its constant takes no more work than with it.
+            shifts = torch.ones_like(gamma)
         return KernelSum(kernel, h, bandwidth_weights[order], gamma, shifts, squarings)
 
     @property

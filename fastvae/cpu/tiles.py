@@ -28,14 +28,16 @@ class Points:
     right: Tensor
     weighted: Tensor  # (D + 1, N): w_j·[z_j, 1]
     moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1]
-    radius2: list[float]  # the largest ‖z‖² of each tile of rows
+    tiles: list[slice]
+    radius2: dict[int, float]  # the largest ‖z‖² of each tile of rows, by its start
 
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    @property
-    def tiles(self) -> list[slice]:
-        return [slice(start, min(start + TILE, len(self))) for start in range(0, len(self), TILE)]
+
+def tiles_of(rows: int, start: int = 0) -> list[slice]:
+    """Slices of at most TILE rows, from `start` to `rows`."""
+    return [slice(first, min(first + TILE, rows)) for first in range(start, rows, TILE)]
 
 
 class Rung(NamedTuple):
@@ -60,7 +62,7 @@ class Tiles:
         self.unit = LOG2_E if isinstance(self.kernel, RBF) and not self.ladder.shifts[0] else 1.0
         self._buffers: dict[str, Tensor] = {}
 
-    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> Points:
         dtype, z = z.dtype, z.to(self.dtype) - self.centre
         w = z.new_full(z.shape[:1], 1 / z.shape[0]) if weights is None else weights.to(self.dtype)
         # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
@@ -72,8 +74,9 @@ class Tiles:
         weighted = torch.cat([z, one], 1).T.contiguous() * w
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
         moments = torch.zeros_like(weighted) if gradient else None
-        radius2 = [float(rows.square().sum(1).max()) for rows in torch.split(z, TILE)]
-        return Points(z, dtype, w, weights is None, left, right, weighted, moments, radius2)
+        tiles = tiles_of(z.shape[0]) if tiles is None else tiles
+        radius2 = {i.start: float(z[i].square().sum(1).max()) for i in tiles}
+        return Points(z, dtype, w, weights is None, left, right, weighted, moments, tiles, radius2)
 
     def pull(self, a: Points) -> Tensor:
         """The pull on each row of `fastvae.radial.Sweep`, from the moments."""
@@ -96,9 +99,11 @@ class Tiles:
         """Σ_b a_b·k_b, and if `slope` Σ_b a_b·(γ_b/γ_0)·s_b, over a tile; without shifts."""
         if self.single:
             rung = next(self.rungs(a, i, b, j))
-            if slope and rung.slope is not rung.value:
-                rung.slope.mul_(rung.slope_weight)
-            return rung.value.mul_(rung.weight), rung.slope
+            if rung.weight != 1:
+                rung.value.mul_(rung.weight)
+                if rung.slope is not rung.value:
+                    rung.slope.mul_(rung.slope_weight)
+            return rung.value, rung.slope
         total, slope_total = self.buffer("total", i, j).zero_(), self.buffer("slope total", i, j)
         if slope:
             slope_total.zero_()
@@ -117,14 +122,18 @@ class Tiles:
 
     def buffer(self, name: str, i: slice, j: slice) -> Tensor:
         """A tile of its own for each name."""
-        if name not in self._buffers:
-            self._buffers[name] = self.centre.new_empty(TILE * TILE)
         rows, columns = i.stop - i.start, j.stop - j.start
+        if name not in self._buffers or self._buffers[name].numel() < rows * columns:
+            self._buffers[name] = self.centre.new_empty(max(TILE * TILE, rows * columns))
         return self._buffers[name][: rows * columns].view(rows, columns)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right in the buffer of this name."""
+        return torch.mm(left, right, out=self.buffer(name, slice(0, left.shape[0]), slice(0, right.shape[1])))
 
     def _exponent(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
         """−t_0 times the unit; √(2·t_0) for a rooted kernel, t_0 for one of x·y."""
-        radius2 = a.radius2[i.start // TILE], b.radius2[j.start // TILE]
+        radius2 = a.radius2[i.start], b.radius2[j.start]
         if max(radius2) > self.limit:
             distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
             if self.kernel.rooted:

@@ -102,7 +102,7 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     origin = mean if problem.y is not None else torch.zeros_like(mean)
     spread = torch.stack([(sample.z - origin).square().sum(1, dtype=torch.float64).mean() for sample in samples]).sum()
     mean_squared_distance = spread if problem.y is not None else spread + mean.numel()
-    kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, mean.numel(), mean_squared_distance)
+    kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, mean.numel(), mean.device, mean_squared_distance)
 
     sweep = make_sweep(kernel, [sample.z for sample in samples], centre, any(sample.gradient for sample in samples))
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]

@@ -1,0 +1,121 @@
+"""K·v on the CPU path and on the Triton kernels against the dense reference in float64."""
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import reference
+from fastvae.radial import KERNELS, RationalQuadratic
+from tests.cases import DEVICE, TOLERANCE, evaluate, needs_triton
+
+BACKENDS = [None, pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+ALL_KERNELS = [*KERNELS, RationalQuadratic(0.5)]
+
+
+def problem(n=70, m=50, d=5, c=3, dtype=torch.float64, offset=0.0):
+    generator = torch.Generator().manual_seed(1)
+    x, y, v = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((n, d), (m, d), (m, c)))
+    return tuple(t.to(DEVICE, dtype) for t in (x + offset, y + offset, v))
+
+
+def relative_errors(actual, exact):
+    return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True)]
+
+
+def loss(function, g, **options):
+    """A scalar whose upstream differs from row to row and from column to column."""
+    return lambda x, y, v: (function(x, y, v, **options) * g).sum()
+
+
+@pytest.mark.parametrize("bandwidth", [(1.7,), (0.8, 1.6, 3.2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", ALL_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients(kernel, backend, bandwidth, dtype):
+    x, y, v = problem(dtype=dtype)
+    g = torch.randn(70, 3, dtype=torch.float64, device=DEVICE)
+    options = {"bandwidth": bandwidth, "bandwidth_weights": (0.5, 1.0, 2.0)[: len(bandwidth)], "kernel": kernel}
+    actual = evaluate(loss(fastvae.kernel_matmul, g.to(dtype), backend=backend, precision="highest", **options), x, y, v)
+    exact = evaluate(loss(reference.kernel_matmul, g, **options), x.double(), y.double(), v.double())
+    out = fastvae.kernel_matmul(x, y, v, backend=backend, precision="highest", **options)
+    expected = reference.kernel_matmul(x.double(), y.double(), v.double(), **options)
+    tolerance = TOLERANCE[dtype][1] * (5 if backend == "triton" and dtype == torch.float32 else 1)
+    assert max(relative_errors((out, *actual[1:]), (expected, *exact[1:]))) < tolerance
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+def test_several_tiles_far_from_the_origin(kernel):
+    x, y, v = problem(1100, 700, 3, 20, torch.float32, 100.0)
+    g = torch.randn(1100, 20, dtype=torch.float64, device=DEVICE)
+    actual = evaluate(loss(fastvae.kernel_matmul, g.float(), kernel=kernel), x, y, v)
+    exact = evaluate(loss(reference.kernel_matmul, g, kernel=kernel), x.double(), y.double(), v.double())
+    assert max(relative_errors(actual[1:], exact[1:])) < 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradcheck(kernel, backend):
+    x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
+    assert torch.autograd.gradcheck(lambda *points: fastvae.kernel_matmul(*points, kernel=kernel, backend=backend), (x, y, v))
+
+
+def test_gradient_to_the_bandwidths():
+    x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
+    h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))
+    assert torch.autograd.gradcheck(lambda *t: fastvae.kernel_matmul(*t[:3], bandwidth=t[3], bandwidth_weights=t[4]), (x, y, v, h, a))
+
+
+def test_vector_and_a_sample_with_itself():
+    x, _, _ = problem()
+    v = torch.randn(70, dtype=torch.float64, device=DEVICE)
+    for kernel in KERNELS:
+        actual = evaluate(lambda x, v, k=kernel: (fastvae.kernel_matmul(x, x, v, kernel=k) * v).sum(), x, v)
+        exact = evaluate(lambda x, v, k=kernel: (reference.kernel_matmul(x, x, v, kernel=k) * v).sum(), x, v)
+        torch.testing.assert_close(actual, exact)
+
+
+def test_witness_is_the_difference_of_mean_embeddings_and_averages_to_mmd():
+    x, y, _ = problem()
+    at_x, at_y = fastvae.witness(x, x, y, bandwidth=1.3), fastvae.witness(y, x, y, bandwidth=1.3)
+    torch.testing.assert_close(at_x.mean() - at_y.mean(), fastvae.mmd(x, y, bandwidth=1.3))
+
+
+def test_opcheck_and_compile():
+    x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
+    h = torch.ones(1, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fastvae.kernel_matmul.default, (x, y, v, h, h, "rbf", [], "", ""))
+    torch.library.opcheck(
+        torch.ops.fastvae.kernel_matmul_backward.default,
+        (
+            torch.randn(5, 2, dtype=torch.float64, device=DEVICE),
+            *(t.detach() for t in (x, y, v)),
+            h,
+            h,
+            "rbf",
+            [],
+            "",
+            "",
+            True,
+            False,
+            True,
+            False,
+        ),
+    )
+    compiled = torch.compile(fastvae.kernel_matmul, fullgraph=True, backend="aot_eager")
+    results = (evaluate(lambda *t, f=f: f(*t).sum(), x, y, v) for f in (compiled, fastvae.kernel_matmul))
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+def test_second_derivative_is_refused():
+    x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
+    (grad,) = torch.autograd.grad(fastvae.kernel_matmul(x, y, v).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="kernel_matmul has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_nan_out(backend):
+    x, y, v = problem(5, 4, 3, 2)
+    y[1, 1] = float("nan")
+    assert fastvae.kernel_matmul(x, y, v, backend=backend).isnan().all()

@@ -1,0 +1,154 @@
+"""Quadratic forms and the MMD between groups against the dense reference and against one MMD a pair."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastvae
+from fastvae import reference
+from fastvae.ops.quadratic_form import apply_quadratic_form
+from fastvae.radial import KERNELS
+from tests.cases import DEVICE, evaluate, needs_triton
+
+BACKENDS = [None, pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+
+
+def groups_of_rows(n=90, d=4, groups=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(groups, (n,), generator=generator)
+    z = torch.randn(n, d, dtype=torch.float64, generator=generator) + 0.3 * labels[:, None]
+    return z.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def one_by_one(z, labels, groups, **options):
+    values = z.new_zeros(groups, groups)
+    for g, h in itertools.permutations(range(groups), 2):
+        values = values.index_put((torch.tensor(g), torch.tensor(h)), reference.mmd(z[labels == g], z[labels == h], **options))
+    return values
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("upstream", ["uniform", "any"])
+def test_group_mmd_is_one_mmd_a_pair(kernel, estimator, upstream, backend):
+    z, labels = groups_of_rows()
+    weights = (
+        torch.ones(5, 5, dtype=torch.float64, device=DEVICE)
+        if upstream == "uniform"
+        else torch.randn(5, 5, dtype=torch.float64, device=DEVICE)
+    )
+    options = {"kernel": kernel, "estimator": estimator, "bandwidth": (1.1, 2.3)}
+    actual = evaluate(lambda z: (weights * fastvae.group_mmd(z, labels, backend=backend, **options).values).sum(), z)
+    exact = evaluate(lambda z: (weights * one_by_one(z, labels, 5, **options)).sum(), z)
+    torch.testing.assert_close(actual, exact)
+    torch.testing.assert_close(fastvae.group_mmd(z, labels, backend=backend, **options).values, one_by_one(z, labels, 5, **options))
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 40.0])
+def test_several_tiles_in_float32(bandwidth):
+    z, labels = groups_of_rows(1300, 6, 7, torch.float32)
+    actual = evaluate(lambda z: fastvae.group_mmd(z, labels, bandwidth=bandwidth, estimator="unbiased").mean(), z)
+    exact = evaluate(lambda z: one_by_one(z, labels, 7, bandwidth=bandwidth, estimator="unbiased").sum() / 42, z.double())
+    assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
+    assert (actual[1].double() - exact[1]).norm() < 1e-5 * exact[1].norm()
+
+
+def test_soft_weights_and_pairs():
+    """The local MMD: class c of one domain against class c of the other, rows weighted by their probabilities."""
+    z, _ = groups_of_rows(60)
+    probabilities = torch.rand(60, 3, dtype=torch.float64, device=DEVICE)
+    weights = torch.zeros(60, 6, dtype=torch.float64, device=DEVICE)
+    weights[:25, :3], weights[25:, 3:] = probabilities[:25], probabilities[25:]
+    actual = evaluate(lambda z: fastvae.group_mmd(z, weights, pairs=[(c, c + 3) for c in range(3)]).mean(), z)
+
+    def local(z):
+        p, q = (t / t.sum(0) for t in (probabilities[:25], probabilities[25:]))
+        return sum(reference.mmd(z[:25], z[25:], x_weights=p[:, c], y_weights=q[:, c]) for c in range(3)) / 3
+
+    torch.testing.assert_close(actual, evaluate(local, z))
+
+
+def test_overlapping_soft_groups_count_a_row_with_itself():
+    z, _ = groups_of_rows(30)
+    weights = torch.rand(30, 3, dtype=torch.float64, device=DEVICE)
+    p = weights / weights.sum(0)
+    for kernel in KERNELS:
+        values = fastvae.group_mmd(z, weights, kernel=kernel).values
+        expected = reference.mmd(z, z, x_weights=p[:, 0], y_weights=p[:, 2], kernel=kernel)
+        torch.testing.assert_close(values[0, 2], expected)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_small_groups_are_excluded_and_reported(estimator):
+    z, labels = groups_of_rows(40, groups=3)
+    labels = torch.where(labels == 1, 4, labels)
+    labels[0] = 3
+    result = fastvae.group_mmd(z.requires_grad_(), labels, num_groups=6, estimator=estimator)
+    assert result.valid.tolist() == [True, False, True, False, True, False]
+    assert result.values.isfinite().all()
+    assert not result.values[3].any()
+    (grad,) = torch.autograd.grad(result.mean(), z)
+    assert not grad[0].any()
+    assert grad[1:].any()
+    pairs = [(0, 2), (0, 4), (2, 4)]
+    expected = sum(fastvae.mmd(z[labels == g], z[labels == h], estimator=estimator) for g, h in pairs) / 3
+    torch.testing.assert_close(result.mean(), expected)
+
+
+def test_a_uniform_upstream_costs_no_second_sweep(monkeypatch):
+    from fastvae.ops import quadratic_form as op
+
+    sweeps = []
+    original = op.cpu.quadratic_form
+    monkeypatch.setattr(op.cpu, "quadratic_form", lambda *args: sweeps.append(1) or original(*args))
+    z, labels = groups_of_rows()
+    z.requires_grad_()
+    for estimator in ("biased", "unbiased"):
+        result = fastvae.group_mmd(z, labels, backend="cpu", estimator=estimator)
+        torch.autograd.grad(3 * result.mean() + result.values.triu().sum(), z)
+    assert len(sweeps) == 2
+    torch.autograd.grad(fastvae.group_mmd(z, labels, backend="cpu").values[0].sum(), z)
+    assert len(sweeps) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_quadratic_form(kernel, backend):
+    z, _ = groups_of_rows(40)
+    v, h = torch.randn(40, 3, dtype=torch.float64, device=DEVICE), torch.tensor([1.3, 50.0], dtype=torch.float64)
+    family, factor = KERNELS[kernel].canonical()
+    for diagonal in (False, True):
+
+        def form(z, diagonal=diagonal):
+            return apply_quadratic_form(
+                z, v, factor * h, torch.ones_like(h), family.name, family.parameters, "", backend or "", diagonal=diagonal
+            )
+
+        torch.testing.assert_close(form(z), reference.quadratic_form(z, v, bandwidth=h, kernel=kernel, diagonal=diagonal))
+
+
+def test_opcheck():
+    z, labels = groups_of_rows(8)
+    v, h = torch.randn(8, 3, dtype=torch.float64, device=DEVICE), torch.ones(1, dtype=torch.float64)
+    arguments = (z.requires_grad_(), v, h, h, "rbf", [], "", "")
+    torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, False, torch.eye(3, dtype=torch.float64, device=DEVICE)))
+    torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, True, None))
+    compiled = torch.compile(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), fullgraph=True, backend="aot_eager")
+    for actual, exact in zip(evaluate(compiled, z), evaluate(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), z), strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+def test_gradcheck():
+    z, _ = groups_of_rows(7, 3, 2)
+    weights = torch.rand(7, 2, dtype=torch.float64, device=DEVICE)
+    for kernel in KERNELS:
+        assert torch.autograd.gradcheck(lambda z, k=kernel: fastvae.group_mmd(z, weights, kernel=k).values[0, 1], (z.requires_grad_(),))
+
+
+def test_second_derivative_is_refused():
+    z, labels = groups_of_rows(20)
+    (grad,) = torch.autograd.grad(fastvae.group_mmd(z.requires_grad_(), labels).mean(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="quadratic_form has no second derivative"):
+        grad.sum().backward()
