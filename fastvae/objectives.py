@@ -2,7 +2,7 @@
 
 The loss is the mean over the batch of
 
-    −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))   +   DIP                         (1)
+    −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))   +   tc_weight·TC   +   DIP      (1)
 
 where the KL may stand for one of
 
@@ -13,7 +13,8 @@ and, with S the covariance over the batch of mu (DIP-VAE-I), or of mu plus the b
 
     DIP = lambda_od·Σ_{i≠j} S_ij² + lambda_d·Σ_i (S_ii − 1)²                                                            (4)
 
-The importance-weighted bound is a loss of its own, over K codes z_k ~ q(z|x) of each sample:
+TC is the total correlation of q(z), estimated from the batch (`fastvae.total_correlation`): as the KL holds it once, β-TC-VAE is
+tc_weight = β − 1. The importance-weighted bound is a loss of its own, over K codes z_k ~ q(z|x) of each sample:
 
     −log 1/K·Σ_k w_k,   w_k = p(x|z_k)·p(z_k)/q(z_k|x)                                                                  (5)
 
@@ -35,10 +36,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvae import checks
-from fastvae.functional import mmd_to_normal, reparameterize_kl
+from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.radial import Kernel
 
+ESTIMATORS = ("biased", "unbiased")
+TC_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
 DIP_KINDS = ("i", "ii")
 BOUND_GRADIENTS = ("reparameterised", "doubly")
+# The scales of the kernels of the WAE's authors, of C = 2·D.
+IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Likelihood(nn.Module):
@@ -157,6 +163,7 @@ class ObjectiveTerms(NamedTuple):
     reconstruction: Tensor
     kl: Tensor | None
     mmd: Tensor | None
+    total_correlation: Tensor | None = None
     dip: Tensor | None = None
     summands: dict[str, Tensor] = {}  # noqa: RUF012
 
@@ -164,19 +171,24 @@ class ObjectiveTerms(NamedTuple):
 class VAEObjective(nn.Module):
     """Equation (1) of this module: `objective(model(x), x).loss.backward()`.
 
-    The prior's part of the MMD is in closed form, so no prior sample is drawn.
+    With an RBF kernel the prior's part of the MMD is in closed form, so no prior sample is drawn; with another, one of the batch's size is.
 
     Args:
         kl_weight: ≥ 0.
         mmd_weight: ≥ 0. MMD² is at most 2 while the other terms are sums over features: weights of 10 (tens of features) to 1000
             (images) are usual.
-        bandwidth: the RBF kernel's h, or several. None takes √D: two independent codes from the prior lie at ‖z−z'‖² = 2D on
-            average, where exp(−d²/(2h²)) = 1/e and the kernel tells distances apart at any D.
+        kernel: of the MMD, as in `fastvae.mmd`.
+        bandwidth: the kernel's h, or several. None takes √D: two independent codes from the prior lie at ‖z−z'‖² = 2D on
+            average, where exp(−d²/(2h²)) = 1/e and the kernel tells distances apart at any D. For "imq" None takes √(2·D·s) for the seven
+            scales s from 0.1 to 10 of Tolstikhin et al. 2018.
         estimator: "unbiased" or "biased". The biased one counts each code's kernel with itself, which a large weight and a small batch turn
             into a pull of every code to the origin.
         capacity: C in nats, ≥ 0, for (2) in the place of the KL.
         free_bits: λ in nats a group, ≥ 0, for (3) in the place of the KL: a group whose mean KL over the batch is under λ has no gradient.
         free_bits_group: latent dimensions a group, neighbours in the code. 1 is a floor for each dimension, D one for their sum.
+        tc_weight: ≥ 0, of the total correlation.
+        dataset_size: samples in the training set, for the total correlation.
+        tc_estimator: "minibatch_weighted" or "minibatch_stratified".
         dip_weights: (lambda_od, lambda_d) of (4), each ≥ 0.
         dip_kind: "i" or "ii".
 
@@ -192,20 +204,25 @@ class VAEObjective(nn.Module):
         *,
         kl_weight: float = 1.0,
         mmd_weight: float = 0.0,
+        kernel: str | Kernel = "rbf",
         bandwidth: float | Sequence[float] | Tensor | None = None,
         estimator: str = "unbiased",
         capacity: float | None = None,
         free_bits: float = 0.0,
         free_bits_group: int = 1,
+        tc_weight: float = 0.0,
+        dataset_size: int | None = None,
+        tc_estimator: str = "minibatch_weighted",
         dip_weights: tuple[float, float] = (0.0, 0.0),
         dip_kind: str = "i",
     ) -> None:
         super().__init__()
         self.kl_weight: float | Tensor = checks.real("kl_weight", kl_weight, at_least=0)
         self.mmd_weight: float | Tensor = checks.real("mmd_weight", mmd_weight, at_least=0)
-        checks.option("estimator", estimator, checks.ESTIMATORS)
+        checks.option("estimator", estimator, ESTIMATORS)
         if bandwidth is not None:
             checks.bandwidths(bandwidth, None, None)
+        self.kernel = checks.kernel(kernel)
         self.bandwidth = bandwidth
         self.estimator = estimator
         self.capacity: float | Tensor | None = None if capacity is None else checks.real("capacity", capacity, at_least=0)
@@ -213,17 +230,30 @@ class VAEObjective(nn.Module):
         self.free_bits_group = checks.integer("free_bits_group", free_bits_group, at_least=1)
         if capacity is not None and free_bits:
             raise ValueError(f"capacity must be None where free_bits are given, as each stands for the KL, got {capacity:g}")
+        self.tc_weight: float | Tensor = checks.real("tc_weight", tc_weight, at_least=0)
+        if tc_weight and dataset_size is None:
+            raise ValueError("dataset_size must be given for the total correlation, got None")
+        self.dataset_size = None if dataset_size is None else checks.integer("dataset_size", dataset_size, at_least=1)
+        checks.option("tc_estimator", tc_estimator, TC_ESTIMATORS)
+        self.tc_estimator = tc_estimator
         self.dip_weights = tuple(checks.real(name, w, at_least=0) for name, w in zip(("lambda_od", "lambda_d"), dip_weights, strict=True))
         checks.option("dip_kind", dip_kind, DIP_KINDS)
         self.dip_kind = dip_kind
 
-    def set(self, *, kl_weight: float | None = None, mmd_weight: float | None = None, capacity: float | None = None) -> None:
+    def set(
+        self,
+        *,
+        kl_weight: float | None = None,
+        mmd_weight: float | None = None,
+        tc_weight: float | None = None,
+        capacity: float | None = None,
+    ) -> None:
         """Sets a weight or the capacity between two steps, as a schedule does; each ≥ 0, None leaves it as it is.
 
         From the first call on that weight is a tensor, which later calls fill: a compiled step is not compiled anew, and a captured one
         sees the new number. Its term is then computed at a weight of 0 too. The tensor moves with the objective (`objective.to(device)`).
         """
-        for name, value in {"kl_weight": kl_weight, "mmd_weight": mmd_weight, "capacity": capacity}.items():
+        for name, value in {"kl_weight": kl_weight, "mmd_weight": mmd_weight, "tc_weight": tc_weight, "capacity": capacity}.items():
             if value is None:
                 continue
             value = checks.real(name, value, at_least=0)
@@ -279,10 +309,22 @@ class VAEObjective(nn.Module):
 
     @classmethod
     def wae_mmd(
-        cls, lambda_: float, *, bandwidth: float | Sequence[float] | Tensor | None = None, estimator: str = "unbiased"
+        cls,
+        lambda_: float,
+        *,
+        kernel: str | Kernel = "rbf",
+        bandwidth: float | Sequence[float] | Tensor | None = None,
+        estimator: str = "unbiased",
     ) -> VAEObjective:
-        """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, with an RBF kernel."""
-        return cls(kl_weight=0.0, mmd_weight=checks.real("lambda_", lambda_, at_least=0), bandwidth=bandwidth, estimator=estimator)
+        """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, who take kernel="imq"."""
+        lambda_ = checks.real("lambda_", lambda_, at_least=0)
+        return cls(kl_weight=0.0, mmd_weight=lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+
+    @classmethod
+    def beta_tc_vae(cls, beta: float, dataset_size: int, *, estimator: str = "minibatch_weighted") -> VAEObjective:
+        """The negative ELBO with `beta` ≥ 1 times the total correlation within the KL. Source: Chen et al. 2018, with α = γ = 1."""
+        tc_weight = checks.real("beta", beta, at_least=1) - 1
+        return cls(tc_weight=tc_weight, dataset_size=dataset_size, tc_estimator=estimator)
 
     @classmethod
     def capacity_vae(cls, gamma: float, capacity: float) -> VAEObjective:
@@ -301,13 +343,14 @@ class VAEObjective(nn.Module):
         """The importance-weighted bound (5): `ImportanceWeighted(samples, gradient=gradient)`. Source: Burda et al. 2016."""
         return ImportanceWeighted(samples, gradient=gradient)
 
-    def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False) -> ObjectiveTerms:
+    def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False, prior: Tensor | None = None) -> ObjectiveTerms:
         """The loss of N samples and its terms.
 
         Args:
             output: what the VAE returned.
             x: the targets, shape (N, …) with as many features as the reconstruction.
             all_terms: compute an MMD of weight zero too, for logging.
+            prior: the draws from N(0, I) that stand for the prior where the kernel has no closed form, shape (M, D); (N, D) by default.
 
         Raises:
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
@@ -315,7 +358,7 @@ class VAEObjective(nn.Module):
         reconstruction = -output.likelihood.log_prob(output.reconstruction, x).mean()
         summands = {"reconstruction": reconstruction}
         kl = None if output.kl is None else output.kl.mean()
-        mmd = dip = None
+        distance = tc = dip = None
         if _counts(self.kl_weight):
             if output.kl is None or kl is None:
                 raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(self.kl_weight):g}")
@@ -323,14 +366,17 @@ class VAEObjective(nn.Module):
         elif kl is not None:
             kl = kl.detach()
         if _counts(self.mmd_weight):
-            mmd = self._mmd(output.z)
-            summands["mmd"] = _weight(self.mmd_weight, mmd) * mmd
+            distance = self._mmd(output.z, prior)
+            summands["mmd"] = _weight(self.mmd_weight, distance) * distance
         elif all_terms and (len(output.z) > 1 or self.estimator == "biased"):
-            mmd = self._mmd(output.z.detach())
+            distance = self._mmd(output.z.detach(), prior)
+        if _counts(self.tc_weight):
+            tc = self._total_correlation(output)
+            summands["total_correlation"] = _weight(self.tc_weight, tc) * tc
         if any(self.dip_weights):
             dip = summands["dip"] = self._dip(output)
         loss = functools.reduce(torch.add, summands.values())
-        return ObjectiveTerms(loss, reconstruction, kl, mmd, dip, summands)
+        return ObjectiveTerms(loss, reconstruction, kl, distance, tc, dip, summands)
 
     def _kl_penalty(self, output: VAEOutput, kl: Tensor) -> Tensor:
         if self.capacity is not None:
@@ -344,9 +390,21 @@ class VAEObjective(nn.Module):
         _, per_dimension = reparameterize_kl(output.mu, output.logvar, eps=torch.zeros_like(output.mu), per_dimension=True)
         return per_dimension.mean(0).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
-    def _mmd(self, z: Tensor) -> Tensor:
-        bandwidth = math.sqrt(z.shape[1]) if self.bandwidth is None else self.bandwidth
-        return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator)
+    def _mmd(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        bandwidth = self.bandwidth
+        if bandwidth is None:
+            d = z.shape[1]
+            bandwidth = [math.sqrt(2 * d * s) for s in IMQ_SCALES] if self.kernel.name == "imq" else math.sqrt(d)
+        if self.kernel.name == "rbf":
+            return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator)
+        return mmd(z, torch.randn_like(z) if prior is None else prior, bandwidth=bandwidth, kernel=self.kernel, estimator=self.estimator)
+
+    def _total_correlation(self, output: VAEOutput) -> Tensor:
+        if output.logvar is None:
+            raise ValueError("tc_weight must be 0 for a deterministic posterior, which has no density, got a weight")
+        # A batch for evaluation may be larger than the training set.
+        size = max(self.dataset_size or 0, len(output.z))
+        return total_correlation(output.z, output.mu, output.logvar, dataset_size=size, estimator=self.tc_estimator).total_correlation
 
     def _dip(self, output: VAEOutput) -> Tensor:
         # A covariance in bfloat16 would not see a variance of one.
@@ -366,6 +424,8 @@ class VAEObjective(nn.Module):
         options = {
             "capacity": None if self.capacity is None else float(self.capacity),
             "free_bits": self.free_bits,
+            "tc_weight": float(self.tc_weight),
+            "kernel": None if self.kernel.name == "rbf" else self.kernel.name,
             "dip_weights": self.dip_weights if any(self.dip_weights) else None,
         }
         return (
@@ -393,7 +453,7 @@ class ImportanceWeighted(VAEObjective):
         checks.option("gradient", gradient, BOUND_GRADIENTS)
         self.gradient = gradient
 
-    def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False) -> ObjectiveTerms:
+    def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False, prior: Tensor | None = None) -> ObjectiveTerms:
         """The negative bound of N samples, as `loss`, beside the terms of one code each, detached.
 
         Raises:
@@ -413,8 +473,8 @@ class ImportanceWeighted(VAEObjective):
             share = log_w.detach().softmax(1).reshape(-1, 1)
             # The decoder has its gradient with weights w̃_k before this, the encoder gets w̃_k² after it.
             z.register_hook(lambda gradient: gradient * share.to(gradient.dtype))  # type: ignore[no-untyped-call]
-        mmd = self._mmd(z.detach()) if all_terms and len(z) > 1 else None
-        return ObjectiveTerms(loss, -log_likelihood.detach().mean(), output.kl.detach().mean(), mmd, None, {"bound": loss})
+        distance = self._mmd(z.detach()) if all_terms and len(z) > 1 else None
+        return ObjectiveTerms(loss, -log_likelihood.detach().mean(), output.kl.detach().mean(), distance, summands={"bound": loss})
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, gradient={self.gradient!r}"

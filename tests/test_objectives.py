@@ -6,6 +6,7 @@ import torch
 from torch import distributions as D
 from torch._dynamo.testing import CompileCounter
 
+from fastvae import reference
 from fastvae.objectives import Bernoulli, Gaussian, VAEObjective, VAEOutput
 from fastvae.vae import VAE
 
@@ -133,6 +134,36 @@ def test_dip_under_autocast_is_not_rounded():
         output = vae(x, eps=torch.zeros(64, 3))
         dip = VAEObjective.dip_vae(1.0)(output, x).dip
     torch.testing.assert_close(dip, VAEObjective.dip_vae(1.0)(output._replace(mu=output.mu.float()), x).dip)
+
+
+@pytest.mark.parametrize("estimator", ["minibatch_weighted", "minibatch_stratified"])
+def test_beta_tc_vae_weights_the_total_correlation(estimator, output, x):
+    expected = reference.total_correlation(
+        output.z, output.mu, output.logvar, dataset_size=100, estimator=estimator
+    ).total_correlation.item()
+    terms = VAEObjective.beta_tc_vae(6.0, 100, estimator=estimator)(output, x)
+    assert terms.total_correlation.item() == pytest.approx(expected)
+    assert terms.loss.item() == pytest.approx(VAEObjective.vae()(output, x).loss.item() + 5 * expected)
+    assert set(terms.summands) == {"reconstruction", "kl", "total_correlation"}
+
+
+def test_a_batch_larger_than_the_training_set_can_be_evaluated(output, x):
+    assert VAEObjective.beta_tc_vae(6.0, 2)(output, x).loss.isfinite()
+
+
+@pytest.mark.parametrize("h", [None, 2.0, [1.0, 3.0]])
+def test_wae_with_the_inverse_multiquadric_kernel(h, output, x):
+    prior = torch.randn(11, LATENT, dtype=torch.float64)
+    terms = VAEObjective.wae_mmd(7.0, kernel="imq", bandwidth=h)(output._replace(kl=None, logvar=None), x, prior=prior)
+    squares = [s * 2 * LATENT for s in (0.1, 0.2, 0.5, 1, 2, 5, 10)] if h is None else np.square(h).reshape(-1).tolist()
+    z, y = output.z.detach().numpy(), prior.numpy()
+
+    def k(a, b):
+        return sum(c / (c + ((a[:, None] - b[None]) ** 2).sum(-1)) for c in squares)
+
+    within = [(k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1)) for a in (z, y)]
+    assert terms.mmd.item() == pytest.approx(sum(within) - 2 * k(z, y).mean())
+    assert terms.loss.item() == pytest.approx(terms.reconstruction.item() + 7 * terms.mmd.item())
 
 
 def test_weights_are_set_between_steps(output, x):
@@ -269,6 +300,10 @@ def test_likelihoods_sum_over_the_features_of_images(x):
         (lambda: VAEObjective(mmd_weight=math.nan), r"mmd_weight must be finite, got nan"),
         (lambda: VAEObjective(bandwidth=0.0), r"bandwidth must be greater than 0, got 0"),
         (lambda: VAEObjective(estimator="linear"), r"estimator must be one of 'biased', 'unbiased', got 'linear'"),
+        (lambda: VAEObjective(tc_weight=1.0), r"dataset_size must be given for the total correlation, got None"),
+        (lambda: VAEObjective.beta_tc_vae(0.5, 10), r"beta must be at least 1, got 0.5"),
+        (lambda: VAEObjective.beta_tc_vae(2.0, 10, estimator="exact"), r"tc_estimator must be one of 'minibatch_weighted', .* got 'exact'"),
+        (lambda: VAEObjective.wae_mmd(1.0, kernel="cosine"), r"kernel must be one of .*'imq'.* got 'cosine'"),
         (lambda: VAEObjective(capacity=-1.0), r"capacity must be at least 0, got -1"),
         (lambda: VAEObjective(capacity=1.0, free_bits=1.0), r"capacity must be None where free_bits are given, .* got 1"),
         (lambda: VAEObjective(free_bits=-0.1), r"free_bits must be at least 0, got -0.1"),
@@ -293,6 +328,8 @@ def test_error_sentences(call, sentence):
 def test_kl_weight_on_a_deterministic_posterior(output, x):
     deterministic = output._replace(logvar=None, kl=None)
     assert VAEObjective.wae_mmd(1.0)(deterministic, x).kl is None
+    with pytest.raises(ValueError, match="tc_weight must be 0 for a deterministic posterior"):
+        VAEObjective(kl_weight=0.0, tc_weight=1.0, dataset_size=10)(deterministic, x)
     with pytest.raises(ValueError, match="kl_weight must be 0 for a deterministic posterior, which has no KL, got 1"):
         VAEObjective.vae()(deterministic, x)
 

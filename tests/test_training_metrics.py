@@ -7,6 +7,7 @@ import torch
 from fastvae import mmd_to_normal
 from fastvae.training.metrics import (
     active_units,
+    aggregate_total_correlation,
     code_summary,
     collapsed_units,
     kl_per_dimension,
@@ -124,3 +125,16 @@ def test_code_summary_leaves_out_what_is_not_there():
     scalars, _ = code_summary(mu[:1], logvar[:1], mu[:1])
     assert "mmd_standardised" not in scalars
     assert all(math.isfinite(value) for value in scalars.values())
+
+
+def test_total_correlation_of_a_gaussian():
+    """Codes N(0, S) with correlation r in two dimensions share −½·log(1 − r²) nats."""
+    r, n = 0.8, 4000
+    noise = torch.randn(2, n, 2, generator=generator(), dtype=torch.float64)
+    root = torch.linalg.cholesky(torch.tensor([[1, r], [r, 1]], dtype=torch.float64) - 0.09 * torch.eye(2))
+    mu = noise[0] @ root.T
+    logvar = torch.full_like(mu, math.log(0.09))
+    measured = aggregate_total_correlation(mu, logvar, mu + 0.3 * noise[1])
+    assert measured == pytest.approx(-0.5 * math.log(1 - r**2), abs=0.05)
+    alone = noise[0] * math.sqrt(0.91)
+    assert aggregate_total_correlation(alone, logvar, alone + 0.3 * noise[1]) == pytest.approx(0, abs=0.05)

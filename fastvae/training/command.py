@@ -97,6 +97,7 @@ class CommandLine(LightningCLI):
             help="Training steps between two checkpoints, beside that of each epoch. The last two of each kind are kept.",
         )
         parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
+        parser.link_arguments("data.train_size", "model.dataset_size", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)

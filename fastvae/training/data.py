@@ -114,6 +114,12 @@ class ImageData(LightningDataModule):
         self.setup()
         return list(self.splits["train"].images.shape[1:])
 
+    @property
+    def train_size(self) -> int:
+        """The number of training images."""
+        self.setup()
+        return len(self.splits["train"].images)
+
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return

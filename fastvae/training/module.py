@@ -158,7 +158,13 @@ class VAEModule(LightningModule):
         self._codes = []
 
     def _log_terms(self, stage: str, terms: ObjectiveTerms, batch_size: int) -> None:
-        values = {"reconstruction": terms.reconstruction, "kl": terms.kl, "mmd": terms.mmd, "dip": terms.dip}
+        values = {
+            "reconstruction": terms.reconstruction,
+            "kl": terms.kl,
+            "mmd": terms.mmd,
+            "total_correlation_term": terms.total_correlation,
+            "dip": terms.dip,
+        }
         if terms.kl is not None:
             values["negative_elbo"] = terms.reconstruction + terms.kl
         named = {f"{stage}/{name}": value.detach() for name, value in values.items() if value is not None}
@@ -187,12 +193,15 @@ class ImageVAE(VAEModule):
         optimal_sigma: Take in each training batch the sigma that makes it likeliest.
         posterior: gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
         logvar_bounds: Hold the encoder's log-variance softly between these two numbers.
-        objective: vae, beta_vae, info_vae, mmd_vae, wae_mmd, capacity_vae, dip_vae or iwae.
-        beta: The KL's weight in beta_vae.
+        objective: vae, beta_vae, info_vae, mmd_vae, wae_mmd, beta_tc_vae, capacity_vae, dip_vae or iwae.
+        beta: The weight of the KL in beta_vae, of the total correlation in beta_tc_vae.
         alpha: InfoVAE's alpha: the KL has the weight 1 - alpha.
         lambda_: InfoVAE's lambda: the MMD has the weight alpha + lambda - 1 in info_vae, lambda in mmd_vae and wae_mmd.
-        bandwidth: The RBF kernel's bandwidth; sqrt(latent_dim) if it is not given.
+        kernel: The MMD's kernel in wae_mmd; the other objectives take rbf.
+        bandwidth: The kernel's bandwidth; sqrt(latent_dim) if it is not given, and the seven of the WAE's authors for imq.
         estimator: unbiased or biased, of the MMD.
+        tc_estimator: minibatch_weighted or minibatch_stratified, of the total correlation.
+        dataset_size: The number of training images, for the total correlation.
         free_bits: The nats of KL that each group of latent dimensions has for free, in vae and beta_vae.
         free_bits_group: Latent dimensions a group of free_bits.
         gamma: The weight of |KL - capacity| in capacity_vae.
@@ -231,12 +240,17 @@ class ImageVAE(VAEModule):
         optimal_sigma: bool = False,
         posterior: Literal["auto", "gaussian", "deterministic"] = "auto",
         logvar_bounds: tuple[float, float] | None = None,
-        objective: Literal["vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd", "capacity_vae", "dip_vae", "iwae"] = "mmd_vae",
+        objective: Literal[
+            "vae", "beta_vae", "info_vae", "mmd_vae", "wae_mmd", "beta_tc_vae", "capacity_vae", "dip_vae", "iwae"
+        ] = "mmd_vae",
         beta: float = 1.0,
         alpha: float = 0.0,
         lambda_: float = 1000.0,
+        kernel: Literal["rbf", "imq", "rational_quadratic", "laplace", "energy"] = "rbf",
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
+        tc_estimator: Literal["minibatch_weighted", "minibatch_stratified"] = "minibatch_weighted",
+        dataset_size: int | None = None,
         free_bits: float = 0.0,
         free_bits_group: int = 1,
         gamma: float = 100.0,
@@ -277,6 +291,8 @@ class ImageVAE(VAEModule):
                 logvar_bounds=logvar_bounds,
             )
         )
+        if objective == "beta_tc_vae" and dataset_size is None:
+            raise ValueError("model.dataset_size must be given for model.objective beta_tc_vae, got none")
         if free_bits and objective not in ("vae", "beta_vae"):
             raise ValueError(f"model.free_bits must be 0 unless model.objective is vae or beta_vae, got {free_bits:g} for {objective}")
         terms: dict[str, Callable[[], VAEObjective]] = {
@@ -284,7 +300,8 @@ class ImageVAE(VAEModule):
             "beta_vae": lambda: VAEObjective.beta_vae(beta, free_bits=free_bits, free_bits_group=free_bits_group),
             "info_vae": lambda: VAEObjective.info_vae(alpha, lambda_, bandwidth=bandwidth, estimator=estimator),
             "mmd_vae": lambda: VAEObjective.mmd_vae(lambda_, bandwidth=bandwidth, estimator=estimator),
-            "wae_mmd": lambda: VAEObjective.wae_mmd(lambda_, bandwidth=bandwidth, estimator=estimator),
+            "wae_mmd": lambda: VAEObjective.wae_mmd(lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator),
+            "beta_tc_vae": lambda: VAEObjective.beta_tc_vae(beta, dataset_size or 1, estimator=tc_estimator),
             "capacity_vae": lambda: VAEObjective.capacity_vae(gamma, capacity),
             "dip_vae": lambda: VAEObjective.dip_vae(lambda_od, lambda_d, kind=dip_kind),
             "iwae": lambda: VAEObjective.iwae(samples, gradient=bound_gradient),
@@ -337,6 +354,7 @@ def _named_tensors(x: Tensor, output: VAEOutput, terms: ObjectiveTerms) -> dict[
         "kl": output.kl,
         "the reconstruction term": terms.reconstruction,
         "the mmd term": terms.mmd,
+        "the total correlation": terms.total_correlation,
         "the dip term": terms.dip,
         "loss": terms.loss,
     }

@@ -15,7 +15,7 @@ class Schedule(Callback):
     """Sets a weight of a `VAEModule`'s objective before each step, from the number of optimiser steps alone: `fastvae.schedules`.
 
     Args:
-        weight: "kl_weight", "mmd_weight" or "capacity".
+        weight: "kl_weight", "mmd_weight", "tc_weight" or "capacity".
         kind: "constant", "linear", "cosine" or "cyclical".
         steps: optimiser steps until the weight has its value.
         start: the weight at step 0.
@@ -25,7 +25,7 @@ class Schedule(Callback):
 
     def __init__(
         self,
-        weight: Literal["kl_weight", "mmd_weight", "capacity"],
+        weight: Literal["kl_weight", "mmd_weight", "tc_weight", "capacity"],
         kind: Literal["constant", "linear", "cosine", "cyclical"] = "linear",
         steps: int = 10_000,
         *,
@@ -34,7 +34,7 @@ class Schedule(Callback):
         cycles: int = 4,
         ramp: float = 0.5,
     ) -> None:
-        checks.option("weight", weight, ("kl_weight", "mmd_weight", "capacity"))
+        checks.option("weight", weight, ("kl_weight", "mmd_weight", "tc_weight", "capacity"))
         checks.option("kind", kind, SCHEDULES)
         self.weight = weight
         self.kind = kind
