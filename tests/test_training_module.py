@@ -1,9 +1,11 @@
 import logging
+import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae import mmd
@@ -11,6 +13,7 @@ from fastvae.objectives import VAEObjective
 from fastvae.training.callbacks import NonFiniteError, Pictures, StopAtNonFinite
 from fastvae.training.data import ImageData, scaled
 from fastvae.training.module import ImageVAE, VAEModule
+from fastvae.training.schedule import Schedule
 from fastvae.vae import VAE
 
 # Lightning's own remarks on a small run on a CPU: nothing that this package could answer.
@@ -20,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
     pytest.mark.filterwarnings("ignore:You .* but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`isinstance"),
+    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
 ]
 
 
@@ -83,6 +87,12 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
         ({"objective": "info_vae", "alpha": 0.5, "lambda_": 4.0}, 0.5, 3.5),
         ({"objective": "mmd_vae", "lambda_": 4.0, "bandwidth": 2.0, "estimator": "biased"}, 0, 4),
         ({"objective": "wae_mmd", "lambda_": 4.0}, 0, 4),
+        ({"objective": "wae_mmd", "lambda_": 4.0, "kernel": "imq"}, 0, 4),
+        ({"objective": "capacity_vae", "gamma": 30.0, "capacity": 5.0}, 30, 0),
+        ({"objective": "dip_vae", "lambda_od": 2.0, "dip_kind": "ii"}, 1, 0),
+        ({"objective": "beta_tc_vae", "beta": 6.0, "dataset_size": 100}, 1, 0),
+        ({"objective": "vae", "free_bits": 0.5, "free_bits_group": 3}, 1, 0),
+        ({"objective": "iwae", "samples": 3, "bound_gradient": "doubly"}, 1, 0),
     ],
 )
 def test_options_reach_the_objective(options, kl_weight, mmd_weight):
@@ -186,3 +196,216 @@ def test_a_non_finite_gradient_stops_before_the_weights_change(tmp_path):
 def test_a_kl_weight_on_a_deterministic_posterior():
     with pytest.raises(ValueError, match="kl_weight must be 0 for a deterministic posterior"):
         ImageVAE([1, 8, 8], objective="vae", posterior="deterministic")
+
+
+def test_further_options_reach_the_model():
+    objective = ImageVAE([1, 8, 8], objective="capacity_vae", capacity=5.0).objective
+    assert objective.capacity == 5
+    objective = ImageVAE([1, 8, 8], objective="dip_vae", lambda_od=2.0, dip_kind="ii").objective
+    assert (objective.dip_weights, objective.dip_kind) == ((2, 2), "ii")
+    objective = ImageVAE([1, 8, 8], objective="beta_tc_vae", beta=6.0, dataset_size=100, tc_estimator="minibatch_stratified").objective
+    assert (objective.tc_weight, objective.dataset_size, objective.tc_estimator) == (5, 100, "minibatch_stratified")
+    objective = ImageVAE([1, 8, 8], objective="beta_vae", free_bits=0.5, free_bits_group=3).objective
+    assert (objective.free_bits, objective.free_bits_group) == (0.5, 3)
+    objective = ImageVAE([1, 8, 8], objective="iwae", samples=3, bound_gradient="doubly").objective
+    assert (objective.samples, objective.gradient) == (3, "doubly")
+    assert ImageVAE([1, 8, 8], objective="wae_mmd", kernel="imq").objective.kernel.name == "imq"
+    vae = ImageVAE([1, 8, 8], likelihood="gaussian", optimal_sigma=True, sigma=0.5, logvar_bounds=(-5.0, 2.0)).vae
+    assert vae.likelihood.optimal
+    assert vae.likelihood.sigma == pytest.approx(0.5)
+    assert vae.logvar_bounds == (-5, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"objective": "mmd_vae", "free_bits": 1.0},
+            "model.free_bits must be 0 unless model.objective is vae or beta_vae, got 1 for mmd_vae",
+        ),
+        ({"objective": "beta_tc_vae"}, "model.dataset_size must be given for model.objective beta_tc_vae, got none"),
+        ({"compile": True, "gradient_norms_every": 1}, "gradient_norms_every must be 0 where compile is true, got 1"),
+    ],
+)
+def test_options_that_do_not_go_together(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ImageVAE([1, 8, 8], **options)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.rows, self.steps = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        objective = pl_module.objective
+        self.steps.append([float(w) for w in (objective.kl_weight, objective.mmd_weight, objective.capacity or 0)])
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def test_schedules_move_the_weights_with_the_optimiser_steps(tmp_path):
+    data = ImageData("digits", batch_size=324, validation=0)
+    module = ImageVAE(
+        data.shape,
+        hidden=[8],
+        objective="info_vae",
+        alpha=0.5,
+        lambda_=4.5,
+        kl_schedule="linear",
+        kl_schedule_steps=4,
+        mmd_schedule="cosine",
+        mmd_schedule_steps=2,
+    )
+    seen = Recorder()
+    plain(tmp_path, 2, [seen], accumulate_grad_batches=2).fit(module, data)
+    # Five batches an epoch: the last one steps alone.
+    steps = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert len(seen.steps) == 10
+    assert [row[0] for row in seen.steps] == pytest.approx([min(0.5, step / 8) for step in steps])
+    assert [row[1] for row in seen.steps] == pytest.approx([[0, 2, 4][min(step, 2)] for step in steps])
+
+
+def test_the_capacity_is_raised(tmp_path):
+    data = ImageData("digits", batch_size=324, validation=0)
+    module = ImageVAE(data.shape, hidden=[8], objective="capacity_vae", capacity=8.0, gamma=2.0, capacity_schedule_steps=4)
+    seen = Recorder()
+    plain(tmp_path, 1, [seen]).fit(module, data)
+    assert [row[2] for row in seen.steps] == [0, 2, 4, 6, 8]
+
+
+def test_a_schedule_of_anyones_module(tmp_path):
+    vae = VAE(torch.nn.Linear(5, 4), torch.nn.Linear(2, 5), latent_dim=2)
+    loader = DataLoader(TensorDataset(torch.rand(16, 5), torch.zeros(16)), batch_size=4)
+    seen = Recorder()
+    plain(tmp_path, 1, [Schedule("kl_weight", steps=4, start=1.0, end=3.0), seen]).fit(VAEModule(vae, VAEObjective.vae()), loader)
+    assert [row[0] for row in seen.steps] == [1, 1.5, 2, 2.5]
+    with pytest.raises(ValueError, match=r"weight must be one of 'kl_weight', .* got 'lr'"):
+        Schedule("lr")
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.2])
+def test_the_codes_are_measured_in_each_epoch(tmp_path, validation):
+    data = ImageData("digits", batch_size=300, validation=validation)
+    module = ImageVAE(data.shape, latent_dim=3, hidden=[8], objective="vae", diagnostics_size=100, gradient_norms_every=2)
+    seen = Recorder()
+    plain(tmp_path, 2, [seen]).fit(module, data)
+    row = seen.rows[-1]
+    stage = "val" if validation else "train"
+    measures = ["mutual_information", "total_correlation", "active_units", "logvar_min", "logvar_max", "mmd_within", "mmd_standardised"]
+    for name in [*measures, "kl_dimension_000", "kl_dimension_002", "mu_variance_001", "negative_elbo"]:
+        assert math.isfinite(row[f"{stage}/{name}"]), name
+    assert row[f"{stage}/evaluation_size"] == 100
+    assert row["train/gradient_norm_reconstruction"] > 0
+    assert row["train/gradient_norm_kl"] > 0
+    assert f"{'train' if validation else 'val'}/active_units" not in row
+
+
+def test_gradient_norms_are_those_of_the_terms(tmp_path):
+    torch.manual_seed(0)
+    data = ImageData("digits", batch_size=2000, validation=0, test=0)
+    module = ImageVAE(data.shape, latent_dim=2, hidden=[8], objective="mmd_vae", lambda_=10.0, gradient_norms_every=1)
+    expected = {}
+    inner = module._log_gradient_norms
+
+    def both(terms):
+        for name, term in terms.summands.items():
+            module.zero_grad()
+            term.backward(retain_graph=True)
+            expected[name] = math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters() if p.grad is not None))
+        module.zero_grad()
+        inner(terms)
+
+    module._log_gradient_norms = both
+    seen = Recorder()
+    plain(tmp_path, 1, [seen]).fit(module, data)
+    for name in ("reconstruction", "mmd"):
+        assert seen.rows[0][f"train/gradient_norm_{name}"] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_importance_weighted_training_and_likelihood(tmp_path):
+    data = ImageData("digits", batch_size=300, binarisation="dynamic")
+    module = ImageVAE(data.shape, latent_dim=3, hidden=[16], objective="iwae", samples=4, bound_gradient="doubly", nll_samples=20)
+    run = plain(tmp_path, 3)
+    run.fit(module, data)
+    [metrics] = run.test(module, data, verbose=False)
+    assert metrics["test/nll"] < metrics["test/loss"] < metrics["test/negative_elbo"]
+
+
+@pytest.mark.parametrize("objective", ["vae", "mmd_vae", "beta_tc_vae", "dip_vae", "iwae"])
+def test_mixed_precision_is_near_full_precision(tmp_path, objective):
+    def losses(precision):
+        torch.manual_seed(0)
+        data = ImageData("digits", batch_size=300, validation=0)
+        module = ImageVAE(data.shape, latent_dim=3, hidden=[32], objective=objective, lambda_=100.0, beta=2.0, dataset_size=1438, samples=2)
+        seen = Recorder()
+        plain(tmp_path, 3, [seen, StopAtNonFinite()], precision=precision).fit(module, data)
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        return torch.tensor([row["train/loss_epoch"] for row in seen.rows])
+
+    torch.testing.assert_close(losses("bf16-mixed"), losses("32-true"), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("objective", [VAEObjective.vae(), VAEObjective.mmd_vae(100.0), VAEObjective.beta_tc_vae(2.0, 300)])
+def test_float16_with_a_loss_scaler(objective):
+    """In a plain loop, as Lightning has no float16 on a CPU."""
+    torch.manual_seed(0)
+    x = torch.rand(300, 1, 8, 8)
+    vae = VAE.mlp((1, 8, 8), latent_dim=3, hidden=(32,), likelihood="bernoulli")
+    optimizer, scaler, losses = torch.optim.Adam(vae.parameters(), lr=1e-2), torch.amp.GradScaler("cpu"), []
+    for _ in range(30):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = objective(vae(x), x).loss
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert loss.dtype == torch.float32
+    assert losses[-1] < 0.99 * losses[0]
+    assert all(bool(p.isfinite().all()) for p in vae.parameters())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    def weights(batch_size, accumulate):
+        torch.manual_seed(0)
+        vae = VAE.mlp(5, latent_dim=2, hidden=(8,), posterior="deterministic")
+        module = VAEModule(vae, VAEObjective(kl_weight=0.0), lr=1e-2)
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+        x = torch.rand(32, 5, generator=torch.Generator().manual_seed(1))
+        loader = DataLoader(TensorDataset(x, torch.zeros(32)), batch_size=batch_size)
+        plain(tmp_path, 3, accumulate_grad_batches=accumulate).fit(module, loader)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    torch.testing.assert_close(weights(8, 4), weights(32, 1))
+
+
+def test_channels_last_is_the_same_training(tmp_path):
+    def weights(channels_last):
+        torch.manual_seed(0)
+        data = ImageData("digits", batch_size=400)
+        module = ImageVAE(data.shape, "conv", latent_dim=2, channels=[4, 8], hidden=[8], channels_last=channels_last)
+        formats = {p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4 and p.shape[1] > 1}
+        assert formats == {channels_last}
+        plain(tmp_path, 1).fit(module, data)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    torch.testing.assert_close(weights(True), weights(False), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mmd_vae", "beta_tc_vae", "iwae"])
+def test_the_training_step_is_one_graph_for_every_batch_size(tmp_path, objective, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counter, **options))
+    options = {"objective": objective, "hidden": [8], "beta": 2.0, "dataset_size": 1797, "samples": 3, "kl_schedule": "linear"}
+    module = ImageVAE([1, 8, 8], latent_dim=3, compile=True, **options)
+    data = ImageData("digits", batch_size=300, validation=0)
+    plain(tmp_path, 1, [StopAtNonFinite()]).fit(module, data)
+    module.trainer.fit_loop._combined_loader = None
+    for n in (7, 64, 129):
+        output, terms = module._train_terms(torch.rand(n, 1, 8, 8))
+        assert len(output.mu) == n
+        terms.loss.backward()
+    assert counter.frame_count <= 2

@@ -330,10 +330,11 @@ class ImageVAE(VAEModule):
 
 
 def _codes(output: VAEOutput) -> VAEOutput:
-    """What is measured of an output, one code a sample."""
-    z = output.z.detach()[:: len(output.z) // len(output.mu)]
-    logvar = None if output.logvar is None else output.logvar.detach()
-    return output._replace(reconstruction=z, z=z, mu=output.mu.detach(), logvar=logvar, kl=None)
+    """What is measured of an output, one code a sample, in one dtype: under autocast z is of float32 and mu is not."""
+    mu = output.mu.detach().to(output.z.dtype)
+    z = output.z.detach()[:: len(output.z) // len(mu)]
+    logvar = None if output.logvar is None else output.logvar.detach().to(z.dtype)
+    return output._replace(reconstruction=z, z=z, mu=mu, logvar=logvar, kl=None)
 
 
 def _newest(codes: list[VAEOutput], size: int) -> list[VAEOutput]:
