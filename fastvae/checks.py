@@ -167,8 +167,22 @@ def _bandwidth_number(name: str, value: object, positive: bool) -> float:
     return number
 
 
-def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
-    """One constant, finite weight a row, summing to one."""
+def distributed(x: Tensor, estimator: str, backend: str | None) -> None:
+    """What a process group goes with."""
+    if x.ndim > 2:
+        raise ValueError(f"x must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
+    if estimator == "linear" or backend == "reference":
+        option = f"estimator={estimator!r}" if estimator == "linear" else f"backend={backend!r}"
+        raise ValueError(f"process_group must be None for {option}, got a process group")
+
+
+def known_groups(num_groups: int | None) -> None:
+    if num_groups is None:
+        raise ValueError("num_groups must be given with a process_group, as a rank may lack a group, got None")
+
+
+def sample_weights(name: str, weights: object, x_name: str, x: Tensor, whole: Tensor) -> None:
+    """One constant, finite weight a row; `whole`, of which they are a part or all, sums to one."""
     floating_tensor(name, weights)
     assert isinstance(weights, Tensor)
     if weights.shape != x.shape[:-1]:
@@ -179,8 +193,8 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
     # Where reading the sum would wait for a GPU or break a graph, the operation turns a wrong one into nan.
     if _readable(weights):
-        sums = weights.detach().double().sum(-1).reshape(-1)
-        for total, one in zip(sums.tolist(), sum_to_one(weights.detach()).reshape(-1).tolist(), strict=True):
+        sums = whole.detach().double().sum(-1).reshape(-1)
+        for total, one in zip(sums.tolist(), sum_to_one(whole.detach()).reshape(-1).tolist(), strict=True):
             if not one:
                 raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
 

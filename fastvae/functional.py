@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae import checks, reference
+from fastvae.distributed import gather, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
@@ -17,6 +18,9 @@ from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from fastvae.ops.total_correlation import apply_total_correlation, zero_if_finite
 from fastvae.radial import Kernel
 from fastvae.reference.total_correlation import KLDecomposition, decompose
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def mmd(
@@ -31,6 +35,7 @@ def mmd(
     y_weights: Tensor | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between two samples, in memory O((N + M)·D).
 
@@ -54,6 +59,11 @@ def mmd(
         precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": as good as float32,
             "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the input's precision.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
+            the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²
+            times the number of ranks, needs no communication, and averaged over the ranks as data parallelism does it is that of one
+            process with all rows. x_weights and y_weights sum to one over all ranks. Not for batch dimensions, estimator="linear" or
+            backend="reference". None: this process alone.
 
     Returns:
         Shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
@@ -71,7 +81,7 @@ def mmd(
     checks.same_batch("x", x, "y", y)
     x, y = _autocast(x), _autocast(y)
     checks.same_kind("x", x, "y", y)
-    return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend)
+    return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend, process_group)
 
 
 def mmd_to_normal(
@@ -84,6 +94,7 @@ def mmd_to_normal(
     x_weights: Tensor | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between a sample and N(0, I), the expectations over N(0, I) in closed form.
 
@@ -93,7 +104,7 @@ def mmd_to_normal(
 
     Args:
         x: (..., N, D), floating point.
-        bandwidth, bandwidth_weights, x_weights, precision, backend: as in `mmd`.
+        bandwidth, bandwidth_weights, x_weights, precision, backend, process_group: as in `mmd`.
         kernel: "rbf", the only one of these expectations.
         estimator: "biased" or "unbiased" for the mean over pairs of x.
 
@@ -108,7 +119,7 @@ def mmd_to_normal(
     checks.points("x", x, batched=True)
     checks.option("estimator", estimator, checks.ESTIMATORS)
     checks.closed_form(kernel)
-    return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend)
+    return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
 
 
 def _mmd(
@@ -122,30 +133,43 @@ def _mmd(
     y_weights: Tensor | None,
     precision: str | None,
     backend: str | None,
+    process_group: ProcessGroup | None,
 ) -> Tensor:
     family = _kernel_options(kernel, precision, backend, x)
     checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
-    for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
-        if points is not None:
-            checks.enough_rows(name, points, estimator)
-        if points is not None and weights is not None:
+    whole: list[Tensor | None] = [None] * 4
+    starts = [0, 0]
+    if process_group is not None:
+        checks.distributed(x, estimator, backend)
+        for n, (points, weights) in enumerate(((x, x_weights), (y, y_weights))):
+            if points is not None:
+                whole[n], starts[n] = gather_rows(points, process_group)
+            if weights is not None:
+                whole[n + 2], _ = gather_rows(weights, process_group)
+    for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
+        if points is None:
+            continue
+        all_points, all_weights = whole[n], whole[n + 2]
+        checks.enough_rows(name, points if all_points is None else all_points, estimator)
+        if weights is not None:
             checks.no_linear_weights(f"{name}_weights", estimator)
-            checks.sample_weights(f"{name}_weights", weights, name, points)
-            checks.enough_weights(f"{name}_weights", weights, estimator)
+            checks.sample_weights(f"{name}_weights", weights, name, points, weights if all_weights is None else all_weights)
+            checks.enough_weights(f"{name}_weights", weights if all_weights is None else all_weights, estimator)
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
     family, factor = family.canonical()
-    one_batch = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
-    one_batch += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
+    tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
+    tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (family.name, family.parameters, estimator == "unbiased", precision or "", backend or "")
     if torch.is_grad_enabled() and (h.requires_grad or a.requires_grad):
         # MMD² is linear in the kernel, and the derivative to one bandwidth comes with its gradient to the points.
-        parts = [apply_mmd(*one_batch, factor * h[n : n + 1], torch.ones_like(h[:1]), *arguments) for n in range(h.numel())]
+        one = torch.ones_like(h[:1])
+        parts = [apply_mmd(*tensors, *whole, *starts, factor * h[n : n + 1], one, *arguments) for n in range(h.numel())]
         value = torch.stack(parts, -1) @ a.to(parts[0])
     else:
-        value = apply_mmd(*one_batch, factor * h, a, *arguments)
-    return value.reshape(x.shape[:-2])
+        value = apply_mmd(*tensors, *whole, *starts, factor * h, a, *arguments)
+    return value.reshape(x.shape[:-2]) if process_group is None else sum_shares(value, process_group)
 
 
 def _dense_mmd(
@@ -297,6 +321,7 @@ def group_mmd(
     estimator: str = "biased",
     precision: str | None = None,
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> GroupMMD:
     """MMD² between all pairs of G groups of rows, in one sweep over all pairs of rows, in memory O(N·(D + G)).
 
@@ -312,6 +337,7 @@ def group_mmd(
         pairs: (P, 2), the pairs of groups wanted; all by default.
         bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here.
         estimator: "biased" or "unbiased".
+        process_group: as in `mmd`, but that each rank sweeps the rows of all; num_groups must be given.
 
     Returns:
         `GroupMMD(values, valid, pairs)`. A group with fewer than two members, or fewer than two rows of a weight that is not zero, is
@@ -331,6 +357,9 @@ def group_mmd(
     checks.constant("bandwidth", h)
     checks.constant("bandwidth_weights", a)
     size = checks.groups(groups, num_groups, z)
+    if process_group is not None:
+        checks.known_groups(num_groups)
+        z, groups = gather(z, process_group), gather_rows(groups, process_group)[0]
     dtype = accumulation_dtype(z.dtype)
     if not groups.is_floating_point():
         # Sorted, as a tile of rows then meets few groups.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fastvae import checks
 from fastvae.functional import mmd, mmd_to_normal
 from fastvae.radial import Kernel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MMDLoss(nn.Module):
@@ -27,6 +31,7 @@ class MMDLoss(nn.Module):
         estimator: str = "biased",
         precision: str | None = None,
         backend: str | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         checks.kernel(kernel)
@@ -40,10 +45,12 @@ class MMDLoss(nn.Module):
         self.estimator = estimator
         self.precision = precision
         self.backend = backend
+        self.process_group = process_group
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, x_weights: Tensor | None = None, y_weights: Tensor | None = None) -> Tensor:
         """The loss, a scalar, of x (N, D) and y (M, D), or of x and N(0, I) if y is None."""
-        options = {name: getattr(self, name) for name in ("bandwidth", "bandwidth_weights", "kernel", "estimator", "precision", "backend")}
+        names = ("bandwidth", "bandwidth_weights", "kernel", "estimator", "precision", "backend", "process_group")
+        options = {name: getattr(self, name) for name in names}
         if y is None:
             if y_weights is not None:
                 raise ValueError("y_weights must be None where y is None, got weights")

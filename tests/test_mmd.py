@@ -219,12 +219,14 @@ def test_opcheck(y):
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     y = None if y is None else y.requires_grad_()
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    torch.library.opcheck(torch.ops.fastvae.mmd.default, (x, y, None, None, h, h, "rbf", [], False, "", "", True, y is not None, False))
+    torch.library.opcheck(
+        torch.ops.fastvae.mmd.default, (x, y, *[None] * 6, 0, 0, h, h, "rbf", [], False, "", "", True, y is not None, False)
+    )
 
 
 def test_op_called_without_its_gradient_says_so():
     x, h = torch.randn(5, 2, requires_grad=True), torch.ones(1, dtype=torch.float64)
-    value, *_ = torch.ops.fastvae.mmd(x, None, None, None, h, h, "rbf", [], False, "", "", False, False, False)
+    value, *_ = torch.ops.fastvae.mmd(x, *[None] * 7, 0, 0, h, h, "rbf", [], False, "", "", False, False, False)
     with pytest.raises(RuntimeError, match="without the gradient that backward needs"):
         value.backward()
 
@@ -322,7 +324,7 @@ def test_gradients_are_contiguous():
     """As the fake says: the compiler builds on it."""
     h = torch.ones(1, dtype=torch.float64)
     x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
-    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, None, None, h, h, "rbf", [], False, "", "", True, True, False)
+    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, *[None] * 6, 0, 0, h, h, "rbf", [], False, "", "", True, True, False)
     assert grad_x.is_contiguous()
     assert grad_y.is_contiguous()
 

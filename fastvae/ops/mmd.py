@@ -18,19 +18,30 @@ from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, nee
 from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
-    "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor bandwidth, Tensor bandwidth_weights, "
+    "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
+    "Tensor? all_y_weights, int x_start, int y_start, Tensor bandwidth, Tensor bandwidth_weights, "
     "str kernel, float[] kernel_parameters, bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 class Problem(NamedTuple):
-    """The arguments of the op, in the order of its schema. Points and weights may have one leading batch dimension."""
+    """The arguments of the op, in the order of its schema. Points and weights may have one leading batch dimension.
+
+    With `all_x` and `all_y`, x and y are rows of them from `x_start` and `y_start` on: the value is then these rows' share in MMD² of the
+    whole samples, and the gradients are those of all of it.
+    """
 
     x: Tensor
     y: Tensor | None
     x_weights: Tensor | None
     y_weights: Tensor | None
+    all_x: Tensor | None
+    all_y: Tensor | None
+    all_x_weights: Tensor | None
+    all_y_weights: Tensor | None
+    x_start: int
+    y_start: int
     bandwidth: Tensor
     bandwidth_weights: Tensor
     kernel: str
@@ -93,23 +104,34 @@ def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
 def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     unbiased, bandwidth_grad = problem.unbiased, problem.bandwidth_grad
     family = kernel_of(problem.kernel, problem.kernel_parameters)
-    samples = [_Sample.of(problem.x, problem.x_weights, unbiased, problem.x_grad or bandwidth_grad)]
+    x_part = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
+    samples = [_Sample.of(*x_part, unbiased, problem.x_grad or bandwidth_grad)]
     if problem.y is not None:
-        samples.append(_Sample.of(problem.y, problem.y_weights, unbiased, problem.y_grad or bandwidth_grad))
-    mean = torch.stack([sample.z.mean(0) for sample in samples]).mean(0)
+        y_part = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
+        samples.append(_Sample.of(*y_part, unbiased, problem.y_grad or bandwidth_grad))
+    mean = torch.stack([sample.whole.mean(0) for sample in samples]).mean(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if family.radial else torch.zeros_like(mean)
     origin = mean if problem.y is not None else torch.zeros_like(mean)
-    spread = torch.stack([(sample.z - origin).square().sum(1, dtype=torch.float64).mean() for sample in samples]).sum()
+    spread = torch.stack([(sample.whole - origin).square().sum(1, dtype=torch.float64).mean() for sample in samples]).sum()
     mean_squared_distance = spread if problem.y is not None else spread + mean.numel()
     kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, mean.numel(), mean.device, mean_squared_distance)
 
-    sweep = make_sweep(kernel, [sample.z for sample in samples], centre, any(sample.gradient for sample in samples))
+    sweep = make_sweep(kernel, [sample.whole for sample in samples], centre, any(sample.gradient for sample in samples))
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
-    value = sum(
-        (sample.scale * sweep.within(rows, sample.scale) for sample, rows in zip(samples, points, strict=True)), start=0 * mean.sum()
-    )
-    if problem.y is not None:
+    value = 0 * mean.sum()
+    for sample, rows in zip(samples, points, strict=True):
+        value = value + sample.scale * sample.share**2 * sweep.within(rows, sample.scale * sample.share)
+        for other, weights, share in sample.others:
+            across = sweep.across(rows, sweep.points(other, weights, False), sample.scale * share)
+            value = value + sample.scale * sample.share * share * across
+    if problem.all_x is not None and len(samples) == 2:
+        # The rows of each against the whole of the other, for a gradient that takes nothing from elsewhere.
+        whole = [sweep.points(sample.whole, sample.whole_weights, False) for sample in samples]
+        value = value - 2 * samples[0].share * sweep.across(points[0], whole[1], -1.0)
+        if samples[1].gradient:
+            sweep.across(points[1], whole[0], -1.0)
+    elif len(samples) == 2:
         value = value - 2 * sweep.across(points[0], points[1], -1.0)
     gradients: list[Tensor | None] = [
         _gradient(sample, sweep.pull(rows), kernel) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
@@ -126,29 +148,53 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
         prior, prior_gradient, prior_bandwidth_gradient = _prior(samples[0], kernel)
         value, gradients[0] = value + prior, None if gradients[0] is None else gradients[0] + prior_gradient
         grad_bandwidth = grad_bandwidth + prior_bandwidth_gradient if bandwidth_grad else grad_bandwidth
-    for weights in (problem.x_weights, problem.y_weights):
-        value = value if weights is None else torch.where(sum_to_one(weights), value, torch.nan)
+    for sample in samples:
+        if sample.whole_weights is not None:
+            value = torch.where(sum_to_one(sample.whole_weights), value, torch.nan)
     wanted = [g if want and g is not None else mean.new_empty(0) for g, want in zip([*gradients, None][:2], problem[-3:-1], strict=True)]
     return value.to(mean.dtype), wanted[0], wanted[1], grad_bandwidth
 
 
 class _Sample(NamedTuple):
-    """One sample in the accumulation dtype, and its part in MMD²."""
+    """One sample in the accumulation dtype, or some rows z of one, and its part in MMD²."""
 
     z: Tensor
     weights: Tensor | None
+    whole: Tensor
+    whole_weights: Tensor | None
+    others: list[tuple[Tensor, Tensor | None, float]]  # the whole's rows before and after z, and for equal weights their share in it
+    share: float  # of z in the whole, for equal weights; the factor from a mean over z to its part of the mean over the whole
     row_weights: float | Tensor  # p_i, (N, 1) or one for all
-    sum_of_squares: float | Tensor  # Σ p_i²
+    sum_of_squares: float | Tensor  # Σ p_i² over z
     scale: float | Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1
     gradient: bool
 
     @staticmethod
-    def of(z: Tensor, weights: Tensor | None, unbiased: bool, gradient: bool) -> _Sample:
-        z = z.to(accumulation_dtype(z.dtype))
-        weights = None if weights is None else weights.to(z.dtype)
-        square = 1 / z.shape[0] if weights is None else weights.double().square().sum()
+    def of(
+        z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, unbiased: bool, gradient: bool
+    ) -> _Sample:
+        dtype = accumulation_dtype(z.dtype)
+        z = z.to(dtype)
+        weights = None if weights is None else weights.to(dtype)
+        others: list[tuple[Tensor, Tensor | None, float]] = []
+        if whole is None:
+            whole, whole_weights = z, weights
+        else:
+            whole = whole.to(dtype)
+            whole_weights = None if whole_weights is None else whole_weights.to(dtype)
+            for rows in (slice(0, start), slice(start + z.shape[0], whole.shape[0])):
+                if rows.start < rows.stop:
+                    share = (rows.stop - rows.start) / whole.shape[0]
+                    part = (whole[rows], None, share) if whole_weights is None else (whole[rows], whole_weights[rows], 1.0)
+                    others.append(part)
+        if weights is None or whole_weights is None:
+            n, total = z.shape[0], whole.shape[0]
+            scale: float | Tensor = 1 / (1 - 1 / total) if unbiased else 1.0
+            return _Sample(z, None, whole, None, others, n / total, 1 / total, n / total**2, scale, gradient)
+        square = whole_weights.double().square().sum()
+        own_square = weights.double().square().sum()
         scale = 1 / (1 - square) if unbiased else 1.0
-        return _Sample(z, weights, 1 / z.shape[0] if weights is None else weights[:, None], square, scale, gradient)
+        return _Sample(z, weights, whole, whole_weights, others, 1.0, weights[:, None], own_square, scale, gradient)
 
 
 def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
@@ -180,8 +226,10 @@ def _prior(sample: _Sample, kernel: KernelSum) -> tuple[Tensor, Tensor, Tensor]:
     x, p, h = sample.z, sample.row_weights, kernel.bandwidth
     p = torch.as_tensor(p, dtype=torch.float64, device=x.device).expand(len(x), 1)
     cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[1], h)
-    value = (_shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts)).sum(0)) @ kernel.weights
-    cross, within = cross.exp(), within.exp() * kernel.weights
+    # The rows' share in the constant.
+    share = p.sum()
+    value = (share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts)).sum(0)) @ kernel.weights
+    cross, within = cross.exp(), share * within.exp() * kernel.weights
     slope = cross @ (kernel.weights / (h.square() + 1))
     gradient = x * (2 * p * slope[:, None]).to(x.dtype)
     # d/dh of the two exponents
@@ -194,10 +242,13 @@ def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
     return torch.where(shifts > 0, exponent.expm1(), exponent.exp())
 
 
+# Where the arguments are that have a gradient, in the order of the op's gradients.
+_DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "bandwidth"))
+
+
 def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
-    x, y, _, _, bandwidth, *_ = args
-    flags = (needs_grad(x), needs_grad(y), needs_grad(bandwidth))
+    flags = tuple(needs_grad(args[n]) for n in _DIFFERENTIABLE)
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not any(flags) and torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
@@ -219,10 +270,6 @@ class MMD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *grads)
-
-
-# Where the arguments are that have a gradient, in the order of the op's gradients.
-_DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "bandwidth"))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:

@@ -1,0 +1,134 @@
+"""Losses of the global batch on several processes against one process with all rows."""
+
+import datetime
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+import fastvae
+from fastvae.distributed import gather, gather_rows
+
+# Rows of each rank: ranks differ, and one has a single row.
+ROWS = {2: (5, 3), 4: (4, 1, 6, 2)}
+
+
+def start(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
+    )
+    try:
+        for check in (gathering, losses, gradients_that_average_to_the_whole):
+            check(rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def own(rank, world, *tensors):
+    first = sum(ROWS[world][:rank])
+    return [t[first : first + ROWS[world][rank]].clone().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def assert_is_global(rank, world, function, *tensors):
+    """The value is the same on each rank, and the gradient is that of the whole times the number of ranks."""
+    value = function(*tensors, None)
+    gradients = torch.autograd.grad(value, tensors)
+    parts = own(rank, world, *tensors)
+    actual = function(*parts, dist.group.WORLD)
+    torch.testing.assert_close(actual, value)
+    for gradient, part in zip(torch.autograd.grad(actual, parts), own(rank, world, *gradients), strict=True):
+        torch.testing.assert_close(gradient / world, part)
+
+
+def losses(rank, world):
+    torch.manual_seed(0)
+    n = sum(ROWS[world])
+    x, y = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = torch.rand(n, dtype=torch.float64)
+    weights /= weights.sum()
+    labels = torch.arange(n) % 3
+
+    def part(t, group):
+        return t if group is None else own(rank, world, t)[0]
+
+    for kernel, estimator in itertools.product(("rbf", "imq", "energy", "polynomial"), ("biased", "unbiased")):
+        options = {"kernel": kernel, "estimator": estimator, "bandwidth": (0.9, 1.8)}
+        assert_is_global(rank, world, lambda x, y, g, o=options: fastvae.mmd(x, y, process_group=g, **o), x, y)
+        assert_is_global(
+            rank,
+            world,
+            lambda x, y, g, o=options: fastvae.mmd(
+                x, y, x_weights=part(weights, g), y_weights=part(weights.flip(0), g), process_group=g, **o
+            ),
+            x,
+            y,
+        )
+        assert_is_global(
+            rank,
+            world,
+            lambda x, g, o=options: fastvae.group_mmd(x, part(labels, g), num_groups=4, process_group=g, **o).mean(),
+            x,
+        )
+        if kernel == "rbf":
+            assert_is_global(rank, world, lambda x, g, o=options: fastvae.mmd_to_normal(x, process_group=g, **o), x)
+    value = fastvae.mmd_to_normal(own(rank, world, x)[0], bandwidth=8.0, process_group=dist.group.WORLD)
+    torch.testing.assert_close(value, fastvae.mmd_to_normal(x, bandwidth=8.0))
+
+
+def gradients_that_average_to_the_whole(rank, world):
+    """Twenty steps under DistributedDataParallel against one process."""
+    torch.manual_seed(0)
+    n = sum(ROWS[world])
+    data = torch.randn(20, n, 4)
+    alone, shared = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2))
+    shared.load_state_dict(alone.state_dict())
+    shared = torch.nn.parallel.DistributedDataParallel(shared)
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (alone, shared)]
+    for batch in data:
+        values = []
+        for model, optimizer, x, group in zip(
+            (alone, shared), optimizers, (batch, own(rank, world, batch)[0]), (None, dist.group.WORLD), strict=True
+        ):
+            optimizer.zero_grad()
+            value = fastvae.mmd_to_normal(model(x), bandwidth=1.5, estimator="unbiased", process_group=group)
+            value.backward()
+            optimizer.step()
+            values.append(value.detach())
+        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
+    for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def gathering(rank, world):
+    whole = torch.arange(3.0 * sum(ROWS[world])).reshape(-1, 3)
+    rows, first = gather_rows(own(rank, world, whole)[0], dist.group.WORLD)
+    assert torch.equal(rows, whole)
+    assert first == sum(ROWS[world][:rank])
+    part = own(rank, world, whole)[0].requires_grad_()
+    (grad,) = torch.autograd.grad((gather(part, dist.group.WORLD) * whole).sum(), part)
+    assert torch.equal(grad, world * own(rank, world, whole)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ROWS)
+def test_on_ranks(world, tmp_path):
+    # Together, as the processes take longer to start than to run.
+    multiprocessing.spawn(start, (world, str(tmp_path)), nprocs=world)
+
+
+def test_one_process_is_a_group_too(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        x, y = torch.randn(5, 2), torch.randn(4, 2)
+        torch.testing.assert_close(fastvae.mmd(x, y, process_group=dist.group.WORLD), fastvae.mmd(x, y))
+        with pytest.raises(ValueError, match="x must have shape \\(rows, features\\) with a process_group"):
+            fastvae.mmd(x[None], y[None], process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="process_group must be None for estimator='linear', got a process group"):
+            fastvae.mmd(x[:4], y, estimator="linear", process_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match="num_groups must be given with a process_group"):
+            fastvae.group_mmd(x, torch.zeros(5, dtype=torch.int64), process_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
