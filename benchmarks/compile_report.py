@@ -86,10 +86,15 @@ class Rows:
     direction: str
     dtype: str
     dim: int
+    seeded: bool
 
     @property
     def name(self) -> str:
-        return f"{self.direction} {self.dtype} D{self.dim}"
+        return f"{self.direction} {self.dtype} D{self.dim}{' seeded' if self.seeded else ''}"
+
+    @property
+    def itemsize(self) -> int:
+        return {"bf16": 2, "fp32": 4, "fp64": 8}[self.dtype]
 
 
 Variant = Sweep | Differences | Rows
@@ -115,8 +120,12 @@ def variants(architecture: int) -> Iterator[Variant]:
         for dtype in ("fp32", "fp64"):
             yield Differences(dtype, 16, gradient, 5)
     for direction in ("forward", "backward"):
-        for dtype in ("fp32", "bf16"):
-            yield Rows(direction, dtype, 64)
+        for seeded in (False, True):
+            for dtype in ("fp32", "bf16"):
+                yield Rows(direction, dtype, 64, seeded)
+        # No two elements move at once, and the widest numbers.
+        for dtype in ("fp32", "fp64"):
+            yield Rows(direction, dtype, 7, seeded=True)
 
 
 def quick(variant: Variant, architecture: int) -> bool:
@@ -140,7 +149,7 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig:
         return sweep_config(variant.dim, variant.precision, variant.gradient, variant.bandwidths, architecture)
     if isinstance(variant, Differences):
         return difference_config(8 if variant.dtype == "fp64" else 4)
-    return row_config(variant.dim)
+    return row_config(variant.dim, variant.itemsize)
 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
@@ -239,14 +248,17 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
     fn = {"forward": reparameterize_kl.forward_kernel, "backward": reparameterize_kl.backward_kernel}[variant.direction]
     types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")}
-    types |= {name: "*fp32" for name in ("kl_ptr", "grad_kl_ptr") if name in types} | {"N": "i32", "D": "i32"}
-    constants = {"PER_DIMENSION": False, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d, "num_warps": config.num_warps}
-    binary = compile_kernel(fn, types, constants, architecture, aligned=("D",))
+    if variant.seeded:
+        types["noise_ptr"] = "*i64"
+    arrays = sum(type_ == f"*{variant.dtype}" for name, type_ in types.items() if name not in ("kl_ptr", "grad_kl_ptr"))
+    types |= {name: "*fp64" if variant.dtype == "fp64" else "*fp32" for name in ("kl_ptr", "grad_kl_ptr") if name in types}
+    types |= dict.fromkeys(("D", "stride_mu", "stride_logvar", "N"), "i32")
+    constants = {"SEEDED": variant.seeded, "PER_DIMENSION": False, **config.launch()}
+    binary = compile_kernel(fn, types, constants, architecture)
     work = _per_unit(binary.code, config.block_n * config.block_d / (32 * config.num_warps))
     gpu = GPUS[architecture]
-    arrays = sum(type_ == f"*{variant.dtype}" for name, type_ in types.items() if name not in ("kl_ptr", "grad_kl_ptr"))
     units = _cycles(work, gpu.fp64)
-    units["memory"] = arrays * (2 if variant.dtype == "bf16" else 4) * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second
+    units["memory"] = arrays * variant.itemsize * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second
     return f"reparameterize_kl.{variant.direction}_kernel", binary, units, work
 
 

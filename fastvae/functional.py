@@ -423,8 +423,10 @@ def reparameterize_kl(
     Args:
         mu: μ, (..., D), floating point.
         logvar: log σ², same shape, dtype and device as mu.
-        eps: ε, same shape, dtype and device as mu. A constant: no gradient. Drawn from N(0, I) by default.
-        generator: where ε is drawn from; not together with eps.
+        eps: ε, same shape, dtype and device as mu. A constant: no gradient. Drawn from N(0, I) by default: on a GPU inside the kernels,
+            forward and backward, from a seed of 64 bits (Philox, float32; a seed is drawn at every call and every replay of a CUDA graph).
+        generator: where ε or its seed is drawn from, PyTorch's by default; not together with eps. The same state gives the same z on the
+            same kind of device.
         per_dimension: return the summands of KL instead of their sum.
         backend: None chooses by device; "cpu", "triton" or "reference" forces one.
 
@@ -446,17 +448,25 @@ def reparameterize_kl(
     checks.backend_device(backend, mu.device)
     if eps is not None:
         checks.noise(eps, generator, mu)
-    elif generator is None:
-        eps = torch.randn_like(mu)
-    else:
-        eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+    shape = mu.shape
+    mu, logvar = mu.reshape(-1, shape[-1]), logvar.reshape(-1, shape[-1])
+    noise = _noise(mu, generator, backend) if eps is None else eps.reshape(mu.shape)
     if backend == "reference":
         dtype = accumulation_dtype(mu.dtype)
-        z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=eps.to(dtype), per_dimension=per_dimension)
-        return z.to(mu.dtype), kl
-    matrices = (t.reshape(-1, mu.shape[-1]) for t in (mu, logvar, eps))
-    z, kl = apply_reparameterize_kl(*matrices, per_dimension, backend or "")
-    return z.reshape(mu.shape), kl.reshape(mu.shape if per_dimension else mu.shape[:-1])
+        z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
+        z = z.to(mu.dtype)
+    else:
+        z, kl = apply_reparameterize_kl(mu, logvar, noise, per_dimension, backend or "")
+    return z.reshape(shape), kl.reshape(shape if per_dimension else shape[:-1])
+
+
+def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
+    """What the operation takes for ε: a seed where kernels make ε, which costs them less than to read it; elsewhere ε itself."""
+    if backend == "triton" or (backend is None and mu.device.type == "cuda"):
+        return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
+    if generator is None:
+        return torch.randn_like(mu)
+    return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
 
 def total_correlation(

@@ -34,11 +34,21 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Rows and features of a block of a row-wise kernel."""
+    """A block of a row-wise kernel.
+
+    Attributes:
+        block_n, block_d: its rows and features.
+        vector: elements, of 16 bytes at most, at a multiple of which every row starts: as many move at once.
+    """
 
     block_n: int
     block_d: int
+    vector: int
     num_warps: int
+
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a kernel."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "VECTOR": self.vector, "num_warps": self.num_warps}
 
 
 @dataclass(frozen=True)
@@ -159,10 +169,14 @@ def difference_config(itemsize: int) -> SweepConfig:
     return SweepConfig(32, 32 if itemsize == 4 else 16, 4, 8, 4, 1)
 
 
-def row_config(dim: int) -> RowConfig:
-    """Blocks of about 2,048 elements: 16 a thread, so that each array moves in 16-byte loads."""
-    block_d = min(max(16, _next_power_of_2(dim)), 2048)
-    return RowConfig(max(1, 2048 // block_d), block_d, 4)
+def row_config(dim: int, itemsize: int, *strides: int) -> RowConfig:
+    """For rows of `dim` features that start `strides` elements apart: blocks of 2,048 elements, 16 a thread. Half as many where an element
+    takes twice the registers, for itself or, without vectors, for its address."""
+    vector = math.gcd(dim, *strides, 16 // itemsize)
+    elements = 2048 if itemsize < 8 and vector > 1 else 1024
+    # Noise is made four columns at a time.
+    block_d = min(max(4, _next_power_of_2(dim)), elements)
+    return RowConfig(elements // block_d, block_d, vector, 4)
 
 
 def _next_power_of_2(n: int) -> int:

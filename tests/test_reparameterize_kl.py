@@ -1,12 +1,22 @@
 """Reparameterise + KL on every backend against formulas in numpy and the dense reference in float64."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.kernels.config import RowConfig
+from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from tests.cases import DEVICE, needs_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 SHAPES = [(1, 1), (1, 7), (7, 5), (130, 33), (3, 3000), (2, 3, 4)]
@@ -17,6 +27,15 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2**-8, t
 def tensors(shape, dtype, count=3):
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for _ in range(count)]
+
+
+if triton is not None:
+    from fastvae.kernels.reparameterize_kl import normal
+
+    @triton.jit
+    def _fill_normal(out_ptr, seed, first_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+        offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        tl.store(out_ptr + offs, normal(seed, first_n, 0, BLOCK_N, BLOCK_D))
 
 
 def test_reference_is_the_formula():
@@ -69,6 +88,18 @@ def test_rows_that_are_not_contiguous(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [1, 6, 20, 32])
+def test_halves_of_an_encoders_result(backend, dim):
+    code = tensors((300, 2 * dim), torch.float32)[0].requires_grad_()
+    _, _, eps, dz = tensors((300, dim), torch.float32, 4)
+    results = []
+    for function in (partial(fastvae.reparameterize_kl, backend=backend), reference.reparameterize_kl):
+        z, kl = function(*code.chunk(2, dim=1), eps=eps)
+        results.append((z, kl, *torch.autograd.grad((z * dz).sum() + kl.sum(), code)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("per_dimension", [False, True])
 def test_gradcheck(backend, per_dimension):
     mu, logvar, eps = tensors((3, 4), torch.float64)
@@ -105,14 +136,170 @@ def test_a_value_that_is_not_finite_gives_nan(backend):
         source[1, 2] = original
 
 
-def test_noise_comes_from_the_generator():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_comes_from_the_generator(backend):
     mu, logvar, _ = tensors((50, 20), torch.float32)
-    draws = [fastvae.reparameterize_kl(mu, logvar, generator=torch.Generator(DEVICE).manual_seed(s))[0] for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    noise = (draws[0] - mu) * (-0.5 * logvar).exp()
+
+    def draw(seed=None):
+        generator = None if seed is None else torch.Generator(DEVICE).manual_seed(seed)
+        return fastvae.reparameterize_kl(mu, logvar, generator=generator, backend=backend)[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    torch.manual_seed(4)
+    first, second = draw(), draw()
+    torch.manual_seed(4)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+    noise = (first - mu) * (-0.5 * logvar).exp()
     assert abs(noise.mean().item()) < 0.1
     assert abs(noise.std().item() - 1) < 0.1
+
+
+def seeded(shape, seed=5, dtype=torch.float32):
+    """ε, which is z where μ = 0 and σ = 1."""
+    zeros = torch.zeros(shape, dtype=dtype, device=DEVICE)
+    return fastvae.reparameterize_kl(zeros, zeros, generator=torch.Generator(DEVICE).manual_seed(seed), backend="triton")[0].cpu()
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") of counters (…, 4) under a key (2,)."""
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    k0, k1 = (int(k) for k in key)
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1), a & low
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def philox_normal(seed, first_row, n, d):
+    rows, quads = np.meshgrid(first_row + np.arange(n), np.arange(-(-d // 4)), indexing="ij")
+    words = philox(np.stack([quads, rows % 2**32, rows >> 32, 0 * rows], axis=-1), (seed % 2**32, seed >> 32))
+    x, y = words[..., 0::2].astype(np.float64), words[..., 1::2]
+    length = np.sqrt(-2 * np.log((x.astype(np.float32).astype(np.float64) + 0.5) / 2**32)) * np.where(y & np.uint64(1), -1, 1)
+    angle = np.pi * ((y >> np.uint64(9)).astype(np.float64) / 2**23 - 0.5)
+    pairs = np.stack([length * np.cos(angle), length * np.sin(angle)], axis=-1)
+    return torch.from_numpy(pairs.reshape(n, -1)[:, :d])
+
+
+def test_philox_is_the_published_one():
+    assert philox([0, 0, 0, 0], (0, 0)).tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (70, 20), (3, 3000)], ids=str)
+def test_noise_of_the_kernels_is_a_function_of_seed_row_and_column(shape):
+    seed = torch.randint(2**63 - 1, (1,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(5)).item()
+    torch.testing.assert_close(seeded(shape).double(), philox_normal(seed, 0, *shape), rtol=0, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_noise_does_not_depend_on_the_blocks(monkeypatch):
+    from fastvae.kernels import reparameterize_kl as kernels
+
+    expected = seeded((5, 13))
+    for block_n, block_d in ((1, 4), (2, 8), (64, 64)):
+        monkeypatch.setattr(kernels, "row_config", lambda *_, n=block_n, d=block_d: RowConfig(n, d, 1, 4))
+        assert torch.equal(seeded((5, 13)), expected)
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_noise_of_rows_beyond_32_bits():
+    out, first = torch.empty(4, 8, device=DEVICE), 2**32 - 4
+    for start in (first, first + 4):
+        _fill_normal[(1,)](out, 7, start, BLOCK_N=4, BLOCK_D=8)
+        torch.testing.assert_close(out.cpu().double(), philox_normal(7, start, 4, 8), rtol=0, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_noise_of_the_kernels_is_normal():
+    count = 1 << 16
+    noise = seeded((count // 64, 64)).double()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert abs(noise.pow(power).mean().item() - moment) < 5 * (variance / count) ** 0.5
+    uniform, bins = torch.special.ndtr(noise.flatten()), 200
+    chi2 = ((torch.histc(uniform, bins, 0, 1) - count / bins).square() / (count / bins)).sum().item()
+    assert abs(chi2 - (bins - 1)) < 5 * (2 * bins) ** 0.5
+    assert 3.9 < noise.abs().max().item() < 6.7
+    # Neighbours in a row, in a quadruple, and rows; and the squares, which Box and Muller's pairs could share.
+    for values in (noise, noise.square() - 1):
+        for a, b in (
+            (values[:, :-1], values[:, 1:]),
+            (values[:, ::2], values[:, 1::2]),
+            (values[:-1], values[1:]),
+            (values, seeded(noise.shape, 6)),
+        ):
+            assert abs((a * b).mean().item()) < 5 * ((values.var() * b.var()).item() / a.numel()) ** 0.5
+    # float32 holds fewer numbers than this, but no block and no row comes twice.
+    assert noise.unique().numel() > 0.98 * count
+    for block in (noise, noise.reshape(-1, 4)):
+        assert block.unique(dim=0).shape == block.shape
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_noise_is_the_same_in_every_precision(dtype):
+    rtol = 2**-7 if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(seeded((5, 6), dtype=dtype).double(), seeded((5, 6)).double(), rtol=rtol, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(6, 5), (3, 3000)], ids=str)
+def test_backward_makes_the_noise_of_forward_from_the_seed(shape):
+    mu, logvar, dz = (t.requires_grad_() for t in tensors(shape, torch.float64))
+    z, _ = fastvae.reparameterize_kl(mu, logvar, backend="triton")
+    assert sorted(t.numel() for t in z.grad_fn.next_functions[0][0].saved_tensors) == [1, mu.numel(), mu.numel()]
+    grad_mu, grad_logvar = torch.autograd.grad(z, (mu, logvar), dz)
+    torch.testing.assert_close(grad_mu, dz)
+    torch.testing.assert_close(grad_logvar, 0.5 * dz * (z - mu))
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_gradcheck_of_a_seed(per_dimension):
+    mu, logvar, _ = tensors((3, 5), torch.float64)
+
+    def function(mu, logvar):
+        generator = torch.Generator(DEVICE).manual_seed(5)
+        return fastvae.reparameterize_kl(mu, logvar, generator=generator, per_dimension=per_dimension, backend="triton")
+
+    inputs = (mu.requires_grad_(), logvar.requires_grad_())
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_a_captured_step_draws_anew_at_every_replay():
+    mu, logvar, _ = (t.requires_grad_() for t in tensors((64, 20), torch.float32))
+
+    def step():
+        z, kl = fastvae.reparameterize_kl(mu, logvar)
+        return z, *torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z, _, grad_logvar = step()
+    draws = []
+    for _ in range(2):
+        graph.replay()
+        draws.append(z.clone())
+        torch.testing.assert_close(grad_logvar, 0.5 * (z - mu) + 0.5 * (logvar.exp() - 1), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*draws)
 
 
 @pytest.mark.parametrize("per_dimension", [False, True])
@@ -123,6 +310,22 @@ def test_opcheck(per_dimension):
     torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, eps, per_dimension, ""))
     grad_kl = (mu if per_dimension else mu[:, 0]).detach().clone().requires_grad_()
     torch.library.opcheck(torch.ops.fastvae.reparameterize_kl_backward.default, (eps, grad_kl, mu, logvar, eps, per_dimension, ""))
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_opcheck_of_a_seed():
+    mu, logvar, dz = (t.requires_grad_() for t in tensors((3, 4), torch.float64))
+    seed = torch.tensor([2**40 + 3], device=DEVICE)
+    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, seed, False, "triton"))
+    grad_kl = mu[:, 0].detach().clone().requires_grad_()
+    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl_backward.default, (dz, grad_kl, mu, logvar, seed, False, "triton"))
+
+
+def test_the_cpu_path_refuses_a_seed():
+    x = torch.zeros(3, 4)
+    with pytest.raises(NotImplementedError, match="a seed is for the Triton kernels"):
+        torch.ops.fastvae.reparameterize_kl(x, x, torch.tensor([1]), False, "")
 
 
 def test_compiles_whole():
@@ -141,14 +344,38 @@ def test_compiles_whole():
         torch.testing.assert_close(results[0], results[1])
 
 
-def test_compiles_whole_with_its_own_noise():
-    mu, logvar, _ = tensors((4, 3), torch.float32)
-    z, kl = torch.compile(fastvae.reparameterize_kl, fullgraph=True, backend="aot_eager")(mu, logvar)
-    assert z.shape == mu.shape
-    torch.testing.assert_close(kl, reference.reparameterize_kl(mu, logvar)[1])
+def _draw_and_apply(mu, logvar):
+    """What the public function does on a GPU; its check for the interpreter is not for the compiler."""
+    seed = torch.randint(2**63 - 1, (1,), device=mu.device, generator=None)
+    return apply_reparameterize_kl(mu, logvar, seed, False, "triton")
+
+
+@pytest.mark.parametrize(
+    "function", [fastvae.reparameterize_kl, pytest.param(_draw_and_apply, marks=[needs_triton, pytest.mark.interpreter])]
+)
+def test_compiles_whole_with_its_own_noise(function):
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (4, 9):
+        mu, logvar, _ = (t.requires_grad_() for t in tensors((rows, 3), torch.float32))
+        z, kl = compiled(mu, logvar)
+        torch.testing.assert_close(kl, reference.reparameterize_kl(mu, logvar)[1])
+        (grad,) = torch.autograd.grad(z.sum(), logvar)
+        torch.testing.assert_close(grad, 0.5 * (z - mu))
 
 
 def test_functional_gradient():
     mu, logvar, eps = tensors((4, 3), torch.float32)
     grad = torch.func.grad(lambda mu: fastvae.reparameterize_kl(mu, logvar, eps=eps)[1].sum())(mu)
     torch.testing.assert_close(grad, mu)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functional_gradient_with_its_own_noise(backend):
+    mu, logvar, _ = tensors((4, 3), torch.float32)
+
+    def loss(logvar):
+        z, _ = fastvae.reparameterize_kl(mu, logvar, backend=backend)
+        return z.sum(), z
+
+    grad, z = torch.func.grad(loss, has_aux=True)(logvar)
+    torch.testing.assert_close(grad, 0.5 * (z - mu))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fastvae.ops.common import accumulation_dtype
-from fastvae.radial import LOG2_E
 
-# Elements of a block: its five float32 operands fit a 1 MiB second-level cache, and two threads each get a full share of the block.
+# Elements of a block: its five float32 operands fit a second-level cache of 1 or 2 MiB, and fewer would cost more in calls.
 BLOCK = 65_536
+
+_MINUS_ONE = torch.tensor(-1.0, device="cpu")
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
@@ -19,12 +20,20 @@ def forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tup
     dtype = accumulation_dtype(mu.dtype)
     z = mu.new_empty(mu.shape)
     kl = mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=dtype)
-    for rows in _blocks(mu):
-        m, lv, e = (t[rows].to(dtype) for t in (mu, logvar, eps))
-        term = _std(lv)
-        z[rows] = torch.addcmul(m, term, e)
-        term.mul_(term).addcmul_(m, m).sub_(lv).sub_(1).mul_(0.5)
-        kl[rows] = term if per_dimension else term.sum(1)
+    halves = kl.new_full(mu.shape[1:], 0.5)
+    scratch = None
+    for *operands, z_out, kl_out in _blocks(mu, logvar, eps, z, kl):
+        m, lv, e = (t.to(dtype) for t in operands)
+        if scratch is None or len(scratch) != len(m):
+            scratch = m.new_empty(m.shape)
+        std = torch.mul(lv, 0.5, out=scratch).exp_()
+        torch.addcmul(m, std, e, out=z_out)
+        twice_kl = torch.addcmul(_MINUS_ONE, std, std, out=scratch).addcmul_(m, m).sub_(lv)
+        if per_dimension:
+            torch.mul(twice_kl, 0.5, out=kl_out)
+        else:
+            # Faster than a sum where rows are short.
+            torch.mv(twice_kl, halves, out=kl_out)
     return z, kl
 
 
@@ -32,22 +41,21 @@ def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: T
     """dμ and dlogvar (N, D) from dz (N, D) and dKL (N,), or (N, D) per dimension."""
     dtype = accumulation_dtype(mu.dtype)
     grad_mu, grad_logvar = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
-    for rows in _blocks(mu):
-        dz, dkl, m, lv, e = (t[rows].to(dtype) for t in (grad_z, grad_kl, mu, logvar, eps))
-        if not per_dimension:
-            dkl = dkl[:, None]
-        grad_mu[rows] = torch.addcmul(dz, dkl, m)
-        std = _std(lv)
-        term = (std * std).sub_(1).mul_(dkl)
-        grad_logvar[rows] = term.addcmul_(std.mul_(e), dz).mul_(0.5)
+    columns = grad_kl if per_dimension else grad_kl[:, None]
+    scratch = None
+    for *operands, grad_mu_out, grad_logvar_out in _blocks(grad_z, columns, mu, logvar, eps, grad_mu, grad_logvar):
+        dz, dkl, m, lv, e = (t.to(dtype) for t in operands)
+        if scratch is None or len(scratch) != len(m):
+            scratch = m.new_empty(m.shape)
+        torch.addcmul(dz, dkl, m, out=grad_mu_out)
+        std = torch.mul(lv, 0.5, out=scratch).exp_()
+        # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL, in place: a dz that was converted is a copy.
+        term = torch.mul(dz, e, out=grad_logvar_out if mu.dtype == dtype else dz).addcmul_(dkl, std)
+        torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=grad_logvar_out)
     return grad_mu, grad_logvar
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK // x.shape[1])
-    return (slice(start, start + step) for start in range(0, x.shape[0], step))
-
-
-def _std(logvar: Tensor) -> Tensor:
-    """exp(½·logvar), by the faster exp2."""
-    return (logvar * (0.5 * LOG2_E)).exp2_()
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors (N, …) in blocks of rows."""
+    count = -(-tensors[0].numel() // BLOCK)
+    return zip(*(t.chunk(count) for t in tensors), strict=True)

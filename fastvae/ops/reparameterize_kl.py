@@ -1,4 +1,7 @@
-"""The custom ops and the autograd.Function of reparameterise + KL: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`."""
+"""The custom ops and the autograd.Function of reparameterise + KL: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`.
+
+`noise` is ε (N, D), or a seed, an int64 of shape (1,), from which the Triton kernels make ε, in the backward pass again.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,32 @@ from torch import Tensor
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.ops.common import accumulation_dtype, needs_grad
 
-FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor eps, bool per_dimension, str backend) -> (Tensor, Tensor)"
+FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
-    "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor eps, bool per_dimension, str backend) -> (Tensor, Tensor)"
+    "(Tensor grad_z, Tensor grad_kl, Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("fastvae::reparameterize_kl", mutates_args=(), schema=FORWARD_SCHEMA)
-def forward_op(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+def forward_op(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, D) and KL in the accumulation dtype, (N,) or per dimension (N, D)."""
     if backend == "triton":
-        return cast(tuple[Tensor, Tensor], _triton_forward(mu, logvar, eps, per_dimension, backend))
-    return cpu.forward(mu, logvar, eps, per_dimension)
+        return cast(tuple[Tensor, Tensor], _triton_forward(mu, logvar, noise, per_dimension, backend))
+    _refuse_seed(noise)
+    return cpu.forward(mu, logvar, noise, per_dimension)
 
 
 @forward_op.register_kernel("cuda")
-def _triton_forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _triton_forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
     from fastvae.kernels import reparameterize_kl as kernels
 
     z, kl = _outputs(mu, per_dimension)
-    kernels.forward(mu.contiguous(), logvar.contiguous(), eps.contiguous(), z, kl)
+    kernels.forward(_rows(mu), _rows(logvar), noise.contiguous(), z, kl)
     return z, kl
 
 
 @forward_op.register_fake
-def _fake_forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
     return _outputs(mu, per_dimension)
 
 
@@ -44,35 +48,45 @@ def _outputs(mu: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fastvae::reparameterize_kl_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def backward_op(
-    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dμ and dlogvar (N, D)."""
     if backend == "triton":
-        return cast(tuple[Tensor, Tensor], _triton_backward(grad_z, grad_kl, mu, logvar, eps, per_dimension, backend))
-    return cpu.backward(grad_z, grad_kl, mu, logvar, eps, per_dimension)
+        return cast(tuple[Tensor, Tensor], _triton_backward(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend))
+    _refuse_seed(noise)
+    return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
 
 
 @backward_op.register_kernel("cuda")
 def _triton_backward(
-    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     from fastvae.kernels import reparameterize_kl as kernels
 
     grads = _gradients(mu)
-    inputs = (t.contiguous() for t in (grad_z, grad_kl, mu, logvar, eps))
-    kernels.backward(*inputs, *grads)
+    kernels.backward(grad_z.contiguous(), grad_kl.contiguous(), _rows(mu), _rows(logvar), noise.contiguous(), *grads)
     return grads
 
 
 @backward_op.register_fake
 def _fake_backward(
-    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool, backend: str
+    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     return _gradients(mu)
 
 
 def _gradients(mu: Tensor) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as the kernels take it: half of an encoder's result, which is a view, is not copied."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _refuse_seed(noise: Tensor) -> None:
+    if not noise.is_floating_point():
+        raise NotImplementedError("a seed is for the Triton kernels: pass the noise itself, which on a CPU is faster kept than made twice")
 
 
 def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
@@ -100,9 +114,9 @@ class ReparameterizeKL(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # ε and not z: z − μ loses what σ·ε has below the rounding of μ, in bfloat16 a good part of it.
-    mu, logvar, eps, ctx.per_dimension, ctx.backend = inputs
-    ctx.save_for_backward(mu, logvar, eps)
+    # The noise and not z: z − μ loses what σ·ε has below the rounding of μ, in bfloat16 a good part of it.
+    mu, logvar, noise, ctx.per_dimension, ctx.backend = inputs
+    ctx.save_for_backward(mu, logvar, noise)
 
 
 def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,13 +148,14 @@ class ReparameterizeKLBackward(torch.autograd.Function):
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.per_dimension, _ = inputs
+    *tensors, ctx.per_dimension, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -> tuple[Tensor | None, ...]:
     """The derivative of formula (3), in plain PyTorch: second derivatives are rare, and so may cost what they do elsewhere."""
-    dz, dkl, mu, logvar, eps = ctx.saved_tensors
+    dz, dkl, mu, logvar, noise = ctx.saved_tensors
+    eps = _epsilon(noise, mu, ctx.backend)
     var, half_noise = logvar.exp(), 0.5 * eps * (0.5 * logvar).exp()
     u, v = grad_grad_mu, grad_grad_logvar
     column = dkl if ctx.per_dimension else dkl[:, None]
@@ -155,6 +170,13 @@ def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -
         None,
         None,
     )
+
+
+def _epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
+    if noise.is_floating_point():
+        return noise
+    zeros = torch.zeros_like(mu, dtype=accumulation_dtype(mu.dtype))
+    return cast(Tensor, forward_op(zeros, zeros, noise, False, backend)[0])  # z where μ = 0 and σ = 1
 
 
 backward_op.register_autograd(_double_backward, setup_context=_setup_double)
