@@ -1,6 +1,7 @@
 """Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
 
 from fastvae import reference
+from fastvae.bandwidths import mean_bandwidth, median_bandwidth
 from fastvae.functional import (
     GroupMMD,
     group_mmd,
@@ -30,6 +31,8 @@ __all__ = [
     "__version__",
     "group_mmd",
     "kernel_matmul",
+    "mean_bandwidth",
+    "median_bandwidth",
     "mmd",
     "mmd_to_normal",
     "reference",

@@ -19,6 +19,7 @@ BACKENDS = (None, "cpu", "triton", "reference")
 ESTIMATORS = ("biased", "unbiased")
 MMD_ESTIMATORS = (*ESTIMATORS, "linear")
 DENSITY_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
+BANDWIDTH_RULES = ("median", "mean")
 PRECISIONS = (None, "highest", "high", "medium", "ieee")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,11 +127,46 @@ def sizes(name: str, values: object) -> None:
         integer(f"every size of {name}", value, at_least=1)
 
 
+def bandwidth_rule(value: str) -> None:
+    if value not in BANDWIDTH_RULES:
+        raise ValueError(f"bandwidth must be a number, several, or one of {', '.join(map(repr, BANDWIDTH_RULES))}, got {value!r}")
+
+
+def no_bandwidth_rule(value: object) -> None:
+    if isinstance(value, str):
+        bandwidth_rule(value)
+        raise ValueError(
+            f"bandwidth must be a number or several for the closed form against N(0, I), got {value!r}: "
+            f"pass fastvae.{value}_bandwidth(x), or a sample of the prior, mmd(x, torch.randn_like(x), ...)"
+        )
+
+
+def positive_distance(rule: str, distance: Tensor) -> Tensor:
+    """A bandwidth that a rule found, `distance` itself, which is not zero; one that can't be read is nan where it is."""
+    if not _readable(distance):
+        return torch.where(distance == 0, torch.nan, distance)
+    if distance == 0:
+        raise ValueError(
+            f"the {rule} distance between rows must be greater than 0 for bandwidth={rule!r}, got 0, as the rows are mostly duplicates: "
+            "pass a number"
+        )
+    return distance
+
+
+def enough_pairs(z: Tensor) -> None:
+    if z.shape[-2] < 2:
+        raise ValueError(f"a rule for the bandwidth must have at least two rows to take distances of, got {z.shape[-2]}")
+
+
 def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """The bandwidths h_b and their weights a_b as float64 vectors of one length, for data on `device` (any, if None).
 
     Numbers are checked here. A tensor stays on its device, its values unread: the operations turn a value that is not positive into nan.
+    The name of a rule gives nan, in place of which the caller puts what the rule finds.
     """
+    if isinstance(bandwidth, str):
+        bandwidth_rule(bandwidth)
+        return torch.full((1,), torch.nan, dtype=torch.float64), bandwidths(1.0, weights, device)[1]
     h = _vector("bandwidth", bandwidth, device, positive=True)
     if h.numel() == 0:
         raise ValueError("bandwidth must hold at least one value, got none")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae import checks, reference
+from fastvae.bandwidths import resolve
 from fastvae.distributed import gather, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
@@ -27,7 +28,7 @@ def mmd(
     x: Tensor,
     y: Tensor,
     *,
-    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
     kernel: str | Kernel = "rbf",
     estimator: str = "biased",
@@ -48,7 +49,8 @@ def mmd(
         x: (..., N, D), floating point.
         y: (..., M, D), same batch dimensions, dtype and device as x.
         bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
-            require grad.
+            require grad. Or a rule, "median" or "mean": `fastvae.median_bandwidth(x, y)`, in the time of one more sweep and waiting for a
+            GPU, or `fastvae.mean_bandwidth(x, y)`; a constant, and one for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. May require grad where the bandwidth does.
         kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
             "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.radial.Kernel` with parameters of its own.
@@ -119,13 +121,14 @@ def mmd_to_normal(
     checks.points("x", x, batched=True)
     checks.option("estimator", estimator, checks.ESTIMATORS)
     checks.closed_form(kernel)
+    checks.no_bandwidth_rule(bandwidth)
     return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
 
 
 def _mmd(
     x: Tensor,
     y: Tensor | None,
-    bandwidth: float | Sequence[float] | Tensor,
+    bandwidth: float | str | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
     kernel: str | Kernel,
     estimator: str,
@@ -147,6 +150,8 @@ def _mmd(
                 whole[n], starts[n] = gather_rows(points, process_group)
             if weights is not None:
                 whole[n + 2], _ = gather_rows(weights, process_group)
+    if isinstance(bandwidth, str):
+        h = resolve(bandwidth, x if whole[0] is None else whole[0], y if whole[1] is None else whole[1])
     for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
         if points is None:
             continue
@@ -199,7 +204,7 @@ def kernel_matmul(
     y: Tensor,
     v: Tensor,
     *,
-    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
     kernel: str | Kernel = "rbf",
     precision: str | None = None,
@@ -236,6 +241,8 @@ def kernel_matmul(
         checks.same_kind("x", x, name, t)
     family = _kernel_options(kernel, precision, backend, x)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    if isinstance(bandwidth, str):
+        h = resolve(bandwidth, x, y)
     columns = v if v.ndim == 2 else v[:, None]
     if backend == "reference":
         dtype = accumulation_dtype(x.dtype)
@@ -259,7 +266,7 @@ def witness(
     x: Tensor,
     y: Tensor,
     *,
-    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
     kernel: str | Kernel = "rbf",
     precision: str | None = None,
@@ -271,7 +278,7 @@ def witness(
         points: t, (T, D), floating point.
         x: (N, D), same dtype and device as points.
         y: (M, D), likewise.
-        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`.
+        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`, a rule being one of x and y.
 
     Returns:
         (T,), differentiable as `kernel_matmul`.
@@ -286,6 +293,9 @@ def witness(
         checks.points(name, t)
         checks.same_features("points", points, name, t)
         checks.same_kind("points", points, name, t)
+    if isinstance(bandwidth, str):
+        checks.bandwidth_rule(bandwidth)
+        bandwidth = resolve(bandwidth, x, y)
     weights = torch.cat([x.new_full(x.shape[:1], 1 / x.shape[0]), y.new_full(y.shape[:1], -1 / y.shape[0])])
     options = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "kernel": kernel, "precision": precision}
     return kernel_matmul(points, torch.cat([x, y]), weights, backend=backend, **options)  # type: ignore[arg-type]
@@ -315,7 +325,7 @@ def group_mmd(
     *,
     num_groups: int | None = None,
     pairs: Sequence[tuple[int, int]] | Tensor | None = None,
-    bandwidth: float | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
     kernel: str | Kernel = "rbf",
     estimator: str = "biased",
@@ -335,7 +345,8 @@ def group_mmd(
             divided by their sums.
         num_groups: G. By default the largest number in groups plus one, which on a GPU waits for it.
         pairs: (P, 2), the pairs of groups wanted; all by default.
-        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here.
+        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here. A rule takes all rows of z
+            together.
         estimator: "biased" or "unbiased".
         process_group: as in `mmd`, but that each rank sweeps the rows of all; num_groups must be given.
 
@@ -360,6 +371,8 @@ def group_mmd(
     if process_group is not None:
         checks.known_groups(num_groups)
         z, groups = gather(z, process_group), gather_rows(groups, process_group)[0]
+    if isinstance(bandwidth, str):
+        h = resolve(bandwidth, z)
     dtype = accumulation_dtype(z.dtype)
     if not groups.is_floating_point():
         # Sorted, as a tile of rows then meets few groups.

@@ -19,12 +19,13 @@ class MMDLoss(nn.Module):
     """MMD² between two samples, or between a sample and N(0, I), as a loss.
 
     `MMDLoss(bandwidth=2.0)(x, y)` is `fastvae.mmd(x, y, bandwidth=2.0)`, and `MMDLoss(bandwidth=2.0)(x)` is
-    `fastvae.mmd_to_normal(x, bandwidth=2.0)`; the arguments, shapes and errors are those of the two functions.
+    `fastvae.mmd_to_normal(x, bandwidth=2.0)`; the arguments, shapes and errors are those of the two functions. A rule
+    such as bandwidth="median" is applied anew in each call.
     """
 
     def __init__(
         self,
-        bandwidth: float | Sequence[float] | Tensor = 1.0,
+        bandwidth: float | str | Sequence[float] | Tensor = 1.0,
         *,
         bandwidth_weights: Sequence[float] | Tensor | None = None,
         kernel: str | Kernel = "rbf",

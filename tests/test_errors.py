@@ -25,7 +25,10 @@ BAD_MMD = [
     ((X, Y), {"bandwidth": float("nan")}, ValueError, "bandwidth must be finite, got nan"),
     ((X, Y), {"bandwidth": float("inf")}, ValueError, "bandwidth must be finite, got inf"),
     ((X, Y), {"bandwidth": []}, ValueError, "bandwidth must hold at least one value, got none"),
-    ((X, Y), {"bandwidth": "median"}, TypeError, "bandwidth must be a number, got str"),
+    ((X, Y), {"bandwidth": "medain"}, ValueError, "bandwidth must be a number, several, or one of 'median', 'mean', got 'medain'"),
+    ((X, Y), {"bandwidth": ["median"]}, TypeError, "bandwidth must be a number, got str"),
+    ((X, 0 * Y), {"bandwidth": "median"}, ValueError, "the median distance between rows must be greater than 0 for bandwidth='median'"),
+    ((X, 0 * Y), {"bandwidth": "mean"}, ValueError, "the mean distance between rows must be greater than 0 for bandwidth='mean', got 0"),
     ((X, Y), {"bandwidth": True}, TypeError, "bandwidth must be a number, got bool"),
     ((X, Y), {"bandwidth": torch.tensor([1.0, 0.0])}, ValueError, "bandwidth must be greater than 0, got 0"),
     ((X, Y), {"bandwidth": torch.ones(2, 2)}, ValueError, "bandwidth must be a scalar or a vector, got shape (2, 2)"),
@@ -150,6 +153,10 @@ def test_loss_refuses_when_it_is_made():
         fastvae.MMDLoss(estimator="u")
     with pytest.raises(ValueError, match="bandwidth must be greater than 0"):
         fastvae.MMDLoss(bandwidth=-1.0)
+    with pytest.raises(ValueError, match="bandwidth must be a number, several, or one of 'median', 'mean', got 'scott'"):
+        fastvae.MMDLoss(bandwidth="scott")
+    with pytest.raises(ValueError, match=r"closed form against N\(0, I\), got 'median': pass fastvae.median_bandwidth\(x\), or"):
+        fastvae.MMDLoss(bandwidth="median")(X)
     with pytest.raises(ValueError, match="y_weights must be None where y is None"):
         fastvae.MMDLoss()(X, y_weights=HALF)
 

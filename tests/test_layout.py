@@ -15,7 +15,7 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 LAYERS = [
     ["version", "radial", "distributed"],
     ["kernels"],
-    ["checks", "reference"],
+    ["checks", "reference", "bandwidths"],
     ["cpu"],
     ["ops"],
     ["functional"],

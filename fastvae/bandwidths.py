@@ -1,0 +1,223 @@
+"""Bandwidths from the data: the rules that `bandwidth="median"` and `bandwidth="mean"` name, without an array of all pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvae import checks
+
+# Squared distances kept at once by an exact selection (128 MiB), and random pairs that tell it where to look.
+CAPACITY = 1 << 24
+_SAMPLE = 1 << 18
+# Rows of a tile of float64 distances.
+_TILE = {"cpu": 1024}
+_GPU_TILE = 4096
+# Numbers of a block of differences.
+_BLOCK = 1 << 22
+
+
+def median_bandwidth(
+    x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False, pairs: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """h = √(½·median d²) over the pairs i < j of the rows of x and y together, which makes exp(−d²/2h²) = 1/e at the median.
+
+    Exact, in memory O((N + M)·D), in the time of about one sweep over all pairs; or of some random pairs. Of an even number of pairs the
+    median is the lower of the two in the middle, as with `torch.median`; `numpy.median` takes their mean. On a GPU the call waits for it.
+
+    Args:
+        x: (..., N, D), floating point. With batch dimensions the pairs within all items are taken together: one bandwidth a call.
+        y: (..., M, D), same batch dimensions, dtype and device as x; None for the pairs of x alone.
+        self_pairs: take the median over all n² entries of the matrix of distances, its diagonal of zeros included.
+        pairs: how many pairs, drawn at random with replacement, to take in place of all.
+        generator: where the random pairs are drawn from; on the device of x.
+
+    Returns:
+        A float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
+
+    Raises:
+        TypeError, ValueError: x or y as in `fastvae.mmd`; fewer than two rows in all; pairs less than one; a median of 0, as of data that
+            are mostly duplicates.
+
+    Source: Gretton et al. 2012, "A kernel two-sample test", section 8; the convention is that of alibi-detect's `sigma_median`.
+    """
+    z = pooled(x, y)
+    n = z.shape[1]
+    total = z.shape[0] * (n * (n - 1) // 2)
+    if pairs is None:
+        rank = (total - 1) // 2
+        if self_pairs:
+            # Of the sorted n² entries the diagonal comes first, and then each pair twice.
+            rank = max(((2 * total + z.shape[0] * n - 1) // 2 - z.shape[0] * n) // 2, -1)
+        squared = ranked_squared_distance(z, rank)
+    else:
+        checks.integer("pairs", pairs, at_least=1)
+        drawn = _random_squared_distances(z, pairs, generator, self_pairs)
+        squared = drawn.kthvalue((pairs + 1) // 2).values
+    return checks.positive_distance("median", (0.5 * squared).sqrt())
+
+
+def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False) -> Tensor:
+    """h = √(½·mean d²) over the pairs i ≠ j of the rows of x and y together, in closed form, in O((N + M)·D).
+
+    With n rows and their mean c, Σ_{i≠j} d² = 2n·Σ_i ‖z_i − c‖². On a GPU the call does not wait.
+
+    Args:
+        x: (..., N, D), floating point. With batch dimensions the pairs within all items are taken together: one bandwidth a call.
+        y: (..., M, D), same batch dimensions, dtype and device as x; None for the pairs of x alone.
+        self_pairs: divide by n², as over all entries of the matrix of distances, not by n² − n.
+
+    Returns:
+        A float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
+
+    Raises:
+        TypeError, ValueError: x or y as in `fastvae.mmd`; fewer than two rows in all; a mean of 0, where it can be read without waiting.
+
+    Source: Long et al. 2015, "Learning transferable features with deep adaptation networks", section 4, with n²; alibi-detect's
+    `sigma_mean`, with n² − n.
+    """
+    z = _centred(pooled(x, y))
+    n = z.shape[1]
+    return checks.positive_distance("mean", (z.square().sum((1, 2)).mean() / (n if self_pairs else n - 1)).sqrt())
+
+
+def resolve(rule: str, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The bandwidth of a rule by name, as a vector of one."""
+    return {"median": median_bandwidth, "mean": mean_bandwidth}[rule](x, y).reshape(1)
+
+
+def pooled(x: Tensor, y: Tensor | None) -> Tensor:
+    """The rows of x and y together, (items, rows, D), detached."""
+    checks.points("x", x, batched=True)
+    z = x
+    if y is not None:
+        checks.points("y", y, batched=True)
+        checks.same_features("x", x, "y", y)
+        checks.same_batch("x", x, "y", y)
+        checks.same_kind("x", x, "y", y)
+        z = torch.cat([x, y], -2)
+    checks.enough_pairs(z)
+    return z.detach().reshape(-1, *z.shape[-2:])
+
+
+@torch.library.custom_op("fastvae::ranked_squared_distance", mutates_args=(), schema="(Tensor z, int rank) -> Tensor")
+def _ranked_op(*args: Any) -> Tensor:
+    return _select(*args)
+
+
+@_ranked_op.register_fake
+def _fake(z: Tensor, rank: int) -> Tensor:
+    return z.new_empty((), dtype=torch.float64)
+
+
+def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:
+    """The d² of this rank, from 0, among the pairs i < j within the items of z (items, rows, D); 0 if the rank is negative."""
+    return cast(Tensor, _ranked_op(z, rank))
+
+
+def _select(z: Tensor, rank: int) -> Tensor:
+    """One sweep counts what is below a bracket, which random pairs suggest, and keeps what is inside it."""
+    z = _centred(z)
+    if not bool(z.isfinite().all()):
+        return z.new_full((), torch.nan)
+    if rank < 0:
+        return z.new_zeros(())
+    n = z.shape[1]
+    total = z.shape[0] * (n * (n - 1) // 2)
+    # Of its own, as the result depends on no random number.
+    generator = torch.Generator(z.device).manual_seed(0)
+    low, high = 0.0, torch.inf
+    if total > CAPACITY:
+        low, high = _bracket(_random_squared_distances(z, _SAMPLE, generator, False), rank / total, low, high)
+    while True:
+        below, inside, kept = _sweep(z, low, high, generator)
+        if below > rank:
+            low, high = 0.0, low
+        elif below + inside <= rank:
+            low, high = high, torch.inf
+        elif inside == len(kept):
+            return kept.kthvalue(rank - below + 1).values
+        elif bool(kept.min() == kept.max()):
+            return kept[0]
+        else:
+            low, high = _bracket(kept, (rank - below) / inside, low, high)
+
+
+def _sweep(z: Tensor, low: float, high: float, generator: torch.Generator) -> tuple[int, int, Tensor]:
+    """How many d² are below `low` and how many from it to `high`, and those, or a random part of them where they are too many."""
+    below, inside, share, held = 0, 0, 1.0, 0
+    kept: list[Tensor] = []
+    for d2 in _squared_distances(z):
+        below += int((d2 < low).count_nonzero()) if low > 0 else 0
+        found = d2[(d2 >= low) & (d2 <= high)] if low > 0 or high < torch.inf else d2.flatten().clone()
+        inside += len(found)
+        kept.append(_thin(found, share, generator))
+        held += len(kept[-1])
+        while held > CAPACITY:
+            share /= 2
+            kept = [_thin(torch.cat(kept), 0.5, generator)]
+            held = len(kept[0])
+    return below, inside, torch.cat(kept)
+
+
+def _thin(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    if share == 1:
+        return values
+    return values[torch.rand(len(values), device=values.device, generator=generator) < share]
+
+
+def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[float, float]:
+    """Where the quantile lies but for one in ten thousand samples: four standard deviations of its rank to each side."""
+    count = len(sample)
+    ordered = sample.sort().values
+    margin = 4 * (fraction * (1 - fraction) * count) ** 0.5 + 4
+    first, last = int(fraction * count - margin), int(fraction * count + margin) + 1
+    return (float(ordered[first]) if first >= 0 else low, float(ordered[last]) if last < count else high)
+
+
+def _squared_distances(z: Tensor) -> Iterator[Tensor]:
+    """d² of all pairs i < j within the items of z (items, rows, D), a tile in each; the next one reuses its memory."""
+    size = _TILE.get(z.device.type, _GPU_TILE)
+    rounding = 16 * torch.finfo(z.dtype).eps
+    buffer = z.new_empty(min(size, z.shape[1]) ** 2)
+    for rows in z:
+        norm, one = rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])
+        left, right = torch.cat([-2 * rows, norm, one], 1), torch.cat([rows, one, norm], 1).T.contiguous()
+        largest = float(norm.max())
+        tiles = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        for i, j in itertools.combinations_with_replacement(tiles, 2):
+            a, b = left[i], right[:, j]
+            d2 = torch.mm(a, b, out=buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1]))
+            # What rounding leaves of duplicates is no distance.
+            F.threshold(d2, 2 * rounding * largest, 0.0, inplace=True)
+            yield d2[tuple(torch.triu_indices(row=len(d2), col=len(d2), offset=1, device=d2.device))] if i == j else d2
+
+
+def _random_squared_distances(z: Tensor, pairs: int, generator: torch.Generator | None, self_pairs: bool) -> Tensor:
+    """d² of pairs of rows of z (items, rows, D), drawn with replacement."""
+    z = z.double()
+    items, n, dim = z.shape
+    block = max(_BLOCK // dim, 1)
+
+    def draw(below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), device=z.device, generator=generator)
+
+    parts = []
+    for count in [block] * (pairs // block) + [pairs % block]:
+        item, i, j = draw(items, count), draw(n, count), draw(n if self_pairs else n - 1, count)
+        if not self_pairs:
+            j = j + (j >= i)
+        parts.append((z[item, i] - z[item, j]).square().sum(1))
+    return torch.cat(parts)
+
+
+def _centred(z: Tensor) -> Tensor:
+    """z in float64 less the mean of each item, in two steps: the mean of what is far from the origin is itself rounded."""
+    z = z.double()
+    z = z - z.mean(1, keepdim=True)
+    return z - z.mean(1, keepdim=True)

@@ -1,0 +1,197 @@
+"""Rules for the bandwidth against all pairs in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastvae
+from fastvae import bandwidths, mean_bandwidth, median_bandwidth, reference
+from tests.cases import DEVICE
+
+
+def squared_distances(z):
+    z = z.double().cpu().numpy()
+    return np.square(z[:, None] - z[None]).sum(-1)
+
+
+def rows(n, d=3, dtype=torch.float32, offset=0.0, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, d, dtype=torch.float64, generator=generator) + offset).to(DEVICE, dtype)
+
+
+def lower_median(values):
+    return np.sort(values.reshape(-1))[(values.size - 1) // 2]
+
+
+@pytest.mark.parametrize("self_pairs", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(3, 1), (4, 0), (5, 0), (17, 25), (30, 13), (1100, 30)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rules_are_those_of_all_pairs(n, m, self_pairs, offset, dtype):
+    if dtype == torch.bfloat16 and offset:
+        pytest.skip("bfloat16 holds few numbers there")
+    x, y = rows(n, offset=offset, dtype=dtype), rows(m, offset=offset, dtype=dtype, seed=6) if m else None
+    d2 = squared_distances(x if y is None else torch.cat([x, y]))
+    entries = d2 if self_pairs else d2[np.triu_indices(n + m, 1)]
+    median, mean = median_bandwidth(x, y, self_pairs=self_pairs), mean_bandwidth(x, y, self_pairs=self_pairs)
+    assert median.dtype == mean.dtype == torch.float64
+    assert median.item() == pytest.approx((0.5 * lower_median(entries)) ** 0.5, rel=1e-9)
+    assert mean.item() == pytest.approx((0.5 * entries.mean()) ** 0.5, rel=1e-9)
+
+
+def test_median_of_alibi_detect():
+    """`sigma_median` of its PyTorch backend on the pooled sample: an entry of all n² sorted ones, the zeros of the diagonal first."""
+    for n in (4, 5, 6, 7):
+        z = rows(n)
+        index = n + (n * n - n) // 2 - 1
+        expected = (0.5 * np.sort(squared_distances(z).reshape(-1))[index]) ** 0.5
+        assert median_bandwidth(z[:2], z[2:]).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("capacity", [200_000, 2000])
+@pytest.mark.parametrize("values", ["continuous", "few", "two clusters"])
+def test_selection_in_little_memory(monkeypatch, capacity, values):
+    """Whatever the random pairs say, the median is exact: a bracket that holds too much is narrowed, one that misses is widened."""
+    monkeypatch.setattr(bandwidths, "CAPACITY", capacity)
+    monkeypatch.setattr(bandwidths, "_SAMPLE", 400)
+    z = rows(1200, 2)
+    if values == "few":
+        z = (2 * z).round()
+    elif values == "two clusters":
+        z[:849] += 1e4
+    expected = (0.5 * lower_median(squared_distances(z)[np.triu_indices(1200, 1)])) ** 0.5
+    assert median_bandwidth(z).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [(0.0, 1e-3), (1e3, 1e4)])
+def test_a_missed_bracket_is_widened(monkeypatch, wrong):
+    monkeypatch.setattr(bandwidths, "CAPACITY", 1000)
+    brackets = iter([wrong])
+    original = bandwidths._bracket
+    monkeypatch.setattr(bandwidths, "_bracket", lambda *args: next(brackets, None) or original(*args))
+    z = rows(100)
+    expected = (0.5 * lower_median(squared_distances(z)[np.triu_indices(100, 1)])) ** 0.5
+    assert median_bandwidth(z).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_array_of_all_pairs(monkeypatch):
+    """What a sweep keeps is bounded, as is each of its tiles."""
+    monkeypatch.setattr(bandwidths, "CAPACITY", 5000)
+    monkeypatch.setattr(bandwidths, "_TILE", {"cpu": 64})
+    monkeypatch.setattr(bandwidths, "_GPU_TILE", 64)
+    kept, original = [], bandwidths._sweep
+    monkeypatch.setattr(bandwidths, "_sweep", lambda *args: kept.append(original(*args)) or kept[-1])
+    median_bandwidth(rows(600))
+    assert max(len(values) for _, _, values in kept) <= 5000
+    assert max(tile.numel() for tile in bandwidths._squared_distances(rows(600)[None].double())) <= 64 * 64
+
+
+def test_random_pairs():
+    x, y = rows(400), rows(300, seed=6)
+    generator = torch.Generator(DEVICE)
+    estimates = [median_bandwidth(x, y, pairs=20_000, generator=generator.manual_seed(seed)).item() for seed in (1, 1, 2)]
+    assert estimates[0] == estimates[1] != estimates[2]
+    assert estimates == pytest.approx([median_bandwidth(x, y).item()] * 3, rel=0.02)
+    assert median_bandwidth(x[:2], pairs=50).item() == pytest.approx(median_bandwidth(x[:2]).item())
+
+
+def test_batch_dimensions_are_taken_together():
+    x, y = rows(12).reshape(2, 2, 3, 3), rows(8, seed=6).reshape(2, 2, 2, 3)
+    pairs = [squared_distances(torch.cat([a, b]))[np.triu_indices(5, 1)] for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
+    assert median_bandwidth(x, y).item() == pytest.approx((0.5 * lower_median(np.concatenate(pairs))) ** 0.5)
+    assert mean_bandwidth(x, y).item() == pytest.approx((0.5 * np.concatenate(pairs).mean()) ** 0.5)
+    h = median_bandwidth(x, y)
+    torch.testing.assert_close(fastvae.mmd(x, y, bandwidth="median"), fastvae.mmd(x, y, bandwidth=h))
+
+
+RULES = {"median": median_bandwidth, "mean": mean_bandwidth}
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_by_name(rule, kernel):
+    x, y, v = rows(20, dtype=torch.float64), rows(15, dtype=torch.float64, seed=6), rows(15, 2, dtype=torch.float64, seed=7)
+    h, options = RULES[rule](x, y), {"kernel": kernel}
+    x.requires_grad_()
+
+    def equal(named, given):
+        torch.testing.assert_close(named, given)
+        for actual, expected in zip(*(torch.autograd.grad(t.sum(), x) for t in (named, given)), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+    for estimator in ("biased", "unbiased"):
+        equal(
+            fastvae.mmd(x, y, bandwidth=rule, estimator=estimator, **options),
+            reference.mmd(x, y, bandwidth=h, estimator=estimator, **options),
+        )
+    equal(fastvae.MMDLoss(rule, **options)(x, y), reference.mmd(x, y, bandwidth=h, **options))
+    equal(fastvae.kernel_matmul(x, y, v, bandwidth=rule, **options), reference.kernel_matmul(x, y, v, bandwidth=h, **options))
+    equal(fastvae.witness(x[:3], x, y, bandwidth=rule, **options), fastvae.witness(x[:3], x, y, bandwidth=h, **options))
+    labels = torch.arange(20, device=DEVICE) % 3
+    own = RULES[rule](x)
+    equal(
+        fastvae.group_mmd(x, labels, bandwidth=rule, **options).values,
+        fastvae.group_mmd(x, labels, bandwidth=own, **options).values,
+    )
+    assert not own.requires_grad
+
+
+def test_the_loss_takes_the_rule_anew_in_each_call():
+    x, y = rows(20), rows(20, seed=6)
+    loss = fastvae.MMDLoss("median")
+    torch.testing.assert_close(loss(x, y), loss(10 * x, 10 * y))
+    torch.testing.assert_close(loss(10 * x, 10 * y), fastvae.mmd(10 * x, 10 * y, bandwidth=median_bandwidth(10 * x, 10 * y)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_transforms(rule):
+    x, y = rows(12), rows(9, seed=6)
+
+    def loss(x):
+        return fastvae.mmd(x, y, bandwidth=rule)
+
+    (expected,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.fastvae.ranked_squared_distance.default, (rows(9)[None], 7))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(rule, bad):
+    x, y = rows(9), rows(5, seed=6)
+    x[3, 1] = bad
+    assert RULES[rule](x, y).isnan()
+    assert fastvae.mmd(x, y, bandwidth=rule).isnan()
+
+
+@pytest.mark.parametrize("pairs", [None, 100])
+def test_duplicates(pairs):
+    z = rows(1).expand(40, 3).clone() + 1e3
+    z[:5] += rows(5)
+    with pytest.raises(ValueError, match=r"^the median distance between rows must be greater than 0 for bandwidth='median', got 0"):
+        median_bandwidth(z, pairs=pairs)
+    with pytest.raises(ValueError, match=r"median distance"):
+        median_bandwidth(rows(2), self_pairs=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: median_bandwidth(rows(1)), ValueError, "a rule for the bandwidth must have at least two rows to take distances of, got 1"),
+        (lambda: mean_bandwidth(rows(1)), ValueError, "a rule for the bandwidth must have at least two rows to take distances of, got 1"),
+        (lambda: median_bandwidth(rows(3), rows(3, 2)), ValueError, "x and y must have the same number of features"),
+        (lambda: mean_bandwidth(rows(3), rows(3).double()), TypeError, "x and y must have the same dtype"),
+        (lambda: median_bandwidth(rows(3), pairs=0), ValueError, "pairs must be at least 1, got 0"),
+        (lambda: median_bandwidth(rows(3), pairs=1e6), TypeError, "pairs must be an integer, got float"),
+        (lambda: median_bandwidth([1.0]), TypeError, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_errors(call, error, sentence):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith(sentence)
