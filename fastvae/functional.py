@@ -462,14 +462,16 @@ def reparameterize_kl(
     if eps is not None:
         checks.noise(eps, generator, mu)
     shape = mu.shape
-    mu, logvar = mu.reshape(-1, shape[-1]), logvar.reshape(-1, shape[-1])
-    noise = _noise(mu, generator, backend) if eps is None else eps.reshape(mu.shape)
+    mu, logvar = mu.flatten(0, -2), logvar.flatten(0, -2)
+    noise = _noise(mu, generator, backend) if eps is None else eps.flatten(0, -2)
     if backend == "reference":
         dtype = accumulation_dtype(mu.dtype)
         z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
         z = z.to(mu.dtype)
     else:
         z, kl = apply_reparameterize_kl(mu, logvar, noise, per_dimension, backend or "")
+    if len(shape) == 2:
+        return z, kl
     return z.reshape(shape), kl.reshape(shape if per_dimension else shape[:-1])
 
 
