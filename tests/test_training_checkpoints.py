@@ -18,12 +18,13 @@ from fastvae.training.checkpoints import (
     EpochSampler,
     RandomState,
     ResumableLoader,
+    checkpoint_file,
     is_whole,
     newest_first,
     random_state,
     set_random_state,
 )
-from fastvae.training.command import NEWEST_TWO, checkpoint_file
+from fastvae.training.command import NEWEST_TWO
 from fastvae.training.data import ImageData
 from fastvae.training.module import ImageVAE
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import random
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +123,31 @@ def newest_first(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder of checkpoints, links to one of them left out."""
     files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink()]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+
+
+def checkpoint_file(path: str, folder: Path) -> Path:
+    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern."""
+    if path == "last":
+        return last_checkpoint(folder)
+    checkpoint = Path(path)
+    if not is_whole(checkpoint):
+        before = next((str(file) for file in newest_first(checkpoint.parent) if is_whole(file)), None)
+        hint = f"; a whole one beside it is {before!r}" if before else ""
+        raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}{hint}")
+    return checkpoint
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of all runs in `folder`, which may be a pattern; one that is not whole is passed over, and named."""
+    folders = [Path(found) for found in glob.glob(f"{folder}/version_*/checkpoints")]
+    files = [file for found in folders for file in newest_first(found)]
+    if not files:
+        raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if is_whole(file):
+            return file
+        sys.stderr.write(f"warning: {str(file)!r} is not a whole checkpoint, taking the one before it\n")
+    raise ValueError(f"ckpt_path must be a whole checkpoint's file, got none among the {len(files)} in {str(folder)!r}")
 
 
 class EpochSampler(RandomSampler):

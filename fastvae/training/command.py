@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +21,13 @@ from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastvae import checks
+from fastvae.training.apply import encode, export, reconstruct, sample, traverse
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
-from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, is_whole, newest_first
+from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, checkpoint_file
 from fastvae.training.compare import compare
 from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
+from fastvae.training.report import report
 
 # Each is true of our runs, and none asks the user for anything.
 QUIET = (
@@ -39,11 +41,22 @@ QUIET = (
 )
 NEWEST_TWO: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
+# Each command that is a function, and its positional argument if it has one.
+COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
+    "compare": (compare, None),
+    "report": (report, "runs"),
+    "sample": (sample, None),
+    "reconstruct": (reconstruct, None),
+    "encode": (encode, None),
+    "traverse": (traverse, None),
+    "export": (export, None),
+}
+HELP = {"runs": "Folders of runs, or of several versions of one, of which the newest is taken."}
 ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
-    """Says an error in one sentence, and lists `compare` beside Lightning's own subcommands."""
+    """Says an error in one sentence, and lists `COMMANDS` beside Lightning's own subcommands."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -54,7 +67,8 @@ class Parser(LightningArgumentParser):
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
-        action.add_subcommand("compare", compare_parser(), help=compare_parser().description)
+        for name in COMMANDS:
+            action.add_subcommand(name, command_parser(name), help=command_parser(name).description)
         return action
 
 
@@ -154,8 +168,8 @@ def run(args: list[str]) -> int:
         lambda record: not any(words in record.getMessage() for words in ("Tip", "SIGTERMException was raised"))
     )
     try:
-        if args[:1] == ["compare"]:
-            compare(**compare_parser().parse_args(args[1:]).as_dict())
+        if args[:1] and args[0] in COMMANDS:
+            COMMANDS[args[0]][0](**command_parser(args[0]).parse_args(args[1:]).as_dict())
         else:
             CommandLine(
                 ImageVAE,
@@ -183,38 +197,14 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def compare_parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
-        allow_abbrev=False, description="Show on scikit-learn's digits how the ELBO's codes collapse and MMD-VAE's do not."
-    )
+def command_parser(name: str) -> jsonargparse.ArgumentParser:
+    function, positional = COMMANDS[name]
+    parser = jsonargparse.ArgumentParser(prog=f"fastvae {name}", allow_abbrev=False, description=(function.__doc__ or "").split("\n\n")[0])
     parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
-    parser.add_function_arguments(compare)
+    if positional:
+        parser.add_argument(positional, type=str, nargs="+", help=HELP[positional])
+    parser.add_function_arguments(function, skip={positional} if positional else None)
     return parser
-
-
-def checkpoint_file(path: str, folder: Path) -> Path:
-    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern."""
-    if path == "last":
-        return last_checkpoint(folder)
-    checkpoint = Path(path)
-    if not is_whole(checkpoint):
-        before = next((str(file) for file in newest_first(checkpoint.parent) if is_whole(file)), None)
-        hint = f"; a whole one beside it is {before!r}" if before else ""
-        raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}{hint}")
-    return checkpoint
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of all runs in `folder`, which may be a pattern; one that is not whole is passed over, and named."""
-    folders = [Path(found) for found in glob.glob(f"{folder}/version_*/checkpoints")]
-    files = [file for found in folders for file in newest_first(found)]
-    if not files:
-        raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if is_whole(file):
-            return file
-        sys.stderr.write(f"warning: {str(file)!r} is not a whole checkpoint, taking the one before it\n")
-    raise ValueError(f"ckpt_path must be a whole checkpoint's file, got none among the {len(files)} in {str(folder)!r}")
 
 
 def plain(message: str) -> str:

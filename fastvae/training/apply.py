@@ -1,0 +1,226 @@
+"""What a checkpoint is for, once trained: samples, reconstructions, codes, traversals, and files that need no fastvae."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from fastvae import checks
+from fastvae.training import pictures
+from fastvae.training.checkpoints import checkpoint_file
+from fastvae.training.data import ImageData, scaled
+from fastvae.training.module import ImageVAE
+from fastvae.vae import VAE
+
+CHUNK = 1024
+
+
+@torch.no_grad()
+def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", seed: int = 0, runs: str = "runs") -> None:
+    """Decode draws from the prior N(0, I).
+
+    Args:
+        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        n: The number of samples.
+        output: A .png picture, or a .npy array.
+        seed: Of the draws.
+        runs: The folder of all runs.
+    """
+    vae = load(ckpt_path, runs).vae
+    x = vae.sample(checks.integer("n", n, at_least=1), generator=torch.Generator().manual_seed(seed))
+    if not _saved(x, output):
+        pictures.grid(_images(x), Path(output), "Samples: decoded draws from the prior N(0, I)")
+    _tell(output)
+
+
+@torch.no_grad()
+def reconstruct(
+    ckpt_path: str = "last", path: str | None = None, n: int = 32, output: str = "reconstructions.png", runs: str = "runs"
+) -> None:
+    """Encode test data and decode the means of the codes.
+
+    Args:
+        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        path: A folder or file of data; the run's own by default.
+        n: How many of the test data.
+        output: A .png picture of originals and reconstructions, or a .npy array of reconstructions.
+        runs: The folder of all runs.
+    """
+    module = load(ckpt_path, runs)
+    x, _ = test_data(ckpt_path, path, runs, checks.integer("n", n, at_least=1))
+    x_hat = torch.cat([module.vae.reconstruct(part) for part in torch.split(x, CHUNK)])
+    if not _saved(x_hat, output):
+        pictures.reconstructions(_images(x), _images(x_hat.reshape(x.shape)), Path(output))
+    _tell(output)
+
+
+@torch.no_grad()
+def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "codes.npz", runs: str = "runs") -> None:
+    """Encode test data: arrays mu and logvar of shape (N, latent_dim), and labels (N,), in one .npz file.
+
+    Args:
+        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        path: A folder or file of data; the run's own by default.
+        n: How many of the test data; all by default.
+        output: The .npz file.
+        runs: The folder of all runs.
+    """
+    module = load(ckpt_path, runs)
+    x, labels = test_data(ckpt_path, path, runs, n)
+    codes = [module.vae.encode(part) for part in torch.split(x, CHUNK)]
+    arrays = {"mu": torch.cat([mu for mu, _ in codes]).numpy(), "labels": labels.numpy()}
+    logvars = [logvar for _, logvar in codes if logvar is not None]
+    if logvars:
+        arrays["logvar"] = torch.cat(logvars).numpy()
+    _suffix(output, ".npz")
+    np.savez(output, **arrays)  # type: ignore[arg-type]
+    _tell(output)
+
+
+@torch.no_grad()
+def traverse(
+    ckpt_path: str = "last",
+    path: str | None = None,
+    image: int = 0,
+    reach: float = 3.0,
+    steps: int = 11,
+    output: str = "traversal.png",
+    runs: str = "runs",
+) -> None:
+    """Move one latent dimension of a code at a time, a row each, the most informative dimension first.
+
+    Args:
+        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        path: A folder or file of data; the run's own by default.
+        image: Which of the test data has the code that is moved.
+        reach: From minus this to this.
+        steps: In how many columns.
+        output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
+        runs: The folder of all runs.
+    """
+    vae = load(ckpt_path, runs).vae
+    x, _ = test_data(ckpt_path, path, runs, None)
+    if not 0 <= image < len(x):
+        raise ValueError(f"image must be from 0 to {len(x) - 1}, the number of the test data, got {image}")
+    mu = torch.cat([vae.encode(part)[0] for part in torch.split(x[:10_000], CHUNK)])
+    order = mu.var(0, correction=0).argsort(descending=True)
+    code = vae.encode(x[image : image + 1])[0]
+    values = torch.linspace(-checks.real("reach", reach, above=0), reach, checks.integer("steps", steps, at_least=2))
+    z = code.repeat(len(order), len(values), 1)
+    for row, d in enumerate(order):
+        z[row, :, d] = values
+    decoded = vae.likelihood.mean(vae.decode(z.flatten(0, 1)))
+    if not _saved(decoded.unflatten(0, z.shape[:2]), output):
+        title = f"z from −{reach:g} to {reach:g}, a dimension a row: " + ", ".join(str(int(d)) for d in order)
+        pictures.grid(_images(decoded), Path(output), title if len(title) < 60 else f"z from −{reach:g} to {reach:g}", columns=len(values))
+    _tell(output)
+
+
+def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") -> None:
+    """Write encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and the weights and options beside them.
+
+    encoder.pt2 takes x (N, *shape) to mu and logvar (mu alone if the posterior is deterministic), decoder.pt2 takes z (N, latent_dim) to
+    E[x|z]. Load them with `torch.export.load(file).module()`. The weights are model.safetensors where the package safetensors is there,
+    else model.pt for `torch.load(file, weights_only=True)`.
+
+    Args:
+        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        output: The folder of the files.
+        runs: The folder of all runs.
+    """
+    module = load(ckpt_path, runs)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch")
+    options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    for name, part, example in (
+        ("encoder", _Encoder(module.vae), torch.rand(2, *options["shape"])),
+        ("decoder", _Decoder(module.vae), torch.zeros(2, module.vae.latent_dim)),
+    ):
+        program = torch.export.export(part.eval(), (example,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, folder / f"{name}.pt2")
+    weights = {name: tensor.contiguous() for name, tensor in module.vae.state_dict().items()}
+    if importlib.util.find_spec("safetensors"):
+        from safetensors.torch import save_file  # type: ignore[import-not-found, unused-ignore]
+
+        save_file(weights, folder / "model.safetensors")
+    else:
+        torch.save(weights, folder / "model.pt")
+    (folder / "options.json").write_text(json.dumps(options, indent=1, default=list) + "\n", encoding="utf-8")
+    _tell(output)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        mu, logvar = self.vae.encode(x)
+        return mu if logvar is None else (mu, logvar)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.likelihood.mean(self.vae.decode(z))
+
+
+def load(ckpt_path: str, runs: str) -> ImageVAE:
+    """The module of a checkpoint, on the CPU, for evaluation."""
+    file = checkpoint_file(ckpt_path, Path(runs, "*"))
+    module: ImageVAE = ImageVAE.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    return module.eval()
+
+
+def test_data(ckpt_path: str, path: str | None, runs: str, n: int | None) -> tuple[Tensor, Tensor]:
+    """The first n (all, if None) of the test data in the units of the model, and their labels."""
+    config = checkpoint_file(ckpt_path, Path(runs, "*")).parent.parent / "config.yaml"
+    try:
+        options = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        if path is None:
+            raise ValueError(f"path must be given where the run has no config.yaml, got none beside {str(config)!r}") from error
+        options = {}
+    if path is not None:
+        options |= {"path": path}
+        if options.get("name") in ("mnist_5k", "digits"):
+            options["name"] = "auto"
+    data = ImageData(**options)
+    data.setup()
+    images, labels = data.splits["test"]
+    n = len(images) if n is None else checks.integer("n", n, at_least=1)
+    return scaled(images[:n]), labels[:n]
+
+
+def _images(x: Tensor) -> Tensor:
+    if x.ndim != 4:
+        raise ValueError(f"output must be a .npy file where the data are no images, got a picture of shape {tuple(x.shape[1:])}")
+    return x
+
+
+def _saved(x: Tensor, output: str) -> bool:
+    """Whether the array was written: a picture is left to the caller."""
+    _suffix(output, ".png", ".npy")
+    if output.endswith(".npy"):
+        np.save(output, x.numpy())
+    return output.endswith(".npy")
+
+
+def _suffix(output: str, *known: str) -> None:
+    if not output.endswith(known):
+        raise ValueError(f"output must end in {' or '.join(known)}, got {output!r}")
+
+
+def _tell(output: str) -> None:
+    sys.stdout.write(f"Written: {Path(output).resolve()}\n")

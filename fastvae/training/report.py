@@ -1,0 +1,308 @@
+"""One page about a run, or about several side by side, from what they logged: report.html, which needs no other file, and report.png."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.ticker import MaxNLocator
+
+PICTURES = {"reconstructions.png": "Reconstructions", "samples.png": "Samples from the prior", "latent.png": "Codes"}
+TABLE = {
+    "negative_elbo": ("−ELBO", "nats", "{:.2f}"),
+    "reconstruction": ("−log p(x|z)", "nats", "{:.2f}"),
+    "kl": ("KL(q(z|x) ‖ p(z))", "nats", "{:.2f}"),
+    "mutual_information": ("mutual information I(x; z)", "nats", "{:.2f}"),
+    "active_units": ("active units", "", "{:.0f}"),
+    "total_correlation": ("total correlation of q(z)", "nats", "{:.2f}"),
+    "marginal_mmd": ("MMD² of q(z) to N(0, I)", "", "{:.2g}"),
+    "mmd_standardised": ("that in standard deviations at N(0, I)", "", "{:.1f}"),
+}
+COLOURS = ("#1f5fa8", "#d1622b", "#3c8d5a", "#8a4fa0", "#6b6b6b")
+MOST_RUNS = len(COLOURS)
+
+
+@dataclass
+class Run:
+    """What one run logged: metric → its (epoch, value) or (step, value) in order."""
+
+    name: str
+    folder: Path
+    epochs: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    steps: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def curve(self, metric: str) -> tuple[str, list[tuple[float, float]]]:
+        """Of validation, else of training."""
+        return next(
+            ((stage, self.epochs[f"{stage}/{metric}"]) for stage in ("val", "train") if self.epochs.get(f"{stage}/{metric}")), ("", [])
+        )
+
+    def last(self, metric: str) -> float:
+        points = self.curve(metric)[1]
+        return points[-1][1] if points else math.nan
+
+    def dimensions(self, metric: str) -> list[float]:
+        """The last value for each latent dimension, largest first."""
+        stage = self.curve(f"{metric}_000")[0]
+        names = sorted(name for name in self.epochs if name.startswith(f"{stage}/{metric}_") and name[-3:].isdigit())
+        return sorted((self.epochs[name][-1][1] for name in names), reverse=True)
+
+
+def report(runs: list[str], output: str | None = None) -> None:
+    """Draw runs side by side from what they logged, on one page: report.html and report.png.
+
+    Args:
+        runs: Folders of runs, or of several versions of one, of which the newest is taken; five at most.
+        output: The folder of the two files; the first run's by default.
+    """
+    if not 1 <= len(runs) <= MOST_RUNS:
+        raise ValueError(f"runs must name one to {MOST_RUNS} folders, got {len(runs)}")
+    loaded = _named([read_run(run_folder(run)) for run in runs])
+    folder = Path(output) if output else loaded[0].folder
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [("What the codes keep", overview(loaded)), ("Over the epochs", curves(loaded))]
+    figures += [(f"Pictures of {run.name}", figure) for run in loaded if (figure := pictures(run)) is not None]
+    images = [(title, _png(figure)) for title, figure in figures]
+    (folder / "report.html").write_text(page(loaded, images), encoding="utf-8")
+    _stack([imread(io.BytesIO(png)) for _, png in images], folder / "report.png")
+    sys.stdout.write(f"{sentence(loaded)}\nReport: {(folder / 'report.html').resolve()}\n")
+
+
+def run_folder(path: str) -> Path:
+    folder = Path(path)
+    if not (folder / "metrics.csv").is_file():
+        versions = [file.parent for file in folder.glob("version_*/metrics.csv")]
+        if not versions:
+            raise FileNotFoundError(f"runs must be folders of runs with a metrics.csv, got {path!r}")
+        folder = max(versions, key=lambda version: (version / "metrics.csv").stat().st_mtime_ns)
+    return folder
+
+
+def read_run(folder: Path) -> Run:
+    """What a run logged, and before it what the run logged that it goes on from."""
+    run = Run(folder.parent.name, folder)
+    rows = _rows(folder)
+    first = min((float(row["step"]) for row in rows if row.get("step")), default=math.inf)
+    before = _predecessor(folder)
+    if before is not None:
+        rows = [row for row in _rows(before) if row.get("step") and float(row["step"]) < first] + rows
+    by_epoch: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        try:
+            epoch, step = float(row.get("epoch") or "nan"), float(row.get("step") or "nan")
+            values = {name: float(text) for name, text in row.items() if name and text and name not in ("epoch", "step")}
+        except ValueError as error:
+            raise ValueError(f"{folder / 'metrics.csv'} must hold numbers, got {error}") from error
+        for name, value in values.items():
+            if name.endswith("_step") or "gradient_norm" in name:
+                run.steps[name].append((step, value))
+            else:
+                by_epoch[name.removesuffix("_epoch")][epoch] = value
+    for name, points in by_epoch.items():
+        run.epochs[name] = sorted(points.items())
+    return run
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _predecessor(folder: Path) -> Path | None:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        before = Path(config["ckpt_path"]).parent.parent
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return before if (before / "metrics.csv").is_file() and before.resolve() != folder.resolve() else None
+
+
+def _named(runs: list[Run]) -> list[Run]:
+    """Runs of one name are told apart by their version."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = f"{run.name} {run.folder.name}"
+    return runs
+
+
+def sentence(runs: list[Run]) -> str:
+    """What the codes of each run keep of the data."""
+    told = []
+    for run in runs:
+        units, all_units = run.last("active_units"), len(run.dimensions("mu_variance"))
+        of = f" of {all_units}" if all_units else ""
+        told.append(f"{run.name}: I(x; z) = {run.last('mutual_information'):.2f} nats, {units:.0f}{of} active units")
+    return "; ".join(told)
+
+
+def overview(runs: list[Run]) -> Figure:
+    figure = Figure(figsize=(14, 7.2), layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    _bars(figure.add_subplot(grid[0, 0]), runs, "mutual_information", "Mutual information I(x; z), nats")
+    units = figure.add_subplot(grid[0, 1])
+    _bars(units, runs, "active_units", "Active units")
+    total = max((len(run.dimensions("mu_variance")) for run in runs), default=0)
+    if total:
+        units.axvline(total, color="#999999", linewidth=1, linestyle=":")
+        units.set_xlim(0, total * 1.12)
+    _bars(figure.add_subplot(grid[0, 2]), runs, "reconstruction", "−log p(x|z), nats")
+    _bars(figure.add_subplot(grid[0, 3]), runs, "mmd_standardised", "MMD² to N(0, I), in its standard deviations")
+    _dimensions(figure.add_subplot(grid[1, :2]), runs, "kl_dimension", "KL of each latent dimension, nats, largest first")
+    _dimensions(figure.add_subplot(grid[1, 2:]), runs, "mu_variance", "Var of the posterior mean of each dimension, largest first")
+    return figure
+
+
+def curves(runs: list[Run]) -> Figure:
+    figure = Figure(figsize=(14, 6.6), layout="constrained")
+    panels = figure.subplots(2, 4).ravel()
+    titles = {
+        "reconstruction": "−log p(x|z), nats",
+        "kl": "KL, nats",
+        "mutual_information": "I(x; z), nats",
+        "active_units": "Active units",
+        "total_correlation": "Total correlation, nats",
+        "mmd_standardised": "MMD² to N(0, I), standardised",
+    }
+    for axes, (metric, title) in zip(panels, titles.items(), strict=False):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            for stage, style in (("train", ":"), ("val", "-")):
+                points = run.epochs.get(f"{stage}/{metric}", [])
+                if points:
+                    _line(
+                        axes, points, color=colour, linestyle=style, label=f"{run.name}, {'validation' if stage == 'val' else 'training'}"
+                    )
+        _finish(axes, title, "epoch")
+    if panels[0].lines:
+        panels[0].legend(fontsize=7, frameon=False)
+    for run, colour in zip(runs, COLOURS, strict=False):
+        low, high = run.curve("logvar_min")[1], run.curve("logvar_max")[1]
+        if low and high:
+            panels[6].fill_between([e for e, _ in low], [v for _, v in low], [v for _, v in high], color=colour, alpha=0.25, linewidth=0)
+            _line(panels[6], low, color=colour)
+            _line(panels[6], high, color=colour)
+        for (name, points), style in zip(
+            ((name, points) for name, points in sorted(run.steps.items()) if "gradient_norm" in name), ("-", "--", ":", "-."), strict=False
+        ):
+            _line(panels[7], points, color=colour, linestyle=style, label=f"{run.name}, {name.split('norm_')[1].replace('_', ' ')}")
+    _finish(panels[6], "Range of logvar", "epoch")
+    _finish(panels[7], "Gradient norm of each term", "step")
+    if panels[7].lines:
+        panels[7].set_yscale("log")
+        panels[7].legend(fontsize=7, frameon=False)
+    for axes in panels:
+        if not axes.lines:
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "not logged", ha="center", va="center", color="#999999", transform=axes.transAxes)
+    return figure
+
+
+def pictures(run: Run) -> Figure | None:
+    """The run's own pictures in a row, None if it has none."""
+    found = [(title, imread(run.folder / file)) for file, title in PICTURES.items() if (run.folder / file).is_file()]
+    if not found:
+        return None
+    widths = [image.shape[1] / image.shape[0] for _, image in found]
+    figure = Figure(figsize=(14, 14 / sum(widths) + 0.4), layout="constrained")
+    figure.suptitle(run.name, fontsize=12, fontweight="bold")
+    for axes, (_, image) in zip(figure.subplots(1, len(found), width_ratios=widths, squeeze=False)[0], found, strict=True):
+        axes.imshow(image)
+        axes.axis("off")
+    return figure
+
+
+def page(runs: list[Run], images: list[tuple[str, bytes]]) -> str:
+    head = "".join(f'<th style="color:{colour}">{html.escape(run.name)}</th>' for run, colour in zip(runs, COLOURS, strict=False))
+    rows = []
+    for metric, (title, unit, form) in TABLE.items():
+        values = [run.last(metric) for run in runs]
+        cells = "".join(f"<td>{form.format(value) if math.isfinite(value) else '–'}</td>" for value in values)
+        rows.append(f"<tr><th>{html.escape(title)}{f' ({unit})' if unit else ''}</th>{cells}</tr>")
+    figures = "".join(
+        f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for title, png in images
+    )
+    folders = "".join(f"<li>{html.escape(run.name)}: <code>{html.escape(str(run.folder))}</code></li>" for run in runs)
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#222}"
+        "img{max-width:100%;height:auto}h1{margin-bottom:.2rem}h2{margin-top:2rem;border-bottom:1px solid #ddd}"
+        "table{border-collapse:collapse}th,td{padding:.25rem 1rem;text-align:right;border-bottom:1px solid #eee}"
+        "th:first-child{text-align:left;font-weight:normal}p.lead{font-size:1.05rem}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(" and ".join(run.name for run in runs))}</title>'
+        f"<style>{style}</style></head><body><h1>{html.escape(' and '.join(run.name for run in runs))}</h1>"
+        f'<p class="lead">{html.escape(sentence(runs))}.</p>'
+        f"<table><tr><th>last epoch, on validation data if there is any</th>{head}</tr>{''.join(rows)}</table>{figures}"
+        f"<h2>Runs</h2><ul>{folders}</ul></body></html>\n"
+    )
+
+
+def _bars(axes: Axes, runs: list[Run], metric: str, title: str) -> None:
+    values = [run.last(metric) for run in runs]
+    positions = np.arange(len(runs))[::-1]
+    axes.barh(positions, np.nan_to_num(values), color=COLOURS[: len(runs)], height=0.6)
+    for position, value in zip(positions, values, strict=True):
+        text = f"{value:.4g}" if math.isfinite(value) else "not logged"
+        axes.annotate(text, (max(np.nan_to_num(value), 0), position), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(positions, [run.name for run in runs])
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    _finish(axes, title, "")
+
+
+def _dimensions(axes: Axes, runs: list[Run], metric: str, title: str) -> None:
+    width = 0.8 / len(runs)
+    for i, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
+        values = run.dimensions(metric)
+        axes.bar(np.arange(1, len(values) + 1) + (i - (len(runs) - 1) / 2) * width, values, width, color=colour, label=run.name)
+    if any(run.dimensions(metric) for run in runs):
+        axes.legend(frameon=False)
+    _finish(axes, title, "latent dimension, sorted")
+
+
+def _line(axes: Axes, points: list[tuple[float, float]], **options: Any) -> None:
+    axes.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else None, linewidth=1.4, **options)
+
+
+def _finish(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    if label in ("epoch", "latent dimension, sorted"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, facecolor="white")
+    return stream.getvalue()
+
+
+def _stack(images: list[Any], file: Path) -> None:
+    """The figures below one another, in one picture."""
+    height, width = sum(image.shape[0] for image in images), max(image.shape[1] for image in images)
+    sheet = np.ones((height, width, 3), dtype=np.float32)
+    top = 0
+    for image in images:
+        sheet[top : top + image.shape[0], : image.shape[1]] = image[..., :3]
+        top += image.shape[0]
+    figure = Figure(figsize=(width / 110, height / 110))
+    figure.figimage(sheet)
+    figure.savefig(file, dpi=110)
