@@ -42,6 +42,13 @@ def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
     return cast(Tensor, _SumShares.apply(share, group))  # type: ignore[no-untyped-call]
 
 
+def global_mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The mean over the first dimension of x, taken over all ranks, whose gradient is that to these rows times the number of ranks."""
+    rows = x.new_tensor([x.shape[0]])
+    total = sum_shares(torch.cat([x.sum(0).reshape(-1), rows]), group)
+    return (total[:-1] / total[-1].detach()).reshape(x.shape[1:])
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

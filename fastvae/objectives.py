@@ -29,15 +29,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvae import checks
+from fastvae.distributed import gather, global_mean
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
 from fastvae.radial import Kernel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ESTIMATORS = ("biased", "unbiased")
 TC_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
@@ -192,6 +196,11 @@ class VAEObjective(nn.Module):
         dip_weights: (lambda_od, lambda_d) of (4), each ≥ 0.
         dip_kind: "i" or "ii".
 
+    Attributes:
+        process_group: of `torch.distributed`, None at first. Set it, and every term is that of the batches of all its ranks together, the
+            same on each rank: with data parallelism the model then trains as one process with the whole batch does. Batches may differ in
+            size. `VAEModule` sets it in a run of several processes.
+
     Raises:
         ValueError: a negative weight (training would maximise that divergence), a bandwidth that is not positive, an unknown estimator or
             kind, a capacity together with free bits.
@@ -239,6 +248,7 @@ class VAEObjective(nn.Module):
         self.dip_weights = tuple(checks.real(name, w, at_least=0) for name, w in zip(("lambda_od", "lambda_d"), dip_weights, strict=True))
         checks.option("dip_kind", dip_kind, DIP_KINDS)
         self.dip_kind = dip_kind
+        self.process_group: ProcessGroup | None = None
 
     def set(
         self,
@@ -355,9 +365,9 @@ class VAEObjective(nn.Module):
         Raises:
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
         """
-        reconstruction = -output.likelihood.log_prob(output.reconstruction, x).mean()
+        reconstruction = -self._mean(output.likelihood.log_prob(output.reconstruction, x))
         summands = {"reconstruction": reconstruction}
-        kl = None if output.kl is None else output.kl.mean()
+        kl = None if output.kl is None else self._mean(output.kl)
         distance = tc = dip = None
         if _counts(self.kl_weight):
             if output.kl is None or kl is None:
@@ -378,17 +388,25 @@ class VAEObjective(nn.Module):
         loss = functools.reduce(torch.add, summands.values())
         return ObjectiveTerms(loss, reconstruction, kl, distance, tc, dip, summands)
 
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean over the samples of all processes, as the first dimension of x."""
+        return x.mean(0) if self.process_group is None else global_mean(x, self.process_group)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The rows of all processes."""
+        return x if self.process_group is None else gather(x, self.process_group)
+
     def _kl_penalty(self, output: VAEOutput, kl: Tensor) -> Tensor:
         if self.capacity is not None:
-            return (kl - _weight(self.capacity, kl)).abs().mean()
+            return self._mean((kl - _weight(self.capacity, kl)).abs())
         if not self.free_bits:
-            return kl.mean()
+            return self._mean(kl)
         assert output.logvar is not None
         d = output.mu.shape[1]
         if d % self.free_bits_group:
             raise ValueError(f"free_bits_group must divide the number of latent dimensions, {d}, got {self.free_bits_group}")
         _, per_dimension = reparameterize_kl(output.mu, output.logvar, eps=torch.zeros_like(output.mu), per_dimension=True)
-        return per_dimension.mean(0).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
+        return self._mean(per_dimension).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
     def _mmd(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
         bandwidth = self.bandwidth
@@ -396,26 +414,29 @@ class VAEObjective(nn.Module):
             d = z.shape[1]
             bandwidth = [math.sqrt(2 * d * s) for s in IMQ_SCALES] if self.kernel.name == "imq" else math.sqrt(d)
         if self.kernel.name == "rbf":
-            return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator)
-        return mmd(z, torch.randn_like(z) if prior is None else prior, bandwidth=bandwidth, kernel=self.kernel, estimator=self.estimator)
+            return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator, process_group=self.process_group)
+        prior = torch.randn_like(z) if prior is None else prior
+        group = self.process_group
+        return mmd(z, prior, bandwidth=bandwidth, kernel=self.kernel, estimator=self.estimator, process_group=group)
 
     def _total_correlation(self, output: VAEOutput) -> Tensor:
         if output.logvar is None:
             raise ValueError("tc_weight must be 0 for a deterministic posterior, which has no density, got a weight")
+        codes = [self._whole(t) for t in (output.z, output.mu, output.logvar)]
         # A batch for evaluation may be larger than the training set.
-        size = max(self.dataset_size or 0, len(output.z))
-        return total_correlation(output.z, output.mu, output.logvar, dataset_size=size, estimator=self.tc_estimator).total_correlation
+        size = max(self.dataset_size or 0, len(codes[0]))
+        return total_correlation(*codes, dataset_size=size, estimator=self.tc_estimator).total_correlation
 
     def _dip(self, output: VAEOutput) -> Tensor:
         # A covariance in bfloat16 would not see a variance of one.
         with torch.autocast(output.mu.device.type, enabled=False):
-            mu = output.mu.to(torch.promote_types(output.mu.dtype, torch.float32))
+            mu = self._whole(output.mu.to(torch.promote_types(output.mu.dtype, torch.float32)))
             centred = mu - mu.mean(0)
             covariance = centred.T @ centred / len(mu)
             if self.dip_kind == "ii":
                 if output.logvar is None:
                     raise ValueError("dip_kind must be 'i' for a deterministic posterior, which has no variance, got 'ii'")
-                covariance = covariance + output.logvar.to(mu.dtype).exp().mean(0).diag()
+                covariance = covariance + self._mean(output.logvar.to(mu.dtype).exp()).diag()
             diagonal = covariance.diagonal()
             lambda_od, lambda_d = self.dip_weights
             return lambda_od * (covariance - diagonal.diag()).square().sum() + lambda_d * (diagonal - 1).square().sum()
@@ -468,13 +489,14 @@ class ImportanceWeighted(VAEObjective):
         doubly = self.gradient == "doubly"
         posterior = (mu.detach(), logvar.detach()) if doubly else (mu, logvar)
         log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), z.reshape(len(mu), self.samples, -1), *posterior)
-        loss = math.log(self.samples) - log_w.logsumexp(1).mean()
+        loss = math.log(self.samples) - self._mean(log_w.logsumexp(1))
         if doubly and z.requires_grad:
             share = log_w.detach().softmax(1).reshape(-1, 1)
             # The decoder has its gradient with weights w̃_k before this, the encoder gets w̃_k² after it.
             z.register_hook(lambda gradient: gradient * share.to(gradient.dtype))  # type: ignore[no-untyped-call]
         distance = self._mmd(z.detach()) if all_terms and len(z) > 1 else None
-        return ObjectiveTerms(loss, -log_likelihood.detach().mean(), output.kl.detach().mean(), distance, summands={"bound": loss})
+        means = self._mean(log_likelihood.detach()), self._mean(output.kl.detach())
+        return ObjectiveTerms(loss, -means[0], means[1], distance, summands={"bound": loss})
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, gradient={self.gradient!r}"

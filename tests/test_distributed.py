@@ -78,28 +78,40 @@ def losses(rank, world):
     torch.testing.assert_close(value, fastvae.mmd_to_normal(x, bandwidth=8.0))
 
 
+OBJECTIVES = {
+    "MMD-VAE": lambda: fastvae.VAEObjective.mmd_vae(50.0),
+    "WAE, IMQ": lambda: fastvae.VAEObjective.wae_mmd(20.0, kernel="imq"),
+    "β-TC-VAE": lambda: fastvae.VAEObjective.beta_tc_vae(4.0, 100),
+    "free bits": lambda: fastvae.VAEObjective.vae(free_bits=0.3),
+    "DIP-VAE": lambda: fastvae.VAEObjective.dip_vae(2.0, kind="ii"),
+}
+
+
 def gradients_that_average_to_the_whole(rank, world):
-    """Twenty steps under DistributedDataParallel against one process."""
-    torch.manual_seed(0)
-    n = sum(ROWS[world])
-    data = torch.randn(20, n, 4)
-    alone, shared = (torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2))
-    shared.load_state_dict(alone.state_dict())
-    shared = torch.nn.parallel.DistributedDataParallel(shared)
-    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (alone, shared)]
-    for batch in data:
-        values = []
-        for model, optimizer, x, group in zip(
-            (alone, shared), optimizers, (batch, own(rank, world, batch)[0]), (None, dist.group.WORLD), strict=True
-        ):
-            optimizer.zero_grad()
-            value = fastvae.mmd_to_normal(model(x), bandwidth=1.5, estimator="unbiased", process_group=group)
-            value.backward()
-            optimizer.step()
-            values.append(value.detach())
-        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
-    for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    """Twenty steps under DistributedDataParallel against one process: the same losses and the same parameters."""
+    for make_objective in OBJECTIVES.values():
+        torch.manual_seed(0)
+        n = sum(ROWS[world])
+        batches = [(torch.rand(n, 1, 2, 4), torch.randn(n, 2), torch.randn(n, 2)) for _ in range(20)]
+        alone, shared = (fastvae.VAE.mlp((1, 2, 4), latent_dim=2, hidden=[8]) for _ in range(2))
+        shared.load_state_dict(alone.state_dict())
+        parallel = torch.nn.parallel.DistributedDataParallel(shared)
+        optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (alone, shared)]
+        objectives = [make_objective() for _ in range(2)]
+        objectives[1].process_group = dist.group.WORLD
+        for batch in batches:
+            values = []
+            for model, optimizer, objective, (x, eps, prior) in zip(
+                (alone, parallel), optimizers, objectives, (batch, own(rank, world, *batch)), strict=True
+            ):
+                optimizer.zero_grad()
+                terms = objective(model(x, eps=eps), x, prior=prior)
+                terms.loss.backward()
+                optimizer.step()
+                values.append(terms.loss.detach())
+            torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+        for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def gathering(rank, world):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
@@ -69,6 +70,13 @@ class VAEModule(LightningModule):
         self._train_terms: Callable[[Tensor], tuple[VAEOutput, ObjectiveTerms]] = (
             torch.compile(self._terms, fullgraph=True, dynamic=True) if compile else self._terms
         )
+
+    def setup(self, stage: str) -> None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.objective.process_group = dist.group.WORLD
+
+    def teardown(self, stage: str) -> None:
+        self.objective.process_group = None
 
     def forward(self, x: Tensor) -> VAEOutput:
         if self.channels_last:
@@ -152,7 +160,7 @@ class VAEModule(LightningModule):
             logvars = [codes.logvar for codes in self._codes if codes.logvar is not None]
             scalars, per_dimension = code_summary(mu, torch.cat(logvars)[:size] if logvars else None, z)
             for name, values in per_dimension.items():
-                if len(values) <= MOST_LOGGED_DIMENSIONS:
+                if stage != "test" and len(values) <= MOST_LOGGED_DIMENSIONS:
                     scalars |= {f"{name}_{d:03d}": float(value) for d, value in enumerate(values)}
             self.log_dict({f"{stage}/{name}": float(value) for name, value in scalars.items()}, sync_dist=True)
         self._codes = []
