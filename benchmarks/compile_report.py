@@ -5,8 +5,9 @@
     python -m benchmarks.compile_report --quick                         the rows that the tests compile again
 
 A row holds registers, spills and shared memory; the instructions in the inner loop for a pair of points (for an element, in row-wise
-kernels), by unit; the cycles that each unit needs for them on one multiprocessor; and the time of one sweep over N = 65,536 rows against as
-many columns (half of the pairs where the sweep is symmetric) on the GPU named, were its slowest unit always busy.
+kernels; for a pair and a dimension, in those of total correlation), by unit; the cycles that each unit needs for them on one
+multiprocessor; and the time of one sweep over N = 65,536 rows against as many columns (half of the pairs where the sweep is symmetric) on
+the GPU named, were its slowest unit always busy.
 """
 
 from __future__ import annotations
@@ -20,12 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPUS, ISSUE
 from benchmarks.sass import Binary, compile_kernel, is_matrix
-from fastvae.kernels import mmd, reparameterize_kl
-from fastvae.kernels.config import SHARED_MEMORY, RowConfig, SweepConfig, difference_config, padded_dim, row_config, sweep_config
+from fastvae.kernels import mmd, reparameterize_kl, total_correlation
+from fastvae.kernels.config import (
+    SHARED_MEMORY,
+    DensityConfig,
+    RowConfig,
+    SweepConfig,
+    density_config,
+    difference_config,
+    padded_dim,
+    row_config,
+    sweep_config,
+)
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS = 65_536
@@ -97,7 +109,21 @@ class Rows:
         return {"bf16": 2, "fp32": 4, "fp64": 8}[self.dtype]
 
 
-Variant = Sweep | Differences | Rows
+@dataclass(frozen=True)
+class Density:
+    """One variant of a kernel of `total_correlation`."""
+
+    direction: str  # marginal, joint, rows or columns
+    dtype: str
+    dim: int
+    stratified: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.dtype} D{self.dim} {'stratified' if self.stratified else 'weighted'}"
+
+
+Variant = Sweep | Differences | Rows | Density
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -126,6 +152,13 @@ def variants(architecture: int) -> Iterator[Variant]:
         # No two elements move at once, and the widest numbers.
         for dtype in ("fp32", "fp64"):
             yield Rows(direction, dtype, 7, seeded=True)
+    for direction in ("marginal", "joint", "rows", "columns"):
+        for stratified in (False, True):
+            # As many dimensions as a block of gradients has.
+            for dim in (16, 32):
+                yield Density(direction, "fp32", dim, stratified)
+            if architecture == 90:
+                yield Density(direction, "fp64", 8, stratified)
 
 
 def quick(variant: Variant, architecture: int) -> bool:
@@ -135,6 +168,8 @@ def quick(variant: Variant, architecture: int) -> bool:
         return architecture != 86 and variant in worst
     if isinstance(variant, Rows):
         return True
+    if isinstance(variant, Density):
+        return variant.dtype == "fp32" and variant.dim == 32
     counted = {
         *(Sweep("highest", 16, False, within, bandwidths) for within in (False, True) for bandwidths in (1, 5)),
         *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
@@ -144,22 +179,25 @@ def quick(variant: Variant, architecture: int) -> bool:
     return variant in counted
 
 
-def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig:
+def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
     if isinstance(variant, Sweep):
         return sweep_config(variant.dim, variant.precision, variant.gradient, variant.bandwidths, architecture)
     if isinstance(variant, Differences):
         return difference_config(8 if variant.dtype == "fp64" else 4)
+    if isinstance(variant, Density):
+        gradient = variant.direction in ("rows", "columns")
+        return density_config(variant.dim, variant.dtype == "fp64", gradient, variant.stratified, architecture)
     return row_config(variant.dim, variant.itemsize)
 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
-    describe: Any = {Sweep: _sweep, Differences: _differences, Rows: _rows}[type(variant)]
+    describe: Any = {Sweep: _sweep, Differences: _differences, Rows: _rows, Density: _density}[type(variant)]
     config = config_of(variant, architecture)
     kernel, binary, units, work = describe(variant, config, architecture)
     gpu = GPUS[architecture]
     bound = max(units, key=lambda unit: units[unit])
-    per = "element" if isinstance(variant, Rows) else "pair"
+    per = "element" if isinstance(variant, Rows) else "pair and dimension" if isinstance(variant, Density) else "pair"
     return {
         "kernel": kernel,
         "variant": variant.name,
@@ -183,6 +221,8 @@ def row(variant: Variant, architecture: int) -> dict[str, Any]:
 def _count(variant: Variant) -> float:
     if isinstance(variant, Rows):
         return PREDICTED_ROWS * variant.dim
+    if isinstance(variant, Density):
+        return PREDICTED_ROWS**2 * variant.dim
     symmetric = isinstance(variant, Sweep) and variant.symmetric
     return PREDICTED_ROWS**2 / (2 if symmetric else 1)
 
@@ -260,6 +300,25 @@ def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
     units = _cycles(work, gpu.fp64)
     units["memory"] = arrays * variant.itemsize * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second
     return f"reparameterize_kl.{variant.direction}_kernel", binary, units, work
+
+
+def _density(variant: Density, config: DensityConfig, architecture: int) -> Described:
+    fn = getattr(total_correlation, f"{variant.direction}_kernel")
+    sizes = ("rows", "columns", "N", "M", "offset", "D", "BLOCKED_D")
+    types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")} | {n: "i32" for n in sizes if n in fn.arg_names}
+    dtype = torch.float64 if variant.dtype == "fp64" else torch.float32
+    constants = {
+        "STRATIFIED": variant.stratified,
+        "LEAST_SUM": total_correlation.LEAST_SUM[dtype],
+        "LOWEST": torch.finfo(dtype).min,
+        "UNIT": 1 / total_correlation.KAPPA2,
+    } | config.launch()
+    constants = {name: value for name, value in constants.items() if name in fn.arg_names or name.startswith("num_")}
+    binary = compile_kernel(fn, types, constants, architecture, aligned=("rows", "columns"))
+    # A turn of the sweep looks at each dimension in turn: the joint exponent at all of them, gradients at those of a block.
+    turns = 1 if variant.direction == "marginal" else variant.dim if variant.direction == "joint" else config.block_d
+    work = _per_unit(_inner_loop(binary, turns), turns * config.block_n * config.block_m / (32 * config.num_warps))
+    return f"total_correlation.{variant.direction}_kernel", binary, _cycles(work, GPUS[architecture].fp64), work
 
 
 def _inner_loop(binary: Binary, trips: int = 1) -> collections.Counter[str]:

@@ -33,6 +33,28 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class DensityConfig:
+    """A tile of a sweep over posteriors in every dimension.
+
+    Attributes:
+        block_n: rows (or posteriors) that a program owns, one a thread or more.
+        block_m: posteriors (or rows) of a step of its sweep.
+        block_d: dimensions whose gradients it keeps in registers.
+    """
+
+    block_n: int
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        """The keyword arguments of a kernel."""
+        blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "BLOCK_D": self.block_d}
+        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """A block of a row-wise kernel.
 
@@ -167,6 +189,20 @@ def padded_dim(dim: int, config: SweepConfig) -> int:
 
 def difference_config(itemsize: int) -> SweepConfig:
     return SweepConfig(32, 32 if itemsize == 4 else 16, 4, 8, 4, 1)
+
+
+def density_config(dim: int, double: bool, gradient: bool, stratified: bool, architecture: int) -> DensityConfig:
+    """For `dim` dimensions. Each block of dimensions computes the joint exponent anew, and each step places its sums once: both are as long
+    as spills nothing, which `benchmarks/results/compile_report.jsonl` shows. Stratified weights take registers of their own."""
+    if not gradient:
+        return DensityConfig(128, 16 if double else 32, 1, 4, 1)
+    if double:
+        return DensityConfig(128, 8, min(_next_power_of_2(dim), 8), 4, 1)
+    block_d = min(_next_power_of_2(dim), 16 if architecture == 120 and not stratified else 32)
+    block_m = 32 if stratified or (architecture < 90 and block_d == 16) else 64
+    if stratified and architecture in _TCGEN05 and block_d == 16:
+        block_m = 16
+    return DensityConfig(128, block_m, block_d, 4, 1)
 
 
 def row_config(dim: int, itemsize: int, *strides: int) -> RowConfig:

@@ -11,10 +11,11 @@ from fastvae import reference
 from fastvae.reference.total_correlation import log_weights
 from tests.cases import DEVICE, needs_triton
 
+pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 ESTIMATORS = ["minibatch_weighted", "minibatch_stratified"]
 TERMS = (1.0, 3.0, -0.7)
-SHAPES = [(2, 1), (7, 3), (70, 5), (130, 33)]
+SHAPES = [(2, 1), (7, 3), (20, 11), (130, 5), (20, 33)]
 # Roundings of eps a term: a log density is a sum over D terms of some nats each, and the weight of a pair in a gradient is as good as the
 # exponent of its joint density.
 ROUNDINGS = 32
@@ -112,6 +113,10 @@ def test_stratified_reference_has_its_weights_on_the_diagonals():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(backend, shape, dtype, estimator):
+    if backend == "triton" and not torch.cuda.is_available():
+        wanted = {torch.float64: [(2, 1), (7, 3), (20, 11)], torch.float32: [(7, 3), (130, 5), (20, 33)]}
+        if shape not in wanted.get(dtype, [(7, 3)]):
+            pytest.skip("the interpreter is slow")
     inputs = batch(*shape, dtype)
     actual = evaluate(fastvae.total_correlation, inputs, estimator=estimator, backend=backend)
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
@@ -186,7 +191,6 @@ def test_layouts(backend):
     assert_close(evaluate(fastvae.total_correlation, (z, mu, logvar), backend=backend), exactly((z, mu, logvar)), 6, torch.float32)
 
 
-@pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["z", "mu", "logvar"])
@@ -206,7 +210,9 @@ def test_gradcheck(backend, estimator):
     def function(*inputs):
         return tuple(fastvae.total_correlation(*inputs, dataset_size=9, estimator=estimator, backend=backend))
 
-    assert torch.autograd.gradcheck(function, inputs)
+    # The interpreter is slow: along one random direction.
+    slow = backend == "triton"
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=slow, check_undefined_grad=not slow)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

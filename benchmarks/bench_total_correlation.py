@@ -1,0 +1,157 @@
+"""β-TC-VAE's terms: python -m benchmarks.bench_total_correlation appends rows to benchmarks/results/total_correlation_cpu.jsonl (or _cuda).
+
+The usual code, with its N×N×D arrays, at sizes that it can hold, and fastvae alone at 16,384 × 32, where each of those arrays takes 32 GiB.
+Value and gradient are checked against float64 before anything is timed. As microbenchmarks: pytest benchmarks --benchmark-only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvae
+from benchmarks.measure import commit, interleaved, machine, peak_extra_mib, summary
+from benchmarks.rows import RESULTS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DATASET_SIZE = 60_000
+BETA = 6.0
+SIZES = [(1024, 10), (2048, 10), (1024, 32), (2048, 32), (4096, 10), (4096, 32)]
+LARGE = (16_384, 32)
+# Rows of the exact gradient at sizes that the dense formula can't hold.
+CHECKED_ROWS = 4
+
+
+def eager(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """The usual code: log densities of all pairs in all dimensions."""
+    n = z.shape[0]
+
+    def log_density(x: Tensor, m: Tensor, lv: Tensor) -> Tensor:
+        return -0.5 * ((x - m).square() * torch.exp(-lv) + lv + math.log(2 * math.pi))
+
+    pairs = log_density(z[:, None], mu[None], logvar[None])
+    log_weight = -math.log(n * DATASET_SIZE)
+    log_q = torch.logsumexp(pairs.sum(2), 1) + log_weight
+    log_marginals = (torch.logsumexp(pairs, 1) + log_weight).sum(1)
+    log_conditional = log_density(z, mu, logvar).sum(1)
+    log_prior = log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+    return (log_conditional - log_q + BETA * (log_q - log_marginals) + log_marginals - log_prior).mean()
+
+
+def fused(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    terms = fastvae.total_correlation(z, mu, logvar, dataset_size=DATASET_SIZE)
+    return terms.mutual_information + BETA * terms.total_correlation + terms.dimensionwise_kl
+
+
+PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"fastvae": fused, "eager": eager}
+
+
+def batch(n: int, d: int) -> list[Tensor]:
+    """Codes of a trained VAE: posteriors a third as wide as the prior, more or less."""
+    generator = torch.Generator().manual_seed(0)
+    mu, logvar, eps = (torch.randn(n, d, generator=generator) for _ in range(3))
+    logvar = 0.5 * logvar - 2
+    return [t.to(DEVICE) for t in (mu + (0.5 * logvar).exp() * eps, mu, logvar)]
+
+
+def step(provider: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    value = provider(*inputs)
+    return value.detach(), torch.autograd.grad(value, inputs) if inputs[0].requires_grad else ()
+
+
+def check(provider: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> str:
+    """At 512 rows, where float64 is dense."""
+    leaves = [t[:512].detach().clone().requires_grad_() for t in inputs]
+    exact = step(eager, [t.detach().double().requires_grad_() for t in leaves])
+    value, grads = step(provider, leaves)
+    if abs(value.double() - exact[0]).item() > 1e-5 * abs(exact[0]).item():
+        return f"wrong value: {value.item()} for {exact[0].item()}"
+    errors = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(grads, exact[1], strict=True)]
+    return "ok" if max(errors) < 1e-4 else f"wrong gradient: {max(errors):.1e}"
+
+
+def errors_of_large(inputs: list[Tensor]) -> dict[str, float]:
+    """Of the value and of some rows of dz, by the dense formula in float64 on a few rows at a time."""
+    z, mu, logvar = (t.detach().double() for t in inputs)
+    n, log_weight = z.shape[0], -math.log(z.shape[0] * DATASET_SIZE)
+
+    def densities(rows: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = -0.5 * ((rows[:, None] - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+        return torch.logsumexp(pairs.sum(2), 1) + log_weight, (torch.logsumexp(pairs, 1) + log_weight).sum(1)
+
+    parts = [densities(rows) for rows in z.split(16)]
+    log_q, log_marginals = (torch.cat(part) for part in zip(*parts, strict=True))
+    own = -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    prior = -0.5 * (z.square() + math.log(2 * math.pi))
+    exact = (own.sum(1) - log_q + BETA * (log_q - log_marginals) + log_marginals - prior.sum(1)).mean()
+    chosen = torch.arange(0, n, n // CHECKED_ROWS, device=z.device)
+    part = z[chosen].requires_grad_()
+    q, marginals = densities(part)
+    own = -0.5 * (part - mu[chosen]).square() * torch.exp(-logvar[chosen])
+    terms = own.sum(1) - q + BETA * (q - marginals) + marginals + 0.5 * part.square().sum(1)
+    (expected,) = torch.autograd.grad(terms.sum() / n, part)
+    value, grads = step(fused, inputs)
+    return {
+        "relative_error": abs(value.item() - exact.item()) / abs(exact.item()),
+        "gradient_relative_error": ((grads[0][chosen].double() - expected).norm() / expected.norm()).item(),
+    }
+
+
+@pytest.mark.parametrize("provider", list(PROVIDERS))
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "value and gradient"])
+@pytest.mark.parametrize(("n", "d"), SIZES[:3])
+def test_total_correlation(benchmark, provider, gradient, n, d):
+    inputs = batch(n, d)
+    assert check(PROVIDERS[provider], inputs) == "ok"
+    inputs = [t.requires_grad_(gradient) for t in inputs]
+
+    def run():
+        step(PROVIDERS[provider], inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one case; three rounds at least")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without-large", action="store_true", help="leave 16,384 × 32 out")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    common = {"device": machine(DEVICE), "threads": args.threads, "torch": torch.__version__, "commit": commit()}
+    common["date"] = datetime.now(timezone.utc).date().isoformat()
+    cases = [(n, d, list(PROVIDERS)) for n, d in SIZES] + [(*LARGE, ["fastvae"])] * (not args.without_large)
+    for n, d, names in cases:
+        inputs = batch(n, d)
+        status = {name: check(PROVIDERS[name], inputs) for name in names}
+        for direction in ("forward", "forward+backward"):
+            leaves = [t.detach().requires_grad_(direction != "forward") for t in inputs]
+            steps = {name: partial(step, PROVIDERS[name], leaves) for name in names if status[name] == "ok"}
+            memory = {name: peak_extra_mib(run, DEVICE) for name, run in steps.items()}
+            large = (n, d) == LARGE
+            times = interleaved(steps, DEVICE, 1 if large else args.rounds, args.seconds)
+            for name in names:
+                row = {"benchmark": "total_correlation", "direction": direction, "n": n, "dim": d, "dtype": "float32"}
+                row |= {"provider": name, "status": status[name]}
+                if name in times:
+                    row |= summary(times[name], DEVICE) | {"extra_mib": memory[name]}
+                if large and direction != "forward":
+                    row |= errors_of_large(leaves)
+                print(json.dumps(row), flush=True)
+                with (RESULTS / f"total_correlation_{DEVICE}.jsonl").open("a") as file:
+                    file.write(json.dumps(row | common) + "\n")
+
+
+if __name__ == "__main__":
+    main()
