@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPUS, ISSUE
+from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, compile_kernel, is_matrix
-from fastvae.kernels import mmd, reparameterize_kl, total_correlation
+from fastvae.kernels import mmd, pairs, reparameterize_kl, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
@@ -38,6 +38,7 @@ from fastvae.kernels.config import (
     row_config,
     sweep_config,
 )
+from fastvae.radial import RBF, Kernel
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS = 65_536
@@ -45,8 +46,15 @@ ARCHITECTURES = tuple(GPUS)
 PRECISIONS = ("highest", "high", "medium", "ieee", "float64")
 # Fewer than 16 features are padded to 16; the kernels for 256 features are those for all more.
 DIMS = (16, 64, 128, 256)
-_POINTER = {"highest": "*bf16", "medium": "*bf16", "high": "*fp32", "ieee": "*fp32", "float64": "*fp64"}
-_PRODUCTS = {"highest": 3, "medium": 1, "high": 1, "ieee": 1, "float64": 1}
+_POINTER = {"highest": "*bf16", "medium": "*bf16", "high": "*fp32", "ieee": "*fp32", "float64": "*fp64", "tf32x3": "*fp32"}
+_PRODUCTS = {"tf32x3": 3, "highest": 3, "medium": 1, "high": 1, "ieee": 1, "float64": 1}
+
+
+def kernel_words(kernel: Kernel) -> list[str]:
+    """Its name and parameters as words of a variant's name; none for the one without a name before it had siblings."""
+    if isinstance(kernel, RBF):
+        return []
+    return [kernel.name, *(f"{name}{value:g}" for name, value in dataclasses.asdict(kernel).items())]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Sweep:
     bandwidths: int = 1
     weighted: bool = False
     ladder: bool = True  # each bandwidth's k is the square of the one before
+    kernel: Kernel = RBF()  # noqa: RUF009, frozen
 
     @property
     def symmetric(self) -> bool:
@@ -74,7 +83,7 @@ class Sweep:
             "within" if self.within else "across",
             f"bandwidths{self.bandwidths}",
         ]
-        return " ".join(parts + ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted)
+        return " ".join(parts + ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,8 @@ def quick(variant: Variant, architecture: int) -> bool:
 
 def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
     if isinstance(variant, Sweep):
-        return sweep_config(variant.dim, variant.precision, variant.gradient, variant.bandwidths, architecture)
+        products, powers = products_of(variant.kernel, variant.precision)[1], pairs.family_of(variant.kernel) == pairs.QUADRATIC.value
+        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, powers)
     if isinstance(variant, Differences):
         return difference_config(8 if variant.dtype == "fp64" else 4)
     if isinstance(variant, Density):
@@ -227,38 +237,52 @@ def _count(variant: Variant) -> float:
     return PREDICTED_ROWS**2 / (2 if symmetric else 1)
 
 
+def _rate(products: str, gpu: GPU) -> float:
+    """Multiply-adds a cycle of a multiprocessor."""
+    rates = {"highest": gpu.bf16, "medium": gpu.bf16, "high": gpu.tf32, "tf32x3": gpu.tf32, "ieee": gpu.fp32, "float64": gpu.fp64}
+    return rates[products]
+
+
+def products_of(kernel: Kernel, precision: str) -> tuple[int, str]:
+    """The constexpr MODE, and what `kernels.config` calls its products."""
+    mode = pairs.modes_of(kernel, "ieee" if precision == "float64" else precision)[0]
+    return mode, pairs.products_of(mode, torch.float64 if precision == "float64" else torch.float32)
+
+
 def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     dim = padded_dim(variant.dim, config)
-    product = _POINTER[variant.precision]
+    mode, products = products_of(variant.kernel, variant.precision)
+    product = _POINTER[products]
     scalar = "*fp64" if variant.precision == "float64" else "*fp32"
     types = dict.fromkeys(("row_hi_ptr", "row_lo_ptr", "col_hi_ptr", "col_lo_ptr"), product)
     types |= dict.fromkeys(
         ("row_half_ptr", "col_half_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "value_ptr", "slope_ptr", "moments_ptr"), scalar
     )
-    types |= {"differences_ptr": "*i32", "M": "i32", "padding": "i32"}
+    types |= {"route_ptr": "*i32", "M": "i32", "padding": "i32"}
     constants = {
+        "ROUTE": 0,
+        "FAMILY": pairs.family_of(variant.kernel),
         "WITHIN": variant.within,
         "SYMMETRIC": variant.symmetric,
         "GRADIENT": variant.gradient,
         "WEIGHTED": variant.weighted,
-        "MODE": mmd.PRECISION.get(variant.precision, mmd.PRECISION["ieee"]),
+        "MODE": mode,
         "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": mmd.pack_squarings((0, *[int(variant.ladder)] * (variant.bandwidths - 1))),
+        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.ladder)] * (variant.bandwidths - 1))),
         "D": dim,
     }
     binary = compile_kernel(mmd.sweep_kernel, types, constants | config.launch(), architecture, aligned=("M",))
     ops = _inner_loop(binary, dim // config.block_k)
     work = _per_unit(ops, config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
-    rate = {"highest": gpu.bf16, "medium": gpu.bf16, "high": gpu.tf32, "ieee": gpu.fp32, "float64": gpu.fp64}[variant.precision]
-    products = _PRODUCTS[variant.precision] * (dim + (config.block_d if variant.gradient else 0))
-    width = {"*bf16": 2, "*fp32": 4, "*fp64": 8}[product] * (2 if variant.precision == "highest" else 1)
+    multiplied = _PRODUCTS[products] * (dim + (config.block_d if variant.gradient else 0))
+    width = {"*bf16": 2, "*fp32": 4, "*fp64": 8}[product] * (2 if products in ("highest", "tf32x3") else 1)
     loaded = width * dim / config.block_n
     if dim > config.block_k:
         loaded += width * dim / config.block_m + width * config.block_d / config.block_n * variant.gradient
     blocks = dim // config.block_d
     units = _cycles(work, gpu.fp64)
-    units["products"] = products / rate
+    units["products"] = multiplied / _rate(products, gpu)
     units["memory"] = loaded / CACHE_BYTES
     # Each block of features of the gradient takes a sweep of its own.
     repeats = blocks if variant.gradient else 1
@@ -268,13 +292,15 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
 def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
     dim = -(-variant.dim // 16) * 16
     names = ("row_ptr", "col_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "scale_ptr", "value_ptr", "slope_ptr", "moments_ptr")
-    types = dict.fromkeys(names, f"*{variant.dtype}") | {"differences_ptr": "*i32", "M": "i32"}
+    types = dict.fromkeys(names, f"*{variant.dtype}") | {"route_ptr": "*i32", "M": "i32"}
     constants = {
+        "ROUTE": 1,
+        "FAMILY": pairs.family_of(RBF()),
         "WITHIN": True,
         "GRADIENT": variant.gradient,
         "WEIGHTED": False,
         "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": mmd.pack_squarings((0, *[1] * (variant.bandwidths - 1))),
+        "SQUARINGS": pairs.pack_squarings((0, *[1] * (variant.bandwidths - 1))),
         "D": dim,
     }
     binary = compile_kernel(mmd.differences_kernel, types, constants | config.launch(), architecture)

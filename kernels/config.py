@@ -163,6 +163,32 @@ MIN_TILES = 4
 @functools.lru_cache(maxsize=64)
 def device_limits(device: torch.device) -> Device:
     if device.type != "cuda":
+    # Three tf32 products instead of three of bfloat16: the operands take twice the room.
+    ("wgmma tf32x3", False): (
+        _Rule(64, _ANY, SweepConfig(128, 128, _ALL, _ALL, 8, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 128, 32, 32, 8, 2)),
+    ),
+    ("wgmma tf32x3", True): (
+        _Rule(16, _ANY, SweepConfig(128, 64, _ALL, _ALL, 8, 2)),
+        _Rule(64, _ANY, SweepConfig(128, 32, _ALL, _ALL, 8, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 128, 4, 2)),
+    ),
+    ("tcgen05 tf32x3", False): (
+        _Rule(64, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 1)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 64, 32, 32, 8, 2)),
+    ),
+    ("tcgen05 tf32x3", True): (
+        _Rule(32, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 64, 32, 64, 4, 2)),
+    ),
+    ("mma tf32x3", False): (
+        _Rule(32, _ANY, SweepConfig(128, 64, _ALL, _ALL, 8, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(128, 64, 32, 32, 8, 2)),
+    ),
+    ("mma tf32x3", True): (
+        _Rule(32, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
+    ),
         return DEFAULT_DEVICE
     major, minor = torch.cuda.get_device_capability(device)
     return Device(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
@@ -173,8 +199,8 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
     return max(1, min(2 * multiprocessors // programs, tiles // MIN_TILES))
 
 
-def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int) -> SweepConfig:
-    """For rows of `dim` features; `precision` is one of `fastvae.mmd` or "float64"."""
+def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False) -> SweepConfig:
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a general power."""
     unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
     config = next(rule.config for rule in rules if dim <= rule.dim and bandwidths <= rule.bandwidths)
@@ -196,8 +222,12 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
     as spills nothing, which `benchmarks/results/compile_report.jsonl` shows. Stratified weights take registers of their own."""
     if not gradient:
         return DensityConfig(128, 16 if double else 32, 1, 4, 1)
+    unit += " tf32x3" * (precision == "tf32x3")
     if double:
         return DensityConfig(128, 8, min(_next_power_of_2(dim), 8), 4, 1)
+    if powers and bandwidths > 1 and config.block_m > 32:
+        # The logarithm and two powers of each bandwidth take more registers than the products.
+        config = replace(config, block_m=config.block_m // 2)
     block_d = min(_next_power_of_2(dim), 16 if architecture == 120 and not stratified else 32)
     block_m = 32 if stratified or (architecture < 90 and block_d == 16) else 64
     if stratified and architecture in _TCGEN05 and block_d == 16:
@@ -207,6 +237,17 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
 
 def row_config(dim: int, itemsize: int, *strides: int) -> RowConfig:
     """For rows of `dim` features that start `strides` elements apart: blocks of 2,048 elements, 16 a thread. Half as many where an element
+def matmul_config(dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int) -> MatmulConfig:
+    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be "differences"."""
+    block_c = min(max(16, _next_power_of_2(columns)), 64)
+    block_k = min(max(16, _next_power_of_2(dim)), 32)
+    if precision == "differences":
+        return MatmulConfig(32, 32, 16, 8, 4, 1, 16)
+    if precision in ("ieee", "float64"):
+        return MatmulConfig(32, 32, 16, 16, 4, 1, 16)
+    return MatmulConfig(64, 32, block_k, block_k, 4, 2, min(block_c, 32) if gradient else block_c)
+
+
     takes twice the registers, for itself or, without vectors, for its address."""
     vector = math.gcd(dim, *strides, 16 // itemsize)
     elements = 2048 if itemsize < 8 and vector > 1 else 1024

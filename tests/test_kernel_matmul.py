@@ -8,6 +8,8 @@ from fastvae import reference
 from fastvae.radial import KERNELS, RationalQuadratic
 from tests.cases import DEVICE, TOLERANCE, evaluate, needs_triton
 
+pytestmark = pytest.mark.usefixtures("interpreter_warnings")
+
 BACKENDS = [None, pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 ALL_KERNELS = [*KERNELS, RationalQuadratic(0.5)]
 

@@ -11,6 +11,8 @@ from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.radial import KERNELS
 from tests.cases import DEVICE, evaluate, needs_triton
 
+pytestmark = pytest.mark.usefixtures("interpreter_warnings")
+
 BACKENDS = [None, pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 
 

@@ -1,0 +1,533 @@
+"""What the kernels over pairs of rows share: products in every precision, φ and φ' of every family, and the operands of a sample.
+
+Rows come in scaled so that the product with the norms added, u_i·u_j − ½‖u_i‖² − ½‖u_j‖² = −½‖u_i − u_j‖², is what φ takes of the widest
+bandwidth: −t_0·log₂e for RBF, −t_0/α for the rational quadratic, −(d·log₂e/h_0)² for Laplace, −(d/h_0)² for energy. Of a polynomial it is
+u_i·u_j = t_0.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, KernelSum, Laplace, Polynomial, RationalQuadratic
+
+# How products are taken. The last takes no product for the exponent: it sums squares of differences, feature by feature.
+IEEE = tl.constexpr(0)
+TF32 = tl.constexpr(1)
+BF16 = tl.constexpr(2)
+SPLIT = tl.constexpr(3)
+SPLIT_TF32 = tl.constexpr(4)
+DIFFERENCES = tl.constexpr(5)
+PRECISION = {"ieee": IEEE.value, "high": TF32.value, "medium": BF16.value, "highest": SPLIT.value}
+
+# The constexpr FAMILY; from POLYNOMIAL on its degree is added.
+GAUSSIAN = tl.constexpr(0)
+QUADRATIC = tl.constexpr(1)
+QUADRATIC_HALF = tl.constexpr(2)
+QUADRATIC_ONE = tl.constexpr(3)
+LAPLACE = tl.constexpr(4)
+ENERGY = tl.constexpr(5)
+POLYNOMIAL = tl.constexpr(16)
+
+# Bandwidths whose 3 coefficients each a thread keeps in registers; more are read again for each tile.
+MAX_HOISTED = tl.constexpr(6)
+
+# Steepest γ·‖x‖² at which products of float32 keep the gradient to 1e-4 (to 5e-6 in IEEE mode), as benchmarks/accuracy.py shows: two
+# bfloat16 parts place a point to 2⁻¹⁷ of its norm, two tf32 parts to 2⁻²².
+_LIMIT = {SPLIT.value: 12.0, SPLIT_TF32.value: 256.0, IEEE.value: 64.0}
+
+# Rounding of ‖u_i − u_j‖² by products, relative to the largest ‖u‖²: nearer pairs count as coincident where φ is a function of the root.
+# Two tf32 parts lose the product of the low ones, 2⁻²²; a single tf32 product is of other points than its norms.
+_ROUNDING = {IEEE.value: 2.0**-20, TF32.value: 2.0**-8, BF16.value: 2.0**-20, SPLIT_TF32.value: 2.0**-20}
+_ROUNDING_DOUBLE = 2.0**-49
+
+# A function of the root takes differences where more than this share of pairs is so near that rounding turns their direction by 1e-3.
+_NEAR, _NEAR_SHARE = 2.0**10, 2.0**-8
+# Rows of each sample from which that share is taken.
+_NEAR_ROWS = 128
+
+# Three bits of the constexpr SQUARINGS are the squarings of one bandwidth.
+_SQUARING_BITS = 3
+
+# Triton's interpreter keeps bfloat16 as bits, which its dot would multiply.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a_hi, a_lo, b_hi, b_lo, acc, MODE: tl.constexpr):
+    """a @ b + acc; in a split mode a = a_hi + a_lo, b = b_hi + b_lo, without the product of the two low parts."""
+    if _INTERPRETED and (MODE == BF16 or MODE == SPLIT):  # noqa: SIM109, Triton has no `in`
+        a_hi, a_lo, b_hi, b_lo = a_hi.to(tl.float32), a_lo.to(tl.float32), b_hi.to(tl.float32), b_lo.to(tl.float32)
+    if MODE == SPLIT:
+        acc = tl.dot(a_lo, b_hi, acc)
+        acc = tl.dot(a_hi, b_lo, acc)
+        return tl.dot(a_hi, b_hi, acc)
+    elif MODE == SPLIT_TF32:
+        acc = tl.dot(a_lo, b_hi, acc, input_precision="tf32")
+        acc = tl.dot(a_hi, b_lo, acc, input_precision="tf32")
+        return tl.dot(a_hi, b_hi, acc, input_precision="tf32")
+    elif MODE == BF16:
+        return tl.dot(a_hi, b_hi, acc)
+    elif MODE == TF32:
+        return tl.dot(a_hi, b_hi, acc, input_precision="tf32")
+    else:
+        return tl.dot(a_hi, b_hi, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def split(w, MODE: tl.constexpr):
+    """w as the two operands that `dot` takes in this mode."""
+    if MODE == SPLIT:
+        # Truncated, not rounded: a rounding whose result is read back takes the unit that the exponentials need.
+        hi = (w.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return hi.to(tl.bfloat16), (w - hi).to(tl.bfloat16)
+    elif MODE == SPLIT_TF32:
+        hi = (w.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        return hi, w - hi
+    elif MODE == BF16:
+        hi = w.to(tl.bfloat16)
+        return hi, hi
+    else:
+        return w, w
+
+
+@triton.jit
+def load_parts(hi_ptrs, lo_ptrs, MODE: tl.constexpr):
+    """Both parts in a split mode, one twice in others."""
+    hi = tl.load(hi_ptrs)
+    lo = hi
+    if MODE == SPLIT or MODE == SPLIT_TF32:  # noqa: SIM109
+        lo = tl.load(lo_ptrs)
+    return hi, lo
+
+
+@triton.jit
+def load_table(table_ptr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
+    """Ratios, weights and slopes as scalars: those needed, loaded once where they are few enough to stay in registers."""
+    table = ()
+    if BANDWIDTHS > 1 and BANDWIDTHS <= MAX_HOISTED:
+        for n in tl.static_range(3 * BANDWIDTHS):
+            if (n < BANDWIDTHS and (n == 0 or (SQUARINGS >> (3 * n)) & 7 != 0)) or (n >= 2 * BANDWIDTHS and not GRADIENT):
+                table += (0.0,)
+            else:
+                table += (tl.load(table_ptr + n),)
+    return table
+
+
+@triton.jit
+def load_parameters(table_ptr, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr, MODE: tl.constexpr):
+    """What the family has for parameters, behind the table: α, where a pair counts as coincident, or coefficients."""
+    parameters = ()
+    if FAMILY == QUADRATIC:
+        parameters += (tl.load(table_ptr + 3 * BANDWIDTHS),)
+    elif FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
+        parameters += (tl.load(table_ptr + 3 * BANDWIDTHS) * (MODE != DIFFERENCES),)
+    elif FAMILY > POLYNOMIAL:
+        for n in tl.static_range(FAMILY - POLYNOMIAL):
+            parameters += (tl.load(table_ptr + (3 * BANDWIDTHS + n)),)
+    return parameters
+
+
+@triton.jit
+def _entry(table, table_ptr, n: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    if BANDWIDTHS <= MAX_HOISTED:
+        return table[n]
+    else:
+        return tl.load(table_ptr + n)
+
+
+@triton.jit
+def _gaussian(
+    exponent, table, table_ptr, value_shift, slope_shift, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr
+):
+    power = tl.exp2(exponent)
+    if BANDWIDTHS == 1:
+        value = power - value_shift
+        return value, value
+    else:
+        value = power * _entry(table, table_ptr, BANDWIDTHS, BANDWIDTHS) - value_shift
+        slope = value
+        if GRADIENT:
+            slope = power * _entry(table, table_ptr, 2 * BANDWIDTHS, BANDWIDTHS) - slope_shift
+        for b in tl.static_range(1, BANDWIDTHS):
+            if (SQUARINGS >> (3 * b)) & 7 == 0:
+                power = tl.exp2(exponent * _entry(table, table_ptr, b, BANDWIDTHS))
+            else:
+                for _ in tl.static_range((SQUARINGS >> (3 * b)) & 7):
+                    power = power * power
+            value += power * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
+            if GRADIENT:
+                slope += power * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
+        return value, slope
+
+
+@triton.jit
+def _log2(t):
+    # The compiler's own is exact for denormal numbers too, for thirty instructions.
+    if _INTERPRETED or t.dtype == tl.float64:
+        return tl.log2(t)
+    else:
+        return libdevice.fast_log2f(t)
+
+
+@triton.jit
+def _phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
+    """φ, without φ(0) where it is a polynomial, and ∓φ' up to a factor of the family, of t as the module's docstring scales it."""
+    value = t
+    slope = t
+    if FAMILY == QUADRATIC_ONE:
+        root = tl.rsqrt(1.0 - t)
+        value = root * root
+        slope = value * value
+    elif FAMILY == QUADRATIC_HALF:
+        value = tl.rsqrt(1.0 - t)
+        slope = value * value * value
+    elif FAMILY == QUADRATIC:
+        log = _log2(1.0 - t)
+        value = tl.exp2(-parameters[0] * log)
+        if GRADIENT:
+            slope = tl.exp2((-1.0 - parameters[0]) * log)
+    elif FAMILY == LAPLACE:
+        value = tl.exp2(t)
+        slope = value
+    else:
+        value = t * parameters[0]
+        slope = 0.0 * t + parameters[0] * (FAMILY - POLYNOMIAL)
+        for n in tl.static_range(1, FAMILY - POLYNOMIAL):
+            value = (value + parameters[n]) * t
+            if GRADIENT:
+                slope = slope * t + parameters[n] * (FAMILY - POLYNOMIAL - n)
+    return value, slope
+
+
+@triton.jit
+def _inverse_root(exponent, parameters):
+    """1/√−exponent, and 0 for a pair that counts as coincident. A comparison with nan is false: nan stays nan."""
+    return tl.where(exponent >= parameters[0], 0.0, tl.rsqrt(-exponent))
+
+
+@triton.jit
+def radial(
+    exponent, table, table_ptr, parameters, value_shift, slope_shift,
+    FAMILY: tl.constexpr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr,
+):  # fmt: skip
+    """Σ_b a_b·k_b and Σ_b a_b·(γ_b/γ_0)·s_b, each less its shift; k_0 − shift and s_0 for one bandwidth.
+
+    The second lacks the factor that `Evaluation.slope_unit` holds.
+    """
+    if FAMILY == GAUSSIAN:
+        return _gaussian(exponent, table, table_ptr, value_shift, slope_shift, GRADIENT, BANDWIDTHS, SQUARINGS)
+    elif FAMILY == ENERGY:
+        inverse_root = _inverse_root(exponent, parameters)
+        return exponent * inverse_root, inverse_root
+    else:
+        t = exponent
+        if FAMILY == LAPLACE:
+            inverse_root = _inverse_root(exponent, parameters)
+            t = exponent * inverse_root
+        value, slope = _phi(t, parameters, FAMILY, GRADIENT)
+        if BANDWIDTHS > 1:
+            value = value * _entry(table, table_ptr, BANDWIDTHS, BANDWIDTHS)
+            if GRADIENT:
+                slope = slope * _entry(table, table_ptr, 2 * BANDWIDTHS, BANDWIDTHS)
+            for b in tl.static_range(1, BANDWIDTHS):
+                k, s = _phi(t * _entry(table, table_ptr, b, BANDWIDTHS), parameters, FAMILY, GRADIENT)
+                value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
+                if GRADIENT:
+                    slope += s * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
+        if FAMILY == LAPLACE:
+            slope = slope * inverse_root
+        if FAMILY < POLYNOMIAL:
+            value = value - value_shift
+        return value, slope
+
+
+@triton.jit
+def row_sums(tile):
+    """Sums over columns 8 apart, which one thread of a matrix unit's tile holds: no exchange between threads, few registers."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def column_exponent(
+    row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, col_hi_ptr, col_lo_ptr, col_half_ptr, start_m,
+    FAMILY: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The exponent of a block of rows against the columns from `start_m` on, and the last features of these that it has loaded."""
+    # where
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    local_m = tl.arange(0, BLOCK_M)[:, None] * D
+    start = tl.cast(start_m, tl.int64) * D
+    col_hi_ptrs = col_hi_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
+    col_lo_ptrs = col_lo_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
+
+    # load and multiply; the norms come first, so that the products add to them for nothing
+    if FAMILY < POLYNOMIAL:
+        exponent = row_half[:, None] + tl.load(col_half_ptr + offs_m)[None, :]
+    else:
+        exponent = tl.zeros([row_half.shape[0], BLOCK_M], dtype=row_half.dtype)
+    if D == BLOCK_K:
+        col_hi, col_lo = load_parts(col_hi_ptrs, col_lo_ptrs, MODE)
+        exponent = dot(row_hi, row_lo, tl.trans(col_hi), tl.trans(col_lo), exponent, MODE)
+        return exponent, col_hi, col_lo
+    else:
+        for start_k in range(0, D, BLOCK_K):
+            left_hi, left_lo = load_parts(row_hi_ptrs + start_k, row_lo_ptrs + start_k, MODE)
+            right_hi, right_lo = load_parts(col_hi_ptrs + start_k, col_lo_ptrs + start_k, MODE)
+            exponent = dot(left_hi, left_lo, tl.trans(right_hi), tl.trans(right_lo), exponent, MODE)
+        return exponent, row_hi, row_lo
+
+
+@triton.jit
+def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The exponent of a radial kernel from u_j − u_i itself, feature by feature; rows as they came, whose differences round least."""
+    row_ptrs = row_ptr + offs_n.to(tl.int64) * D
+    col_ptrs = col_ptr + (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * D
+    exponent = tl.zeros([offs_n.shape[0], BLOCK_M], dtype=scale.dtype)
+    for k in range(D):
+        difference = (tl.load(row_ptrs + k)[:, None] - tl.load(col_ptrs + k)[None, :]) * scale
+        exponent -= 0.5 * difference * difference
+    return exponent
+
+
+@triton.jit
+def column_parts(col_hi, col_lo, col_hi_ptr, col_lo_ptr, start_m, d_out, MODE: tl.constexpr, D: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Block `d_out` of the features of the columns: those at hand where they are all there are."""
+    if D > BLOCK_K or D > BLOCK_D:
+        offs_out = tl.arange(0, BLOCK_M)[:, None] * D + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+        start = tl.cast(start_m, tl.int64) * D
+        col_hi, col_lo = load_parts(col_hi_ptr + start + offs_out, col_lo_ptr + start + offs_out, MODE)
+    return col_hi, col_lo
+
+
+def pack_squarings(squarings: tuple[int, ...]) -> int:
+    """The constexpr SQUARINGS."""
+    return sum(n << (_SQUARING_BITS * b) for b, n in enumerate(squarings))
+
+
+def family_of(kernel: Kernel) -> int:
+    """The constexpr FAMILY."""
+    if isinstance(kernel, RBF):
+        return GAUSSIAN.value
+    if isinstance(kernel, RationalQuadratic):
+        return {1.0: QUADRATIC_ONE, 0.5: QUADRATIC_HALF}.get(float(kernel.alpha), QUADRATIC).value
+    if isinstance(kernel, Laplace):
+        return LAPLACE.value
+    if isinstance(kernel, Energy):
+        return ENERGY.value
+    assert isinstance(kernel, Polynomial), f"{kernel.name} has no tile"
+    return POLYNOMIAL.value + int(kernel.degree)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How kernels evaluate a `KernelSum` on some samples; all but the constexprs are tensors, which no one waits for.
+
+    Attributes:
+        family, bandwidths, squarings: constexprs.
+        modes: how the products of the first pass are taken, of the second, …; a pass runs where its number is `route`.
+        scale: of the rows.
+        table: ratios, weights, slopes, (3, bandwidths), then the parameters of the family.
+        shifts: what leaves the value and the slope of each pair, (2,).
+        slope_shift: what leaves W.
+        value_unit, slope_unit: factors of the sums that the kernels leave out.
+        route: number of the pass, of `len(modes)` that by differences, (1,) int32.
+        constant: what a polynomial's sums leave out of each pair beyond its shift.
+        padding: half of a padded column, with which it counts as zero.
+    """
+
+    kernel: Kernel
+    family: int
+    bandwidths: int
+    squarings: int
+    modes: tuple[int, ...]
+    centre: Tensor
+    scale: Tensor
+    table: Tensor
+    shifts: Tensor
+    slope_shift: Tensor
+    value_unit: Tensor | float
+    slope_unit: Tensor | float
+    route: Tensor
+    constant: Tensor
+    padding: float
+
+    @staticmethod
+    def of(kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, precision: str, self_pairs: bool = False) -> Evaluation:
+        """Of pairs of rows of `samples`; `self_pairs` says that some may be of a row with itself."""
+        family, phi, dtype = family_of(kernel.kernel), kernel.kernel, samples[0].dtype
+        double = dtype == torch.float64
+        modes = modes_of(phi, "ieee" if double else precision, self_pairs)
+        gamma, ratios, weights = kernel.gamma[0], kernel.ratios, kernel.weights
+        slopes, slope_unit = weights * ratios, 1.0
+        if isinstance(phi, RBF):
+            factor = 2 * LOG2_E
+        elif isinstance(phi, RationalQuadratic):
+            factor = 2 / float(phi.alpha)
+        elif isinstance(phi, Polynomial):
+            factor = 1.0
+        else:
+            root = LOG2_E if isinstance(phi, Laplace) else 1.0
+            factor, slope_unit, ratios = 4 * root * root, root, ratios.sqrt()
+            slopes = weights * ratios
+        scale = (gamma * factor).sqrt()
+        shifts = torch.stack([weights @ kernel.shifts * phi.at_zero, slopes @ kernel.slope_shifts])
+        slope_shift = shifts[1]
+        unit: Tensor | float = 1.0
+        bandwidths = weights.numel()
+        if isinstance(phi, (Energy, Polynomial)):
+            # A sum of them is one of them: −d·Σ_b a_b/h_b, and coefficients that take the weights in.
+            bandwidths, unit = 1, weights @ ratios if phi.rooted else 1.0
+        elif bandwidths == 1:
+            unit, shifts = weights[0], torch.stack([kernel.shifts[0] * phi.at_zero, kernel.slope_shifts[0]])
+        if not phi.radial:
+            # Horner's scheme leaves φ(0) out by itself.
+            shifts = torch.zeros_like(shifts)
+        radius2 = torch.stack([(z - centre).square().sum(1).max() for z in samples]).max()
+        route = route_of(kernel, samples, radius2, modes) if phi.radial else torch.zeros((), dtype=torch.int32, device=centre.device)
+        parameters = _parameters(kernel, radius2.double() * scale.square(), modes[0], double)
+        table = torch.stack([ratios, weights, slopes])[:, :bandwidths].reshape(-1)
+        return Evaluation(
+            kernel=phi,
+            family=family,
+            bandwidths=bandwidths,
+            squarings=pack_squarings(kernel.squarings) if isinstance(phi, RBF) else 0,
+            modes=modes,
+            centre=centre,
+            scale=scale,
+            table=torch.cat([table, parameters]).to(dtype),
+            shifts=shifts.to(dtype).contiguous(),
+            slope_shift=slope_shift.to(dtype),
+            value_unit=unit,
+            slope_unit=unit * slope_unit,
+            route=route,
+            constant=(kernel.weights @ (1 - kernel.shifts) * phi.at_zero * (not phi.radial)).to(dtype),
+            padding={LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family, -math.inf if phi.radial else 0.0),
+        )
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"FAMILY": self.family, "BANDWIDTHS": self.bandwidths, "SQUARINGS": self.squarings}
+
+    @property
+    def by_differences(self) -> int | None:
+        """The number of the pass by differences, None where no data need it."""
+        return len(self.modes) if self.kernel.radial else None
+
+    def pull(self, moments: Tensor, slope: Tensor, operands: Sequence[Operands]) -> Tensor:
+        """The pull (N, D) on rows, of which a sweep kept Σ_j w_j·W_ij·u_j (N, D) and, but for a polynomial, Σ_j w_j·W_ij (N,)."""
+        rows, dim = operands[0].rows, operands[0].dim
+        scale = (self.slope_unit / self.scale).to(moments.dtype)
+        if not self.kernel.radial:
+            return moments[:rows, :dim] * (-0.5 * scale)
+        product = operands[0].product()
+        for number, other in enumerate(operands[1:], 1):
+            product = torch.where(self.route == number, other.product(), product)
+        return torch.addcmul(moments.neg_(), slope[:, None], product)[:rows, :dim] * scale
+
+
+def products_of(mode: int, dtype: torch.dtype) -> str:
+    """What `config` calls the products of this mode."""
+    names = {SPLIT_TF32.value: "tf32x3"} | {value: name for name, value in PRECISION.items()}
+    return "float64" if dtype == torch.float64 else names[mode]
+
+
+def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[int, ...]:
+    """How the products of each pass are taken."""
+    if precision == "highest" and (kernel.rooted or self_pairs):
+        # The root of what two bfloat16 parts leave of a small distance is too large, and so is their pull of a row on itself.
+        return (SPLIT_TF32.value,)
+    if precision == "highest" and kernel.radial:
+        return (SPLIT.value, SPLIT_TF32.value)
+    return (PRECISION[precision],)
+
+
+def _parameters(kernel: KernelSum, radius2: Tensor, mode: int, double: bool) -> Tensor:
+    phi = kernel.kernel
+    if phi.rooted:
+        return -(_ROUNDING_DOUBLE if double else _ROUNDING[mode]) * radius2[None]
+    if isinstance(phi, RationalQuadratic):
+        return torch.full_like(radius2[None], float(phi.alpha))
+    if isinstance(phi, Polynomial):
+        degree = int(phi.degree)
+        return torch.stack([c * (kernel.weights @ kernel.ratios**n) for c, n in zip(phi.coefficients, range(degree, 0, -1), strict=True)])
+    return radius2.new_empty(0)
+
+
+def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, modes: tuple[int, ...]) -> Tensor:
+    """The first pass whose products are exact enough, or that by differences."""
+    dtype = samples[0].dtype
+    exact = EXPONENT_ERROR[dtype] / torch.finfo(dtype).eps
+    limits = [exact if dtype == torch.float64 else _LIMIT.get(mode, exact) for mode in modes]
+    if isinstance(kernel.kernel, Energy):
+        limits = [math.inf for _ in modes]
+    steepness = kernel.gamma[-1] * radius2
+    # Where it is nan no pass is better than another.
+    route = sum(((steepness > limit).to(torch.int32) for limit in limits), start=torch.zeros_like(steepness, dtype=torch.int32))
+    if kernel.kernel.rooted:
+        route = torch.where(_crowded(samples, radius2, _ROUNDING_DOUBLE if dtype == torch.float64 else _ROUNDING[modes[0]]), 1, route)
+    return route.to(torch.int32)
+
+
+def _crowded(samples: Sequence[Tensor], radius2: Tensor, rounding: float) -> Tensor:
+    """Whether many pairs of a part of the rows are so near that products lose their direction."""
+    rows = torch.cat([z[:: -(-z.shape[0] // _NEAR_ROWS)] for z in samples])
+    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    near = (distance.square() < 2 * _NEAR * rounding * radius2).sum() - rows.shape[0]
+    return near > _NEAR_SHARE * rows.shape[0] ** 2
+
+
+@dataclass
+class Operands:
+    """One sample as the kernels read it: padded to whole blocks with rows of weight zero and features that are zero."""
+
+    points: Tensor  # (N, D), as they came
+    hi: Tensor  # (N, D), centred and scaled, in the dtype of the products
+    lo: Tensor
+    half: Tensor  # (N,), `Evaluation.padding` in the padding
+    rows: int
+    dim: int
+
+    def product(self) -> Tensor:
+        """The rows as the products see them."""
+        dtype = self.points.dtype
+        return self.hi.to(dtype) if self.hi is self.lo else self.hi.to(dtype) + self.lo.to(dtype)
+
+    @staticmethod
+    def of(z: Tensor, evaluation: Evaluation, mode: int, rows: int, features: int) -> Operands:
+        """Of z (N, D), padded to `rows` and `features`."""
+        n, dim = z.shape
+        blocks = (0, features - dim, 0, rows - n)
+        scaled = ((z - evaluation.centre).double() * evaluation.scale).to(z.dtype)
+        points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, scaled))
+        hi, lo = parts(scaled, mode)
+        half = torch.full_like(scaled[:, 0], evaluation.padding)
+        operands = Operands(points, hi, lo, half, n, dim)
+        # Norms of what the products see, so that a point stays at distance zero from itself.
+        half[:n] = operands.product()[:n].square().sum(1).mul_(-0.5) if evaluation.kernel.radial else 0
+        return operands
+
+
+def parts(z: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """z as the two operands that `dot` takes in this mode, the same one twice in all but the split ones."""
+    if mode == SPLIT_TF32.value:
+        hi = _round_tf32(z)
+        return hi, _round_tf32(z - hi)
+    if mode in (BF16.value, SPLIT.value):
+        hi = z.to(torch.bfloat16)
+        return hi, (z - hi).to(torch.bfloat16) if mode == SPLIT.value else hi
+    return z, z
+
+
+def _round_tf32(z: Tensor) -> Tensor:
+    return ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
