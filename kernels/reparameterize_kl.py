@@ -144,7 +144,7 @@ def normal(seed, first_n, start_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def normal_pair(x, y):
-    """Box and Muller's transform of two random words: a length of up to 6.7 from x, an angle in half a turn and a sign from y.
+    """Box and Muller's transform of two random words: a length of up to 6.8 from x, an angle in half a turn and a sign from y.
 
     The polynomials are right to 1e-6. tl.log takes three times the instructions, and tl.cos, which reduces any argument, ten times.
     """
@@ -153,7 +153,8 @@ def normal_pair(x, y):
     halvings = (126 - (u >> 23)).to(tl.float32)
     r = 2 - ((u & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     series = 1.0000008 + r * (0.24991871 + r * (0.084602987 + r * (0.023987969 + r * (0.031595609 + r * (-0.018962292 + r * 0.015149004)))))
-    length = tl.sqrt(halvings * 1.3862944 + r * series)
+    # Rounded up to u = 1, the largest words would have a square just below zero.
+    length = tl.sqrt(tl.maximum(halvings * 1.3862944 + r * series, 0.0))
     length = tl.where((y & 1) == 1, -length, length)
     turn = ((y >> 9) | 0x3F800000).to(tl.float32, bitcast=True) * 2 - 3
     q = turn * turn
