@@ -55,6 +55,26 @@ class DensityConfig:
 
 
 @dataclass(frozen=True)
+class MatmulConfig(SweepConfig):
+    """As `SweepConfig`, of the product K·v and its gradient.
+
+    Attributes:
+        block_c: columns of v that a program of the product keeps, or of one step of the gradient's product g·v.
+    """
+
+    block_c: int
+
+    def launch(self, *, moments: bool) -> dict[str, int]:  # type: ignore[override]
+        blocks = super().launch() | {"BLOCK_C": self.block_c}
+        return blocks if moments else {name: value for name, value in blocks.items() if name != "BLOCK_D"}
+
+    @staticmethod
+    def padded(size: int, *blocks: int) -> int:
+        """Features or columns with their padding to whole blocks."""
+        return size + -size % max(blocks)
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """A block of a row-wise kernel.
 
@@ -143,26 +163,6 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
         _Rule(128, 1, SweepConfig(128, 32, _ALL, _ALL, 8, 1)),
         _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
     ),
-    # Multiply-adds read whole rows of both operands into registers: 16 features at a time.
-    ("ieee", False): (_Rule(_ANY, _ANY, SweepConfig(64, 64, 16, 16, 4, 2)),),
-    ("ieee", True): (
-        _Rule(32, _ANY, SweepConfig(64, 32, 16, _ALL, 4, 2)),
-        _Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 64, 4, 2)),
-    ),
-    ("float64", False): (_Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 16, 4, 2)),),
-    ("float64", True): (
-        _Rule(16, _ANY, SweepConfig(32, 32, 16, 16, 4, 2)),
-        _Rule(_ANY, _ANY, SweepConfig(32, 32, 16, 32, 4, 2)),
-    ),
-}
-
-# Fewer tiles than this for a program, and its start and the second pass over the splits cost more than an idle multiprocessor.
-MIN_TILES = 4
-
-
-@functools.lru_cache(maxsize=64)
-def device_limits(device: torch.device) -> Device:
-    if device.type != "cuda":
     # Three tf32 products instead of three of bfloat16: the operands take twice the room.
     ("wgmma tf32x3", False): (
         _Rule(64, _ANY, SweepConfig(128, 128, _ALL, _ALL, 8, 2)),
@@ -189,6 +189,26 @@ def device_limits(device: torch.device) -> Device:
         _Rule(32, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
         _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
     ),
+    # Multiply-adds read whole rows of both operands into registers: 16 features at a time.
+    ("ieee", False): (_Rule(_ANY, _ANY, SweepConfig(64, 64, 16, 16, 4, 2)),),
+    ("ieee", True): (
+        _Rule(32, _ANY, SweepConfig(64, 32, 16, _ALL, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 64, 4, 2)),
+    ),
+    ("float64", False): (_Rule(_ANY, _ANY, SweepConfig(64, 32, 16, 16, 4, 2)),),
+    ("float64", True): (
+        _Rule(16, _ANY, SweepConfig(32, 32, 16, 16, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(32, 32, 16, 32, 4, 2)),
+    ),
+}
+
+# Fewer tiles than this for a program, and its start and the second pass over the splits cost more than an idle multiprocessor.
+MIN_TILES = 4
+
+
+@functools.lru_cache(maxsize=64)
+def device_limits(device: torch.device) -> Device:
+    if device.type != "cuda":
         return DEFAULT_DEVICE
     major, minor = torch.cuda.get_device_capability(device)
     return Device(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
@@ -202,8 +222,12 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
 def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False) -> SweepConfig:
     """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a general power."""
     unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
+    unit += " tf32x3" * (precision == "tf32x3")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
     config = next(rule.config for rule in rules if dim <= rule.dim and bandwidths <= rule.bandwidths)
+    if powers and bandwidths > 1 and config.block_m > 32:
+        # The logarithm and two powers of each bandwidth take more registers than the products.
+        config = replace(config, block_m=config.block_m // 2)
     whole = max(16, _next_power_of_2(dim))
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
 
@@ -211,6 +235,19 @@ def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, arch
 def padded_dim(dim: int, config: SweepConfig) -> int:
     """Features with their padding to whole blocks."""
     return dim + -dim % max(config.block_k, config.block_d)
+
+
+def matmul_config(
+    dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False
+) -> MatmulConfig:
+    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be "differences"."""
+    block_c = min(max(16, _next_power_of_2(columns)), 64)
+    block_k = min(max(16, _next_power_of_2(dim)), 32)
+    if precision == "differences":
+        return MatmulConfig(32, 32, 16, 8, 4, 1, 16)
+    if precision in ("ieee", "float64"):
+        return MatmulConfig(32, 32, 16, 16, 4, 1, 16)
+    return MatmulConfig(64, 32, block_k, block_k, 4, 2, min(block_c, 32) if gradient else block_c)
 
 
 def difference_config(itemsize: int) -> SweepConfig:
@@ -222,12 +259,8 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
     as spills nothing, which `benchmarks/results/compile_report.jsonl` shows. Stratified weights take registers of their own."""
     if not gradient:
         return DensityConfig(128, 16 if double else 32, 1, 4, 1)
-    unit += " tf32x3" * (precision == "tf32x3")
     if double:
         return DensityConfig(128, 8, min(_next_power_of_2(dim), 8), 4, 1)
-    if powers and bandwidths > 1 and config.block_m > 32:
-        # The logarithm and two powers of each bandwidth take more registers than the products.
-        config = replace(config, block_m=config.block_m // 2)
     block_d = min(_next_power_of_2(dim), 16 if architecture == 120 and not stratified else 32)
     block_m = 32 if stratified or (architecture < 90 and block_d == 16) else 64
     if stratified and architecture in _TCGEN05 and block_d == 16:
@@ -237,17 +270,6 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
 
 def row_config(dim: int, itemsize: int, *strides: int) -> RowConfig:
     """For rows of `dim` features that start `strides` elements apart: blocks of 2,048 elements, 16 a thread. Half as many where an element
-def matmul_config(dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int) -> MatmulConfig:
-    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be "differences"."""
-    block_c = min(max(16, _next_power_of_2(columns)), 64)
-    block_k = min(max(16, _next_power_of_2(dim)), 32)
-    if precision == "differences":
-        return MatmulConfig(32, 32, 16, 8, 4, 1, 16)
-    if precision in ("ieee", "float64"):
-        return MatmulConfig(32, 32, 16, 16, 4, 1, 16)
-    return MatmulConfig(64, 32, block_k, block_k, 4, 2, min(block_c, 32) if gradient else block_c)
-
-
     takes twice the registers, for itself or, without vectors, for its address."""
     vector = math.gcd(dim, *strides, 16 // itemsize)
     elements = 2048 if itemsize < 8 and vector > 1 else 1024
