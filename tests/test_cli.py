@@ -124,6 +124,10 @@ def test_compare(tmp_path, inside):
             1,
             ["alpha + lambda_ - 1 must be at least 0", "maximise"],
         ),
+        (["report"], 2, ["runs"]),
+        (["report", "nowhere"], 1, ["runs must be folders of runs with a metrics.csv, got 'nowhere'"]),
+        (["sample", "--n", "x"], 2, ["n must be an integer, got x"]),
+        (["fit", *SMALL, "--checkpoint_every", "-3"], 1, ["checkpoint_every must be at least 0, got -3"]),
         (["test"], 1, ["ckpt_path must not be 'last' before a run has written a checkpoint"]),
         (["fit", "--ckpt_path", "absent.ckpt"], 1, ["ckpt_path must be 'last' or a whole checkpoint's file, got 'absent.ckpt'"]),
     ],
@@ -149,9 +153,32 @@ def test_a_run_that_diverges_stops_with_one_sentence(inside):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_is_valid(inside, config):
+    out, _ = inside("fit", "--config", str(config), "--print_config")
+    assert f"name: {config.stem}" in out
+
+
+@pytest.mark.slow
+def test_a_table_from_fit_to_export(tmp_path, inside):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(120, 5)))
+    config = Path(__file__).parent.parent / "configs" / "table.yaml"
+    quick = ["--trainer.max_epochs", "2", "--model.hidden", "[8]", "--model.latent_dim", "2", "--data.batch_size", "40"]
+    inside("fit", "--config", str(config), "--data.path", "x.npy", *quick)
+    assert {file.name for file in (tmp_path / "runs" / "table" / "version_0").glob("*.png")} == {"latent.png", "loss_curves.png"}
+    inside("test")
+    inside("sample", "--n", "7", "--output", "samples.npy")
+    assert np.load("samples.npy").shape == (7, 5)
+    assert "output must be a .npy file where the data are no images" in error(inside("sample", code=1)[1])
+    inside("encode")
+    assert np.load("codes.npz")["mu"].shape == (24, 2)
+    assert "I(x; z) = " in inside("report", "runs/table")[0]
+
+
+@pytest.mark.slow
 def test_help(inside):
     out, _ = inside("--help")
-    assert all(word in out for word in ("fit", "test", "compare"))
+    assert all(word in out for word in ("fit", "test", "compare", "report", "sample", "reconstruct", "encode", "traverse", "export"))
     out, _ = inside("fit", "--help")
     assert "--data.path" in out
     assert "--model.lambda_" in out

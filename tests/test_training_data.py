@@ -1,12 +1,17 @@
 import gzip
+import io
 import pickle
 import struct
 import urllib.error
+import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fastvae.training import data as data_module
 from fastvae.training.data import NO_LABEL, ImageData, Images, Split, read_idx
 
 
@@ -205,7 +210,7 @@ SENTENCES = {
     "two shapes": r"must hold training and test images of one shape, got \(1, 5, 4\) and \(1, 6, 6\)",
     "two shapes in one set": r"must have one shape and one dtype, got \(1, 5, 4\) torch.uint8 and \(1, 6, 6\) torch.uint8",
     "five dimensions": r"must have shape \(N, F\), .* got \(4, 2, 2, 2, 2\)",
-    "no images": "must hold images in IDX, .npy or .npz files, got none",
+    "no images": "must hold images in IDX, .npy or .npz files or pictures, got none",
 }
 
 
@@ -263,3 +268,218 @@ def test_download_is_split_as_the_data_set_is(monkeypatch):
     assert data.splits["train"].images.max() == 0
     assert data.splits["test"].images.min() == 1
     assert set(data.splits["test"].labels.tolist()) == {3}
+
+
+def npy_header(shape, dtype="<f4"):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def zip_bomb(file, claimed):
+    """A member of `claimed` zero bytes, of which a thousandth are in the file."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("x.npy", "w", force_zip64=True) as member:
+        header = npy_header((claimed // 4,))
+        member.write(header)
+        for _ in range(claimed // 2**20):
+            member.write(bytes(2**20))
+
+
+HOSTILE = {
+    "gzip bomb": r"must hold at most 0.001 GB once decompressed, got 0.0167772 GB",
+    "gzip bomb of a small header": r"must have 20 bytes for shape \(3,\), got 21: it is corrupt",
+    "idx shape that overflows": r"must hold at most 0.001 GB once decompressed, got 1.84467e\+10 GB",
+    "npy shape that overflows": r"must hold at most 0.001 GB once decompressed, got 7.3787e\+10 GB",
+    "npy header that claims more": r"must be a whole .npy file .*4000 bytes of float32 in shape \(1000,\) in its header, 8 in the file",
+    "npy header that claims less": r"must be a whole .npy file .*4 bytes of float32 .* 8 in the file",
+    "npy negative shape": r"must be a whole .npy file of plain arrays",
+    "npz bomb": r"must hold at most 0.001 GB once decompressed, got 0.00419443 GB",
+    "npz of a pickle": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+    "npz flipped": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_one_sentence(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_BYTES", 10**6)
+    file = tmp_path / ("train-images-idx3-ubyte.gz" if "gzip" in kind else "train-images-idx3-ubyte" if "idx" in kind else f"a.{kind[:3]}")
+    if kind == "gzip bomb":
+        file.write_bytes(gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 2**12, 2**6, 2**6) + bytes(2**24)))
+    elif kind == "gzip bomb of a small header":
+        file.write_bytes(gzip.compress(b"\0\0\x0c\x01" + struct.pack(">I", 3) + bytes(2**24)))
+    elif kind == "idx shape that overflows":
+        file.write_bytes(b"\0\0\x08\x02" + struct.pack(">2I", 2**32 - 1, 2**32 - 1) + bytes(10))
+    elif kind == "npy shape that overflows":
+        file.write_bytes(npy_header((2**32, 2**32)) + bytes(8))
+    elif kind == "npy header that claims more":
+        file.write_bytes(npy_header((1000,)) + bytes(8))
+    elif kind == "npy header that claims less":
+        file.write_bytes(npy_header((1,)) + bytes(8))
+    elif kind == "npy negative shape":
+        file.write_bytes(npy_header((-2, -1)) + bytes(8))
+    elif kind == "npz bomb":
+        zip_bomb(file, 2**22)
+    elif kind == "npz of a pickle":
+        np.savez(file, x=np.array([{"a": 1}], dtype=object))
+    elif kind == "npz flipped":
+        np.savez_compressed(file, x=images(40))
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    with pytest.raises(ValueError, match=HOSTILE[kind]) as error:
+        ImageData(path=str(tmp_path)).setup()
+    assert "\n" not in str(error.value)
+
+
+def test_no_more_is_decompressed_than_the_header_tells(tmp_path, monkeypatch):
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(b"\0\0\x08\x01" + struct.pack(">I", 3) + bytes(2**26)))
+    read = []
+    inner = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: read.append(size) or inner(self, size))
+    with pytest.raises(ValueError, match="must have 11 bytes"):
+        read_idx(file)
+    assert sum(read) <= 12
+    assert min(read) >= 0
+
+
+def dsprites(file, n=12, **others):
+    x = (images(n, (6, 6)) > 127).astype(np.uint8)
+    classes = np.zeros((n, 6), dtype=np.int64)
+    classes[:, 1] = np.arange(n) % 3
+    metadata = np.array({"author": "x"}, dtype=object)
+    np.savez_compressed(file, **{"imgs": x, "latents_classes": classes, "latents_values": classes / 2, "metadata": metadata, **others})
+    return x, classes
+
+
+def test_dsprites_without_its_pickle(tmp_path):
+    x, classes = dsprites(tmp_path / "dsprites.npz")
+    data = ImageData("dsprites", path=str(tmp_path / "dsprites.npz"), validation=0, test=0)
+    assert data.shape == [1, 6, 6]
+    found = data.splits["train"]
+    assert sorted(found.images.flatten(1).sum(1).tolist()) == sorted((x.astype(int).sum((1, 2)) * 255).tolist())
+    assert sorted(found.labels.tolist()) == sorted(classes[:, 1].tolist())
+    assert ImageData("dsprites", path=str(tmp_path), validation=0).shape == [1, 6, 6]
+    np.savez(tmp_path / "dsprites.npz", imgs=x)
+    with pytest.raises(ValueError, match=r"must hold dSprites' imgs \(N, H, W\) and latents_classes \(N, 6\), got \['imgs'\]"):
+        ImageData("dsprites", path=str(tmp_path / "dsprites.npz")).setup()
+    with pytest.raises(FileNotFoundError, match=r"data.path must name the .npz file of dSprites, got"):
+        ImageData("dsprites", path=str(tmp_path / "absent.npz")).setup()
+
+
+def write_pictures(folder, n=4, size=(20, 30), mode="RGB"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(n):
+        shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+        Image.fromarray(images(1, shape, seed=k)[0]).save(folder / f"{k}.png")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_a_folder_of_pictures(tmp_path, mode, channels):
+    write_pictures(tmp_path / "cats", mode=mode)
+    write_pictures(tmp_path / "dogs", n=2, size=(50, 20), mode=mode)
+    with pytest.raises(ValueError, match=r"must have one shape, got \(30, 20, .\) and \(20, 50, .\) in 0.png: give data.image_size"):
+        ImageData(path=str(tmp_path)).setup()
+    data = ImageData(path=str(tmp_path), image_size=16, validation=0, test=0)
+    assert data.shape == [channels, 16, 16]
+    assert data.splits["train"].images.dtype == torch.uint8
+    assert sorted(data.splits["train"].labels.tolist()) == [0, 0, 0, 0, 1, 1]
+    whole = tmp_path / "whole"
+    write_pictures(whole / "train", mode=mode)
+    write_pictures(whole / "test", n=3, mode=mode)
+    data = ImageData(path=str(whole), validation=0)
+    assert data.shape == [channels, 30, 20]
+    assert len(data.splits["test"].images) == 3
+    expected = images(1, (30, 20, 3) if channels == 3 else (30, 20), seed=0).reshape(30, 20, channels)
+    found = data.splits["train"].images.permute(0, 2, 3, 1).numpy()
+    assert any(np.array_equal(image, expected) for image in found)
+
+
+def test_pictures_that_are_none(tmp_path, monkeypatch):
+    write_pictures(tmp_path, n=1)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one"):
+        ImageData(path=str(tmp_path)).setup()
+    (tmp_path / "0.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one"):
+        ImageData(path=str(tmp_path)).setup()
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">2I5B", 50_000, 50_000, 8, 0, 0, 0, 0)
+    (tmp_path / "0.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ValueError, match=r"0.png must be a picture of at most \d+ pixels, got a decompression bomb"):
+        ImageData(path=str(tmp_path)).setup()
+    write_pictures(tmp_path, n=4)
+    monkeypatch.setattr(data_module, "MAX_BYTES", 4000)
+    with pytest.raises(ValueError, match=r"pictures in .* must hold at most 4e-06 GB once decompressed"):
+        ImageData(path=str(tmp_path)).setup()
+
+
+def test_a_table(tmp_path):
+    table = np.random.default_rng(0).normal(3, 5, (40, 6))
+    table[:, 5] = 2
+    np.save(tmp_path / "x.npy", table)
+    data = ImageData("table", path=str(tmp_path / "x.npy"), validation=0.25, test=0.25, standardise=True)
+    assert data.shape == [6]
+    train = data.splits["train"].images
+    torch.testing.assert_close(train.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(train[:, :5].std(0, correction=0), torch.ones(5))
+    assert not train[:, 5].any()
+    x, labels = next(iter(data.train_dataloader()))
+    assert x.shape == (22, 6)
+    assert set(labels.tolist()) == {NO_LABEL}
+    plain = ImageData("table", path=str(tmp_path / "x.npy"), validation=0, test=0)
+    plain.setup()
+    torch.testing.assert_close(plain.splits["train"].images.sum(0).double(), torch.from_numpy(table.sum(0)))
+
+
+def test_a_table_in_csv_with_labels_and_a_test_set(tmp_path):
+    rows = [f"{k},{k % 3},{0.5 * k}" for k in range(10)]
+    (tmp_path / "train.csv").write_text("a,Label,b\n" + "\n".join(rows) + "\n")
+    (tmp_path / "test.csv").write_text("a,label,b\n" + "\n".join(rows[:4]) + "\n")
+    data = ImageData("table", path=str(tmp_path), validation=0)
+    assert data.shape == [2]
+    train, test = data.splits["train"], data.splits["test"]
+    assert (len(train.images), len(test.images)) == (10, 4)
+    torch.testing.assert_close(train.images[:, 0] / 2, train.images[:, 1])
+    assert (train.images[:, 0] % 3).tolist() == train.labels.tolist()
+    (tmp_path / "test.csv").unlink()
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    assert ImageData("table", path=str(tmp_path / "train.csv")).shape == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.csv", "a,b\n1,2\n3\n", "must be a table of numbers in CSV, got another file"),
+        ("a.csv", "a,b\n1,x\n", "must be a table of numbers in CSV, got another file"),
+        ("a.csv", "1,nan\n2,3\n", "must hold finite numbers, got nan"),
+        ("a.csv", "1,1e39\n2,3\n", "must hold finite numbers, got nan, infinity or a number past float32"),
+        ("a.txt", "1,2\n", "data.path must hold a matrix in a .npy, .npz or .csv file, got none"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        ImageData("table", path=str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name": "table"}, "data.path must name a matrix for data.name 'table', got none"),
+        ({"name": "dsprites"}, "data.path must name the .npz file of dSprites for data.name 'dsprites', got none"),
+        ({"name": "table", "path": "x", "binarisation": "dynamic"}, "data.binarisation must be none for a table, got dynamic"),
+        ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
+        ({"name": "digits", "standardise": True}, "data.standardise must be false for images"),
+    ],
+)
+def test_error_sentences_of_further_data(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ImageData(**arguments).setup()

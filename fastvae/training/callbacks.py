@@ -47,7 +47,7 @@ class StopAtNonFinite(Callback):
 
 
 class Pictures(Callback):
-    """Writes reconstructions.png, samples.png, latent.png and loss_curves.png into the run's folder after the fit."""
+    """Writes latent.png and loss_curves.png, and of images reconstructions.png and samples.png, into the run's folder after the fit."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -76,11 +76,9 @@ class Pictures(Callback):
         vae = pl_module.vae.eval()
         output = vae(x)
         generator = torch.Generator(x.device).manual_seed(data.seed)
-        pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")
-        pictures.grid(
-            vae.sample(100, generator=generator).reshape(-1, *x.shape[1:]),
-            folder / "samples.png",
-            "Samples: decoded draws from the prior N(0, I)",
-        )
+        if x.ndim == 4:
+            pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")
+            samples = vae.sample(100, generator=generator).reshape(-1, *x.shape[1:])
+            pictures.grid(samples, folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
         pictures.latent(output.z, shown.labels, folder / "latent.png")
         pictures.loss_curves(self.history, folder / "loss_curves.png")

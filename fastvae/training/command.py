@@ -127,6 +127,7 @@ class CommandLine(LightningCLI):
                 config = self.config[self.config.subcommand]
             config.ckpt_path = str(checkpoint)
         config.name = config.name or config.model.objective
+        checks.integer("checkpoint_every", config.checkpoint_every, at_least=0)
 
     def _checkpoint(self, config: jsonargparse.Namespace) -> Path | None:
         path = config.ckpt_path or ("last" if self.config.subcommand == "test" else None)
@@ -146,8 +147,7 @@ class CommandLine(LightningCLI):
         bar = [ProgressBar()] if self._get(self.config, "trainer").enable_progress_bar is not False else []
         every = self._get(self.config, "checkpoint_every")
         if every:
-            steps = checks.integer("checkpoint_every", every, at_least=1)
-            callbacks = [*callbacks, Checkpoints(filename="{step}", every_n_train_steps=steps, **NEWEST_TWO)]
+            callbacks = [*callbacks, Checkpoints(filename="{step}", every_n_train_steps=every, **NEWEST_TWO)]
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return super().instantiate_trainer(callbacks=[*callbacks, RandomState(), *bar], plugins=[*plugins, AtomicCheckpointIO()], **kwargs)

