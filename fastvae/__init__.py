@@ -1,6 +1,6 @@
 """Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
 
-from fastvae import reference
+from fastvae import recipes, reference
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth
 from fastvae.functional import (
     GroupMMD,
@@ -35,6 +35,7 @@ __all__ = [
     "median_bandwidth",
     "mmd",
     "mmd_to_normal",
+    "recipes",
     "reference",
     "reparameterize_kl",
     "total_correlation",

@@ -19,7 +19,7 @@ LAYERS = [
     ["cpu"],
     ["ops"],
     ["functional"],
-    ["losses", "objectives", "schedules"],
+    ["losses", "objectives", "schedules", "recipes", "metrics"],
     ["vae"],
     ["training"],
     ["cli"],

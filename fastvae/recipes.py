@@ -1,0 +1,549 @@
+"""Everybody else's MMD: each function returns the number, and the gradient, of one library's formula, in one or a few sweeps.
+
+d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, of one dtype on
+one device; where a formula pairs the rows of x and y, N = M. A bandwidth that a library takes from the data is a constant, as it is there.
+All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. `docs/coming-from.md` shows the swap for each library.
+
+The formulas were read from each project's source. Its rounding is not reproduced, nor a lower bound of 1e-8 or less on d².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvae import checks
+from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_distance
+from fastvae.functional import group_mmd, kernel_matmul, mmd
+from fastvae.ops.common import accumulation_dtype
+from fastvae.radial import IMQ, RBF, Kernel, Laplace, Polynomial, RationalQuadratic
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "KID",
+    "alibi_detect",
+    "cmmd",
+    "dan",
+    "deepda",
+    "geomloss",
+    "info_vae",
+    "kid",
+    "mmd_gan",
+    "mmdagg",
+    "mmdfuse",
+    "pythae",
+    "pytorch_adapt",
+    "pytorch_vae",
+    "trvae",
+    "wae",
+]
+
+IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+TRVAE_ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
+
+
+class Options(TypedDict, total=False):
+    """What every recipe hands on to `fastvae.mmd`."""
+
+    precision: str | None
+    backend: str | None
+
+
+def pythae(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel_choice: str = "imq",
+    kernel_bandwidth: float = 1.0,
+    scales: Sequence[float] = IMQ_SCALES,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The `mmd_loss` that pythae's WAE_MMD and INFOVAE_MMD report, of codes x and a sample y of the prior, N = M.
+
+        U − 2·S,   k = exp(−d²/C) and S = 1 ("rbf"), or k = Σ_s sC/(sC + d²) over the S scales ("imq");   C = 2·D·kernel_bandwidth²
+
+    Its quirks: the objective takes N times this number, so that its weight of an MMD grows with the batch. The constant −2·S comes from
+    `k − k.diag()`, which takes the diagonal from every row in place of removing it; U is this number plus 2·S. WAE_MMD takes all scales,
+    INFOVAE_MMD one: `scales=(1.0,)`. The default weight α + λ − 1 of INFOVAE_MMD is −0.999: it maximises the MMD.
+
+    Source: github.com/clementchadebec/benchmark_VAE, models/wae_mmd and models/info_vae.
+    """
+    x, y = _samples(x, y, "this recipe")
+    checks.option("kernel_choice", kernel_choice, ("imq", "rbf"))
+    c = 2 * x.shape[1] * checks.real("kernel_bandwidth", kernel_bandwidth, above=0) ** 2
+    if kernel_choice == "rbf":
+        return mmd(x, y, bandwidth=math.sqrt(c / 2), estimator="unbiased", **options) - 2
+    return _imq_set(x, y, c, scales, options) - 2 * len(scales)
+
+
+def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] = IMQ_SCALES, **options: Unpack[Options]) -> Tensor:
+    """The MMD penalty of the Wasserstein autoencoder's authors, of codes x and a sample y of the prior N(0, pz_scale²), N = M.
+
+        U of k = Σ_s sC/(sC + d²),   C = 2·D·pz_scale²
+
+    It may be negative. Their other kernel, "RBF", whose bandwidth has a gradient of its own there, is not reproduced.
+
+    Source: github.com/tolstikhin/wae, wae.py; Tolstikhin et al. 2018, "Wasserstein auto-encoders", section 4.
+    """
+    x, y = _samples(x, y, "this recipe")
+    return _imq_set(x, y, 2 * x.shape[1] * checks.real("pz_scale", pz_scale, above=0) ** 2, scales, options)
+
+
+def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
+    """The MMD of InfoVAE's authors (MMD-VAE), of codes x and a sample y of the prior: 200 rows there.
+
+        V of k = exp(−d²/D²)
+
+    Its quirk: the mean of d² over features is divided by D once more, so that k is near 1 everywhere for D of 20 or more, and the gradient
+    fades as 1/D².
+
+    Source: github.com/ShengjiaZhao/MMD-Variational-Autoencoder, mmd_vae.py; Zhao, Song and Ermon 2019, "InfoVAE".
+    """
+    x, y = _samples(x, y)
+    return mmd(x, y, bandwidth=x.shape[1] / math.sqrt(2), **options)
+
+
+def pytorch_vae(
+    x: Tensor,
+    y: Tensor,
+    *,
+    model: str = "info_vae",
+    kernel_type: str = "imq",
+    latent_var: float = 2.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The MMD that AntixK's PyTorch-VAE multiplies by `reg_weight`, of codes x and a sample y of the prior, N = M = B.
+
+        "rbf": V/(B(B−1)) with k = exp(−d²/(2·D²·latent_var)) for model="info_vae", exp(−d²/D²) for "wae_mmd"
+        "imq": Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(B(B−1)) with k = C/(C + d²), C = 2·D·latent_var
+
+    Its quirks: with "rbf" a mean over B² pairs is divided by B(B−1) a second time, so that the penalty fades as 1/B². With "imq" the sum is
+    divided only here, and the pairs i = j are left out of all three terms: a U-statistic, but not U. For "info_vae" `reg_weight` stands for
+    alpha + reg_weight − 1.
+
+    Source: github.com/AntixK/PyTorch-VAE, models/info_vae.py and models/wae_mmd.py.
+    """
+    x, y = _samples(x, y, "this recipe")
+    checks.option("model", model, ("info_vae", "wae_mmd"))
+    checks.option("kernel_type", kernel_type, ("imq", "rbf"))
+    checks.enough_rows("x", x, "unbiased")
+    n, d = x.shape
+    variance = checks.real("latent_var", latent_var, above=0)
+    if kernel_type == "rbf":
+        h = d / math.sqrt(2) if model == "wae_mmd" else d * math.sqrt(variance)
+        return mmd(x, y, bandwidth=h, **options) / (n * (n - 1))
+    c, eps = 2 * d * variance, 1e-7
+    return _without_pairs(x, y, IMQ(), math.sqrt(c + eps), options) * (c / (c + eps))
+
+
+def geomloss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: str = "gaussian",
+    blur: float = 0.05,
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The kernel norms of `geomloss.SamplesLoss(loss, blur=blur)`, of x (..., N, D) and y (..., M, D).
+
+        ½·V,   k = exp(−d²/(2·blur²)) ("gaussian"), exp(−d/blur) ("laplacian") or −d ("energy", without blur)
+
+    Weights, (..., N) and (..., M), sum to one here, and have no gradient. Its quirks: without KeOps it takes d ≥ 1e-4 (in units of blur),
+    also for a point and itself, which moves "laplacian" and "energy" by up to 1e-4·(Σ p² + Σ q²)/2; its second derivative is wrong.
+
+    Source: github.com/jeanfeydy/geomloss, kernel_samples.py; Feydy et al. 2019, "Interpolating between optimal transport and MMD".
+    """
+    checks.option("loss", loss, ("gaussian", "laplacian", "energy"))
+    kernel = {"gaussian": "rbf", "laplacian": "laplace", "energy": "energy"}[loss]
+    h = 1.0 if loss == "energy" else checks.real("blur", blur, above=0)
+    return 0.5 * mmd(x, y, bandwidth=h, kernel=kernel, x_weights=x_weights, y_weights=y_weights, **options)
+
+
+def alibi_detect(x: Tensor, y: Tensor, *, sigma: str | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]) -> Tensor:
+    """The MMD² of alibi-detect's `MMDDrift`, of the reference set x and the test set y.
+
+        U of the mean over σ of exp(−d²/(2σ²))
+
+    `sigma` is a number, several, or a rule on the pairs i < j of the reference set alone, as with `configure_kernel_from_x_ref=True`:
+    "median" √(½·median d²), the lower of two medians, as its PyTorch backend, "mean" √(½·mean d²), as its KeOps backend. Its quirks: with
+    `configure_kernel_from_x_ref=False` the rule sees only the pairs of x with y of the first test; its p-value leaves the observed
+    statistic out, so that it may be 0.
+
+    Source: github.com/SeldonIO/alibi-detect, cd/pytorch/mmd.py, utils/pytorch/kernels.py and utils/keops/kernels.py.
+    """
+    x, y = _samples(x, y)
+    if isinstance(sigma, str):
+        checks.option("sigma", sigma, ("median", "mean"))
+        sigma = _of_data((median_bandwidth if sigma == "median" else mean_bandwidth)(x))
+    h = sigma.reshape(-1) if isinstance(sigma, Tensor) else _positive("sigma", sigma)
+    return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
+
+
+def dan(
+    x: Tensor,
+    y: Tensor,
+    *,
+    alphas: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0),
+    linear: bool = False,
+    **options: Unpack[Options],
+) -> Tensor:
+    """`MultipleKernelMaximumMeanDiscrepancy` of the Transfer-Learning-Library (DAN) with a `GaussianKernel(alpha)` for each α, N = M.
+
+        U + 2/(N−1);   if `linear` the mean over i of k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(x_j, y_i), plus 2/(N−1), j = i+1 mod N
+        k = Σ_α exp(−d²/(2σ²)),   σ² = α·mean d² over all (2N)² pairs of x and y together, those of a row with itself included
+
+    Its quirks: 2/(N−1) is added, also where `linear`, "to make up for the diagonal", for any number of kernels. The library's scripts take
+    these five α; the linear one is in O(N·D).
+
+    Source: github.com/thuml/Transfer-Learning-Library, tllib/alignment/dan.py and tllib/modules/kernels.py; Long et al. 2015.
+    """
+    x, y = _samples(x, y, "this recipe")
+    checks.enough_rows("x", x, "unbiased")
+    width = _of_data(mean_bandwidth(x, y, self_pairs=True))
+    h = torch.stack([width * math.sqrt(2 * alpha) for alpha in _positive("alphas", alphas)])
+    if linear:
+        ring = torch.arange(len(x), device=x.device).repeat_interleave(2).roll(-1)
+        value = mmd(x[ring], y[ring], bandwidth=h, estimator="linear", **options)
+    else:
+        value = mmd(x, y, bandwidth=h, estimator="unbiased", **options)
+    return value + 2 / (len(x) - 1)
+
+
+def pytorch_adapt(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel_scales: float | Sequence[float] | Tensor = 1.0,
+    mmd_type: str = "linear",
+    **options: Unpack[Options],
+) -> Tensor:
+    """`MMDLoss` of pytorch-adapt.
+
+        U ("quadratic") or the linear-time estimator ("linear", N = M) of the mean over s of exp(−s·d²/m),
+        m = median of all N² entries of the matrix of d² of x, its diagonal of zeros included
+
+    `kernel_scales` are the s: a number, several, or what its `get_kernel_scales()` returns, 2 ** torch.linspace(-8, 8, 33). Its quirk: the
+    bandwidth comes from x alone, so that the loss is not symmetric. The median makes even "linear" as much work as a sweep over x.
+
+    Source: github.com/KevinMusgrave/pytorch-adapt, layers/mmd_loss.py and layers/utils.py.
+    """
+    x, y = _samples(x, y)
+    checks.option("mmd_type", mmd_type, ("linear", "quadratic"))
+    width = _of_data(median_bandwidth(x, self_pairs=True))
+    h = torch.stack([width / math.sqrt(scale) for scale in _positive("kernel_scales", kernel_scales)])
+    estimator = "linear" if mmd_type == "linear" else "unbiased"
+    return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator=estimator, **options)
+
+
+def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5, **options: Unpack[Options]) -> Tensor:
+    """`MMDLoss` of jindongwang's transferlearning (DeepDA; DDC, DAN, DSAN in its other folders).
+
+        V of k = Σ_i exp(−d²/(b·kernel_mul^{i − kernel_num // 2})), i = 0 … kernel_num − 1,
+        b = mean of d² over the n² − n pairs i ≠ j of x and y together, n = N + M
+
+    Its quirk: `fix_sigma` is accepted and ignored.
+
+    Source: github.com/jindongwang/transferlearning, code/DeepDA/loss_funcs/mmd.py.
+    """
+    x, y = _samples(x, y)
+    ratio = checks.real("kernel_mul", kernel_mul, above=0)
+    count = checks.integer("kernel_num", kernel_num, at_least=1)
+    width = _of_data(mean_bandwidth(x, y))
+    return mmd(x, y, bandwidth=torch.stack([width * ratio ** (0.5 * (i - count // 2)) for i in range(count)]), **options)
+
+
+def trvae(
+    z: Tensor,
+    groups: Tensor,
+    *,
+    num_groups: int | None = None,
+    boundary: int | None = None,
+    beta: float = 1.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The MMD between conditions of trVAE, as in scArches, of z (N, D) whose rows belong to the `groups` (N,), integers from 0.
+
+        beta·Σ over pairs of groups of V,   k = Σ_α exp(−d²/(2α)) over 19 α = 1e-6, 1e-5 … 1, 5, 10 … 35, 100, 1e3 … 1e6
+
+    All pairs in one sweep. `boundary` takes only the pairs of a group before it with one from it on. Its quirks: a sum over pairs, not a
+    mean, so that the weight grows with the number of groups; a group of one row counts without a boundary, and not with one. As there, on a
+    GPU the call waits for it.
+
+    Source: github.com/theislab/scarches, models/trvae/losses.py; Lotfollahi et al. 2020, "Conditional out-of-distribution generation".
+    """
+    checks.points("z", z)
+    size = checks.groups(groups, num_groups, z)
+    if groups.is_floating_point():
+        raise TypeError(f"groups must hold integers, got {groups.dtype}")
+    weight = checks.real("beta", beta)
+    pairs = None
+    if boundary is not None:
+        first = checks.integer("boundary", boundary, at_least=1)
+        if first >= size:
+            raise ValueError(f"boundary must be less than the number of groups, {size}, got {first}")
+        pairs = [(i, j) for i in range(first) for j in range(first, size)]
+    else:
+        # V of a row does not change when the row is there twice, and group_mmd takes groups of two.
+        single = (groups.bincount(minlength=size) == 1)[groups]
+        z, groups = torch.cat([z, z[single]]), torch.cat([groups, groups[single]])
+    total = group_mmd(z, groups, num_groups=size, pairs=pairs, bandwidth=[alpha**0.5 for alpha in TRVAE_ALPHAS], **options).values.sum()
+    return total * (weight if boundary is not None else 0.5 * weight)
+
+
+def mmd_gan(
+    x: Tensor, y: Tensor, *, sigmas: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0), biased: bool = True, **options: Unpack[Options]
+) -> Tensor:
+    """The distance of MMD-GAN, `sqrt(relu(mix_rbf_mmd2(x, y, sigmas)))`.
+
+        √max(V, 0), or √max(U, 0) unless `biased`;   k = Σ_σ exp(−d²/(2σ²))
+
+    Where the estimate is not positive, as U often is for samples alike, value and gradient are 0, never nan; just above it the gradient has
+    no bound.
+
+    Source: github.com/OctoberChang/MMD-GAN, mmd.py; Li et al. 2017, "MMD GAN".
+    """
+    x, y = _samples(x, y)
+    value = mmd(x, y, bandwidth=_positive("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
+    # The slope of the root at 0 is infinite, but the backward pass of relu selects, and does not multiply.
+    return value.relu().sqrt()
+
+
+def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, normalize: bool = True, **options: Unpack[Options]) -> Tensor:
+    """CMMD of CLIP embeddings x and y.
+
+        scale·V of exp(−d²/(2·sigma²)), rows divided by their L2 norms first unless `normalize=False`
+
+    At σ = 10 every k of unit vectors is above 0.98: the original code loses most of float32's digits, this sums k − 1. As a metric it is
+    `fastvae.metrics.CMMD`.
+
+    Source: github.com/google-research/google-research, cmmd/distance.py; Jayasumana et al. 2024, "Rethinking FID".
+    """
+    x, y = _samples(x, y)
+    if normalize:
+        x, y = (torch.nn.functional.normalize(t.to(accumulation_dtype(t.dtype)), dim=1) for t in (x, y))
+    return checks.real("scale", scale) * mmd(x, y, bandwidth=checks.real("sigma", sigma, above=0), **options)
+
+
+class KID(NamedTuple):
+    """Mean and standard deviation, without Bessel's correction, of the kernel inception distance over subsets."""
+
+    mean: Tensor
+    std: Tensor
+
+
+def kid(
+    x: Tensor,
+    y: Tensor,
+    *,
+    subsets: int | None = 100,
+    subset_size: int = 1000,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef: float = 1.0,
+    generator: torch.Generator | None = None,
+    **options: Unpack[Options],
+) -> KID:
+    """The kernel inception distance of features x and y, as `torchmetrics.image.KernelInceptionDistance` takes it.
+
+        U of (gamma·x·y + coef)^degree, gamma = 1/D by default: mean and standard deviation over subsets of `subset_size` rows of each
+
+    Subsets are drawn as there, `torch.randperm` on the CPU for x and then for y, from `generator` or the global one: equal seeds give equal
+    subsets. `subsets=None` takes all rows at once, streaming: the value that the mean over subsets estimates, without its noise; its
+    standard deviation is nan.
+
+    Source: Bińkowski et al. 2018, "Demystifying MMD GANs", section 4; github.com/Lightning-AI/torchmetrics, image/kid.py.
+    """
+    x, y = _samples(x, y)
+    h = 1.0 if gamma is None else (x.shape[1] * checks.real("gamma", gamma, above=0)) ** -0.5
+    kernel = Polynomial(degree, coef)
+    if subsets is None:
+        value = mmd(x, y, bandwidth=h, kernel=kernel, estimator="unbiased", **options)
+        return KID(value, torch.full_like(value, torch.nan))
+    checks.integer("subsets", subsets, at_least=1)
+    checks.integer("subset_size", subset_size, at_least=2)
+    for name, t in (("x", x), ("y", y)):
+        if t.shape[0] < subset_size:
+            raise ValueError(f"{name} must have at least subset_size = {subset_size} rows, got {t.shape[0]}: or pass subsets=None")
+    values = []
+    for _ in range(subsets):
+        rows = [torch.randperm(t.shape[0], generator=generator)[:subset_size].to(t.device) for t in (x, y)]
+        values.append(mmd(x[rows[0]], y[rows[1]], bandwidth=h, kernel=kernel, estimator="unbiased", **options))
+    stacked = torch.stack(values)
+    return KID(stacked.mean(), stacked.std(unbiased=False))
+
+
+def mmdagg(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str = "gaussian",
+    bandwidths: Sequence[float] | None = None,
+    number_bandwidths: int = 10,
+    permutations_same_sample_size: bool = False,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The statistic of each single test of MMDAgg, shape (number of bandwidths,), ascending in λ; `bandwidths` are the λ.
+
+        N ≠ M or `permutations_same_sample_size`: U;   else Σ_{i≠j} k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j), about N(N−1) times U
+        k = exp(−d²/λ²) ("gaussian"), (1 + d²/λ²)^−½ ("imq") or exp(−d/λ) ("matern_0.5_l2")
+
+    By default the λ are a geometric series over the distances between the first 500 rows of each set, from half the smallest to twice the
+    largest; on a GPU the call waits for them. Its quirks: "gaussian" lacks the 2 of 2λ², so that h = λ/√2; "laplace", in its default
+    "laplace_gaussian", is of the L1 norm, which is not here. The test itself is another matter: p-values need permutations.
+
+    Source: github.com/antoninschrab/mmdagg; Schrab et al. 2023, "MMD aggregated two-sample test".
+    """
+    x, y = _samples(x, y)
+    for name, t in (("x", x), ("y", y)):
+        checks.enough_rows(name, t, "unbiased")
+    family, factor = _schrab_kernel(kernel, _MMDAGG)
+    if bandwidths is None:
+        bandwidths = _mmdagg_bandwidths(x, y, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
+    lambdas = _positive("bandwidths", bandwidths)
+    n = len(x)
+    if n != len(y) or permutations_same_sample_size:
+        return torch.stack([mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options) for h in lambdas])
+    return torch.stack([_without_pairs(x, y, family, factor * h, options) for h in lambdas]) * (n * (n - 1))
+
+
+def mmdfuse(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernels: Sequence[str] = ("gaussian",),
+    bandwidths: Sequence[float] | None = None,
+    number_bandwidths: int = 10,
+    lambda_multiplier: float = 1.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The statistic of MMD-FUSE, a scalar; `bandwidths` are the λ of every kernel.
+
+        log mean over kernels and λ of exp(lambda_multiplier·(n(n−1))^{3/2}·U/√(Σ_{i≠j} k(z_i, z_j)²)),   z = [x; y], n = min(N, M)
+        k = exp(−d²/(2λ²)) ("gaussian"), (1 + d²/λ²)^−½ ("imq", "rq") or exp(−d/λ) ("matern_0.5_l2")
+
+    By default the λ go in equal steps from half the 5 % quantile to twice the 95 % quantile of the distances between rows of z, the zeros
+    of the diagonal replaced by the median; rows must not repeat, and on a GPU the call waits for them. Its quirk: "laplace", one of its two
+    default kernels, is exp(−√2·‖x−y‖₁/λ) of the L1 norm, which is not here.
+
+    Source: github.com/antoninschrab/mmdfuse-paper; Biggs, Schrab and Gretton 2023, "MMD-FUSE".
+    """
+    x, y = _samples(x, y)
+    for name, t in (("x", x), ("y", y)):
+        checks.enough_rows(name, t, "unbiased")
+    families = [_schrab_kernel(kernel, _MMDFUSE) for kernel in ([kernels] if isinstance(kernels, str) else kernels)]
+    z, n = torch.cat([x, y]), min(len(x), len(y))
+    if bandwidths is None:
+        bandwidths = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
+    lambdas = _positive("bandwidths", bandwidths)
+    multiplier = checks.real("lambda_multiplier", lambda_multiplier, above=0)
+    statistics = []
+    for family, factor in families:
+        square, shrink = _squared(family)
+        for h in lambdas:
+            value = mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options)
+            squares = kernel_matmul(z, z, torch.ones_like(z[:, 0]), bandwidth=shrink * factor * h, kernel=square, **options).sum() - len(z)
+            statistics.append(value * ((n * (n - 1)) ** 1.5 / squares.sqrt()))
+    return (multiplier * torch.stack(statistics)).logsumexp(0) - math.log(len(statistics))
+
+
+# k of these names at λ is the kernel at h = factor·λ.
+_MMDAGG: dict[str, tuple[Kernel, float]] = {
+    "gaussian": (RBF(), 0.5**0.5),
+    "imq": (RationalQuadratic(0.5), 1.0),
+    "matern_0.5_l2": (Laplace(), 1.0),
+}
+_MMDFUSE: dict[str, tuple[Kernel, float]] = {**_MMDAGG, "gaussian": (RBF(), 1.0), "rq": (RationalQuadratic(0.5), 1.0)}
+
+
+def _schrab_kernel(name: str, known: dict[str, tuple[Kernel, float]]) -> tuple[Kernel, float]:
+    if name in ("laplace", "laplace_gaussian", "gaussian_laplace") or (isinstance(name, str) and name.endswith("_l1")):
+        raise ValueError(f"kernel must be of the Euclidean distance, one of {', '.join(map(repr, known))}, got {name!r} of the L1 norm")
+    checks.option("kernel", name, known)
+    return known[name]
+
+
+def _squared(kernel: Kernel) -> tuple[Kernel, float]:
+    """k², and the factor of its bandwidth."""
+    if isinstance(kernel, RationalQuadratic):
+        return RationalQuadratic(2 * kernel.alpha), 0.5**0.5
+    return kernel, 0.5 if isinstance(kernel, Laplace) else 0.5**0.5
+
+
+def _mmdagg_bandwidths(x: Tensor, y: Tensor, count: int) -> list[float]:
+    distances = torch.cdist(x[:500].detach().double(), y[:500].detach().double(), compute_mode="donot_use_mm_for_euclid_dist").flatten()
+    low, high = float(distances.min()), max(float(distances.max()), 0.3)
+    if low < 0.1:
+        low = max(float(distances.kthvalue(int(0.05 * distances.numel()) + 1).values), 0.1)
+    ratio = (4 * high / low) ** (1 / (count - 1))
+    return [0.5 * low * ratio**i for i in range(count)]
+
+
+def _mmdfuse_bandwidths(z: Tensor, count: int) -> list[float]:
+    n, z = len(z), z.detach()[None]
+    entries = n * (n + 1) // 2
+
+    def distance(rank: int) -> float:
+        return float(ranked_squared_distance(z, rank).sqrt())
+
+    # Of the sorted entries the n zeros come first.
+    middle = (entries - 1) // 2 - n
+    median = 0.5 * (distance(middle) + distance(entries // 2 - n))
+
+    def quantile(rank: int) -> float:
+        """Of the entries whose zeros are now the median."""
+        if rank <= middle:
+            return distance(rank)
+        return distance(rank - n) if rank > middle + n else median
+
+    low, high = 0.5 * quantile(int(0.05 * entries)), 2 * quantile(int(0.95 * entries))
+    return [low + (high - low) * i / (count - 1) for i in range(count)]
+
+
+def _samples(x: Tensor, y: Tensor, paired_for: str | None = None) -> tuple[Tensor, Tensor]:
+    """x and y, checked as far as a recipe reads them itself, of equally many rows if something needs it."""
+    checks.points("x", x)
+    checks.points("y", y)
+    checks.same_features("x", x, "y", y)
+    if paired_for is not None:
+        checks.same_rows("x", x, "y", y, paired_for)
+    return x, y
+
+
+def _of_data(bandwidth: Tensor) -> Tensor:
+    """A number also where the samples hold a nan: MMD² is then nan by itself, and a bandwidth of nan an error."""
+    return bandwidth.nan_to_num(nan=1.0)
+
+
+def _positive(name: str, values: Any) -> list[float]:
+    """A number above 0, or a sequence, array or tensor of them, as a list."""
+    if isinstance(values, Tensor):
+        values = values.detach()
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.reshape(-1).tolist()
+    values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    if not values:
+        raise ValueError(f"{name} must hold at least one value, got none")
+    return [checks.real(f"every one of {name}", value, above=0) for value in values]
+
+
+def _imq_set(x: Tensor, y: Tensor, c: float, scales: Sequence[float], options: Options) -> Tensor:
+    """U of Σ_s sC/(sC + d²)."""
+    h = [math.sqrt(c * scale) for scale in _positive("scales", scales)]
+    return mmd(x, y, bandwidth=h, kernel="imq", estimator="unbiased", **options)
+
+
+def _without_pairs(x: Tensor, y: Tensor, kernel: Kernel, bandwidth: float, options: Options) -> Tensor:
+    """Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(N(N−1)): V, and what its pairs i = j add to it."""
+    n, value = len(x), mmd(x, y, bandwidth=bandwidth, kernel=kernel, **options)
+    gamma = float(kernel.gamma(torch.tensor(bandwidth, dtype=torch.float64), x.shape[1]))
+    t = (x.to(value.dtype) - y.to(value.dtype)).square().sum(1) * gamma
+    return (n * value - 2 * (kernel.at_zero - kernel.phi(t)).mean()) / (n - 1)

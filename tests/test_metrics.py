@@ -1,0 +1,182 @@
+"""CMMD and the kernel inception distance as metrics, against their formulas and against torchmetrics' own."""
+
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torchmetrics import MetricCollection
+from torchmetrics.image.kid import KernelInceptionDistance as TorchmetricsKID
+
+from fastvae import recipes
+from fastvae.metrics import CMMD, KernelInceptionDistance
+from tests.cases import DEVICE
+
+
+def embeddings(n=70, m=50, d=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    real = torch.randn(n, d, dtype=torch.float64, generator=generator) + 0.5
+    fake = 1.1 * torch.randn(m, d, dtype=torch.float64, generator=generator) + 0.6
+    return real.to(DEVICE, dtype), fake.to(DEVICE, dtype)
+
+
+def feed(metric, real, fake, batch=16):
+    for part in real.split(batch):
+        metric.update(part, real=True)
+    for part in fake.split(batch):
+        metric.update(part, real=False)
+    return metric
+
+
+def dense_cmmd(x, y):
+    x, y = (t.double() / t.double().norm(dim=1, keepdim=True) for t in (x, y))
+    mean = [
+        torch.exp(-(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2) / 200).mean() for a, b in ((x, x), (y, y), (x, y))
+    ]
+    return 1000 * (mean[0] + mean[1] - 2 * mean[2])
+
+
+def test_cmmd_of_batches():
+    real, fake = embeddings()
+    torch.testing.assert_close(feed(CMMD(), real, fake).compute().double(), dense_cmmd(real, fake), rtol=1e-5, atol=0)
+
+
+def test_cmmd_keeps_digits_that_float32_loses():
+    real, fake = embeddings(400, 300, 64)
+    exact = dense_cmmd(real, fake)
+    x, y = (t / t.norm(dim=1, keepdim=True) for t in (real, fake))
+
+    def mean(a, b):
+        return torch.exp(-(a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T) / 200).mean()
+
+    plain = abs(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)) - exact) / exact
+    error = abs(feed(CMMD(), real, fake).compute() - exact) / exact
+    assert error < 1e-5
+    assert plain > 10 * error
+
+
+def test_kid_is_torchmetrics_kid_of_the_same_subsets():
+    real, fake = (t.cpu() for t in embeddings(dtype=torch.float64))
+    for options in ({}, {"degree": 2, "gamma": 0.2, "coef": 0.5}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+            theirs = TorchmetricsKID(feature=torch.nn.Identity(), subsets=5, subset_size=20, **options).set_dtype(torch.float64)
+        ours = feed(KernelInceptionDistance(subsets=5, subset_size=20, **options), real, fake)
+        feed(theirs, real, fake)
+        torch.manual_seed(7)
+        expected = theirs.compute()
+        torch.manual_seed(7)
+        torch.testing.assert_close(tuple(ours.compute()), expected)
+
+
+def test_kid_seed_and_exact():
+    real, fake = embeddings()
+    metric = feed(KernelInceptionDistance(subsets=5, subset_size=20, seed=3), real, fake)
+    first = metric.compute()
+    torch.manual_seed(1)
+    again = feed(KernelInceptionDistance(subsets=5, subset_size=20, seed=3), real, fake).compute()
+    assert first == again
+    exact = feed(KernelInceptionDistance(subsets=None), real, fake).compute()
+    torch.testing.assert_close(exact.mean, recipes.kid(real, fake, subsets=None).mean)
+    assert exact.std.isnan()
+
+
+def test_reset():
+    real, fake = embeddings()
+    metric = feed(CMMD(), real, fake)
+    value = metric.compute()
+    metric.reset()
+    metric.update(fake, real=False)
+    with pytest.raises(ValueError, match="embeddings that are real must be given"):
+        metric.compute()
+    metric.update(real, real=True)
+    torch.testing.assert_close(metric.compute(), value)
+
+    metric = feed(CMMD(reset_real_features=False), real, fake)
+    metric.compute()
+    metric.reset()
+    metric.update(fake + 1, real=False)
+    metric.reset()
+    assert not metric.fake_features
+    metric.update(fake, real=False)
+    torch.testing.assert_close(metric.compute(), value)
+
+
+def test_collection_shares_the_embeddings():
+    real, fake = embeddings()
+    collection = MetricCollection({"cmmd": CMMD(), "kid": KernelInceptionDistance(subsets=None)})
+    for _ in range(2):
+        feed(collection, real, fake)
+        result = collection.compute()
+        assert set(result) == {"cmmd", "kid"}
+        assert result["cmmd"] == feed(CMMD(), real, fake).compute()
+        assert result["kid"].mean == feed(KernelInceptionDistance(subsets=None), real, fake).compute().mean
+        collection.reset()
+
+
+def test_a_metric_is_pickled_and_moved():
+    real, fake = embeddings()
+    metric = pickle.loads(pickle.dumps(feed(CMMD(), real, fake))).to("cpu")
+    torch.testing.assert_close(metric.compute().cpu(), feed(CMMD(), real, fake).compute().cpu())
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    real, fake = (t.cpu() for t in embeddings())
+    share = slice(0, 20) if rank == 0 else slice(20, None)
+    collection = MetricCollection({"cmmd": CMMD(), "kid": KernelInceptionDistance(subsets=None)})
+    feed(collection, real[share], fake[share])
+    result = collection.compute()
+    torch.save((result["cmmd"], result["kid"].mean), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_distance_of_all_embeddings(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    real, fake = (t.cpu() for t in embeddings())
+    expected = recipes.cmmd(real, fake), recipes.kid(real, fake, subsets=None).mean
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: CMMD(sigma=0), ValueError, "sigma must be greater than 0, got 0"),
+        (lambda: CMMD(backend="cuda"), ValueError, "backend must be one of"),
+        (lambda: KernelInceptionDistance(subsets=0), ValueError, "subsets must be at least 1, got 0"),
+        (lambda: KernelInceptionDistance(degree=0), ValueError, "degree must be a whole number"),
+        (lambda: CMMD().update(torch.zeros(3), real=True), ValueError, r"embeddings must have shape \(rows, features\), got \(3,\)"),
+        (lambda: CMMD().update(torch.zeros(3, 2), real="yes"), ValueError, "real must be one of True, False, got 'yes'"),
+        (lambda: feed(CMMD(), torch.ones(3, 2), torch.ones(3, 4)), ValueError, "must have the same number of features"),
+        (lambda: feed(CMMD(), torch.ones(3, 2), torch.ones(3, 2).double()), TypeError, "must have the same dtype"),
+        (
+            lambda: feed(KernelInceptionDistance(), torch.ones(3, 2), torch.ones(3, 2)).compute(),
+            ValueError,
+            "must have at least subset_size = 1000 rows, got 3: or pass subsets=None",
+        ),
+    ],
+)
+def test_errors(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+def test_without_torchmetrics():
+    code = """if True:
+        import sys; sys.modules["torchmetrics"] = None
+        import fastvae
+        try:
+            import fastvae.metrics
+        except ImportError as error:
+            print(error)
+    """
+    root = Path(__file__).parent.parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert "fastvae.metrics must have torchmetrics: pip install torchmetrics" in result.stdout, result.stderr
