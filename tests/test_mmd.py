@@ -263,6 +263,18 @@ def test_batch_dimensions():
     assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd(x, y, bandwidth=h), (x.requires_grad_(), h))
 
 
+def test_vmap_and_jacobians():
+    xs, y = torch.randn(3, 6, 2, dtype=torch.float64, device=DEVICE), torch.randn(5, 2, dtype=torch.float64, device=DEVICE)
+    values = torch.stack([fastvae.mmd(x, y) for x in xs])
+    torch.testing.assert_close(torch.vmap(fastvae.mmd, (0, None))(xs, y), values)
+    nested = torch.vmap(torch.vmap(fastvae.mmd, (0, None)), (None, 0))(xs, torch.stack([y, y + 1]))
+    torch.testing.assert_close(nested, torch.stack([values, torch.stack([fastvae.mmd(x, y + 1) for x in xs])]))
+    gradients = torch.stack([torch.func.grad(fastvae.mmd)(x, y) for x in xs])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(fastvae.mmd), (0, None))(xs, y), gradients)
+    jacobian = torch.func.jacrev(lambda x: torch.stack([fastvae.mmd(x, y), fastvae.mmd_to_normal(x)]))(xs[0])
+    torch.testing.assert_close(jacobian, torch.stack([gradients[0], torch.func.grad(fastvae.mmd_to_normal)(xs[0])]))
+
+
 def test_second_derivative():
     x, y = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)

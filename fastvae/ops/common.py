@@ -18,6 +18,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 class _ForbidSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
         return grad.view_as(grad)

@@ -88,6 +88,22 @@ def _fake(*args: Any) -> Result:
     return x.new_empty(batch, dtype=dtype), grad_x, grad_y, grad_bandwidth
 
 
+@mmd_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, tuple[int | None, ...]]:
+    """A batch dimension of the op itself, in the place of one more of `torch.vmap`."""
+    problem = Problem(*args)
+    if any(isinstance(dim, int) for dim in in_dims[4:]):
+        raise NotImplementedError("torch.vmap of fastvae.mmd must be over x, y or their weights, got a batch of another argument")
+    tensors, batched = [], problem.x.ndim - (in_dims[0] is not None) == 3
+    for t, dim in zip(problem[:4], in_dims[:4], strict=True):
+        t = t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        tensors.append(t.flatten(0, 1) if t is not None and batched else t)
+    results = mmd_op(*tensors, *args[4:])
+    if batched:
+        results = tuple(t.unflatten(0, (info.batch_size, -1)) if t.numel() else t for t in results)
+    return cast(Result, tuple(results)), tuple(0 if t.numel() else None for t in results)
+
+
 def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     with torch.autocast(problem.x.device.type, enabled=False):
         if problem.x.ndim == 2:
@@ -257,6 +273,8 @@ def apply_mmd(*args: Any) -> Tensor:
 
 class MMD(torch.autograd.Function):
     """(MMD² and its gradients); only the first is differentiable. Arguments of `torch.ops.fastvae.mmd`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Result:
