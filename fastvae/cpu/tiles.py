@@ -15,6 +15,10 @@ from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladde
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower.
 TILE = 512
 
+# Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of the largest ‖x‖²: where more than this
+# share of the pairs of so many rows of each sample is, distances are taken from differences.
+_NEAR, _NEAR_SHARE, _NEAR_ROWS = 2.0**14, 2.0**-8, 128
+
 
 @dataclass
 class Points:
@@ -137,7 +141,9 @@ class Tiles:
         if max(radius2) > self.limit:
             distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
             if self.kernel.rooted:
-                torch.mul(distance, (2 * self.ladder.gamma) ** 0.5, out=out)
+                # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
+                rounding = 16 * torch.finfo(self.dtype).eps * max(radius2) ** 0.5
+                torch.mul(F.threshold(distance, rounding, 0.0, inplace=True), (2 * self.ladder.gamma) ** 0.5, out=out)
             else:
                 torch.mul(distance, distance, out=out).mul_(-self.ladder.gamma * self.unit)
             return
@@ -207,11 +213,20 @@ def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tu
     steepest = ladder.gamma * ladder.ratios[-1] / EXPONENT_ERROR[dtype]
     limit = float("inf") if not ladder.kernel.radial or isinstance(ladder.kernel, Energy) else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
-    if ladder.kernel.rooted:
-        return centre.double(), exact
-    limit = limit / torch.finfo(dtype).eps
     radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
-    if not radius2 > limit:
-        return centre, limit
+    if ladder.kernel.rooted:
+        if not _crowded(samples, centre.double(), radius2):
+            return centre.double(), exact
+        exact = 0.0
+    elif not radius2 > limit / torch.finfo(dtype).eps:
+        return centre, limit / torch.finfo(dtype).eps
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
     return torch.cat(list(samples)).median(0).values.double(), exact
+
+
+def _crowded(samples: Sequence[Tensor], centre: Tensor, radius2: float) -> bool:
+    """Whether many pairs, of a part of the rows, differ and are yet so near that products lose their distance and its direction."""
+    rows = torch.cat([z[:: -(-z.shape[0] // _NEAR_ROWS)] for z in samples]).unique(dim=0).double() - centre
+    half = 0.5 * rows.square().sum(1, keepdim=True)
+    near = half + half.T - rows @ rows.T < _NEAR * torch.finfo(torch.float64).eps * radius2
+    return int(near.sum()) - rows.shape[0] > _NEAR_SHARE * rows.shape[0] ** 2
