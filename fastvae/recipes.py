@@ -2,7 +2,8 @@
 
 d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, of one dtype on
 one device; where a formula pairs the rows of x and y, N = M. A bandwidth that a library takes from the data is a constant, as it is there.
-All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. `docs/coming-from.md` shows the swap for each library.
+All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. They pass through `torch.compile(fullgraph=True)`, but
+for the statistics of the two tests where these choose the bandwidths. `docs/coming-from.md` shows the swap for each library.
 
 The formulas were read from each project's source. Its rounding is not reproduced, nor a lower bound of 1e-8 or less on d².
 """
@@ -441,6 +442,7 @@ def mmdfuse(
         checks.enough_rows(name, t, "unbiased")
     families = [_schrab_kernel(kernel, _MMDFUSE) for kernel in ([kernels] if isinstance(kernels, str) else kernels)]
     z, n = torch.cat([x, y]), min(len(x), len(y))
+    z_again = z.clone()  # Dynamo takes no tensor twice.
     if bandwidths is None:
         bandwidths = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
     lambdas = _positive("bandwidths", bandwidths)
@@ -450,7 +452,9 @@ def mmdfuse(
         square, shrink = _squared(family)
         for h in lambdas:
             value = mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options)
-            squares = kernel_matmul(z, z, torch.ones_like(z[:, 0]), bandwidth=shrink * factor * h, kernel=square, **options).sum() - len(z)
+            squares = kernel_matmul(
+                z, z_again, torch.ones_like(z[:, 0]), bandwidth=shrink * factor * h, kernel=square, **options
+            ).sum() - len(z)
             statistics.append(value * ((n * (n - 1)) ** 1.5 / squares.sqrt()))
     return (multiplier * torch.stack(statistics)).logsumexp(0) - math.log(len(statistics))
 

@@ -379,6 +379,25 @@ def test_options_reach_mmd():
         recipes.deepda(x, y, precision="low")
 
 
+@pytest.mark.slow
+def test_compile():
+    x, y = samples(dtype=torch.float32)
+    labels = LABELS.to(DEVICE)
+    losses = [case[0] for case in CASES if case[0] not in (recipes.mmdagg, recipes.mmdfuse) and not case[2]] + [
+        lambda x, y: recipes.dan(x, y, linear=True),
+        lambda x, y: recipes.trvae(torch.cat([x, y])[:9], labels, num_groups=6),
+        lambda x, y: recipes.trvae(x + 0 * y, labels, num_groups=6, boundary=2),
+        lambda x, y: recipes.kid(x, y, subsets=None).mean,
+        lambda x, y: recipes.mmdagg(x, y, bandwidths=(1.0, 2.0)),
+        lambda x, y: recipes.mmdfuse(x, y, bandwidths=(1.0, 2.0)),
+    ]
+    for loss in losses:
+        torch.compiler.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for a, e in zip(value_and_gradients(compiled, x, y), value_and_gradients(loss, x, y), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
