@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,20 @@ def test_a_table_from_fit_to_export(tmp_path, inside):
     inside("encode")
     assert np.load("codes.npz")["mu"].shape == (24, 2)
     assert "I(x; z) = " in inside("report", "runs/table")[0]
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(tmp_path):
+    # Lightning starts the second process with the script and the arguments of the first.
+    (tmp_path / "fastvae.py").write_text("import sys; sys.path.pop(0); from fastvae.cli import main; main()")
+    several = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.max_epochs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "fastvae.py", "fit", *SMALL, *several]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [run] = (tmp_path / "runs" / "mmd_vae").iterdir()
+    assert {file.name for file in run.iterdir()} >= {*PICTURES, "config.yaml", "metrics.csv", "checkpoints"}
+    assert done.stdout.count("Measure its codes") == 1
 
 
 @pytest.mark.slow

@@ -67,9 +67,10 @@ class Pictures(Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if not (trainer.is_global_zero and trainer.log_dir and isinstance(data, ImageData) and isinstance(pl_module, VAEModule)):
+        log_dir = trainer.log_dir  # asked for by every process, as the first one tells the others
+        if not (trainer.is_global_zero and log_dir and isinstance(data, ImageData) and isinstance(pl_module, VAEModule)):
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         split = data.splits["val"] if len(data.splits["val"].images) else data.splits["test"]
         shown = split._replace(images=split.images[:2000], labels=split.labels[:2000])
         x = scaled(shown.images).to(pl_module.device)

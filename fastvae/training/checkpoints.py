@@ -31,6 +31,10 @@ class RandomState(Callback):
         self._loaded: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
         self._validates = False
+        self._started = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = False
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that the next step begins with, also where they wait for it or for the end of a validation."""
@@ -41,9 +45,15 @@ class RandomState(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier: what Lightning does until the first step may draw numbers.
-        if self._loaded is not None:
+        if self._started:
+            return
+        self._started = True
+        if trainer.global_rank > 0:
+            # The checkpoint has the numbers of the first process, which also began with this one's: noise is to differ between them.
+            torch.manual_seed(epoch_seed(torch.initial_seed(), trainer.global_step, stream=1 + trainer.global_rank))
+        elif self._loaded is not None:
             set_random_state(self._loaded)
-            self._loaded = None
+        self._loaded = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Here and not at a validation's start, before which its loader has drawn a seed.

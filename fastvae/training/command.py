@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastvae import checks
@@ -138,7 +139,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").logger in (None, True):
             prefix = "version" if self.subcommand == "fit" else "test"
-            folder = new_folder(Path(self._get(self.config, "runs"), self._get(self.config, "name")), prefix)
+            parent = Path(self._get(self.config, "runs"), self._get(self.config, "name"))
+            # Of several processes the first one writes.
+            folder = new_folder(parent, prefix) if getattr(rank_zero_only, "rank", 0) == 0 else parent / prefix
             place = (folder.parent.parent, folder.parent.name, folder.name)
             csv = CSVLogger(*place)
             _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
@@ -154,7 +157,7 @@ class CommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-        if folder and last:
+        if folder and last and self.trainer.is_global_zero:
             sys.stdout.write(
                 f"\nPictures, logs and checkpoints: {Path(folder).resolve()}\nMeasure its codes: fastvae test --ckpt_path {last}\n"
             )

@@ -152,7 +152,13 @@ def sentence(runs: list[Run]) -> str:
 def overview(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(14, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 4)
-    _bars(figure.add_subplot(grid[0, 0]), runs, "mutual_information", "Mutual information I(x; z), nats")
+    information = figure.add_subplot(grid[0, 0])
+    _bars(information, runs, "mutual_information", "Mutual information I(x; z), nats")
+    size = max(np.nan_to_num([run.last("evaluation_size") for run in runs]))
+    if size > 1:
+        information.axvline(math.log(size), color="#999999", linewidth=1, linestyle=":")
+        information.set_xlim(0, math.log(size) * 1.2)
+        information.set_xlabel(f"at most log {size:.0f} = {math.log(size):.2f}, the number of codes", fontsize=8)
     units = figure.add_subplot(grid[0, 1])
     _bars(units, runs, "active_units", "Active units")
     total = max((len(run.dimensions("mu_variance")) for run in runs), default=0)
