@@ -65,6 +65,13 @@ def test_no_batch_of_one_image(idx_folder):
         assert sum(len(x) for x, _ in data.test_dataloader()) == 10
 
 
+def test_no_validation_on_one_image(idx_folder):
+    for validation, n in ((0.04, 0), (0.06, 2)):
+        data = ImageData(path=str(idx_folder), validation=validation)
+        data.setup()
+        assert (len(data.splits["val"].images), data.train_size) == (n, 30 - n)
+
+
 def test_a_seed_fixes_the_batches(idx_folder):
     def order(seed):
         data = ImageData(path=str(idx_folder), seed=seed, binarisation="dynamic")

@@ -150,6 +150,7 @@ class ImageData(LightningDataModule):
         # Shuffled, as files often hold like images together: the MMD of such a batch is not that of the set.
         test = test.take(torch.randperm(len(test.images), generator=generator))
         n_val = round(self.validation * len(order))
+        n_val = 0 if n_val == 1 < len(order) else n_val  # the unbiased MMD of one image is none
         splits = {"train": train.take(order[n_val:]), "val": train.take(order[:n_val]), "test": test}
         if self.binarisation == "dynamic":
             for name in ("val", "test"):
