@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae.cpu.tiles import TILE, Points, Tiles, tiles_of
+from fastvae.cpu.tiles import TILE, Tiles, tiles_of
 from fastvae.radial import KernelSum
 
 # Rows of a group under which it shares its tile with its neighbours.
@@ -33,8 +33,11 @@ def quadratic_form(
     """
     tiles = Tiles(kernel, [z], centre)
     v = v.to(tiles.dtype)
-    rows = _rows(v)
-    a = tiles.points(z, z.new_ones(z.shape[0]), upstream is not None, rows)
+    group = _groups(v)
+    rows = tiles_of(len(v)) if group is None else _rows(group)
+    # Where each row is of one group its weight goes with its moments, and the coefficients of a tile of two groups are one number.
+    row_weights = torch.ones_like(v[:, 0]) if group is None else v.sum(1)
+    a = tiles.points(z, row_weights, upstream is not None, rows)
     used = [_used(v[i]) for i in rows]
     # For each tile its rows of v as contiguous columns, those that are not all zero.
     columns = [v[i, c].T.contiguous() for i, c in zip(rows, used, strict=True)]
@@ -51,26 +54,17 @@ def quadratic_form(
                 total[c, d] += block
                 if n != m:
                     total[d, c] += block.T
-            if b is not None:
-                _add_pull(tiles, slope, a, i, j, columns[n].T, b[c, d], columns[m])
+            if b is not None and group is not None and b[c, d].numel() == 1:
+                tiles.add_moments(slope, a, i, a, j, float(b[c, d]))
+            elif b is not None:
+                left, right = (columns[n], columns[m]) if group is None else (columns[n].ne(0).to(b), columns[m].ne(0).to(b))
+                slope.mul_(tiles.product("coefficient", left.T @ b[c, d], right))
+                tiles.add_moments(slope, a, i, a, j, 1.0)
         if progress is not None:
             # Tiles right of the diagonal: the first rows have most of them.
-            left = len(rows) - n - 1
-            progress(1 - left * (left + 1) / (len(rows) * (len(rows) + 1)))
-    return total, None if upstream is None else tiles.pull(a)
-
-
-def _add_pull(tiles: Tiles, slope: Tensor, a: Points, i: slice, j: slice, left: Tensor, b: Tensor, right: Tensor) -> None:
-    """The moments of a tile with left @ b @ right as coefficients."""
-    if 1 not in b.shape:
-        tiles.add_moments(slope.mul_(tiles.product("coefficient", left @ b, right)), a, i, a, j, 1.0)
-        return
-    # Coefficients that are a number of the row times one of the column need no tile of their own.
-    rows, columns = ((left @ b)[:, 0], right[0]) if b.shape[1] == 1 else (left[:, 0], (b @ right)[0])
-    assert a.moments is not None
-    a.moments[:, i] += (a.weighted[:, j] * columns) @ slope.T * rows
-    if i != j:
-        a.moments[:, j] += (a.weighted[:, i] * rows) @ slope * columns
+            left_over = len(rows) - n - 1
+            progress(1 - left_over * (left_over + 1) / (len(rows) * (len(rows) + 1)))
+    return total, None if upstream is None else tiles.pull(a) * row_weights[:, None].to(z.dtype)
 
 
 def _product(k: Tensor, v_t: Tensor) -> Tensor:
@@ -84,11 +78,15 @@ def _used(v: Tensor) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
-def _rows(v: Tensor) -> list[slice]:
-    """Tiles of rows; where rows come sorted by a group each, the larger groups have tiles of their own."""
-    group = v.ne(0).to(torch.int8).argmax(1)
-    if bool((v.ne(0).sum(1) > 1).any()) or bool((group.diff() < 0).any()):
-        return tiles_of(v.shape[0])
+def _groups(v: Tensor) -> Tensor | None:
+    """The column of each row's one weight that is not zero, if that is all it has and rows come sorted by it."""
+    used = v.ne(0)
+    group = used.to(torch.int8).argmax(1)
+    return None if bool((used.sum(1) > 1).any() | (group.diff() < 0).any()) else group
+
+
+def _rows(group: Tensor) -> list[slice]:
+    """Tiles of rows that come sorted by group: the larger groups have tiles of their own."""
     rows, start, end = [], 0, 0
     for size in group.bincount().tolist():
         if size >= _OWN_TILE:
@@ -97,4 +95,4 @@ def _rows(v: Tensor) -> list[slice]:
             rows += [slice(end + size * n // parts, end + size * (n + 1) // parts) for n in range(parts)]
             start = end + size
         end += size
-    return rows + tiles_of(v.shape[0], start)
+    return rows + tiles_of(len(group), start)
