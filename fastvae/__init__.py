@@ -15,6 +15,7 @@ from fastvae.functional import (
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
 from fastvae.reference import KLDecomposition
+from fastvae.two_sample import KernelTest, TwoSampleTest, two_sample_test
 from fastvae.vae import VAE
 from fastvae.version import __version__
 
@@ -24,8 +25,10 @@ __all__ = [
     "Gaussian",
     "GroupMMD",
     "KLDecomposition",
+    "KernelTest",
     "Likelihood",
     "MMDLoss",
+    "TwoSampleTest",
     "VAEObjective",
     "VAEOutput",
     "__version__",
@@ -39,5 +42,6 @@ __all__ = [
     "reference",
     "reparameterize_kl",
     "total_correlation",
+    "two_sample_test",
     "witness",
 ]

@@ -40,6 +40,29 @@ def kernel(value: object) -> Kernel:
     return KERNELS[value]
 
 
+def kernels(value: object, aggregate: str | None) -> list[Kernel]:
+    """One kernel, or with `aggregate` one or several."""
+    if isinstance(value, (str, Kernel)) or not isinstance(value, Sequence):
+        return [kernel(value)]
+    if aggregate is None:
+        raise ValueError(f"kernel must be one kernel where aggregate is None, got {len(value)}: pass aggregate='fuse' or 'agg'")
+    if len(value) == 0:
+        raise ValueError("kernel must hold at least one kernel, got none")
+    return [kernel(one) for one in value]
+
+
+def aggregated(aggregate: str, estimator: str, bandwidth_weights: object, families: Sequence[Kernel]) -> None:
+    """What a test of a set of kernels goes with."""
+    if estimator != "unbiased":
+        raise ValueError(f"estimator must be 'unbiased' with aggregate={aggregate!r}, got {estimator!r}")
+    if bandwidth_weights is not None:
+        rule = f"bandwidth_weights must be None with aggregate={aggregate!r}, as each bandwidth is a kernel of its own"
+        raise ValueError(f"{rule}, got {bandwidth_weights!r}")
+    for family in families:
+        if aggregate == "fuse":
+            option("kernel with aggregate='fuse'", family.name, ("rbf", "imq", "rational_quadratic", "laplace"))
+
+
 def closed_form(value: object) -> None:
     """A kernel whose expectations over N(0, I) are known."""
     if not isinstance(kernel(value), RBF):
@@ -119,6 +142,27 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
+def fraction(name: str, value: Any) -> float:
+    number = real(name, value, above=0)
+    if number >= 1:
+        raise ValueError(f"{name} must be less than 1, got {number:g}")
+    return number
+
+
+def seed(value: Any) -> torch.Generator | None:
+    """A generator on the CPU for a seed, that itself, or None for torch's own."""
+    if isinstance(value, torch.Generator):
+        if value.device.type != "cpu":
+            raise ValueError(f"seed must be an integer or a torch.Generator on the CPU, got one on {value.device}")
+        return value
+    return None if value is None else torch.Generator().manual_seed(integer("seed", value, at_least=0))
+
+
+def progress(value: object) -> None:
+    if not isinstance(value, bool) and not callable(value):
+        raise TypeError(f"progress must be True, False or a function of the fraction done, got {type(value).__name__}")
+
+
 def sizes(name: str, values: object) -> None:
     """A sequence of integers of at least one."""
     if not isinstance(values, Sequence) or isinstance(values, str):
@@ -151,6 +195,14 @@ def positive_distance(rule: str, distance: Tensor) -> Tensor:
             "pass a number"
         )
     return distance
+
+
+def positive_quantile(distance: Tensor) -> None:
+    if distance == 0:
+        raise ValueError(
+            "the 5 % quantile of the distances between rows must be greater than 0 for aggregate='fuse', got 0, as many rows are "
+            "duplicates: pass the bandwidths"
+        )
 
 
 def enough_pairs(z: Tensor) -> None:

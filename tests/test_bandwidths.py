@@ -53,6 +53,7 @@ def test_median_of_alibi_detect():
 def test_selection_in_little_memory(monkeypatch, capacity, values):
     """Whatever the random pairs say, the median is exact: a bracket that holds too much is narrowed, one that misses is widened."""
     monkeypatch.setattr(bandwidths, "CAPACITY", capacity)
+    monkeypatch.setattr(bandwidths, "_ALL", 1000)
     monkeypatch.setattr(bandwidths, "_SAMPLE", 400)
     z = rows(1200, 2)
     if values == "few":
@@ -65,7 +66,7 @@ def test_selection_in_little_memory(monkeypatch, capacity, values):
 
 @pytest.mark.parametrize("wrong", [(0.0, 1e-3), (1e3, 1e4)])
 def test_a_missed_bracket_is_widened(monkeypatch, wrong):
-    monkeypatch.setattr(bandwidths, "CAPACITY", 1000)
+    monkeypatch.setattr(bandwidths, "_ALL", 1000)
     brackets = iter([wrong])
     original = bandwidths._bracket
     monkeypatch.setattr(bandwidths, "_bracket", lambda *args: next(brackets, None) or original(*args))
@@ -77,6 +78,7 @@ def test_a_missed_bracket_is_widened(monkeypatch, wrong):
 def test_no_array_of_all_pairs(monkeypatch):
     """What a sweep keeps is bounded, as is each of its tiles."""
     monkeypatch.setattr(bandwidths, "CAPACITY", 5000)
+    monkeypatch.setattr(bandwidths, "_ALL", 5000)
     monkeypatch.setattr(bandwidths, "_TILE", {"cpu": 64})
     monkeypatch.setattr(bandwidths, "_GPU_TILE", 64)
     kept, original = [], bandwidths._sweep

@@ -18,7 +18,7 @@ LAYERS = [
     ["checks", "reference", "bandwidths"],
     ["cpu"],
     ["ops"],
-    ["functional"],
+    ["functional", "two_sample"],
     ["losses", "objectives", "schedules", "recipes", "metrics"],
     ["vae"],
     ["training"],

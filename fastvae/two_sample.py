@@ -1,0 +1,372 @@
+"""The kernel two-sample test: p-values of MMD² by permutations, all of them in one sweep over the pairs of rows."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae import checks, reference
+from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
+from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.kernel_matmul import apply_kernel_matmul
+from fastvae.ops.quadratic_form import quadratic_form_values
+from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
+
+# Of MMDAgg: steps of the bisection, each of which halves an interval of length one or so.
+_BISECTIONS = 50
+# Of the collections where none is given.
+_FUSE_BANDWIDTHS = 10
+_AGG_POWERS = range(-3, 4)
+# Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
+_TIED_SPREAD, _TIED_SIZE = 256, 8
+
+
+class KernelTest(NamedTuple):
+    """One kernel of a test.
+
+    Attributes:
+        kernel: its family.
+        bandwidth: h_b, shape (B,).
+        statistic: MMD².
+        p_value: of a test with this kernel alone.
+    """
+
+    kernel: Kernel
+    bandwidth: Tensor
+    statistic: float
+    p_value: float
+
+
+class TwoSampleTest(NamedTuple):
+    """The result of `two_sample_test`.
+
+    Attributes:
+        statistic: MMD² of x and y; with aggregate="fuse" the soft maximum of the normalised MMD² of all kernels, with "agg" the least
+            p-value of any kernel, which counts the more the smaller it is.
+        p_value: (1 + number of `null` at least as extreme as `statistic`)/(1 + number of `null`); nan if an input is not finite.
+        reject: whether the test at the level given rejects that x and y have one distribution.
+        null: the statistic of each permutation, float64, shape (permutations,), or (2·permutations,) with aggregate="agg".
+        kernels: each kernel's own statistic and p-value.
+    """
+
+    statistic: float
+    p_value: float
+    reject: bool
+    null: Tensor
+    kernels: tuple[KernelTest, ...]
+
+
+def two_sample_test(
+    x: Tensor,
+    y: Tensor,
+    *,
+    bandwidth: float | str | Sequence[float] | Tensor | None = None,
+    bandwidth_weights: Sequence[float] | Tensor | None = None,
+    kernel: str | Kernel | Sequence[str | Kernel] = "rbf",
+    estimator: str = "unbiased",
+    permutations: int = 500,
+    method: str = "permutation",
+    aggregate: str | None = None,
+    level: float = 0.05,
+    seed: int | torch.Generator | None = None,
+    progress: bool | Callable[[float], None] = False,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> TwoSampleTest:
+    """Whether two samples come from one distribution: the permutation test of MMD², in memory O((N + M)·(D + permutations)).
+
+    Each permutation is a column of a matrix of signs; one sweep over the pairs of rows takes the statistics of all. The level is exact for
+    any sample sizes: under the null hypothesis p_value ≤ level with a probability of at most `level`. Permutations whose statistic differs
+    from the observed one by no more than rounding count as equal to it.
+
+    Args:
+        x: (N, D), floating point.
+        y: (M, D), same dtype and device as x.
+        bandwidth: as in `mmd`, "median" by default; constants. With `aggregate` the collection, each number a kernel of its own, by default
+            that of the method.
+        bandwidth_weights: as in `mmd`; not with `aggregate`.
+        kernel: as in `mmd`; with `aggregate` one or several, each with every bandwidth of the collection.
+        estimator: "unbiased" or "biased", which changes nothing but the statistic where N = M; with `aggregate` "unbiased".
+        permutations: B, how many; the least p-value is 1/(1 + B).
+        method: "permutation" of all rows, or "wild_bootstrap", for N = M: x_i and y_i swap places with probability ½ each. Its unbiased
+            statistic leaves out the pairs of x_i and y_i, as in lemma 6 of Gretton et al. 2012, where `mmd` does not.
+        aggregate: None for one kernel, or a set of kernels in one test, a sweep or two for each kernel and bandwidth.
+            "fuse": MMD-FUSE, log-mean-exp of MMD²/√(mean k²) times λ = √(n(n − 1)), n = min(N, M), over λ. Its collection is 10 bandwidths
+            evenly spaced from half the 5 % quantile of the pooled distances to twice their 95 % quantile. For "rbf", "imq",
+            "rational_quadratic" and "laplace".
+            "agg": MMDAgg, the least p-value of the kernels, `reject` by the level corrected by bisection with B permutations for the
+            quantiles and B more for the correction (its B1 and B2; B3 = 50). `p_value` is that of the least p-value among all 2B and
+            exact too; near the level the two may differ. Its collection is 2^l·median_bandwidth(x, y), l = −3 … 3.
+        level: of `reject`.
+        seed: an integer, or a generator on the CPU; the same seed draws the same permutations on every device. None: torch's own numbers.
+        progress: True for a bar (of tqdm, if it is installed) on stderr, or a function that is called with the fraction done.
+        precision, backend: as in `mmd`.
+
+    Returns:
+        `TwoSampleTest(statistic, p_value, reject, null, kernels)`.
+
+    Raises:
+        TypeError, ValueError: as `mmd`; an option that the rules above exclude; N ≠ M with method="wild_bootstrap".
+
+    Source: Gretton et al. 2012, "A kernel two-sample test"; Phipson and Smyth 2010 for the p-value; Chwialkowski et al. 2014, "A wild
+    bootstrap for degenerate kernel tests"; Biggs, Schrab and Gretton 2023, "MMD-FUSE: learning and combining kernels for two-sample testing
+    without data splitting"; Schrab et al. 2023, "MMD aggregated two-sample test".
+    """
+    checks.points("x", x)
+    checks.points("y", y)
+    checks.same_features("x", x, "y", y)
+    checks.same_kind("x", x, "y", y)
+    checks.option("estimator", estimator, checks.ESTIMATORS)
+    checks.option("method", method, ("permutation", "wild_bootstrap"))
+    checks.option("aggregate", aggregate, (None, "fuse", "agg"))
+    checks.option("precision", precision, checks.PRECISIONS)
+    checks.option("backend", backend, checks.BACKENDS)
+    checks.backend_device(backend, x.device)
+    for name, points in (("x", x), ("y", y)):
+        checks.enough_rows(name, points, estimator)
+    if method == "wild_bootstrap":
+        checks.same_rows("x", x, "y", y, "method='wild_bootstrap'")
+    count = checks.integer("permutations", permutations, at_least=1)
+    checks.fraction("level", level)
+    checks.progress(progress)
+    generator = checks.seed(seed)
+    families = checks.kernels(kernel, aggregate)
+    if aggregate is not None:
+        checks.aggregated(aggregate, estimator, bandwidth_weights, families)
+    data = _Data(torch.cat([x, y]).detach(), x.shape[0], estimator, method == "wild_bootstrap", precision or "", backend or "")
+    if aggregate is None:
+        h, a = checks.bandwidths("median" if bandwidth is None else bandwidth, bandwidth_weights, x.device)
+        if bandwidth is None or isinstance(bandwidth, str):
+            h = resolve(bandwidth or "median", x, y)
+        members = [(families[0], h.detach(), a.detach())]
+    else:
+        members = [(family, h, torch.ones_like(h)) for family in families for h in _collection(aggregate, bandwidth, x, y).reshape(-1, 1)]
+    v = data.columns(2 * count if aggregate == "agg" else count, generator)
+    values, ties = [], []
+    with torch.no_grad(), _reporting(progress) as report:
+        for n, (family, h, a) in enumerate(members):
+            part = None if report is None else _part_of(report, n, len(members))
+            value, tied = data.statistics(v, family, h, a, part)
+            values.append(value)
+            ties.append(tied)
+            if part is not None:
+                part(1.0)
+        null_values, tied = torch.stack(values), torch.stack(ties)
+        each = tuple(
+            KernelTest(family, h, float(value[0]), _p_value(value, tie))
+            for (family, h, _), value, tie in zip(members, null_values, tied, strict=True)
+        )
+        if aggregate == "agg":
+            return _agg(null_values, tied, each, count, level)
+        if aggregate == "fuse":
+            fused, tie = data.fuse(null_values, tied, members)
+        else:
+            fused, tie = null_values[0], tied[0]
+    p_value = _p_value(fused, tie)
+    return TwoSampleTest(float(fused[0]), p_value, p_value <= level, fused[1:], each)
+
+
+class _Data(NamedTuple):
+    """Both samples, and how their statistics are taken; x is the first `n` rows of z."""
+
+    z: Tensor
+    n: int
+    estimator: str
+    swaps: bool
+    precision: str
+    backend: str
+
+    @property
+    def m(self) -> int:
+        return self.z.shape[0] - self.n
+
+    @property
+    def signs(self) -> tuple[int, int]:
+        """What stands for a row of x and for one of y: 1/N and −1/M times the same number, and whole, as then no sum of them is rounded."""
+        divisor = math.gcd(self.n, self.m)
+        return self.m // divisor, -self.n // divisor
+
+    def columns(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """v (N + M, 1 + count), whose vᵀKv is a multiple of MMD²: first as observed, and then permuted."""
+        of_x, of_y = self.signs
+        v = torch.full((1 + count, self.n + self.m), of_y, dtype=accumulation_dtype(self.z.dtype))
+        v[0, : self.n] = of_x
+        for row in v[1:]:
+            if self.swaps:
+                signs = 2 * torch.randint(2, (self.n,), generator=generator) - 1
+                row[: self.n], row[self.n :] = signs, -signs
+            else:
+                row[torch.randperm(self.n + self.m, generator=generator)[: self.n]] = of_x
+        return v.T.contiguous().to(self.z.device)
+
+    def statistics(
+        self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        """MMD² of each column, float64, and by how much rounding may set equal ones apart."""
+        n, m = self.n, self.m
+        # The last column is for the sum over all pairs i ≠ j of rows of z.
+        form = self.form(torch.cat([v, torch.ones_like(v[:, :1])], 1), family, h, a, progress)
+        w = v.double() / (n * self.signs[0])
+        form, total = form[:-1] / (n * self.signs[0]) ** 2, form[-1]
+        h, a = h.to(w), a.to(w)
+        biased = form + w.square().T @ _pointwise(family, h, a, self.z, self.z)
+        if self.estimator == "biased":
+            value = biased
+        elif self.swaps:
+            paired = _pointwise(family, h, a, self.z[:n], self.z[n:]).sum()
+            value = (form * n * n + 2 * paired) / (n * (n - 1))
+        else:
+            if n == m:
+                x_all = total / 2
+            else:
+                row_sums = self.row_sums(family, h, a)
+                # Their sum is better known than they are.
+                row_sums = row_sums + (total - row_sums.sum()) / len(row_sums)
+                x_all = (w.T @ row_sums + total / m) / (1 / n + 1 / m)
+            y_all = total - x_all
+            # Sums S over i ≠ j: x_all = S_xx + S_xy, y_all = S_yy + S_xy, form = S_xx/n² + S_yy/m² − 2·S_xy/(nm).
+            cross = (x_all / n**2 + y_all / m**2 - form) / (1 / n + 1 / m) ** 2
+            value = form + (x_all - cross) / (n**2 * (n - 1)) + (y_all - cross) / (m**2 * (m - 1))
+        spread, size = value.max() - value.min(), torch.minimum(form.abs().max(), biased.abs().max())
+        return value, torch.finfo(v.dtype).eps * (_TIED_SPREAD * spread + _TIED_SIZE * size)
+
+    def form(self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
+        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64."""
+        if self.backend == "reference":
+            z = self.z.to(v)
+            return reference.quadratic_form(z, v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family, diagonal=True).double()
+        family, factor = family.canonical()
+        arguments = (self.z, v, factor * h, a, family.name, family.parameters, self.precision, self.backend)
+        return quadratic_form_values(*arguments, diagonal=True, progress=progress)
+
+    def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
+        """Σ_{j≠i} k(z_i, z_j), float64."""
+        z = self.z.to(accumulation_dtype(self.z.dtype))
+        own = _pointwise(family, h, a, z, z)
+        if self.backend == "reference":
+            ones = torch.ones_like(z[:, :1])
+            sums = reference.kernel_matmul(z, z, ones, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family)
+        else:
+            family, factor = family.canonical()
+            sums = apply_kernel_matmul(
+                z, z, torch.ones_like(z[:, :1]), factor * h, a, family.name, family.parameters, self.precision, self.backend
+            )
+        return sums[:, 0].double() - own
+
+    def fuse(self, values: Tensor, ties: Tensor, members: list[tuple[Kernel, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """(1/λ)·log mean_k exp(λ·MMD²_k/√N_k) with N_k = Σ_{i≠j} k²/(n(n − 1)) and λ = √(n(n − 1)), n the smaller sample size."""
+        pairs = min(self.n, self.m) * (min(self.n, self.m) - 1)
+        ones = torch.ones_like(self.z[:, :1], dtype=accumulation_dtype(self.z.dtype))
+        norms = []
+        for family, h, a in members:
+            square, factor = squared(family)
+            norms.append((self.form(ones, square, factor * h, a) / pairs).sqrt())
+        norm = torch.stack(norms)
+        scale = pairs**0.5
+        fused = ((scale * values / norm).logsumexp(0) - math.log(len(members))) / scale
+        return fused, (ties / norm[:, 0]).max()
+
+
+def squared(kernel: Kernel) -> tuple[Kernel, float]:
+    """k² as a kernel of a family, and the factor that takes h to its bandwidth."""
+    kernel, factor = kernel.canonical()
+    if isinstance(kernel, RBF):
+        return kernel, factor * 0.5**0.5
+    if isinstance(kernel, RationalQuadratic):
+        return RationalQuadratic(2 * kernel.alpha), factor * 0.5**0.5
+    assert isinstance(kernel, Laplace)
+    return kernel, factor * 0.5
+
+
+def _pointwise(family: Kernel, h: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Σ_b a_b·k_b(x_i, y_i), float64, shape (N,)."""
+    x, y = x.double(), y.double()
+    t = ((x - y).square() if family.radial else x * y).sum(1)
+    return family.phi(t[:, None] * family.gamma(h, x.shape[1])) @ a
+
+
+def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """The bandwidths of a set, (B,)."""
+    if bandwidth is not None:
+        h, _ = checks.bandwidths(bandwidth, None, x.device)
+        return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else h.detach()
+    if aggregate == "agg":
+        return median_bandwidth(x, y) * torch.tensor([2.0**power for power in _AGG_POWERS], dtype=torch.float64, device=x.device)
+    z = pooled(x, y)
+    pairs = z.shape[1] * (z.shape[1] - 1) // 2
+    low, high = (ranked_squared_distance(z, min(int(pairs * q), pairs - 1)).sqrt() for q in (0.05, 0.95))
+    checks.positive_quantile(low)
+    steps = torch.linspace(0, 1, _FUSE_BANDWIDTHS, dtype=torch.float64, device=x.device)
+    return low / 2 + steps * (2 * high - low / 2)
+
+
+def _p_value(values: Tensor, tied: Tensor) -> float:
+    """Of the first value among all of them."""
+    if not bool(values.isfinite().all()):
+        return math.nan
+    return int((values >= values[0] - tied).sum()) / len(values)
+
+
+def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int, level: float) -> TwoSampleTest:
+    """Of values (K, 1 + 2·count): p-values of all permutations and their least, and the corrected level, every kernel of weight 1/K."""
+    if not bool(values.isfinite().all()):
+        return TwoSampleTest(math.nan, math.nan, False, values.new_full(values.shape[1:], math.nan)[1:], each)
+    least = torch.stack([_ranks(value, tie) for value, tie in zip(values, ties, strict=True)]).amin(0).double() / values.shape[1]
+    p_value = int((least <= least[0]).sum()) / len(least)
+
+    first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
+
+    def thresholds(u: float) -> Tensor:
+        """Quantiles of order 1 − u/K."""
+        return first[:, max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0), None] + ties[:, None]
+
+    low, high = 0.0, float(len(values))
+    for _ in range(_BISECTIONS):
+        u = (low + high) / 2
+        if float((second > thresholds(u)).any(0).double().mean()) <= level:
+            low = u
+        else:
+            high = u
+    reject = bool((values[:, :1] > thresholds(low)).any())
+    return TwoSampleTest(float(least[0]), p_value, reject, least[1:], each)
+
+
+def _ranks(values: Tensor, tied: Tensor) -> Tensor:
+    """How many values each of them is not greater than."""
+    ordered = values.sort().values
+    return len(values) - torch.searchsorted(ordered, values - tied)
+
+
+@contextmanager
+def _reporting(progress: bool | Callable[[float], None]) -> Iterator[Callable[[float], None] | None]:
+    """What is called with the fraction done."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    try:
+        bar_of = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        yield lambda done: _write(f"\rtwo_sample_test {done:4.0%}")
+        _write("\n")
+        return
+    with bar_of(total=1.0, bar_format="two_sample_test {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _part_of(report: Callable[[float], None], part: int, parts: int) -> Callable[[float], None]:
+    return lambda done: report((part + done) / parts)
