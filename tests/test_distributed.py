@@ -54,6 +54,14 @@ def losses(rank, world):
     def part(t, group):
         return t if group is None else own(rank, world, t)[0]
 
+    for rule in ("median", "mean"):
+        assert_is_global(rank, world, lambda x, y, g, rule=rule: fastvae.mmd(x, y, bandwidth=rule, process_group=g), x, y)
+        assert_is_global(
+            rank,
+            world,
+            lambda x, g, rule=rule: fastvae.group_mmd(x, part(labels, g), num_groups=3, bandwidth=rule, process_group=g).values.sum(),
+            x,
+        )
     for kernel, estimator in itertools.product(("rbf", "imq", "energy", "polynomial"), ("biased", "unbiased")):
         options = {"kernel": kernel, "estimator": estimator, "bandwidth": (0.9, 1.8)}
         assert_is_global(rank, world, lambda x, y, g, o=options: fastvae.mmd(x, y, process_group=g, **o), x, y)
