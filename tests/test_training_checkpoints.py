@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastvae.training.checkpoints import (
     AtomicCheckpointIO,
@@ -79,6 +80,18 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_weights(tmp_path, accumula
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
         resumed = fit(tmp_path / "resumed", steps=steps, ckpt_path=checkpoint, accumulate_grad_batches=accumulate)
         assert all(torch.equal(full[name], resumed[name]) for name in full), checkpoint
+
+
+def test_a_measurement_that_is_stopped_saves_nothing(tmp_path):
+    class Stop(Callback):
+        def on_test_batch_start(self, *_):
+            raise SIGTERMException
+
+    saving = Checkpoints(dirpath=tmp_path / "saved", save_last="link", save_on_exception=True, **NEWEST_TWO)
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    with pytest.raises(SIGTERMException):
+        Trainer(callbacks=[saving, Stop()], **options).test(ImageVAE([1, 8, 8]), ImageData("digits"), verbose=False)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_checkpoint_is_of_plain_types(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
@@ -94,7 +95,7 @@ class Checkpoints(ModelCheckpoint):
     """Saves on SIGTERM too, which Lightning raises between two steps. Any other exception may come in the middle of one."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) and self.save_on_exception:
+        if isinstance(exception, SIGTERMException) and self.save_on_exception and trainer.state.fn == TrainerFn.FITTING:
             super().on_exception(trainer, pl_module, exception)
             path = self.last_model_path or self.best_model_path
             exception.args = (f"stopped by SIGTERM at step {trainer.global_step}; to go on: fastvae fit --ckpt_path {path}",)

@@ -193,7 +193,7 @@ def run(args: list[str]) -> int:
                 },
             )
     except SIGTERMException as end:
-        sys.stderr.write(f"{end}\n")
+        sys.stderr.write(f"{str(end) or 'stopped by SIGTERM'}\n")
     except ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
