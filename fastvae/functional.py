@@ -11,12 +11,12 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.distributed import gather, gather_rows, sum_shares
-from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.common import accumulation_dtype, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
-from fastvae.ops.total_correlation import apply_total_correlation, zero_if_finite
+from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.radial import Kernel
 from fastvae.reference.total_correlation import KLDecomposition, decompose
 
@@ -249,6 +249,7 @@ def kernel_matmul(
         x, y, columns, h, a = (t.to(x.device, dtype) for t in (x, y, columns, h, a))
         with torch.autocast(x.device.type, enabled=False):
             out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
+            out = out + zero_if_finite(x, y, columns).to(dtype)
     else:
         family, factor = family.canonical()
         options = (family.name, family.parameters, precision or "", backend or "")
@@ -381,7 +382,10 @@ def group_mmd(
         groups = torch.nn.functional.one_hot(groups, size)
     members = groups.detach().to(torch.float64)
     valid = (members != 0).sum(0) >= 2
-    p = torch.where(valid, members / members.sum(0), 0)
+    # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
+    rounded = torch.where(valid, members / members.sum(0), 0).to(dtype)
+    total = rounded.double().sum(0).where(valid, 1)
+    p = rounded.double() / total
     self_weights = p.T @ p
     scale = 1 / (1 - self_weights.diagonal().where(valid, 0)) if estimator == "unbiased" else torch.ones_like(self_weights[0])
 
@@ -396,11 +400,12 @@ def group_mmd(
     expected = torch.diag(scale * (counts.sum(0) + counts.sum(1))) - 2 * counts
 
     if backend == "reference":
-        sums = reference.quadratic_form(z.to(dtype), p.to(dtype), bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
+        sums = reference.quadratic_form(z.to(dtype), rounded, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
     else:
         canonical, factor = family.canonical()
         options = (canonical.name, canonical.parameters, precision or "", backend or "")
-        sums = apply_quadratic_form(z, p.to(dtype), factor * h, a, *options, expected=expected)
+        sums = apply_quadratic_form(z, rounded, factor * h, a, *options, expected=expected)
+    sums = sums / (total[:, None] * total)
     if family.radial:
         with_self = sums + self_weights * family.at_zero * a.to(z.device).sum()
     else:

@@ -74,8 +74,8 @@ def _parameter(name: str, value: Any, rule: str, holds: Any) -> None:
 
 def _root(t: Tensor) -> Tensor:
     """√t, and its derivatives 0 at 0."""
-    positive = t > 0
-    return torch.where(positive, torch.where(positive, t, 1).sqrt(), 0)
+    zero = t <= 0
+    return torch.where(zero, 0, torch.where(zero, 1, t).sqrt())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def zero_if_finite(*tensors: Tensor) -> Tensor:
+    """0, or else nan: a density or a kernel of an infinite distance is zero, which a sum would not show."""
+    return torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).sum() * 0
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, zero_if_finite
 from fastvae.radial import KernelSum, kernel_of
 
 ARGUMENTS = (
@@ -96,13 +96,14 @@ def _forward(problem: Problem) -> Tensor:
         else:
             out = cpu.kernel_matmul(kernel, x, y, v, centre)
         # A row that no v reaches would not show that it is not finite.
-        return cast(Tensor, out + 0 * centre.sum())
+        return cast(Tensor, out + zero_if_finite(x, y, v).to(out.dtype))
 
 
 def _backward_sweep(grad: Tensor, problem: Problem, x_grad: bool, y_grad: bool, v_grad: bool, bandwidth_grad: bool) -> Gradients:
     with torch.autocast(problem.x.device.type, enabled=False):
         kernel, x, y, v, centre = problem.plan()
-        arguments = (kernel, x, y, v, grad.to(x.dtype), centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
+        grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
+        arguments = (kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
         if problem.backend == "triton":
             from fastvae.kernels import kernel_matmul as kernels
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, zero_if_finite
 from fastvae.reference.total_correlation import log_weights
 
 FORWARD_SCHEMA = (
@@ -49,11 +49,6 @@ def _forward(module: Any, z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: i
         joint, marginals = module.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
         zero = zero_if_finite(z, mu, logvar).to(joint.dtype)
         return joint.add_(zero), marginals.add_(zero)
-
-
-def zero_if_finite(*tensors: Tensor) -> Tensor:
-    """0, or else nan: an infinite posterior has density zero everywhere, which a sum over posteriors would not show."""
-    return torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).sum() * 0
 
 
 @forward_op.register_fake
