@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvae import reference
 from fastvae.checks import triton_interpreter
-from fastvae.radial import KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
+from fastvae.radial import EXPONENT_ERROR, KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
@@ -180,3 +180,99 @@ def expected(case: Case, name: str, *points: Tensor):
     """The dense reference in float64, on the values that the case's dtype holds."""
     weights = {k: w.double() for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}
     return evaluate(getattr(reference, name), *(t.double() for t in points), **case.options, **weights)
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# How many roundings of the worst kind a sum over the pairs of a few rows may take together, and how many a product of D features adds.
+ROUNDINGS, ROUNDINGS_PER_FEATURE = 32, 2
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """What rounding may do to one pair's Σ_b a_b·k_b, and to each feature of its gradient to one of the two rows.
+
+    With R the radius of the data about their centre, γ_b·R² = s_b, and e the eps of the arithmetic, which is that of float64 where that of
+    float32 would leave more than `EXPONENT_ERROR` in an exponent:
+
+        exponent   by products e·s_b, up to `EXPONENT_ERROR`; by differences e·√s_b, as points are as good as e·R
+        value      that of the exponent, and e of k, or of k − 1 where all k are near one: e·min(1, s_b)
+        gradient   γ_b·d·φ' ≤ √γ_b·min(1, √s_b), as wrong as the exponent, and in its sum of e·R to a point
+        root       a function of u = d/h is as wrong as u: e·R/h, or e·R²/(d·h) by products, taken where d > 2⁷·√e·R;
+                   its direction by e·R/d, or e·R²/d² by products
+        x·y        φ is a polynomial of |t| ≤ T = γ_b·max‖x‖²: e·T·φ'(T), with its constant e·φ(T)
+        oracle     float64's rounding of k
+        denormal   numbers are as good as the least one
+
+    Attributes:
+        value: scalar.
+        gradient: (N, N) over all rows of all samples.
+        least: what the least number adds to each.
+    """
+
+    value: float
+    gradient: Tensor
+    least: float
+
+    @staticmethod
+    def of(
+        kernel: Kernel, bandwidth, weights, samples: list[Tensor], *, shifted: bool, prior: bool = False, rounded_weights: bool = False
+    ) -> PairErrors:
+        """`shifted`: the operation sums k − φ(0) where k is near it. `prior`: one of the samples is N(0, I).
+
+        `rounded_weights`: those of the samples are rounded to the accumulation dtype.
+        """
+        dtype = accumulation(samples[0].dtype)
+        eps, exact = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
+        least = torch.finfo(dtype).smallest_normal * eps
+        samples = [t.detach().cpu().double() for t in samples]
+        rows = torch.cat(samples)
+        dim = rows.shape[1]
+        roundings = ROUNDINGS + ROUNDINGS_PER_FEATURE * dim
+        h = torch.tensor(bandwidth, dtype=torch.float64)
+        a = torch.ones_like(h) if weights is None else torch.tensor(weights, dtype=torch.float64).abs()
+        gamma = kernel.gamma(h, dim)
+        underflow = roundings * least * (1 + float(a @ gamma))
+        from_origin = rows.square().sum(1).max() + (dim if prior else 0)
+        gradient = rows.new_zeros(len(rows), len(rows))
+        if not kernel.radial:
+            t = gamma * from_origin
+            slope = kernel.slope(t)
+            value = eps * t * slope + (exact if shifted else eps) * kernel.phi(t)
+            pull = eps * gamma * from_origin.sqrt() * slope * kernel.degree + gamma * least
+            return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ pull), underflow)
+
+        centre = torch.stack([t.mean(0) for t in samples]).mean(0)
+        radius2 = (rows - centre).square().sum(1).max()
+        if kernel.rooted:
+            radius, distance = radius2.sqrt(), torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+            by_products = distance > 2**7 * exact**0.5 * radius
+            u = radius / h
+            value = exact * (u + 1) + exact**0.5 * 2**-10 * u + (eps * u if rounded_weights else 0)
+            direction = exact * radius / distance + torch.where(by_products, exact * radius2 / distance.square(), 0)
+            direction = (roundings * direction).clamp(max=2).where(distance > 0, 0) + 4 * (eps if rounded_weights else exact)
+            return PairErrors(roundings * float(a @ value), direction * float(a @ (1 / h)), underflow)
+
+        limit = EXPONENT_ERROR[dtype]
+        if gamma.max() * radius2 * eps > 1.01 * limit:
+            eps_of_pairs, radius2 = exact, 4 * radius2
+        else:
+            eps_of_pairs = eps
+        s = gamma * radius2
+        coarse = eps if prior or rounded_weights else eps_of_pairs
+        near_one = torch.minimum(torch.ones_like(s), gamma * from_origin if prior else s) if shifted else torch.ones_like(s)
+        exponent = (eps_of_pairs * s).clamp(max=limit) + eps_of_pairs * s.sqrt()
+        value = exponent + coarse * near_one + exact
+        root = s.sqrt() if not prior else (gamma * from_origin).sqrt()
+        pull = gamma.sqrt() * (root.clamp(max=1) * (exponent + coarse) + eps_of_pairs * s.sqrt())
+        pull = pull + gamma * least
+        return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ pull), underflow)
+
+
+def output_rounding(dtype: torch.dtype, expected: Tensor) -> Tensor:
+    """Of a result in `dtype`, made from a few factors; one past its largest number may be infinite."""
+    info, size = torch.finfo(dtype), expected.abs()
+    rounding = (info.eps + 8 * torch.finfo(accumulation(dtype)).eps) * size + 8 * info.smallest_normal * info.eps
+    return torch.where(size >= info.max, torch.inf, rounding)

@@ -1,0 +1,252 @@
+"""Deliberate faults in the kernels and the CPU path, each of which has to turn a test red: `python -m tests.mutations [NAME ...]`.
+
+Each fault is put into a copy of the repository, in which the tests named beside it run. The table says what became of each; the exit status
+is 1 if a fault survives, or if the text that it replaces is no longer found exactly once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in `path` becomes `new`; `tests` are the arguments of pytest that have to fail."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MMD_CPU = ("tests/test_mmd.py", "-k", "test_cpu")
+MMD_TRITON = ("tests/test_mmd.py", "-k", "test_triton and (unbiased or tile or weights or wide or narrow) and not float64 and not half")
+
+FAULTS = [
+    Fault(
+        "CPU: a row's pair with itself is not left out",
+        "fastvae/cpu/tiles.py",
+        "                value.fill_diagonal_(0)\n",
+        "",
+        MMD_CPU,
+    ),
+    Fault(
+        "CPU: lost diagonal of K_xx",
+        "fastvae/ops/mmd.py",
+        "        return sample.sum_of_squares * kernel.kernel.at_zero * (kernel.weights @ (1 - kernel.shifts))\n",
+        "        return 0.0\n",
+        MMD_CPU,
+    ),
+    Fault("CPU: wrong sign of φ'", "fastvae/cpu/tiles.py", "pow_(-kernel.alpha - 1)\n", "pow_(-kernel.alpha - 1).neg_()\n", MMD_CPU),
+    Fault(
+        "CPU: tiles one row short",
+        "fastvae/cpu/tiles.py",
+        "slice(first, min(first + TILE, rows))",
+        "slice(first, min(first + TILE - 1, rows))",
+        ("tests/test_mmd.py", "-k", "test_cpu and several"),
+    ),
+    Fault(
+        "CPU: no centring",
+        "fastvae/ops/mmd.py",
+        "    centre = mean if family.radial else torch.zeros_like(mean)\n",
+        "    centre = torch.zeros_like(mean)\n",
+        ("tests/test_mmd.py", "-k", "test_cpu and (far or clusters)"),
+    ),
+    Fault(
+        "CPU: sums of a tile in float16",
+        "fastvae/cpu/mmd.py",
+        "        return float(k.sum(1).sum(dtype=torch.float64)) / (len(a) * len(b))\n",
+        "        return float(k.half().sum(1).sum(dtype=torch.float64)) / (len(a) * len(b))\n",
+        MMD_CPU,
+    ),
+    Fault(
+        "CPU: tiles right of the diagonal count once",
+        "fastvae/cpu/mmd.py",
+        "* (1 if i == j else 2)\n",
+        "* 1\n",
+        ("tests/test_mmd.py", "-k", "test_cpu and several"),
+    ),
+    Fault(
+        "weights of x and y swapped in the values of K_xy",
+        "fastvae/cpu/mmd.py",
+        "    return float(a.weights[i].double() @ (k @ b.weights[j]).double())\n",
+        "    return float(a.weights[i].double() @ (k @ b.weights[j].flip(0)).double())\n",
+        MMD_CPU,
+    ),
+    Fault(
+        "CPU: what a shift leaves out of the moments is not added",
+        "fastvae/cpu/mmd.py",
+        "            a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.ladder.slope_shift)\n",
+        "            pass\n",
+        MMD_CPU,
+    ),
+    Fault(
+        "unbiased: N² for N(N − 1)",
+        "fastvae/ops/mmd.py",
+        "            scale: float | Tensor = 1 / (1 - 1 / total) if unbiased else 1.0\n",
+        "            scale: float | Tensor = 1.0\n",
+        MMD_CPU,
+    ),
+    Fault(
+        "CPU: k − 1 nowhere, so that a nearly constant kernel loses its digits",
+        "fastvae/radial.py",
+        "_SHIFT_BELOW = 0.2\n",
+        "_SHIFT_BELOW = 0.0\n",
+        ("tests/test_mmd.py", "-k", "nearly_constant"),
+    ),
+    Fault(
+        "CPU: a root's near pairs by products",
+        "fastvae/cpu/tiles.py",
+        "        if not _crowded(samples, centre.double(), radius2):\n",
+        "        if True:\n",
+        ("tests/test_properties.py", "-k", "one_outlier"),
+    ),
+    Fault(
+        "reference: the distance of a nan is zero",
+        "fastvae/radial.py",
+        "    zero = t <= 0\n",
+        "    zero = ~(t > 0)\n",
+        ("tests/test_properties.py", "-k", "not_finite"),
+    ),
+    Fault(
+        "closed form: h² + 2 for h² + 1",
+        "fastvae/radial.py",
+        "x.square().sum(-1, keepdim=True) / (h2 + 1))",
+        "x.square().sum(-1, keepdim=True) / (h2 + 2))",
+        ("tests/test_mmd_reference.py",),
+    ),
+    Fault(
+        "reparameterize_kl: backward ignores the noise",
+        "fastvae/cpu/reparameterize_kl.py",
+        "        term = torch.mul(dz, e, out=",
+        "        term = torch.mul(dz, 0 * e, out=",
+        ("tests/test_reparameterize_kl.py", "-k", "cpu and values"),
+    ),
+    Fault(
+        "reparameterize_kl: the generator is ignored",
+        "fastvae/functional.py",
+        "    return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)\n",
+        "    return torch.randn_like(mu)\n",
+        ("tests/test_reparameterize_kl.py", "-k", "cpu and generator"),
+    ),
+    Fault(
+        "total_correlation: log-sum-exp without its maximum",
+        "fastvae/cpu/total_correlation.py",
+        "            reference = sweep.maximum(rows)\n",
+        "            reference = torch.zeros_like(total)\n",
+        ("tests/test_total_correlation.py", "-k", "cpu and far"),
+    ),
+    Fault(
+        "kernel_matmul: gradient to v of the rows not of the columns",
+        "fastvae/cpu/kernel_matmul.py",
+        "                out[:, j].addmm_(grad_t[:, i], k)\n",
+        "                out[:, j].addmm_(v_t[:, j], k.T @ k)\n",
+        ("tests/test_kernel_matmul.py", "-k", "not triton and values"),
+    ),
+    Fault(
+        "group_mmd: rounded weights are not divided by their sum",
+        "fastvae/functional.py",
+        "    sums = sums / (total[:, None] * total)\n",
+        "",
+        ("tests/test_properties.py", "-k", "groups_under"),
+    ),
+    Fault(
+        "Triton: a padded column counts",
+        "kernels/mmd.py",
+        "        value += padded * value_shift\n",
+        "",
+        MMD_TRITON,
+    ),
+    Fault(
+        "Triton: the pairs of a row with itself stay in the products",
+        "kernels/mmd.py",
+        "        off_diagonal = offs_n[:, None] != offs_m[None, :]\n",
+        "        off_diagonal = offs_n[:, None] >= 0 * offs_m[None, :]\n",
+        MMD_TRITON,
+    ),
+    Fault(
+        "Triton: the symmetric half without its factor of 2",
+        "kernels/mmd.py",
+        "        value_acc += value_acc\n",
+        "        value_acc += 0.0\n",
+        MMD_TRITON,
+    ),
+    Fault(
+        "Triton: weights of the columns dropped from the gradient",
+        "kernels/mmd.py",
+        "        value = value * col_weight[None, :]\n        slope = slope * col_weight[None, :]\n    value_acc += row_sums(value)\n",
+        "        value = value * col_weight[None, :]\n    value_acc += row_sums(value)\n",
+        MMD_TRITON,
+    ),
+    Fault(
+        "Triton: slope of the inverse multiquadric is k and not k²",
+        "kernels/pairs.py",
+        "        value = root * root\n        slope = value * value\n",
+        "        value = root * root\n        slope = value\n",
+        ("tests/test_mmd.py", "-k", "test_triton and RationalQuadratic or IMQ"),
+    ),
+    Fault(
+        "Triton: noise of every row from the first row's counter",
+        "kernels/reparameterize_kl.py",
+        "    row = first_n + tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)\n",
+        "    row = first_n + 0 * tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)\n",
+        ("tests/test_reparameterize_kl.py", "-k", "noise_of_the_kernels"),
+    ),
+]
+
+
+def occurrences(fault: Fault) -> int:
+    return (ROOT / fault.path).read_text().count(fault.old)
+
+
+def run(fault: Fault) -> tuple[str, float]:
+    """ "found" if its tests turn red, "survived" if they stay green, "stale" if the text to replace is not there once; and the seconds."""
+    start = time.monotonic()
+    if occurrences(fault) != 1:
+        return "stale", 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("fastvae", "kernels", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "constraints.txt", "README.md"):
+            shutil.copy(ROOT / name, copy)
+        path = copy / fault.path
+        path.write_text(path.read_text().replace(fault.old, fault.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests]
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    # 1: tests failed. Others: none was selected, or pytest itself could not run.
+    outcome = {0: "survived", 1: "found"}.get(result.returncode, f"pytest ended with {result.returncode}")
+    return outcome, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults whose names begin so; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    arguments = parser.parse_args()
+    faults = [fault for fault in FAULTS if not arguments.names or fault.name.startswith(tuple(arguments.names))]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        outcomes = []
+        for fault, (outcome, seconds) in zip(faults, pool.map(run, faults), strict=True):
+            outcomes.append(outcome)
+            print(f"{outcome:9}  {seconds:5.0f} s  {fault.name}  ({fault.path})", flush=True)  # noqa: T201
+    found = outcomes.count("found")
+    print(f"{found} of {len(faults)} faults turned a test red")  # noqa: T201
+    return 0 if faults and found == len(faults) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
