@@ -26,19 +26,22 @@ import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, compile_kernel, is_matrix
-from fastvae.kernels import mmd, pairs, reparameterize_kl, total_correlation
+from fastvae.kernels import kernel_matmul, mmd, pairs, reparameterize_kl, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
+    MatmulConfig,
     RowConfig,
     SweepConfig,
     density_config,
     difference_config,
+    difference_products,
+    matmul_config,
     padded_dim,
     row_config,
     sweep_config,
 )
-from fastvae.radial import RBF, Kernel
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS = 65_536
@@ -69,6 +72,7 @@ class Sweep:
     weighted: bool = False
     ladder: bool = True  # each bandwidth's k is the square of the one before
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    finer: bool = False  # the pass of more exact products, for smaller bandwidths
 
     @property
     def symmetric(self) -> bool:
@@ -83,7 +87,8 @@ class Sweep:
             "within" if self.within else "across",
             f"bandwidths{self.bandwidths}",
         ]
-        return " ".join(parts + ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted + kernel_words(self.kernel))
+        parts += ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted + ["finer"] * self.finer
+        return " ".join(parts + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,30 @@ class Differences:
     dim: int
     gradient: bool
     bandwidths: int = 1
+    kernel: Kernel = RBF()  # noqa: RUF009, frozen
 
     @property
     def name(self) -> str:
-        return f"{'value+gradient' if self.gradient else 'value'} {self.dtype} D{self.dim} within bandwidths{self.bandwidths}"
+        parts = ["value+gradient" if self.gradient else "value", self.dtype, f"D{self.dim}", "within", f"bandwidths{self.bandwidths}"]
+        return " ".join(parts + kernel_words(self.kernel))
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One variant of a kernel of `kernel_matmul`."""
+
+    direction: str  # forward or backward
+    precision: str
+    dim: int
+    columns: int
+    bandwidths: int = 1
+    kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    differences: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.direction, self.precision, f"D{self.dim}", f"C{self.columns}", f"bandwidths{self.bandwidths}"]
+        return " ".join(parts + ["differences"] * self.differences + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -132,7 +157,7 @@ class Density:
         return f"{self.direction} {self.dtype} D{self.dim} {'stratified' if self.stratified else 'weighted'}"
 
 
-Variant = Sweep | Differences | Rows | Density
+Variant = Sweep | Differences | Matmul | Rows | Density
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -154,6 +179,8 @@ def variants(architecture: int) -> Iterator[Variant]:
         yield Sweep("highest", 64, gradient, True, 5, weighted=True, ladder=False)
         for dtype in ("fp32", "fp64"):
             yield Differences(dtype, 16, gradient, 5)
+        yield from _family(architecture, gradient)
+    yield from _matmuls(architecture)
     for direction in ("forward", "backward"):
         for seeded in (False, True):
             for dtype in ("fp32", "bf16"):
@@ -170,6 +197,38 @@ def variants(architecture: int) -> Iterator[Variant]:
                 yield Density(direction, "fp64", 8, stratified)
 
 
+def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
+    """Every kernel, and the second pass of the RBF; a sum of energy or polynomial kernels is one of them."""
+    kernels = RBF(), RationalQuadratic(2.3), Laplace(), RationalQuadratic(1.0), RationalQuadratic(0.5), Energy(), Polynomial()
+    for kernel in kernels:
+        finer, many = isinstance(kernel, RBF), not isinstance(kernel, (Energy, Polynomial))
+        if architecture == 90:
+            for dim in (16, 64, 256):
+                yield Sweep("highest", dim, gradient, True, 5 if many else 1, ladder=False, kernel=kernel, finer=finer)
+            if many:
+                yield Sweep("highest", 64, gradient, True, 1, ladder=False, kernel=kernel, finer=finer)
+            if gradient and not finer and kernel.radial:
+                yield Differences("fp32", 16, gradient, 5 if many else 1, kernel)
+        elif gradient and kernel in kernels[:3]:
+            yield Sweep("highest", 64, gradient, True, 5, ladder=False, kernel=kernel, finer=finer)
+
+
+def _matmuls(architecture: int) -> Iterator[Variant]:
+    for direction in ("forward", "backward"):
+        yield Matmul(direction, "highest", 64, 64)
+        yield Matmul(direction, "highest", 64, 64, 5, RationalQuadratic(2.3))
+        if architecture == 90:
+            for dim in (16, 256):
+                yield Matmul(direction, "highest", dim, 64)
+            yield Matmul(direction, "highest", 16, 16)
+            for precision in ("medium", "ieee", "float64"):
+                yield Matmul(direction, precision, 64, 64, 5)
+            for kernel in (Laplace(), Polynomial()):
+                yield Matmul(direction, "highest", 64, 16, 1, kernel)
+            for precision in ("highest", "float64"):
+                yield Matmul(direction, precision, 16, 16, 5, differences=True)
+
+
 def quick(variant: Variant, architecture: int) -> bool:
     """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
     if architecture != 90:
@@ -184,14 +243,22 @@ def quick(variant: Variant, architecture: int) -> bool:
         *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
         *(Sweep("highest", dim, True, True, 5) for dim in DIMS),
         Sweep("highest", 256, False, True, 5),
+        *(Sweep("highest", 64, True, True, 5, ladder=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
+        *(Matmul(direction, "highest", 64, 64) for direction in ("forward", "backward")),
     }
     return variant in counted
 
 
 def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
     if isinstance(variant, Sweep):
-        products, powers = products_of(variant.kernel, variant.precision)[1], pairs.family_of(variant.kernel) == pairs.QUADRATIC.value
-        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, powers)
+        products = products_of(variant.kernel, variant.precision, finer=variant.finer)[1]
+        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, _powers(variant.kernel))
+    if isinstance(variant, Matmul):
+        products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
+        if variant.differences:
+            products = difference_products(8 if variant.precision == "float64" else 4)
+        backward = variant.direction == "backward"
+        return matmul_config(variant.dim, variant.columns, products, backward, variant.bandwidths, architecture, _powers(variant.kernel))
     if isinstance(variant, Differences):
         return difference_config(8 if variant.dtype == "fp64" else 4)
     if isinstance(variant, Density):
@@ -202,7 +269,7 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
-    describe: Any = {Sweep: _sweep, Differences: _differences, Rows: _rows, Density: _density}[type(variant)]
+    describe: Any = {Sweep: _sweep, Differences: _differences, Matmul: _matmul, Rows: _rows, Density: _density}[type(variant)]
     config = config_of(variant, architecture)
     kernel, binary, units, work = describe(variant, config, architecture)
     gpu = GPUS[architecture]
@@ -243,15 +310,19 @@ def _rate(products: str, gpu: GPU) -> float:
     return rates[products]
 
 
-def products_of(kernel: Kernel, precision: str) -> tuple[int, str]:
+def _powers(kernel: Kernel) -> bool:
+    return isinstance(kernel, RationalQuadratic)
+
+
+def products_of(kernel: Kernel, precision: str, finer: bool = False, self_pairs: bool = False) -> tuple[int, str]:
     """The constexpr MODE, and what `kernels.config` calls its products."""
-    mode = pairs.modes_of(kernel, "ieee" if precision == "float64" else precision)[0]
+    mode = pairs.modes_of(kernel, "ieee" if precision == "float64" else precision, self_pairs)[int(finer)]
     return mode, pairs.products_of(mode, torch.float64 if precision == "float64" else torch.float32)
 
 
 def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     dim = padded_dim(variant.dim, config)
-    mode, products = products_of(variant.kernel, variant.precision)
+    mode, products = products_of(variant.kernel, variant.precision, finer=variant.finer)
     product = _POINTER[products]
     scalar = "*fp64" if variant.precision == "float64" else "*fp32"
     types = dict.fromkeys(("row_hi_ptr", "row_lo_ptr", "col_hi_ptr", "col_lo_ptr"), product)
@@ -260,7 +331,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     )
     types |= {"route_ptr": "*i32", "M": "i32", "padding": "i32"}
     constants = {
-        "ROUTE": 0,
+        "ROUTE": int(variant.finer),
         "FAMILY": pairs.family_of(variant.kernel),
         "WITHIN": variant.within,
         "SYMMETRIC": variant.symmetric,
@@ -295,12 +366,12 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
     types = dict.fromkeys(names, f"*{variant.dtype}") | {"route_ptr": "*i32", "M": "i32"}
     constants = {
         "ROUTE": 1,
-        "FAMILY": pairs.family_of(RBF()),
+        "FAMILY": pairs.family_of(variant.kernel),
         "WITHIN": True,
         "GRADIENT": variant.gradient,
         "WEIGHTED": False,
         "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": pairs.pack_squarings((0, *[1] * (variant.bandwidths - 1))),
+        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
         "D": dim,
     }
     binary = compile_kernel(mmd.differences_kernel, types, constants | config.launch(), architecture)
@@ -309,6 +380,38 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
     repeats = blocks if variant.gradient else 1
     units = {unit: repeats * cycles for unit, cycles in _cycles(work, GPUS[architecture].fp64).items()}
     return "mmd.differences_kernel", binary, units, work
+
+
+def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Described:
+    backward = variant.direction == "backward"
+    fn = kernel_matmul.gradient_kernel if backward else kernel_matmul.matmul_kernel
+    dim = config.padded(variant.dim, config.block_k, config.block_d)
+    columns = config.padded(variant.columns, config.block_c)
+    mode, products = products_of(variant.kernel, variant.precision, self_pairs=True)
+    if variant.differences:
+        mode, products = pairs.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
+    scalar = "*fp64" if variant.precision == "float64" else "*fp32"
+    types = {name: scalar for name in fn.arg_names if name.endswith("_ptr")}
+    types |= {name: _POINTER[products] for name in types if name.endswith(("_hi_ptr", "_lo_ptr"))} | {"route_ptr": "*i32", "M": "i32"}
+    constants = {
+        "ROUTE": int(variant.differences),
+        "WITHIN": False,
+        "MODE": mode,
+        "FAMILY": pairs.family_of(variant.kernel),
+        "BANDWIDTHS": variant.bandwidths,
+        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
+        "D": dim,
+        "C": columns,
+    }
+    binary = compile_kernel(fn, types, constants | config.launch(moments=backward), architecture, aligned=("M",))
+    steps = dim if variant.differences else dim // config.block_k
+    work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    units = _cycles(work, gpu.fp64)
+    kept = columns + config.block_d if backward else config.block_c
+    units["products"] = _PRODUCTS[products] * ((0 if variant.differences else dim) + kept) / _rate(products, gpu)
+    repeats = dim // config.block_d if backward else columns // config.block_c
+    return f"kernel_matmul.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:

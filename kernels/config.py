@@ -187,7 +187,7 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     ),
     ("mma tf32x3", True): (
         _Rule(32, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
-        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 32, 4, 2)),
     ),
     # Multiply-adds read whole rows of both operands into registers: 16 features at a time.
     ("ieee", False): (_Rule(_ANY, _ANY, SweepConfig(64, 64, 16, 16, 4, 2)),),
@@ -220,13 +220,13 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
 
 
 def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False) -> SweepConfig:
-    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a general power."""
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of t."""
     unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     unit += " tf32x3" * (precision == "tf32x3")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
     config = next(rule.config for rule in rules if dim <= rule.dim and bandwidths <= rule.bandwidths)
-    if powers and bandwidths > 1 and config.block_m > 32:
-        # The logarithm and two powers of each bandwidth take more registers than the products.
+    if powers and config.block_m > (32 if bandwidths > 1 else 64 if gradient else math.inf):
+        # The powers of all bandwidths, or with them the slope, take more registers than the products.
         config = replace(config, block_m=config.block_m // 2)
     whole = max(16, _next_power_of_2(dim))
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
@@ -237,17 +237,32 @@ def padded_dim(dim: int, config: SweepConfig) -> int:
     return dim + -dim % max(config.block_k, config.block_d)
 
 
+def difference_products(itemsize: int) -> str:
+    """What `matmul_config` calls the pass by differences, of numbers of this many bytes."""
+    return f"differences{8 * itemsize}"
+
+
 def matmul_config(
     dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False
 ) -> MatmulConfig:
-    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be "differences"."""
-    block_c = min(max(16, _next_power_of_2(columns)), 64)
-    block_k = min(max(16, _next_power_of_2(dim)), 32)
-    if precision == "differences":
-        return MatmulConfig(32, 32, 16, 8, 4, 1, 16)
-    if precision in ("ieee", "float64"):
+    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be that of `difference_products`."""
+    if precision in (difference_products(4), difference_products(8)):
+        block_d = 8 if precision == difference_products(4) else 4
+        return MatmulConfig(32, 64, 16, block_d, 4, 1, 16) if gradient else MatmulConfig(64, 64, 16, 16, 4, 1, 16)
+    if precision == "float64":
         return MatmulConfig(32, 32, 16, 16, 4, 1, 16)
-    return MatmulConfig(64, 32, block_k, block_k, 4, 2, min(block_c, 32) if gradient else block_c)
+    if precision == "ieee":
+        return MatmulConfig(64, 32, 16, 32 if gradient and dim > 16 else 16, 4, 1, 16 if gradient else 32)
+    # Whole rows and columns up to 64 and blocks of them above; wider tiles as long as registers last.
+    block_c = min(max(16, _next_power_of_2(columns)), 64)
+    block_d = min(max(16, _next_power_of_2(dim)), 64)
+    small = max(block_c, block_d) <= 16 and not (powers and bandwidths > 1)
+    if gradient:
+        tile = (128, 64, 8) if small and architecture in _WGMMA else (64, 32, 4)
+        return MatmulConfig(tile[0], tile[1], min(block_d, 32), block_d, tile[2], 1, min(block_c, 32))
+    if architecture in _WGMMA or small:
+        return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c)
+    return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, min(block_c, 32))
 
 
 def difference_config(itemsize: int) -> SweepConfig:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, matmul_config
+from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, difference_products, matmul_config
 from fastvae.kernels.pairs import (
     DIFFERENCES,
     POLYNOMIAL,
@@ -33,7 +33,7 @@ from fastvae.kernels.pairs import (
     row_sums,
     split,
 )
-from fastvae.radial import KernelSum
+from fastvae.radial import KernelSum, RationalQuadratic
 
 
 @triton.jit
@@ -245,17 +245,20 @@ class Product:
         self.device = device_limits(centre.device)
         self.scale = self.evaluation.scale.to(dtype)
         (self.mode,) = self.evaluation.modes
-        products = products_of(self.mode, dtype)
+        products, powers = products_of(self.mode, dtype), isinstance(kernel.kernel, RationalQuadratic)
+        bandwidths, architecture = self.evaluation.bandwidths, self.device.architecture
         self.configs = {
-            gradient: matmul_config(dim, columns, products, gradient, self.evaluation.bandwidths, self.device.architecture)
+            gradient: matmul_config(dim, columns, products, gradient, bandwidths, architecture, powers) for gradient in (False, True)
+        }
+        self.difference_configs = {
+            gradient: matmul_config(dim, columns, difference_products(dtype.itemsize), gradient, bandwidths, architecture)
             for gradient in (False, True)
         }
-        self.difference_config = matmul_config(dim, columns, "differences", True, self.evaluation.bandwidths, self.device.architecture)
         self.features = max(config.padded(dim, config.block_k, config.block_d) for config in self._all())
         self.columns = max(config.padded(columns, config.block_c) for config in self._all())
 
     def _all(self) -> list[MatmulConfig]:
-        return [*self.configs.values(), self.difference_config]
+        return [*self.configs.values(), *self.difference_configs.values()]
 
     def points(self, z: Tensor) -> Operands:
         return Operands.of(z, self.evaluation, self.mode, self._rows(z), self.features)
@@ -264,7 +267,7 @@ class Product:
         return _Factor.of(v, self.mode, self._rows(v), self.columns)
 
     def _rows(self, z: Tensor) -> int:
-        return z.shape[0] + -z.shape[0] % max(config.block_n for config in self._all())
+        return z.shape[0] + -z.shape[0] % max(max(config.block_n, config.block_m) for config in self._all())
 
     def matmul(self, a: Operands, b: Operands, v: _Factor, within: bool = False) -> Tensor:
         """Σ_j (k(a_i, b_j) − shift)·v_j, padded, of which (i, i) are left out if `within`."""
@@ -299,7 +302,7 @@ class Product:
 
     def _passes(self, gradient: bool) -> list[tuple[int, MatmulConfig]]:
         passes = [(0, self.configs[gradient])]
-        return passes if self.evaluation.by_differences is None else [*passes, (1, self.difference_config)]
+        return passes if self.evaluation.by_differences is None else [*passes, (1, self.difference_configs[gradient])]
 
     @staticmethod
     def _operands(number: int, a: Operands, b: Operands, v: _Factor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -19,7 +19,6 @@ from fastvae.kernels.pairs import (
     DIFFERENCES,
     GAUSSIAN,
     POLYNOMIAL,
-    QUADRATIC,
     Evaluation,
     Operands,
     column_exponent,
@@ -33,7 +32,7 @@ from fastvae.kernels.pairs import (
     row_sums,
     split,
 )
-from fastvae.radial import KernelSum
+from fastvae.radial import KernelSum, RationalQuadratic
 
 
 @triton.jit
@@ -319,7 +318,7 @@ class Sweep:
                 gradient,
                 self.evaluation.bandwidths,
                 self.device.architecture,
-                self.evaluation.family == QUADRATIC.value,
+                isinstance(kernel.kernel, RationalQuadratic),
             )
             for mode in self.evaluation.modes
         ]

@@ -50,8 +50,9 @@ _LIMIT = {SPLIT.value: 12.0, SPLIT_TF32.value: 256.0, IEEE.value: 64.0}
 _ROUNDING = {IEEE.value: 2.0**-20, TF32.value: 2.0**-8, BF16.value: 2.0**-20, SPLIT_TF32.value: 2.0**-20}
 _ROUNDING_DOUBLE = 2.0**-49
 
-# A function of the root takes differences where more than this share of pairs is so near that rounding turns their direction by 1e-3.
-_NEAR, _NEAR_SHARE = 2.0**10, 2.0**-8
+# A function of the root takes differences where more than this share of pairs is so near, relative to the rounding, that it turns their
+# direction by 1e-3, or by 1e-7 in float64.
+_NEAR, _NEAR_DOUBLE, _NEAR_SHARE = 2.0**10, 2.0**24, 2.0**-8
 # Rows of each sample from which that share is taken.
 _NEAR_ROWS = 128
 
@@ -295,8 +296,8 @@ def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, D: tl.constexp
     exponent = tl.zeros([offs_n.shape[0], BLOCK_M], dtype=scale.dtype)
     for k in range(D):
         difference = (tl.load(row_ptrs + k)[:, None] - tl.load(col_ptrs + k)[None, :]) * scale
-        exponent -= 0.5 * difference * difference
-    return exponent
+        exponent -= difference * difference
+    return 0.5 * exponent
 
 
 @triton.jit
@@ -475,15 +476,16 @@ def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, mode
     # Where it is nan no pass is better than another.
     route = sum(((steepness > limit).to(torch.int32) for limit in limits), start=torch.zeros_like(steepness, dtype=torch.int32))
     if kernel.kernel.rooted:
-        route = torch.where(_crowded(samples, radius2, _ROUNDING_DOUBLE if dtype == torch.float64 else _ROUNDING[modes[0]]), 1, route)
+        near = _NEAR_DOUBLE * _ROUNDING_DOUBLE if dtype == torch.float64 else _NEAR * _ROUNDING[modes[0]]
+        route = torch.where(_crowded(samples, 2 * near * radius2), 1, route)
     return route.to(torch.int32)
 
 
-def _crowded(samples: Sequence[Tensor], radius2: Tensor, rounding: float) -> Tensor:
-    """Whether many pairs of a part of the rows are so near that products lose their direction."""
+def _crowded(samples: Sequence[Tensor], limit: Tensor) -> Tensor:
+    """Whether the squared distance of many pairs of a part of the rows is under the limit."""
     rows = torch.cat([z[:: -(-z.shape[0] // _NEAR_ROWS)] for z in samples])
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    near = (distance.square() < 2 * _NEAR * rounding * radius2).sum() - rows.shape[0]
+    near = (distance.square() < limit).sum() - rows.shape[0]
     return near > _NEAR_SHARE * rows.shape[0] ** 2
 
 

@@ -54,6 +54,23 @@ def test_several_tiles_far_from_the_origin(kernel):
     assert max(relative_errors(actual[1:], exact[1:])) < 2e-5
 
 
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "energy"])
+@pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 100.0), (torch.float64, 1e4)])
+def test_triton_clusters_far_apart_with_a_small_bandwidth(kernel, dtype, distance):
+    """Where products lose the distances within a cluster, differences keep them."""
+    x, y, v = problem(40, 30, 3, 2)
+    x, y = (0.1 * z + distance * (torch.arange(len(z), device=DEVICE) % 2)[:, None] for z in (x, y))
+    y[0] = x[0]
+    x, y, v = (t.to(dtype) for t in (x, y, v))
+    g = torch.randn(40, 2, dtype=torch.float64, device=DEVICE)
+    options = {"bandwidth": (0.2, 0.1), "kernel": kernel}
+    actual = evaluate(loss(fastvae.kernel_matmul, g.to(dtype), backend="triton", **options), x, y, v)
+    exact = evaluate(loss(reference.kernel_matmul, g, **options), x.double(), y.double(), v.double())
+    assert max(relative_errors(actual[1:], exact[1:])) < TOLERANCE[dtype][1]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradcheck(kernel, backend):
