@@ -32,7 +32,9 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
 
 def kernel(value: object) -> Kernel:
     """The kernel of this name, or the kernel itself."""
-    if isinstance(value, Kernel) and type(value) is not Kernel:
+    if isinstance(value, Kernel):
+        if type(value) not in map(type, KERNELS.values()):
+            raise ValueError(f"kernel must be one of the classes of fastvae.radial, which the backends know, got {type(value).__name__}")
         return value
     if not isinstance(value, str):
         raise TypeError(f"kernel must be a name or a fastvae.radial.Kernel, got {type(value).__name__}")
@@ -250,13 +252,20 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
 
 def _bandwidth_number(name: str, value: object, positive: bool) -> float:
     number = real(name, value, above=0 if positive else None)
-    if positive and not 1e-150 <= number <= 1e150:
-        raise ValueError(f"{name} must be between 1e-150 and 1e150, so that its square is a number too, got {number:g}")
+    if positive and not 1e-30 <= number <= 1e30:
+        raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {number:g}")
     return number
 
 
-def distributed(x: Tensor, estimator: str, backend: str | None) -> None:
+def process_group(group: object) -> None:
+    """A group of `torch.distributed` that this process is a member of."""
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}")
+
+
+def distributed(x: Tensor, estimator: str, backend: str | None, group: object) -> None:
     """What a process group goes with."""
+    process_group(group)
     if x.ndim > 2:
         raise ValueError(f"x must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
     if estimator == "linear" or backend == "reference":
@@ -289,7 +298,9 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor, whole: Te
 
 def sum_to_one(weights: Tensor) -> Tensor:
     """Whether they do but for rounding, over the last dimension."""
-    return (weights.double().sum(-1) - 1).abs() <= 16 * torch.finfo(weights.dtype).eps
+    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
+    few = weights.dtype in (torch.bfloat16, torch.float16)
+    return (weights.double().sum(-1) - 1).abs() <= (1 if few else 16) * torch.finfo(weights.dtype).eps
 
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
@@ -378,6 +389,8 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
         if _readable(value) and not bool((value >= 0).all()):
             raise ValueError(f"groups must hold weights of at least 0, got {value.min().item():g}")
         return value.shape[1]
+    if num_groups is None and torch.compiler.is_compiling():
+        raise ValueError("num_groups must be given where torch.compile traces, got None")
     if num_groups is not None and not _readable(value):
         assert isinstance(num_groups, int)
         return num_groups
@@ -391,17 +404,20 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
 
 def pairs(value: Any, num_groups: int) -> Tensor:
     """Pairs of groups as an integer tensor (P, 2)."""
+    if isinstance(value, str):
+        raise TypeError("pairs must be pairs of integers, got str")
     index = torch.as_tensor(value)
     if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or index.is_floating_point():
         raise ValueError(f"pairs must be pairs of integers, shape (P, 2), got shape {tuple(index.shape)} of {index.dtype}")
     if _readable(index) and not bool(((index >= 0) & (index < num_groups)).all()):
-        raise ValueError(f"pairs must hold groups from 0 to {num_groups - 1}, got {index.tolist()}")
+        wrong = index[((index < 0) | (index >= num_groups)).any(1)]
+        raise ValueError(f"pairs must hold groups from 0 to {num_groups - 1}, got {tuple(wrong[0].tolist())}")
     return index.long()
 
 
 def _readable(t: Tensor) -> bool:
     """Whether reading its values neither waits for a GPU nor breaks a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(t)
 
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:

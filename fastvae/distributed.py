@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, int]:
     """The rows of x (n_r, …) of all ranks r, (Σ n_r, …), without gradient, and where this rank's begin. Ranks may differ in n_r."""
     x = x.detach().contiguous()
@@ -54,7 +55,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         rows, start = gather_rows(x, group)
         ctx.rows, ctx.world = slice(start, start + x.shape[0]), dist.get_world_size(group)
-        return rows
+        return cast(Tensor, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -143,8 +143,9 @@ def _mmd(
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     whole: list[Tensor | None] = [None] * 4
     starts = [0, 0]
+    given = [x_weights, y_weights]
     if process_group is not None:
-        checks.distributed(x, estimator, backend)
+        checks.distributed(x, estimator, backend, process_group)
         for n, (points, weights) in enumerate(((x, x_weights), (y, y_weights))):
             if points is not None:
                 whole[n], starts[n] = gather_rows(points, process_group)
@@ -161,6 +162,12 @@ def _mmd(
             checks.no_linear_weights(f"{name}_weights", estimator)
             checks.sample_weights(f"{name}_weights", weights, name, points, weights if all_weights is None else all_weights)
             checks.enough_weights(f"{name}_weights", weights if all_weights is None else all_weights, estimator)
+            # In float64 first, as weights of fewer digits sum to one only roughly; nan where that could not be an error.
+            total = (weights if all_weights is None else all_weights).double().sum(-1, keepdim=True)
+            total = torch.where(checks.sum_to_one(weights if all_weights is None else all_weights)[..., None], total, torch.nan)
+            given[n] = (weights.double() / total).to(accumulation_dtype(points.dtype))
+            whole[n + 2] = None if all_weights is None else (all_weights.double() / total).to(accumulation_dtype(points.dtype))
+    x_weights, y_weights = given
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
     family, factor = family.canonical()
@@ -297,9 +304,12 @@ def witness(
     if isinstance(bandwidth, str):
         checks.bandwidth_rule(bandwidth)
         bandwidth = resolve(bandwidth, x, y)
-    weights = torch.cat([x.new_full(x.shape[:1], 1 / x.shape[0]), y.new_full(y.shape[:1], -1 / y.shape[0])])
+    # Whole numbers, as they cancel exactly where 1/N and 1/M, rounded, would not; in the accumulation dtype, which holds them.
+    points, x, y = (t.to(accumulation_dtype(t.dtype)) for t in (points, x, y))
+    n, m = x.shape[0], y.shape[0]
+    weights = torch.cat([x.new_full((n,), m), y.new_full((m,), -n)])
     options = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "kernel": kernel, "precision": precision}
-    return kernel_matmul(points, torch.cat([x, y]), weights, backend=backend, **options)  # type: ignore[arg-type]
+    return kernel_matmul(points, torch.cat([x, y]), weights, backend=backend, **options) / (n * m)  # type: ignore[arg-type]
 
 
 class GroupMMD(NamedTuple):
@@ -370,7 +380,9 @@ def group_mmd(
     checks.constant("bandwidth_weights", a)
     size = checks.groups(groups, num_groups, z)
     if process_group is not None:
+        checks.process_group(process_group)
         checks.known_groups(num_groups)
+        groups = groups if groups.is_floating_point() else groups.long()
         z, groups = gather(z, process_group), gather_rows(groups, process_group)[0]
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, z)

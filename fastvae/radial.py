@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Protocol
@@ -68,7 +69,7 @@ class Kernel:
 
 
 def _parameter(name: str, value: Any, rule: str, holds: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
@@ -99,7 +100,8 @@ class RationalQuadratic(Kernel):
     name = "rational_quadratic"
 
     def __post_init__(self) -> None:
-        _parameter("alpha", self.alpha, "greater than 0", lambda alpha: alpha > 0)
+        # Beyond it is an RBF kernel but for what its evaluation rounds.
+        _parameter("alpha", self.alpha, "greater than 0 and at most 1000", lambda alpha: 0 < alpha <= 1000)
 
     def phi(self, t: Tensor) -> Tensor:
         return (1 + t / self.alpha) ** -self.alpha

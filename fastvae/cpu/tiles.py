@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladder, Laplace, Polynomial, RationalQuadratic
 
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower.
 TILE = 512
 
-# Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of the largest ‖x‖²: where more than this
-# share of the pairs of so many rows of each sample is, distances are taken from differences.
-_NEAR, _NEAR_SHARE, _NEAR_ROWS = 2.0**14, 2.0**-8, 128
+# Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of ‖x‖²: such pairs are taken from
+# differences.
+_NEAR = 2.0**26
 
 
 @dataclass
@@ -139,19 +138,32 @@ class Tiles:
         """−t_0 times the unit; √(2·t_0) for a rooted kernel, t_0 for one of x·y."""
         radius2 = a.radius2[i.start], b.radius2[j.start]
         if max(radius2) > self.limit:
-            distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
+            self._differences(a, i, b, j, out)
+        else:
+            torch.mm(a.left[i], b.right[:, j], out=out)
             if self.kernel.rooted:
-                # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
-                rounding = 16 * torch.finfo(self.dtype).eps * max(radius2) ** 0.5
-                torch.mul(F.threshold(distance, rounding, 0.0, inplace=True), (2 * self.ladder.gamma) ** 0.5, out=out)
-            else:
-                torch.mul(distance, distance, out=out).mul_(-self.ladder.gamma * self.unit)
-            return
-        torch.mm(a.left[i], b.right[:, j], out=out)
+                out.mul_(-2)
+                near = _NEAR * torch.finfo(self.dtype).eps * 2 * self.ladder.gamma * sum(radius2)
+                if float(out.min()) < near:
+                    self._refine(a, i, b, j, out, near)
         if self.kernel.rooted:
-            # What rounding may leave of t = 0 is taken as 0: the slope of a root is infinite there.
-            rounding = 16 * torch.finfo(self.dtype).eps * self.ladder.gamma * sum(radius2)
-            F.threshold(out.mul_(-2), rounding, 0.0, inplace=True).sqrt_()
+            out.sqrt_()
+
+    def _differences(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
+        distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
+        torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.unit))
+
+    def _refine(self, a: Points, i: slice, b: Points, j: slice, out: Tensor, near: float) -> None:
+        """The 2·t_0 of a tile that are under `near`, from differences."""
+        left, right = (out < near).nonzero().unbind(1)
+        if left.numel() * a.rows.shape[1] > out.numel():
+            self._differences(a, i, b, j, out)
+            return
+        x, y = a.rows[i][left], b.rows[j][right]
+        d2, rounding = (x - y).square().sum(1), 16 * torch.finfo(self.dtype).eps
+        # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
+        d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
+        out[left, right] = d2 * (2 * self.ladder.gamma)
 
     def _evaluate(self, n: int, exponent: Tensor, out: Tensor, i: slice, j: slice) -> Tensor:
         """k_n − shift·φ(0) into `out`, which holds that of n − 1 or is `exponent`; returns the slope."""
@@ -162,7 +174,11 @@ class Tiles:
         slope = self.buffer("slope", i, j)
         if isinstance(kernel, RationalQuadratic):
             torch.mul(exponent, -ratio / kernel.alpha, out=out)
-            torch.add(out, 1, out=slope).pow_(-kernel.alpha - 1)
+            if kernel.alpha == 1:
+                torch.add(out, 1, out=slope).pow_(-2)
+            else:
+                # 1 + t/α would lose what a large α multiplies again.
+                torch.log1p(out, out=slope).mul_(-kernel.alpha - 1).exp_()
             if shift:
                 out.log1p_().mul_(-kernel.alpha).expm1_()
             else:
@@ -214,19 +230,7 @@ def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tu
     limit = float("inf") if not ladder.kernel.radial or isinstance(ladder.kernel, Energy) else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
     radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
-    if ladder.kernel.rooted:
-        if not _crowded(samples, centre.double(), radius2):
-            return centre.double(), exact
-        exact = 0.0
-    elif not radius2 > limit / torch.finfo(dtype).eps:
+    if not ladder.kernel.rooted and not radius2 > limit / torch.finfo(dtype).eps:
         return centre, limit / torch.finfo(dtype).eps
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
     return torch.cat(list(samples)).median(0).values.double(), exact
-
-
-def _crowded(samples: Sequence[Tensor], centre: Tensor, radius2: float) -> bool:
-    """Whether many pairs, of a part of the rows, differ and are yet so near that products lose their distance and its direction."""
-    rows = torch.cat([z[:: -(-z.shape[0] // _NEAR_ROWS)] for z in samples]).unique(dim=0).double() - centre
-    half = 0.5 * rows.square().sum(1, keepdim=True)
-    near = half + half.T - rows @ rows.T < _NEAR * torch.finfo(torch.float64).eps * radius2
-    return int(near.sum()) - rows.shape[0] > _NEAR_SHARE * rows.shape[0] ** 2

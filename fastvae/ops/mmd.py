@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastvae.checks import sum_to_one
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
 from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_mean_exponent, rbf_normal_self_exponent
@@ -106,6 +105,12 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
 
 def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     with torch.autocast(problem.x.device.type, enabled=False):
+        if problem.bandwidth_grad and problem.x.device.type == "cpu" and problem.x.dtype != torch.float64:
+            # The derivative to a bandwidth sums gradients times distances, among which an outlier's drown the others in float32.
+            exact = problem._replace(x=problem.x.double(), y=None if problem.y is None else problem.y.double())
+            *doubles, grad_bandwidth = _evaluate(make_sweep, exact)
+            value, grad_x, grad_y = (t.to(accumulation_dtype(problem.x.dtype)) for t in doubles)
+            return value, grad_x, grad_y, grad_bandwidth
         if problem.x.ndim == 2:
             return _evaluate_one(make_sweep, problem)
         results = []
@@ -164,9 +169,6 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
         prior, prior_gradient, prior_bandwidth_gradient = _prior(samples[0], kernel)
         value, gradients[0] = value + prior, None if gradients[0] is None else gradients[0] + prior_gradient
         grad_bandwidth = grad_bandwidth + prior_bandwidth_gradient if bandwidth_grad else grad_bandwidth
-    for sample in samples:
-        if sample.whole_weights is not None:
-            value = torch.where(sum_to_one(sample.whole_weights), value, torch.nan)
     wanted = [g if want and g is not None else mean.new_empty(0) for g, want in zip([*gradients, None][:2], problem[-3:-1], strict=True)]
     return value.to(mean.dtype), wanted[0], wanted[1], grad_bandwidth
 
@@ -265,8 +267,8 @@ _DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "band
 def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
     flags = tuple(needs_grad(args[n]) for n in _DIFFERENTIABLE)
-    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if not any(flags) and torch.compiler.is_compiling():
+    # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
+    if torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
     return cast(Tensor, MMD.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
 
@@ -297,7 +299,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
 
 
 def _backward(ctx: Any, grad_value: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    sources, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    # Unpacked once: activation checkpointing allows no more.
+    tensors = ctx.saved_tensors
+    sources, saved = tensors[:3], tensors[3:]
     grads: list[Tensor | None] = [None] * len(Problem._fields)
     for n, source, grad in zip(_DIFFERENTIABLE, sources, saved, strict=True):
         if not ctx.needs_input_grad[n]:

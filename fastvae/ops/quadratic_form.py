@@ -54,7 +54,8 @@ def quadratic_form_backward_op(*args: Any) -> Tensor:
     if expected is not None and expected_grad.numel() and upstream.device.type == "cpu":
         largest = expected.abs().argmax()
         ratio = upstream.reshape(-1)[largest] / expected.reshape(-1)[largest]
-        if torch.allclose(upstream, ratio * expected, rtol=1e-6, atol=0):
+        rounding = 32 * torch.finfo(expected_grad.dtype).eps
+        if torch.allclose(upstream, ratio * expected, rtol=rounding, atol=0):
             return cast(Tensor, (ratio * expected_grad).to(expected_grad.dtype))
     return _sweep(Problem(*problem), upstream, values=False)[1]
 
@@ -129,6 +130,8 @@ def _sweep(
 def apply_quadratic_form(*args: Any, diagonal: bool = False, expected: Tensor | None = None) -> Tensor:
     """S, differentiable to z; arguments of `Problem`, and the upstream to expect, known up to a factor."""
     expected = 0.5 * (expected + expected.T) if expected is not None and needs_grad(args[0]) else None
+    if torch.compiler.is_compiling():
+        return cast(Tensor, quadratic_form_op(*args, diagonal, expected)[0])
     return cast(Tensor, QuadraticForm.apply(*args, diagonal, expected)[0])  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,126 @@
+"""What a hostile reading found, each with the case that broke."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastvae
+from fastvae import reference
+from fastvae.radial import RBF, RationalQuadratic
+from tests.cases import DEVICE, evaluate
+
+
+def relative(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_of_fewer_digits_than_the_points(dtype, weights_dtype):
+    x, y = torch.randn(3, 2, device=DEVICE).to(dtype), torch.randn(5, 2, device=DEVICE).to(dtype)
+    weights = torch.full((3,), 1 / 3, dtype=weights_dtype, device=DEVICE)
+    torch.testing.assert_close(fastvae.mmd(x, y, x_weights=weights), fastvae.mmd(x, y), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["laplace", "energy"])
+@pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.float64, 1e-9)])
+def test_each_point_near_another_of_the_other_sample(kernel, dtype, distance):
+    """Where y is all but x, the near pairs are the whole gradient."""
+    x = torch.randn(700, 2, dtype=torch.float64)
+    y = (x[torch.randperm(700)] + distance * torch.randn(700, 2, dtype=torch.float64)).to(dtype)
+    x = x.to(dtype)
+    actual = evaluate(fastvae.mmd, x, y, kernel=kernel, backend="cpu")
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel)
+    for a, e in zip(actual[1:], exact[1:], strict=True):
+        assert relative(a, e) < (1e-6 if distance == 1e-6 else 1e-4)
+
+
+@pytest.mark.parametrize("outlier", [1e6, 1e10, 1e15])
+@pytest.mark.parametrize("kernel", ["rbf", "laplace", "energy"])
+def test_one_row_far_from_the_others(kernel, outlier):
+    x, y = torch.randn(530, 3), torch.randn(300, 3) + 0.3
+    x[5] = outlier
+    h = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    actual = evaluate(lambda x, y, h: fastvae.mmd(x, y, bandwidth=h, kernel=kernel, backend="cpu"), x, y, h)
+    exact = evaluate(lambda x, y, h: reference.mmd(x, y, bandwidth=h, kernel=kernel), x.double(), y.double(), h)
+    errors = [relative(a, e) for a, e in zip(actual, exact, strict=True)]
+    # At 1e15 the derivative to the bandwidth is beyond float64.
+    assert max(errors if outlier < 1e15 else errors[:3]) < 1e-5
+
+
+def test_activation_checkpointing():
+    x, y = torch.randn(6, 2, device=DEVICE, requires_grad=True), torch.randn(5, 2, device=DEVICE)
+    for loss in (
+        lambda x: fastvae.mmd(x, y),
+        lambda x: fastvae.kernel_matmul(x, y, y).sum(),
+        lambda x: fastvae.group_mmd(x, torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)).mean(),
+    ):
+        (grad,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(loss(x), x)[0])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_compiles_without_gradients_and_with_one_tensor_twice(gradient):
+    x = torch.randn(6, 2, device=DEVICE, requires_grad=gradient)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)
+    for function in (
+        lambda x: fastvae.mmd(x, x, bandwidth=2.0),
+        lambda x: fastvae.kernel_matmul(x, x, x),
+        lambda x: fastvae.witness(x, x, x + 1),
+        lambda x: fastvae.group_mmd(x, labels, num_groups=2).values,
+    ):
+        torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+    with pytest.raises(Exception, match="num_groups must be given"):
+        torch.compile(lambda x: fastvae.group_mmd(x, labels).values, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_a_kernel_of_the_users_own_is_refused():
+    class Heavy(RBF):
+        pass
+
+    x = torch.randn(3, 2)
+    with pytest.raises(ValueError, match="kernel must be one of the classes of fastvae"):
+        fastvae.mmd(x, x, kernel=Heavy())
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 100.0, 1000.0])
+def test_witness_of_a_wide_kernel(bandwidth):
+    points, x, y = torch.randn(50, 2), torch.randn(700, 2), torch.randn(600, 2) + 0.2
+    exact = fastvae.witness(points.double(), x.double(), y.double(), bandwidth=bandwidth, backend="reference")
+    assert relative(fastvae.witness(points, x, y, bandwidth=bandwidth, backend="cpu"), exact) < 2e-5
+
+
+def test_witness_of_bfloat16():
+    points, x, y = (torch.randn(n, 2).bfloat16() for n in (5, 1000, 1003))
+    torch.testing.assert_close(fastvae.witness(points, x, y), fastvae.witness(points.float(), x.float(), y.float()))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 30.0, 1000.0])
+def test_rational_quadratic_of_any_alpha(alpha):
+    x, y = torch.randn(300, 4), torch.randn(200, 4) + 0.3
+    actual = evaluate(fastvae.mmd, x, y, kernel=RationalQuadratic(alpha), backend="cpu")
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=RationalQuadratic(alpha))
+    assert max(relative(a, e) for a, e in zip(actual, exact, strict=True)) < 1e-5
+
+
+def test_almost_the_expected_upstream_is_another():
+    z, labels = torch.randn(30, 3, dtype=torch.float64), torch.arange(30) % 3
+    upstream = 1 + 1e-7 * torch.randn(3, 3, dtype=torch.float64)
+    actual, exact = (
+        evaluate(lambda z, backend=backend: (upstream * fastvae.group_mmd(z, labels, backend=backend).values).sum(), z)[1]
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-14)
+
+
+def test_vmap_over_weights():
+    x, y = torch.randn(4, 2), torch.randn(5, 2)
+    weights = torch.rand(3, 4)
+    weights = weights / weights.sum(1, keepdim=True)
+    actual = torch.vmap(lambda w: fastvae.mmd(x, y, x_weights=w))(weights)
+    torch.testing.assert_close(actual, torch.stack([fastvae.mmd(x, y, x_weights=w) for w in weights]))
+
+
+def test_no_process_group():
+    with pytest.raises(TypeError, match="that this process is in, got bool"):
+        fastvae.mmd(torch.randn(3, 2), torch.randn(3, 2), process_group=True)
