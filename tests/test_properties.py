@@ -8,9 +8,13 @@ example of Hypothesis holds `CASES_PER_EXAMPLE` cases made from its seed, as one
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import random
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ from fastvae.cpu import tiles as cpu_tiles
 from fastvae.cpu import total_correlation as cpu_total_correlation
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 from fastvae.reference.mmd import bandwidths, kernel_matrix
-from tests.cases import DEVICE, PairErrors, accumulation, needs_triton, output_rounding
+from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, PairErrors, accumulation, assert_close, needs_triton, output_rounding
 from tests.test_total_correlation import assert_close as assert_total_correlation_close
 
 EXAMPLES, CASES_PER_EXAMPLE = 200, 25
@@ -731,3 +735,129 @@ def test_what_is_not_finite_gives_nan(backend):
             gradients = torch.autograd.grad(output.sum(), inputs, retain_graph=True, allow_unused=True)
             if backend != "reference":
                 assert any(g is not None and g.isnan().any() for g in gradients), f"gradient of {case}"
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("seed", range(8))
+def test_triton_agrees_with_the_cpu_and_the_reference(seed):
+    """Problems without the extremes that the tables of products are not made for; on a GPU its own arithmetic, else the interpreter's."""
+    pick = random.Random(seed)
+    problem, _ = draw_problem(pick, 6, 4, prior=seed % 4 == 3)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = pick.choice([torch.float32, torch.float64])
+    points = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in problem.points]
+    weights = [None if w is None else w.to(dtype) for w in (problem.x_weights, problem.y_weights)]
+    problem = replace(problem, x=points[0], y=None if problem.y is None else points[1], x_weights=weights[0], y_weights=weights[1])
+    problem = replace(problem, bandwidth=tuple(0.7 * 2**n for n in range(len(problem.bandwidth))))
+    function = "mmd_to_normal" if problem.y is None else "mmd"
+    exact = value_and_gradients(getattr(reference, function), [dense(t) for t in points], **problem.options(torch.float64))
+    size = sum(abs(a) for a in problem.bandwidth_weights or [1.0] * len(problem.bandwidth))
+    for backend in ("triton", *(["cpu"] if DEVICE == "cpu" else [])):
+        inputs = [lay_out(t, pick.choice(LAYOUTS)) for t in points]
+        value, gradients = value_and_gradients(
+            getattr(fastvae, function), inputs, backend=backend, precision="highest", **problem.options()
+        )
+        tolerance = TOLERANCE[dtype] if backend == "cpu" or dtype == torch.float64 else TRITON_TOLERANCE["highest"]
+        scale = max(1.0, exact[0].abs().item()) * (1 if problem.estimator == "biased" else 10)
+        assert_close((value, *gradients), (exact[0], *exact[1]), tolerance, 1, size * scale)
+
+
+def all_operations(n: int, d: int = 4, seed: int = 0, backend: str | None = None):
+    """(name, function of leaves to a scalar, leaves) of every operation."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y, z = (torch.randn(n, d, generator=generator) for _ in range(3))
+    v = torch.randn(n, 2, generator=generator)
+    labels = torch.arange(n) % 4
+    x, y, z, v, labels = (t.to(DEVICE) for t in (x, y, z, v, labels))
+
+    def kl(mu, logvar):
+        sample, divergence = fastvae.reparameterize_kl(mu, logvar, eps=z, backend=backend)
+        return sample.square().sum() + divergence.sum()
+
+    two = {"bandwidth": (1.0, 3.0), "backend": backend}
+    return [
+        ("mmd", lambda x, y: fastvae.mmd(x, y, **two), (x, y)),
+        ("mmd_to_normal", lambda x: fastvae.mmd_to_normal(x, **two), (x,)),
+        ("kernel_matmul", lambda x, y, v: fastvae.kernel_matmul(x, y, v, **two).square().sum(), (x, y, v)),
+        ("group_mmd", lambda x: fastvae.group_mmd(x, labels, num_groups=4, **two).mean(), (x,)),
+        ("reparameterize_kl", kl, (x, y)),
+        (
+            "total_correlation",
+            lambda *t: fastvae.total_correlation(*t, dataset_size=2 * n, backend=backend).total_correlation,
+            (x, y, z),
+        ),
+    ]
+
+
+def bits(n: int) -> str:
+    """Of the values and gradients of all operations."""
+    digest = hashlib.sha256()
+    for _, function, inputs in all_operations(n):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        value = function(*leaves)
+        for result in (value, *torch.autograd.grad(value, leaves)):
+            digest.update(result.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_same_input_same_bits_in_every_process():
+    """Run to run, with one thread and with two, but not from the one number to the other: products may then add in another order."""
+    code = "import sys, torch; torch.set_num_threads(int(sys.argv[1])); from tests.test_properties import bits; print(bits(600))"
+    root = Path(__file__).parent.parent
+    for threads in ("1", "2"):
+        runs = [
+            subprocess.run([sys.executable, "-c", code, threads], capture_output=True, text=True, check=False, cwd=root) for _ in range(2)
+        ]
+        assert all(run.returncode == 0 for run in runs), runs[0].stderr
+        assert runs[0].stdout == runs[1].stdout
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_deterministic_algorithms_hold_for_every_operation():
+    assert bits(40) == bits(40)
+
+
+# Peak of the bytes that value and gradients of float32 samples take beyond the inputs, their results among them: for each row more, as a
+# multiple of its 4·D bytes. Measured with D = 16, and 1.25 times that.
+PEAK = {
+    "mmd": 19.0,
+    "mmd_to_normal": 15.0,
+    "kernel_matmul": 19.0,
+    "group_mmd": 14.0,
+    "reparameterize_kl": 6.0,
+    "total_correlation": 18.0,
+}
+
+
+def peak_bytes(function, inputs) -> int:
+    """Peak of the bytes of tensors that live at once, counted by PyTorch's profiler from its allocator's calls."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(function(*leaves), leaves)
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the allocations of the CPU path")
+@pytest.mark.parametrize("name", PEAK)
+def test_memory_grows_with_n_as_promised(name):
+    """With N and not with its square: between two sizes by no more than the constant of `PEAK` a row."""
+    d, small, large = 16, 1024, 4096
+    peaks = []
+    for n in (small, large):
+        ((_, function, inputs),) = (operation for operation in all_operations(n, d, backend="cpu") if operation[0] == name)
+        peaks.append(peak_bytes(function, inputs))
+    assert peaks[1] - peaks[0] <= PEAK[name] * 4 * d * (large - small), f"{(peaks[1] - peaks[0]) / (4 * d * (large - small)):.1f}"
