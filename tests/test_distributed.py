@@ -2,11 +2,14 @@
 
 import datetime
 import itertools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import fastvae
 from fastvae.distributed import gather, gather_rows
@@ -21,7 +24,7 @@ def start(rank, world, folder):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
     )
     try:
-        for check in (gathering, losses, gradients_that_average_to_the_whole):
+        for check in (gathering, losses, gradients_that_average_to_the_whole, fully_sharded):
             check(rank, world)
     finally:
         dist.destroy_process_group()
@@ -122,6 +125,43 @@ def gradients_that_average_to_the_whole(rank, world):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def fully_sharded(rank, world):
+    """Five steps with the parameters sharded over the ranks against one process."""
+    torch.manual_seed(0)
+    n = sum(ROWS[world])
+    alone, shared = (fastvae.VAE.mlp((1, 2, 4), latent_dim=2, hidden=[8]) for _ in range(2))
+    shared.load_state_dict(alone.state_dict())
+    fully_shard(shared, mesh=init_device_mesh("cpu", (world,)))
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (alone, shared)]
+    objectives = [fastvae.VAEObjective.mmd_vae(50.0) for _ in range(2)]
+    objectives[1].process_group = dist.group.WORLD
+    for _ in range(5):
+        batch = torch.rand(n, 1, 2, 4), torch.randn(n, 2)
+        for model, optimizer, objective, (x, eps) in zip(
+            (alone, shared), optimizers, objectives, (batch, own(rank, world, *batch)), strict=True
+        ):
+            optimizer.zero_grad()
+            objective(model(x, eps=eps), x).loss.backward()
+            optimizer.step()
+    for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(a, b.full_tensor(), rtol=1e-4, atol=1e-5)
+
+
+def lose_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timeout)
+    x = torch.randn(5, 2)
+    fastvae.mmd_to_normal(x, process_group=dist.group.WORLD)
+    if rank == 1:
+        os._exit(9)
+    try:
+        fastvae.mmd_to_normal(x, process_group=dist.group.WORLD)
+    except RuntimeError:
+        os._exit(7)
+    os._exit(0)
+
+
 def gathering(rank, world):
     whole = torch.arange(3.0 * sum(ROWS[world])).reshape(-1, 3)
     rows, first = gather_rows(own(rank, world, whole)[0], dist.group.WORLD)
@@ -137,6 +177,17 @@ def gathering(rank, world):
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
     multiprocessing.spawn(start, (world, str(tmp_path)), nprocs=world)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_stops_the_others_with_an_error(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=lose_a_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [7, 9]
 
 
 def test_one_process_is_a_group_too(tmp_path):
