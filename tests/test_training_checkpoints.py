@@ -186,6 +186,7 @@ def test_what_is_not_a_whole_checkpoint(tmp_path):
 
 FIT = """
 import os, signal, sys
+from pathlib import Path
 from fastvae.training import command
 
 at, number, *args = sys.argv[1:]
@@ -194,7 +195,10 @@ class RandomState(command.RandomState):
     def on_train_batch_start(self, trainer, *others):
         super().on_train_batch_start(trainer, *others)
         if f"step{trainer.global_step}" == at:
-            os.kill(os.getpid(), int(number))
+            if number == "full disk":
+                Path.open = lambda path, *mode: open("/dev/full", *mode)
+            else:
+                os.kill(os.getpid(), int(number))
 
 command.RandomState = RandomState
 sys.exit(command.run(args))
@@ -212,7 +216,7 @@ for group, words in OPTIONS.items():
 
 def start(folder, *args, at="never", number=signal.SIGKILL):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", FIT, at, str(int(number)), "fit", *args]
+    line = [sys.executable, "-c", FIT, at, number if isinstance(number, str) else str(int(number)), "fit", *args]
     return subprocess.Popen(line, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
@@ -255,6 +259,18 @@ def test_killed_and_resumed(tmp_path):
     assert code == 0
     assert err.splitlines()[-1].startswith("stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path runs/stopped/version_0/")
     assert "warn" not in resume("stopped").lower()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_the_run_with_a_sentence_and_leaves_the_last_checkpoint(tmp_path):
+    code, err = end(start(tmp_path, *SMALL, "--name", "filled", at="step5", number="full disk"))
+    assert code == 1
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    folder = tmp_path / "runs" / "filled" / "version_0" / "checkpoints"
+    assert not list(folder.glob(".*partial"))
+    assert newest_first(folder)[0] == checkpoint_file("last", tmp_path / "runs" / "filled")
 
 
 @pytest.mark.slow
