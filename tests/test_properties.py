@@ -163,7 +163,8 @@ def draw_bandwidths(pick: random.Random, kernel: Kernel, points: list[Tensor]) -
     """h_b, and a_b or None. A power of a product past the largest number is no problem of the polynomial's: its h goes with the data."""
     size = max(t.double().norm(dim=1).max().item() for t in points)
     if not kernel.radial:
-        size = max(size, 1e-3) * 10 ** pick.uniform(-1, 2)
+        # Up to 1e30, with what follows.
+        size = min(max(size, 1e-3) * 10 ** pick.uniform(-1, 2), 1e29)
     elif pick.random() < 0.6:
         spread = torch.cat(points).double().std(0, correction=0).norm().item()
         size = min(max(spread * 10 ** pick.uniform(-1.5, 1.5), 1e-6), 1e6)
