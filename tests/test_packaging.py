@@ -31,11 +31,17 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_imports_outside_the_checkout(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+@pytest.mark.parametrize("hidden", ["", "triton"])
+@pytest.mark.parametrize("distribution", ["wheel", "sdist"])
+def test_distributions_install_and_work_outside_the_checkout(wheel, tmp_path, distribution, hidden):
+    """Installed by pip into a folder, without network and without what they depend on, which is there already."""
+    file = wheel if distribution == "wheel" else next(wheel.parent.glob("*.tar.gz"))
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    result = subprocess.run([*pip, "--target", str(tmp_path / "site"), str(file)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import fastvae, torch;"
+        f"import sys; sys.path.insert(0, sys.argv[1]); hidden = {hidden!r};"
+        "sys.modules.update({hidden: None} if hidden else {}); import fastvae, torch;"
         "assert fastvae.__file__.startswith(sys.argv[1]), fastvae.__file__;"
         "x = torch.randn(5, 2, requires_grad=True); fastvae.mmd_to_normal(x).backward(); print(fastvae.__version__)"
     )
