@@ -59,7 +59,7 @@ def compare(
     lines = [" " * width + "".join(f"{name:>24}" for name in columns)]
     lines += [f"{title:<{width}}" + "".join(f"{column[key]:>24}" for column in columns.values()) for key, title in ROWS.items()]
     lines.append(f"(mutual information is at most log {len(x)} = {torch.tensor(len(x)).log():.2f})")
-    (folder / "table.txt").write_text("\n".join(lines) + "\n")
+    (folder / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sys.stdout.write("\n".join(lines) + f"\nPicture and table: {folder.resolve()}\n")
 
 
