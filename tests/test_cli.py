@@ -172,7 +172,8 @@ def test_a_table_from_fit_to_export(tmp_path, inside):
     assert np.load("samples.npy").shape == (7, 5)
     assert "output must be a .npy file where the data are no images" in error(inside("sample", code=1)[1])
     inside("encode")
-    assert np.load("codes.npz")["mu"].shape == (24, 2)
+    with np.load("codes.npz") as codes:
+        assert codes["mu"].shape == (24, 2)
     assert "I(x; z) = " in inside("report", "runs/table")[0]
 
 

@@ -52,7 +52,8 @@ def test_reconstruct_and_encode(runs, tmp_path):
     apply.reconstruct(n=5, output="x.npy")
     np.testing.assert_allclose(np.load("x.npy"), vae.reconstruct(x[:5]).detach(), rtol=1e-5)
     apply.encode()
-    codes = np.load("codes.npz", allow_pickle=False)
+    with np.load("codes.npz", allow_pickle=False) as file:
+        codes = dict(file)
     mu, logvar = vae.encode(x)
     assert codes["mu"].shape == (180, 3)
     np.testing.assert_allclose(codes["mu"], mu.detach(), rtol=1e-4, atol=1e-6)
@@ -62,7 +63,8 @@ def test_reconstruct_and_encode(runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine.npy").rename(tmp_path / "mine" / "mine.npy")
     apply.encode(path="mine", output="mine.npz", n=1)
-    assert np.load("mine.npz")["mu"].shape == (1, 3)
+    with np.load("mine.npz") as mine:
+        assert mine["mu"].shape == (1, 3)
 
 
 def test_traverse_moves_one_dimension_at_a_time(runs, tmp_path):
