@@ -65,6 +65,15 @@ def aggregated(aggregate: str, estimator: str, bandwidth_weights: object, famili
             option("kernel with aggregate='fuse'", family.name, ("rbf", "imq", "rational_quadratic", "laplace"))
 
 
+def kernel_options(value: object, precision: str | None, backend: str | None, device: torch.device | None) -> Kernel:
+    """The kernel, and how to compute with it on `device` (any, if None)."""
+    option("precision", precision, PRECISIONS)
+    option("backend", backend, BACKENDS)
+    if device is not None:
+        backend_device(backend, device)
+    return kernel(value)
+
+
 def closed_form(value: object) -> None:
     """A kernel whose expectations over N(0, I) are known."""
     if not isinstance(kernel(value), RBF):

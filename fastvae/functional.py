@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -138,7 +138,7 @@ def _mmd(
     backend: str | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
-    family = _kernel_options(kernel, precision, backend, x)
+    family = checks.kernel_options(kernel, precision, backend, x.device)
     checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     whole: list[Tensor | None] = [None] * 4
@@ -158,15 +158,16 @@ def _mmd(
             continue
         all_points, all_weights = whole[n], whole[n + 2]
         checks.enough_rows(name, points if all_points is None else all_points, estimator)
-        if weights is not None:
-            checks.no_linear_weights(f"{name}_weights", estimator)
-            checks.sample_weights(f"{name}_weights", weights, name, points, weights if all_weights is None else all_weights)
-            checks.enough_weights(f"{name}_weights", weights if all_weights is None else all_weights, estimator)
-            # In float64 first, as weights of fewer digits sum to one only roughly; nan where that could not be an error.
-            total = (weights if all_weights is None else all_weights).double().sum(-1, keepdim=True)
-            total = torch.where(checks.sum_to_one(weights if all_weights is None else all_weights)[..., None], total, torch.nan)
-            given[n] = (weights.double() / total).to(accumulation_dtype(points.dtype))
-            whole[n + 2] = None if all_weights is None else (all_weights.double() / total).to(accumulation_dtype(points.dtype))
+        if weights is None:
+            continue
+        entire = weights if all_weights is None else all_weights
+        checks.no_linear_weights(f"{name}_weights", estimator)
+        checks.sample_weights(f"{name}_weights", weights, name, points, entire)
+        checks.enough_weights(f"{name}_weights", entire, estimator)
+        # In float64 first, as weights of fewer digits sum to one only roughly; nan where that could not be an error.
+        total = torch.where(checks.sum_to_one(entire), entire.double().sum(-1), torch.nan)[..., None]
+        given[n] = (weights.double() / total).to(accumulation_dtype(points.dtype))
+        whole[n + 2] = None if all_weights is None else (all_weights.double() / total).to(accumulation_dtype(points.dtype))
     x_weights, y_weights = given
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
@@ -174,14 +175,17 @@ def _mmd(
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (family.name, family.parameters, estimator == "unbiased", precision or "", backend or "")
-    if torch.is_grad_enabled() and (h.requires_grad or a.requires_grad):
-        # MMD² is linear in the kernel, and the derivative to one bandwidth comes with its gradient to the points.
-        one = torch.ones_like(h[:1])
-        parts = [apply_mmd(*tensors, *whole, *starts, factor * h[n : n + 1], one, *arguments) for n in range(h.numel())]
-        value = torch.stack(parts, -1) @ a.to(parts[0])
-    else:
-        value = apply_mmd(*tensors, *whole, *starts, factor * h, a, *arguments)
+    value = _over_bandwidths(lambda h, a: apply_mmd(*tensors, *whole, *starts, h, a, *arguments), factor * h, a)
     return value.reshape(x.shape[:-2]) if process_group is None else sum_shares(value, process_group)
+
+
+def _over_bandwidths(apply: Callable[[Tensor, Tensor], Tensor], h: Tensor, a: Tensor) -> Tensor:
+    """`apply` of the bandwidths and their weights; one bandwidth at a time where they are to have a gradient."""
+    if not (torch.is_grad_enabled() and (h.requires_grad or a.requires_grad)):
+        return apply(h, a)
+    # The result is linear in the kernel, and the derivative to one bandwidth comes with the gradient to the points.
+    parts = [apply(h[n : n + 1], torch.ones_like(h[:1])) for n in range(h.numel())]
+    return torch.stack(parts, -1) @ a.to(parts[0])
 
 
 def _dense_mmd(
@@ -246,7 +250,7 @@ def kernel_matmul(
     checks.columns("v", v, "y", y)
     for name, t in (("y", y), ("v", v)):
         checks.same_kind("x", x, name, t)
-    family = _kernel_options(kernel, precision, backend, x)
+    family = checks.kernel_options(kernel, precision, backend, x.device)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, x, y)
@@ -260,12 +264,7 @@ def kernel_matmul(
     else:
         family, factor = family.canonical()
         options = (family.name, family.parameters, precision or "", backend or "")
-        if torch.is_grad_enabled() and (h.requires_grad or a.requires_grad):
-            one = torch.ones_like(h[:1])
-            parts = [apply_kernel_matmul(x, y, columns, factor * h[n : n + 1], one, *options) for n in range(h.numel())]
-            out = torch.stack(parts, -1) @ a.to(parts[0])
-        else:
-            out = apply_kernel_matmul(x, y, columns, factor * h, a, *options)
+        out = _over_bandwidths(lambda h, a: apply_kernel_matmul(x, y, columns, h, a, *options), factor * h, a)
     return out if v.ndim == 2 else out[:, 0]
 
 
@@ -374,7 +373,7 @@ def group_mmd(
     checks.points("z", z)
     z = _autocast(z)
     checks.option("estimator", estimator, checks.ESTIMATORS)
-    family = _kernel_options(kernel, precision, backend, z)
+    family = checks.kernel_options(kernel, precision, backend, z.device)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
     checks.constant("bandwidth", h)
     checks.constant("bandwidth_weights", a)
@@ -428,13 +427,6 @@ def group_mmd(
     if index is None:
         return GroupMMD(values, valid, wanted)
     return GroupMMD(values[index[:, 0], index[:, 1]], valid, wanted[index[:, 0], index[:, 1]])
-
-
-def _kernel_options(kernel: str | Kernel, precision: str | None, backend: str | None, x: Tensor) -> Kernel:
-    checks.option("precision", precision, checks.PRECISIONS)
-    checks.option("backend", backend, checks.BACKENDS)
-    checks.backend_device(backend, x.device)
-    return checks.kernel(kernel)
 
 
 def reparameterize_kl(

@@ -35,10 +35,8 @@ class MMDLoss(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        checks.kernel(kernel)
+        checks.kernel_options(kernel, precision, backend, None)
         checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
-        checks.option("precision", precision, checks.PRECISIONS)
-        checks.option("backend", backend, checks.BACKENDS)
         checks.bandwidths(bandwidth, bandwidth_weights, None)
         self.bandwidth = bandwidth
         self.bandwidth_weights = bandwidth_weights
@@ -49,7 +47,7 @@ class MMDLoss(nn.Module):
         self.process_group = process_group
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, x_weights: Tensor | None = None, y_weights: Tensor | None = None) -> Tensor:
-        """The loss, a scalar, of x (N, D) and y (M, D), or of x and N(0, I) if y is None."""
+        """The loss, shape (...), of x (..., N, D) and y (..., M, D), or of x and N(0, I) if y is None."""
         names = ("bandwidth", "bandwidth_weights", "kernel", "estimator", "precision", "backend", "process_group")
         options = {name: getattr(self, name) for name in names}
         if y is None:

@@ -99,7 +99,7 @@ class Tiles:
             yield Rung(weight, weight * ratio, value, slope)
 
     def sums(self, a: Points, i: slice, b: Points, j: slice, slope: bool) -> tuple[Tensor, Tensor]:
-        """Σ_b a_b·k_b, and if `slope` Σ_b a_b·(γ_b/γ_0)·s_b, over a tile; without shifts."""
+        """Σ_b a_b·k_b, and if `slope` Σ_b a_b·(γ_b/γ_0)·s_b, over a tile, each less its shifts."""
         if self.single:
             rung = next(self.rungs(a, i, b, j))
             if rung.weight != 1:
@@ -229,8 +229,10 @@ def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tu
     steepest = ladder.gamma * ladder.ratios[-1] / EXPONENT_ERROR[dtype]
     limit = float("inf") if not ladder.kernel.radial or isinstance(ladder.kernel, Energy) else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
-    radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
-    if not ladder.kernel.rooted and not radius2 > limit / torch.finfo(dtype).eps:
-        return centre, limit / torch.finfo(dtype).eps
+    if not ladder.kernel.rooted:
+        limit = limit / torch.finfo(dtype).eps
+        radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
+        if not radius2 > limit:
+            return centre, limit
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
     return torch.cat(list(samples)).median(0).values.double(), exact
