@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastvae import checks
 from fastvae.training import pictures
-from fastvae.training.checkpoints import checkpoint_file
+from fastvae.training.checkpoints import checkpoint_file, read_checkpoint
+from fastvae.training.configs import read_yaml
 from fastvae.training.data import ImageData, scaled
 from fastvae.training.module import ImageVAE
 from fastvae.vae import VAE
@@ -178,8 +179,16 @@ class _Decoder(nn.Module):
 
 def load(ckpt_path: str, runs: str) -> ImageVAE:
     """The module of a checkpoint, on the CPU, for evaluation."""
-    file = checkpoint_file(ckpt_path, Path(runs, "*"))
-    module: ImageVAE = ImageVAE.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(checkpoint_file(ckpt_path, Path(runs, "*")))
+    # Not by `load_from_checkpoint`, which calls the function that the file names as "_instantiator".
+    options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}
+    try:
+        with torch.device("meta"):  # nothing of a size that the weights in the file do not have
+            ImageVAE(**options).on_load_checkpoint(saved)
+        module = ImageVAE(**options)
+        module.load_state_dict(saved["state_dict"])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"ckpt_path must be a checkpoint of this model, got {ckpt_path!r} ({error})") from error
     return module.eval()
 
 
@@ -187,8 +196,8 @@ def test_data(ckpt_path: str, path: str | None, runs: str, n: int | None) -> tup
     """The first n (all, if None) of the test data in the units of the model, and their labels."""
     config = checkpoint_file(ckpt_path, Path(runs, "*")).parent.parent / "config.yaml"
     try:
-        options = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        options = read_yaml(config.read_text(encoding="utf-8"))["data"]
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         if path is None:
             raise ValueError(f"path must be given where the run has no config.yaml, got none beside {str(config)!r}") from error
         options = {}
@@ -196,7 +205,10 @@ def test_data(ckpt_path: str, path: str | None, runs: str, n: int | None) -> tup
         options |= {"path": path}
         if options.get("name") in ("mnist_5k", "digits"):
             options["name"] = "auto"
-    data = ImageData(**options)
+    try:
+        data = ImageData(**options)
+    except TypeError as error:
+        raise ValueError(f"{str(config)!r} must hold the options of data, got others ({error})") from error
     data.setup()
     images, labels = data.splits["test"]
     n = len(images) if n is None else checks.integer("n", n, at_least=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import pickle
 import random
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -102,10 +104,13 @@ class Checkpoints(ModelCheckpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the checkpoint and renames, so that its name never stands for a part of it.
+    """Writes beside the checkpoint and renames, so that its name never stands for a part of it. Reads tensors and plain values alone.
 
     Lightning's own writing goes by way of the folder for temporary files, from where a move to another disk is a copy.
     """
+
+    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -121,12 +126,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
 
 
+def read_checkpoint(checkpoint: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """What a run saved: tensors and plain values, never a pickled object, whose loading may run code."""
+    try:
+        saved: object = torch.load(checkpoint, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+        reason = str(error).replace("\n", " ").split(". ")[0]
+        raise ValueError(f"ckpt_path must be a checkpoint of tensors and plain values, got {str(checkpoint)!r} ({reason})") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
+        raise ValueError(f"ckpt_path must be a run's checkpoint, got a file without a state_dict, {str(checkpoint)!r}")
+    return saved
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the file holds all that `torch.save` wrote, every byte as its checksum has it."""
+    """Whether the file holds all that `torch.save` wrote, every byte as its checksum has it, and nothing compressed."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError):
+            return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist()) and archive.testzip() is None
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error):
         return False
 
 

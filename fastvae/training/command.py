@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import sys
@@ -24,8 +25,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from fastvae import checks
 from fastvae.training.apply import encode, export, reconstruct, sample, traverse
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
-from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, checkpoint_file
+from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, checkpoint_file, read_checkpoint
 from fastvae.training.compare import compare
+from fastvae.training.configs import restrict
 from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
 from fastvae.training.report import report
@@ -134,7 +136,9 @@ class CommandLine(LightningCLI):
         path = config.ckpt_path or ("last" if self.config.subcommand == "test" else None)
         if path is None:
             return None
-        return checkpoint_file(path, Path(config.runs, config.name or "*"))
+        checkpoint = checkpoint_file(path, Path(config.runs, config.name or "*"))
+        read_checkpoint(checkpoint)
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self._get(self.config_init, "trainer").logger in (None, True):
@@ -170,7 +174,12 @@ def run(args: list[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(words in record.getMessage() for words in ("Tip", "SIGTERMException was raised"))
     )
+    # Not an option of the parser, which a configuration could set.
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--trust", action="append", default=[])
     try:
+        trusted, args = named.parse_known_args(args)
+        restrict(trusted.trust)
         if args[:1] and args[0] in COMMANDS:
             COMMANDS[args[0]][0](**command_parser(args[0]).parse_args(args[1:]).as_dict())
         else:
@@ -178,7 +187,10 @@ def run(args: list[str]) -> int:
                 ImageVAE,
                 ImageData,
                 parser_class=Parser,
-                parser_kwargs={"description": "Train and measure variational autoencoders on images."},
+                parser_kwargs={
+                    "description": "Train and measure variational autoencoders on images. A configuration may name classes of fastvae, "
+                    "Lightning and PyTorch; --trust PACKAGE lets it name those of PACKAGE."
+                },
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 args=args,
@@ -212,6 +224,8 @@ def command_parser(name: str) -> jsonargparse.ArgumentParser:
 
 def plain(message: str) -> str:
     """jsonargparse's message on one line, without Python's names of types."""
+    if denied := re.search(r"Importing '(.*?)' is not allowed", message):
+        return f"a configuration may name classes of fastvae, Lightning and PyTorch, got {denied[1]}: --trust PACKAGE allows a package's"
     message = re.sub(r"(?:an? )?typing\.Literal\[(.*?)\]", r"one of \1", " ".join(message.split()))
     message = re.sub(r"(?:an? )?<class '(?:\w+\.)*(\w+)'>", lambda found: KINDS.get(found[1], found[1]), message)
     message = re.sub(

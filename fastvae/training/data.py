@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastvae import checks
 from fastvae.training.checkpoints import EpochSampler, ResumableLoader, epoch_seed
 
+NAMES = ("auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table")
 OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 OPENML_TRAIN_SIZE = 60_000
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -106,6 +107,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        checks.option("data.name", name, NAMES)
         default = "mnist_5k" if path is None else "folder"
         self.name: str = default if name == "auto" else name
         self.path = path

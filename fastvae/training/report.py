@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import MaxNLocator
 
+from fastvae.training.configs import read_yaml
+
 PICTURES = {"reconstructions.png": "Reconstructions", "samples.png": "Samples from the prior", "latent.png": "Codes"}
 TABLE = {
     "negative_elbo": ("−ELBO", "nats", "{:.2f}"),
@@ -123,9 +125,9 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 def _predecessor(folder: Path) -> Path | None:
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         before = Path(config["ckpt_path"]).parent.parent
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
         return None
     return before if (before / "metrics.csv").is_file() and before.resolve() != folder.resolve() else None
 

@@ -1,0 +1,54 @@
+"""What a configuration may hold: it can come from somebody else, beside a checkpoint, and it can name classes to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+import yaml  # type: ignore[import-untyped]
+
+# Callbacks, loggers, strategies and what they are made of. The interfaces of the command line run what they are given, and
+# LambdaCallback calls any function by its name.
+KNOWN = ("fastvae", "lightning", "torch.nn", "torch.optim", "torch.distributed.fsdp", "torch.float16", "torch.bfloat16", "torch.float32")
+DENIED = (
+    "*",
+    "lightning.fabric.cli",
+    "lightning.pytorch.cli",
+    "lightning.pytorch.callbacks.LambdaCallback",
+    "lightning.pytorch.callbacks.lambda_function",
+)
+# The longest of configs/ has forty values, four deep.
+MOST_VALUES, DEEPEST = 10_000, 32
+_jsonargparse_yaml = jsonargparse.get_loader("yaml")
+
+
+def restrict(trusted: Sequence[str] = ()) -> None:
+    """Let configurations name classes of fastvae, Lightning and PyTorch, and of these packages, in values that are quickly read."""
+    jsonargparse.set_parsing_settings(
+        import_path_denylist=list(DENIED), import_path_allowlist=[*KNOWN, *trusted], instantiate_subclass_spec_in_any=False
+    )
+    jsonargparse.set_loader("yaml", read_yaml, (yaml.YAMLError,))
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML text, as jsonargparse reads it.
+
+    Raises:
+        yaml.YAMLError: another text, a tag of Python's, or values that are too many or too deep.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # which, unlike loading, does not recurse
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"its values must be nested at most {DEEPEST} deep, got more")
+    value = _jsonargparse_yaml(text)
+    # An alias stands for all that it names, and jsonargparse copies it.
+    values, left = 0, [value]
+    while left:
+        values += 1
+        if values > MOST_VALUES:
+            raise yaml.YAMLError(f"it must hold at most {MOST_VALUES:,} values, its aliases spelt out, got more")
+        inner = left.pop()
+        left += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
+    return value
