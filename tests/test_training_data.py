@@ -193,6 +193,14 @@ def broken(tmp_path, kind):
         np.savez(tmp_path / "a.npz", x1=images(4), x2=images(4, (6, 6)))
     elif kind == "five dimensions":
         np.save(tmp_path / "a.npy", images(4, (2, 2, 2, 2)))
+    elif kind == "labels in between":
+        np.savez(tmp_path / "a.npz", x=images(4), y=np.arange(4) / 2)
+    elif kind == "labels of nan":
+        np.savez(tmp_path / "a.npz", x=images(4), y=np.full(4, np.nan))
+    elif kind == "labels of text":
+        np.savez(tmp_path / "a.npz", x=images(4), y=np.array(list("abcd")))
+    elif kind == "idx of no dimension":
+        whole.write_bytes(b"\0\0\x08\0\x01")
     elif kind == "no images":
         np.save(tmp_path / "y.npy", np.arange(3))
 
@@ -217,6 +225,10 @@ SENTENCES = {
     "two shapes": r"must hold training and test images of one shape, got \(1, 5, 4\) and \(1, 6, 6\)",
     "two shapes in one set": r"must have one shape and one dtype, got \(1, 5, 4\) torch.uint8 and \(1, 6, 6\) torch.uint8",
     "five dimensions": r"must have shape \(N, F\), .* got \(4, 2, 2, 2, 2\)",
+    "labels in between": "labels in .* must be whole numbers, got others",
+    "labels of nan": "labels in .* must be whole numbers, got others",
+    "labels of text": "must hold arrays of real numbers, got a.y of <U1",
+    "idx of no dimension": "must be an IDX file, got one that begins with 00 00 08 00",
     "no images": "must hold images in IDX, .npy or .npz files or pictures, got none",
 }
 
@@ -300,6 +312,11 @@ HOSTILE = {
     "npy header that claims more": r"must be a whole .npy file .*4000 bytes of float32 in shape \(1000,\) in its header, 8 in the file",
     "npy header that claims less": r"must be a whole .npy file .*4 bytes of float32 .* 8 in the file",
     "npy negative shape": r"must be a whole .npy file of plain arrays",
+    "npy of numbers without bytes": r"must be a whole .npy file of plain arrays",
+    "npy shape beyond an int64": r"must be a whole .npy file of plain arrays",
+    "npy header cut off": r"must be a whole .npy file of plain arrays",
+    "npz of lzma flipped": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+    "npz of several that are too large together": r"files in .* must hold at most 0.001 GB once decompressed",
     "npz bomb": r"must hold at most 0.001 GB once decompressed, got 0.00419443 GB",
     "npz of a pickle": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
     "npz flipped": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
@@ -324,6 +341,21 @@ def test_a_hostile_file_is_one_sentence(tmp_path, kind, monkeypatch):
         file.write_bytes(npy_header((1,)) + bytes(8))
     elif kind == "npy negative shape":
         file.write_bytes(npy_header((-2, -1)) + bytes(8))
+    elif kind == "npy of numbers without bytes":
+        file.write_bytes(npy_header((10**15,), "<U0"))
+    elif kind == "npy shape beyond an int64":
+        file.write_bytes(npy_header((0, 2**70)))
+    elif kind == "npy header cut off":
+        file.write_bytes(npy_header((10,)).replace(b")", b" ") + bytes(40))
+    elif kind == "npz of lzma flipped":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
+            archive.writestr("x.npy", npy_header((100,)) + bytes(400))
+        raw = bytearray(file.read_bytes())
+        raw[60:70] = bytes(range(200, 210))
+        file.write_bytes(raw)
+    elif kind == "npz of several that are too large together":
+        for name in "ab":
+            np.savez_compressed(tmp_path / f"{name}.npz", x=np.zeros((600, 1000), np.uint8))
     elif kind == "npz bomb":
         zip_bomb(file, 2**22)
     elif kind == "npz of a pickle":
@@ -412,6 +444,10 @@ def test_pictures_that_are_none(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one"):
         ImageData(path=str(tmp_path)).setup()
 
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "0.png", "EPS")
+    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one \(cannot identify"):
+        ImageData(path=str(tmp_path)).setup()
+
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -465,6 +501,9 @@ def test_a_table_in_csv_with_labels_and_a_test_set(tmp_path):
     [
         ("a.csv", "a,b\n1,2\n3\n", "must be a table of numbers in CSV, got another file"),
         ("a.csv", "a,b\n1,x\n", "must be a table of numbers in CSV, got another file"),
+        ("a.csv", "", "must be a table of numbers in CSV, got another file"),
+        ("a.csv", "a,label\n1,0.5\n2,1\n", "must be whole numbers, got others"),
+        ("a.csv", "a,label\n1,nan\n2,1\n", "must be whole numbers, got others"),
         ("a.csv", "1,nan\n2,3\n", "must hold finite numbers, got nan"),
         ("a.csv", "1,1e39\n2,3\n", "must hold finite numbers, got nan, infinity or a number past float32"),
         ("a.txt", "1,2\n", "data.path must hold a matrix in a .npy, .npz or .csv file, got none"),
@@ -490,3 +529,56 @@ def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
 def test_error_sentences_of_further_data(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         ImageData(**arguments).setup()
+
+
+def whole_files():
+    """(name, bytes, data.name) of one file of each kind."""
+    x = images(6)
+    header = b"\0\0\x08\x03" + struct.pack(">3I", *x.shape)
+    yield "train-images-idx3-ubyte", header + x.tobytes(), "folder"
+    yield "train-images-idx3-ubyte.gz", gzip.compress(header + x.tobytes()), "folder"
+    yield "x.csv", b"a,b,label\n1,2,0\n3,4,1\n5,6,1\n7,8,0\n", "table"
+    stream = io.BytesIO()
+    np.save(stream, x)
+    array = stream.getvalue()
+    yield "x.npy", array, "folder"
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            archive.writestr("x.npy", array)
+        yield "x.npz", stream.getvalue(), "folder"
+    for kind in ("PNG", "JPEG", "BMP", "WEBP"):
+        stream = io.BytesIO()
+        Image.fromarray(images(1, (9, 7, 3))[0]).save(stream, kind)
+        yield "x.png", stream.getvalue(), "folder"
+
+
+def changed(raw, rng):
+    """A few bytes overwritten, the end cut off, or a part taken out."""
+    out, how = bytearray(raw), rng.integers(4)
+    if how < 2:
+        for at in rng.integers(len(out) if how else min(len(out), 140), size=rng.integers(1, 4)):
+            out[at] = rng.choice([0, 255, 127, 128, ord("9"), ord("-"), out[at] ^ 1, rng.integers(256)])
+        return bytes(out)
+    first, last = sorted(rng.integers(len(out), size=2))
+    return bytes(out[:first]) if how == 2 else bytes(out[:first] + out[last:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "raw", "kind"), list(whole_files()), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_file_changed_at_random_is_read_or_refused_in_a_sentence(tmp_path, monkeypatch, name, raw, kind):
+    monkeypatch.setattr(data_module, "MAX_BYTES", 10**7)
+    rng = np.random.default_rng(0)
+    options = {"path": str(tmp_path), "validation": 0, "test": 0}
+    (tmp_path / name).write_bytes(raw)
+    ImageData(kind, **options).setup()
+    refused = 0
+    for _ in range(300):
+        (tmp_path / name).write_bytes(changed(raw, rng))
+        try:
+            ImageData(kind, **options).setup()
+        except (ValueError, FileNotFoundError) as error:
+            assert " must " in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 30

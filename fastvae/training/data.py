@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import lzma
 import math
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -26,10 +28,16 @@ NAMES = ("auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "fo
 OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 OPENML_TRAIN_SIZE = 60_000
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+MOST_IDX_DIMENSIONS = 8
 NO_LABEL = -1
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-NUMPY_ERRORS = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, RuntimeError)
-# What one file may hold, decompressed: dSprites' images are 3.02e9 bytes.
+# Whatever a file is called, no other reader of Pillow's looks at it: that of EPS runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+NUMPY_ERRORS = (
+    *(ValueError, OverflowError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
+)
+# What a file, or a folder, may hold, decompressed: dSprites' images are 3.02e9 bytes.
 MAX_BYTES = 8 * 10**9
 
 Array = np.ndarray[Any, Any]
@@ -236,7 +244,10 @@ def read_folder(folder: Path, image_size: int | None = None) -> tuple[Split, Spl
     if not folder.is_dir():
         raise FileNotFoundError(f"data.path must be a folder that exists, got {str(folder)!r}")
     found: dict[tuple[bool, bool], list[Array]] = {}
-    for name, array in (entry for file in sorted(folder.iterdir()) for entry in _arrays(file)):
+    total = 0
+    for name, array in (entry for file in sorted(folder.iterdir()) if file.is_file() for entry in _arrays(file)):
+        total += array.nbytes
+        _check_bytes(f"files in {folder}", total)
         found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
     splits = [
         as_split(found[is_test, True], found.get((is_test, False)), str(folder)) for is_test in (False, True) if (is_test, True) in found
@@ -277,7 +288,7 @@ def _picture(file: Path, image_size: int | None) -> Array:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
                 if image_size is not None:
                     image = ImageOps.fit(image, (image_size, image_size))
@@ -305,10 +316,13 @@ def read_dsprites(file: Path) -> Split:
 
 def read_table(path: Path) -> tuple[Split, Split | None]:
     """(train, test) from a matrix in a .npy or .csv file, or from those of a folder, as `ImageData` tells."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     found: dict[tuple[bool, bool], list[Array]] = {}
+    total = 0
     for file in files:
         for name, array in _csv(file) if file.suffix == ".csv" else _arrays(file) if file.suffix in (".npy", ".npz") else ():
+            total += array.nbytes
+            _check_bytes(f"files in {path}", total)
             found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
     splits = []
     for is_test in (False, True):
@@ -333,13 +347,15 @@ def _csv(file: Path) -> Iterator[tuple[str, Array]]:
         with file.open(encoding="utf-8") as stream:
             first = stream.readline().strip().split(",")
         header = not all(_is_number(cell) for cell in first)
-        table = np.loadtxt(file, delimiter=",", skiprows=int(header), ndmin=2, dtype=np.float64)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of a file without a row
+            table = np.loadtxt(file, delimiter=",", skiprows=int(header), ndmin=2, dtype=np.float64)
+    except (OSError, ValueError, UserWarning) as error:
         raise ValueError(f"{file} must be a table of numbers in CSV, got another file ({error})") from error
     names = [cell.strip().strip('"').lower() for cell in first] if header else []
     if "label" in names and table.shape[1] == len(names):
         column = names.index("label")
-        yield f"{file.stem}.label", table[:, column].astype(np.int64)
+        yield f"{file.stem}.label", table[:, column]
         table = np.delete(table, column, axis=1)
     yield file.stem, table
 
@@ -379,7 +395,7 @@ def read_idx(file: Path) -> Array:
     """
     with _gzip_errors(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         raw = stream.read(4)
-        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES:
+        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES or not 1 <= raw[3] <= MOST_IDX_DIMENSIONS:
             raise ValueError(f"{file} must be an IDX file, got one that begins with {raw[:4].hex(' ') or 'nothing'}")
         dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
         raw += stream.read(start - 4)
@@ -419,6 +435,10 @@ def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: st
 def _labels(labels: Sequence[Array] | None, n: int, source: str) -> Tensor:
     if labels is None:
         return torch.full((n,), NO_LABEL)
+    for array in labels:
+        # 2^53: beyond, a float64 is not a label but a rounded one.
+        if array.dtype.kind == "f" and not ((array == np.trunc(array)) & (np.abs(array) < 2**53)).all():
+            raise ValueError(f"labels in {source} must be whole numbers, got others")
     y = torch.from_numpy(np.concatenate([array.astype(np.int64) for array in labels]))
     if n != len(y):
         raise ValueError(f"{source} must have one label an image, got {len(y)} labels for {n} images")
@@ -452,6 +472,8 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
         for name, array in arrays:
             if array.ndim == 0:
                 raise ValueError(f"{file} must hold arrays of images or labels, got the single value {name}")
+            if array.dtype.kind not in "buif":
+                raise ValueError(f"{file} must hold arrays of real numbers, got {name} of {array.dtype}")
         return arrays
     if ("idx" in file.name and "ubyte" in file.name) or file.name.removesuffix(".gz").endswith(".idx"):
         return [(file.name, read_idx(file))]
@@ -481,7 +503,7 @@ def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
     shape, _, dtype = header(stream)
     claimed = math.prod(shape) * dtype.itemsize
     _check_bytes(what, claimed)
-    if dtype.hasobject or min(shape, default=0) < 0 or claimed != size - stream.tell():
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or claimed != size - stream.tell():
         raise ValueError(f"{claimed} bytes of {dtype} in shape {shape} in its header, {size - stream.tell()} in the file")
     stream.seek(0)
     return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
