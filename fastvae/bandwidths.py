@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastvae import checks
 
@@ -20,6 +19,8 @@ _ALL, _SHARE, _SAMPLE = 1 << 17, 512, 1 << 18
 # Rows of a tile of float64 distances; on a CPU it is to stay in the second-level cache.
 _TILE = {"cpu": 256}
 _GPU_TILE = 4096
+# Of ‖x‖² + ‖y‖² − 2x·y below this share of the norms fewer than eight digits are left in float64.
+_NEAR = 1e-7
 # Numbers of a block of differences.
 _BLOCK = 1 << 22
 
@@ -124,7 +125,8 @@ def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:
 
 def _select(z: Tensor, rank: int) -> Tensor:
     """One sweep counts what is below a bracket, which random pairs suggest, and keeps what is inside it."""
-    z = _centred(z)
+    # Not the mean, which one far row moves away from all the others.
+    z = z.double() - z.double().median(1, keepdim=True).values
     if not bool(z.isfinite().all()):
         return z.new_full((), torch.nan)
     if rank < 0:
@@ -198,18 +200,22 @@ def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[
 def _squared_distances(z: Tensor) -> Iterator[Tensor]:
     """d² of all pairs i < j within the items of z (items, rows, D), a tile in each; the next one reuses its memory."""
     size = _TILE.get(z.device.type, _GPU_TILE)
-    rounding = 16 * torch.finfo(z.dtype).eps
     buffer = z.new_empty(min(size, z.shape[1]) ** 2)
     for rows in z:
-        norm, one = rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])
+        # In the order of their norms, so that far rows share tiles.
+        norm, order = rows.square().sum(1, keepdim=True).sort(0)
+        rows, one = rows[order[:, 0]], torch.ones_like(norm)
         left, right = torch.cat([-2 * rows, norm, one], 1), torch.cat([rows, one, norm], 1).T.contiguous()
-        largest = float(norm.max())
         tiles = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        for i, j in itertools.combinations_with_replacement(tiles, 2):
+        largest = norm[[tile.stop - 1 for tile in tiles], 0].tolist()
+        for (i, most), (j, more) in itertools.combinations_with_replacement(zip(tiles, largest, strict=True), 2):
             a, b = left[i], right[:, j]
             d2 = torch.mm(a, b, out=buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1]))
-            # What rounding leaves of duplicates is no distance.
-            F.threshold(d2, 2 * rounding * largest, 0.0, inplace=True)
+            if i == j:
+                d2.fill_diagonal_(torch.inf)
+            # A d² so small beside the norms has lost its digits: duplicates, or near pairs that are far from the others.
+            if float(d2.amin()) < _NEAR * (most + more):
+                d2 = torch.cdist(rows[i], rows[j], compute_mode="donot_use_mm_for_euclid_dist").square_()
             yield d2[tuple(torch.triu_indices(row=len(d2), col=len(d2), offset=1, device=d2.device))] if i == j else d2
 
 

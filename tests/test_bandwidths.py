@@ -48,6 +48,17 @@ def test_median_of_alibi_detect():
         assert median_bandwidth(z[:2], z[2:]).item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("far", [1e5, 1e8, 1e12, 1e18])
+@pytest.mark.parametrize("rows_far", [1, 5, 130, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_median_with_rows_far_from_the_others(far, rows_far, dtype):
+    """Also where the far rows are near each other, and their pairs count."""
+    z = rows(600, dtype=dtype)
+    z[torch.randperm(600)[:rows_far]] += far
+    expected = (0.5 * lower_median(squared_distances(z)[np.triu_indices(600, 1)])) ** 0.5
+    assert median_bandwidth(z).item() == pytest.approx(expected, rel=1e-8)
+
+
 @pytest.mark.parametrize("capacity", [200_000, 2000])
 @pytest.mark.parametrize("values", ["continuous", "few", "two clusters"])
 def test_selection_in_little_memory(monkeypatch, capacity, values):
