@@ -108,7 +108,7 @@ def pooled(x: Tensor, y: Tensor | None) -> Tensor:
     return z.detach().reshape(-1, *z.shape[-2:])
 
 
-@torch.library.custom_op("fastvae::ranked_squared_distance", mutates_args=(), schema="(Tensor z, int rank) -> Tensor")
+@torch.library.custom_op("fastvae::ranked_squared_distance", mutates_args=(), schema="(Tensor z, SymInt rank) -> Tensor")
 def _ranked_op(*args: Any) -> Tensor:
     return _select(*args)
 

@@ -266,9 +266,27 @@ def _bandwidth_number(name: str, value: object, positive: bool) -> float:
     return number
 
 
+def is_process_group(group: object) -> bool:
+    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+
+
+def same_on_ranks(name: str, told: Sequence[Sequence[tuple[int, torch.dtype]]]) -> None:
+    """The features and dtype of x and of its weights, if it has any, as each rank told them."""
+    if any(own != told[0] for own in told):
+        shapes = [" and ".join(f"(rows{f', {features}' if features else ''}) of {dtype}" for features, dtype in own) for own in told]
+        received = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
+        raise ValueError(f"{name} must have the same features and dtype, and weights or none, on all ranks of the group, got {received}")
+
+
+def none_refused(ranks: Sequence[int]) -> None:
+    if ranks:
+        several = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        raise ValueError(f"the arguments must be valid on all ranks of process_group, got an error on {several}, which says more")
+
+
 def process_group(group: object) -> None:
     """A group of `torch.distributed` that this process is a member of."""
-    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+    if not is_process_group(group):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}")
 
 
@@ -287,8 +305,8 @@ def known_groups(num_groups: int | None) -> None:
         raise ValueError("num_groups must be given with a process_group, as a rank may lack a group, got None")
 
 
-def sample_weights(name: str, weights: object, x_name: str, x: Tensor, whole: Tensor) -> None:
-    """One constant, finite weight a row; `whole`, of which they are a part or all, sums to one."""
+def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
+    """One constant weight a row."""
     floating_tensor(name, weights)
     assert isinstance(weights, Tensor)
     if weights.shape != x.shape[:-1]:
@@ -297,10 +315,13 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor, whole: Te
         raise ValueError(f"{name} and {x_name} must be on the same device, got {weights.device} and {x.device}")
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
-    # Where reading the sum would wait for a GPU or break a graph, the operation turns a wrong one into nan.
+
+
+def sum_of_weights(name: str, weights: Tensor) -> None:
+    """Finite weights that sum to one. Where reading the sum would wait for a GPU or break a graph, the operation makes a wrong one nan."""
     if _readable(weights):
-        sums = whole.detach().double().sum(-1).reshape(-1)
-        for total, one in zip(sums.tolist(), sum_to_one(whole.detach()).reshape(-1).tolist(), strict=True):
+        sums = weights.detach().double().sum(-1).reshape(-1)
+        for total, one in zip(sums.tolist(), sum_to_one(weights.detach()).reshape(-1).tolist(), strict=True):
             if not one:
                 raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
 

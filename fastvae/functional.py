@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.distributed import gather, gather_rows, sum_shares
+from fastvae.distributed import Heard, gather, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
@@ -64,8 +64,8 @@ def mmd(
         process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
             the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²
             times the number of ranks, needs no communication, and averaged over the ranks as data parallelism does it is that of one
-            process with all rows. x_weights and y_weights sum to one over all ranks. Not for batch dimensions, estimator="linear" or
-            backend="reference". None: this process alone.
+            process with all rows. x_weights and y_weights sum to one over all ranks. An argument that is wrong on one rank alone is an
+            error on each. Not for batch dimensions, estimator="linear" or backend="reference". None: this process alone.
 
     Returns:
         Shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
@@ -77,12 +77,13 @@ def mmd(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
-    checks.points("x", x, batched=True)
-    checks.points("y", y, batched=True)
-    checks.same_features("x", x, "y", y)
-    checks.same_batch("x", x, "y", y)
-    x, y = _autocast(x), _autocast(y)
-    checks.same_kind("x", x, "y", y)
+    with Heard(process_group):
+        checks.points("x", x, batched=True)
+        checks.points("y", y, batched=True)
+        checks.same_features("x", x, "y", y)
+        checks.same_batch("x", x, "y", y)
+        x, y = _autocast(x), _autocast(y)
+        checks.same_kind("x", x, "y", y)
     return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend, process_group)
 
 
@@ -118,10 +119,11 @@ def mmd_to_normal(
 
     Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
     """
-    checks.points("x", x, batched=True)
-    checks.option("estimator", estimator, checks.ESTIMATORS)
-    checks.closed_form(kernel)
-    checks.no_bandwidth_rule(bandwidth)
+    with Heard(process_group):
+        checks.points("x", x, batched=True)
+        checks.option("estimator", estimator, checks.ESTIMATORS)
+        checks.closed_form(kernel)
+        checks.no_bandwidth_rule(bandwidth)
     return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
 
 
@@ -138,19 +140,25 @@ def _mmd(
     backend: str | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
-    family = checks.kernel_options(kernel, precision, backend, x.device)
-    checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
-    h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    with Heard(process_group):
+        family = checks.kernel_options(kernel, precision, backend, x.device)
+        checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
+        h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+        for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
+            if points is not None and weights is not None:
+                checks.no_linear_weights(f"{name}_weights", estimator)
+                checks.sample_weights(f"{name}_weights", weights, name, points)
+        if process_group is not None:
+            checks.distributed(x, estimator, backend, process_group)
     whole: list[Tensor | None] = [None] * 4
     starts = [0, 0]
     given = [x_weights, y_weights]
     if process_group is not None:
-        checks.distributed(x, estimator, backend, process_group)
-        for n, (points, weights) in enumerate(((x, x_weights), (y, y_weights))):
+        for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
             if points is not None:
-                whole[n], starts[n] = gather_rows(points, process_group)
-            if weights is not None:
-                whole[n + 2], _ = gather_rows(weights, process_group)
+                own = [points] if weights is None else [points, weights]
+                (whole[n], *rest), starts[n] = gather_rows(name, own, process_group, estimator)
+                whole[n + 2] = rest[0] if rest else None
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, x if whole[0] is None else whole[0], y if whole[1] is None else whole[1])
     for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
@@ -161,8 +169,7 @@ def _mmd(
         if weights is None:
             continue
         entire = weights if all_weights is None else all_weights
-        checks.no_linear_weights(f"{name}_weights", estimator)
-        checks.sample_weights(f"{name}_weights", weights, name, points, entire)
+        checks.sum_of_weights(f"{name}_weights", entire)
         checks.enough_weights(f"{name}_weights", entire, estimator)
         # In float64 first, as weights of fewer digits sum to one only roughly; nan where that could not be an error.
         total = torch.where(checks.sum_to_one(entire), entire.double().sum(-1), torch.nan)[..., None]
@@ -370,19 +377,21 @@ def group_mmd(
     Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6; Zhu et al. 2021, "Deep subdomain adaptation network for image
     classification", for soft weights.
     """
-    checks.points("z", z)
-    z = _autocast(z)
-    checks.option("estimator", estimator, checks.ESTIMATORS)
-    family = checks.kernel_options(kernel, precision, backend, z.device)
-    h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
-    checks.constant("bandwidth", h)
-    checks.constant("bandwidth_weights", a)
-    size = checks.groups(groups, num_groups, z)
+    with Heard(process_group):
+        checks.points("z", z)
+        z = _autocast(z)
+        checks.option("estimator", estimator, checks.ESTIMATORS)
+        family = checks.kernel_options(kernel, precision, backend, z.device)
+        h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
+        checks.constant("bandwidth", h)
+        checks.constant("bandwidth_weights", a)
+        size = checks.groups(groups, num_groups, z)
+        if process_group is not None:
+            checks.process_group(process_group)
+            checks.known_groups(num_groups)
     if process_group is not None:
-        checks.process_group(process_group)
-        checks.known_groups(num_groups)
-        groups = groups if groups.is_floating_point() else groups.long()
-        z, groups = gather(z, process_group), gather_rows(groups, process_group)[0]
+        z = gather("z", z, process_group)
+        (groups,), _ = gather_rows("groups", [groups if groups.is_floating_point() else groups.long()], process_group)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, z)
     dtype = accumulation_dtype(z.dtype)

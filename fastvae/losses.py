@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvae import checks
+from fastvae.distributed import GroupModule
 from fastvae.functional import mmd, mmd_to_normal
 from fastvae.radial import Kernel
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class MMDLoss(nn.Module):
+class MMDLoss(GroupModule):
     """MMD² between two samples, or between a sample and N(0, I), as a loss.
 
     `MMDLoss(bandwidth=2.0)(x, y)` is `fastvae.mmd(x, y, bandwidth=2.0)`, and `MMDLoss(bandwidth=2.0)(x)` is

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvae import checks
-from fastvae.distributed import gather, global_mean
+from fastvae.distributed import GroupModule, gather, global_mean
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
 from fastvae.radial import Kernel
 
@@ -172,7 +172,7 @@ class ObjectiveTerms(NamedTuple):
     summands: dict[str, Tensor] = {}  # noqa: RUF012
 
 
-class VAEObjective(nn.Module):
+class VAEObjective(GroupModule):
     """Equation (1) of this module: `objective(model(x), x).loss.backward()`.
 
     With an RBF kernel the prior's part of the MMD is in closed form, so no prior sample is drawn; with another, one of the batch's size is.
@@ -394,7 +394,7 @@ class VAEObjective(nn.Module):
 
     def _whole(self, x: Tensor) -> Tensor:
         """The rows of all processes."""
-        return x if self.process_group is None else gather(x, self.process_group)
+        return x if self.process_group is None else gather("the codes", x, self.process_group)
 
     def _kl_penalty(self, output: VAEOutput, kl: Tensor) -> Tensor:
         if self.capacity is not None:
@@ -422,9 +422,11 @@ class VAEObjective(nn.Module):
     def _total_correlation(self, output: VAEOutput) -> Tensor:
         if output.logvar is None:
             raise ValueError("tc_weight must be 0 for a deterministic posterior, which has no density, got a weight")
-        codes = [self._whole(t) for t in (output.z, output.mu, output.logvar)]
-        # A batch for evaluation may be larger than the training set.
-        size = max(self.dataset_size or 0, len(codes[0]))
+        # Together, so that a compiler sees that they have as many rows.
+        codes = self._whole(torch.cat([output.z, output.mu, output.logvar], 1)).chunk(3, 1)
+        # A batch for evaluation may be larger than the training set; written as a sum, as a compiler sees that one is not less than rows.
+        rows = codes[0].shape[0]
+        size = rows + torch.sym_max((self.dataset_size or 0) - rows, 0)  # type: ignore[no-untyped-call]
         return total_correlation(*codes, dataset_size=size, estimator=self.tc_estimator).total_correlation
 
     def _dip(self, output: VAEOutput) -> Tensor:

@@ -1,5 +1,6 @@
 """Losses of the global batch on several processes against one process with all rows."""
 
+import copy
 import datetime
 import itertools
 import os
@@ -18,13 +19,13 @@ from fastvae.distributed import gather, gather_rows
 ROWS = {2: (5, 3), 4: (4, 1, 6, 2)}
 
 
-def start(rank, world, folder):
+def start(rank, world, folder, *checks):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
     )
     try:
-        for check in (gathering, losses, gradients_that_average_to_the_whole, fully_sharded):
+        for check in checks:
             check(rank, world)
     finally:
         dist.destroy_process_group()
@@ -147,6 +148,96 @@ def fully_sharded(rank, world):
         torch.testing.assert_close(a, b.full_tensor(), rtol=1e-4, atol=1e-5)
 
 
+def compiled_whole(rank, world):
+    """One graph, also for other numbers of rows on this rank and on the other."""
+    group = dist.group.WORLD
+    torch.manual_seed(0)
+    x, eps, weights = torch.randn(ROWS[world][rank] + 4, 3), torch.randn(ROWS[world][rank] + 4, 2), torch.rand(ROWS[world][rank] + 4)
+    vae = fastvae.VAE.mlp(3, latent_dim=2, hidden=[4])
+    for make_objective in (lambda: fastvae.VAEObjective.info_vae(0.5, 50.0), OBJECTIVES["β-TC-VAE"], OBJECTIVES["DIP-VAE"]):
+        objective = make_objective()
+        objective.process_group = group
+        assert_compiles(lambda x, eps, w, o=objective: o(vae(x, eps=eps), x).loss, x, eps, weights)
+    options = {"process_group": group, "estimator": "unbiased"}
+    assert_compiles(lambda x, eps, w: fastvae.mmd(x, 2 * x.detach(), x_weights=w, **options), x, eps, weights)
+    assert_compiles(lambda x, eps, w: fastvae.mmd(x, 2 * x.detach(), bandwidth="median", **options), x, eps, weights)
+    assert_compiles(lambda x, eps, w: fastvae.group_mmd(x, (w > 0.5).long(), num_groups=2, **options).mean(), x, eps, weights)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def assert_compiles(function, x, eps, weights):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for fewer in (0, 1 + dist.get_rank()):
+        part, noise, share = (t[: len(x) - fewer].clone() for t in (x, eps, weights))
+        total = share.sum()
+        dist.all_reduce(total)
+        part.requires_grad_()
+        for actual, expected in zip(
+            *(
+                (value.detach(), *torch.autograd.grad(value, part))
+                for value in (f(part, noise, share / total) for f in (compiled, function))
+            ),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected)
+
+
+def one_rank_with_bad_input(rank, world):
+    """Each rank has an error at once, and the group goes on."""
+    group = dist.group.WORLD
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    quarters, labels = torch.full((4,), 1 / 8), torch.zeros(4, dtype=torch.int64)
+    differ = r"x must have the same features and dtype, and weights or none, on all ranks of the group, got \(rows, 3\) of torch.float32"
+    cases = [
+        (lambda: fastvae.mmd(x, y, process_group=group), lambda: fastvae.mmd(x[:, 1:], y[:, 1:], process_group=group), differ, differ),
+        (lambda: fastvae.mmd(x, y, process_group=group), lambda: fastvae.mmd(x.double(), y.double(), process_group=group), differ, differ),
+        (
+            lambda: fastvae.mmd(x, y, process_group=group),
+            lambda: fastvae.mmd(x, y, x_weights=quarters, process_group=group),
+            differ,
+            r"got \(rows, 3\) of torch.float32 on rank 0, \(rows, 3\) of torch.float32 and \(rows\) of torch.float32 on rank 1",
+        ),
+        (
+            lambda: fastvae.mmd(x, y, x_weights=quarters, process_group=group),
+            lambda: fastvae.mmd(x, y, x_weights=quarters * torch.nan, process_group=group),
+            "x_weights must sum to one",
+            "x_weights must sum to one",
+        ),
+        (
+            lambda: fastvae.mmd(x, y, process_group=group),
+            lambda: fastvae.mmd(x, y[:, 1:], process_group=group),
+            REFUSED,
+            "x and y must have the same number of features",
+        ),
+        (
+            lambda: fastvae.mmd(x, y, x_weights=quarters, process_group=group),
+            lambda: fastvae.mmd(x, y, x_weights=quarters[1:], process_group=group),
+            REFUSED,
+            "x_weights must have one value for each row of x",
+        ),
+        (
+            lambda: fastvae.mmd_to_normal(x, process_group=group),
+            lambda: fastvae.mmd_to_normal(x[:0], process_group=group),
+            REFUSED,
+            "x must have at least one row",
+        ),
+        (
+            lambda: fastvae.group_mmd(x, labels, num_groups=2, process_group=group),
+            lambda: fastvae.group_mmd(x, labels + 5, num_groups=2, process_group=group),
+            REFUSED,
+            "groups must hold integers from 0 to 1",
+        ),
+    ]
+    for *calls, sentence_0, sentence_1 in cases:
+        with pytest.raises(ValueError, match=(sentence_0, sentence_1)[rank]):
+            calls[rank]()
+        torch.testing.assert_close(fastvae.mmd(x, x, process_group=group), torch.tensor(0.0))
+
+
+REFUSED = "the arguments must be valid on all ranks of process_group, got an error on rank 1, which says more"
+
+
 def lose_a_rank(rank, folder):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=30)
@@ -164,11 +255,11 @@ def lose_a_rank(rank, folder):
 
 def gathering(rank, world):
     whole = torch.arange(3.0 * sum(ROWS[world])).reshape(-1, 3)
-    rows, first = gather_rows(own(rank, world, whole)[0], dist.group.WORLD)
+    (rows,), first = gather_rows("x", own(rank, world, whole), dist.group.WORLD)
     assert torch.equal(rows, whole)
     assert first == sum(ROWS[world][:rank])
     part = own(rank, world, whole)[0].requires_grad_()
-    (grad,) = torch.autograd.grad((gather(part, dist.group.WORLD) * whole).sum(), part)
+    (grad,) = torch.autograd.grad((gather("x", part, dist.group.WORLD) * whole).sum(), part)
     assert torch.equal(grad, world * own(rank, world, whole)[0])
 
 
@@ -176,7 +267,14 @@ def gathering(rank, world):
 @pytest.mark.parametrize("world", ROWS)
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
-    multiprocessing.spawn(start, (world, str(tmp_path)), nprocs=world)
+    checks = gathering, losses, gradients_that_average_to_the_whole, fully_sharded
+    multiprocessing.spawn(start, (world, str(tmp_path), *checks), nprocs=world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [compiled_whole, one_rank_with_bad_input])
+def test_on_two_ranks(check, tmp_path):
+    multiprocessing.spawn(start, (2, str(tmp_path), check), nprocs=2)
 
 
 @pytest.mark.slow
@@ -199,6 +297,12 @@ def test_one_process_is_a_group_too(tmp_path):
             fastvae.mmd(x[None], y[None], process_group=dist.group.WORLD)
         with pytest.raises(ValueError, match="process_group must be None for estimator='linear', got a process group"):
             fastvae.mmd(x[:4], y, estimator="linear", process_group=dist.group.WORLD)
+        for module in (fastvae.MMDLoss(process_group=dist.group.WORLD), fastvae.VAEObjective.vae()):
+            module.process_group, module.weight = dist.group.WORLD, torch.nn.Parameter(torch.ones(2))
+            _, twin = copy.deepcopy(torch.nn.Sequential(torch.nn.Linear(1, 1), module))
+            assert twin.process_group is dist.group.WORLD
+            assert twin.weight is not module.weight
+            assert torch.equal(twin.weight, module.weight)
         with pytest.raises(ValueError, match="num_groups must be given with a process_group"):
             fastvae.group_mmd(x, torch.zeros(5, dtype=torch.int64), process_group=dist.group.WORLD)
     finally:

@@ -13,9 +13,9 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 
 # Lowest first: a module imports from its own layer and from those above it in this list.
 LAYERS = [
-    ["version", "radial", "distributed"],
+    ["version", "radial"],
     ["kernels"],
-    ["checks", "reference", "bandwidths"],
+    ["checks", "reference", "bandwidths", "distributed"],
     ["cpu"],
     ["ops"],
     ["functional", "two_sample"],

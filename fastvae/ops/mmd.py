@@ -18,7 +18,7 @@ from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_m
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
-    "Tensor? all_y_weights, int x_start, int y_start, Tensor bandwidth, Tensor bandwidth_weights, "
+    "Tensor? all_y_weights, SymInt x_start, SymInt y_start, Tensor bandwidth, Tensor bandwidth_weights, "
     "str kernel, float[] kernel_parameters, bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
