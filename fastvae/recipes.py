@@ -379,6 +379,7 @@ def kid(
         rows = [torch.randperm(t.shape[0], generator=generator)[:subset_size].to(t.device) for t in (x, y)]
         values.append(mmd(x[rows[0]], y[rows[1]], bandwidth=h, kernel=kernel, estimator="unbiased", **options))
     stacked = torch.stack(values)
+    stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan where a row is not finite, also one that no subset has
     return KID(stacked.mean(), stacked.std(unbiased=False))
 
 

@@ -354,13 +354,15 @@ def test_mmd_gan_has_a_gradient_where_there_is_no_distance():
     assert all(t.isfinite().all() for t in value_and_gradients(recipes.mmd_gan, x, x.clone()))
 
 
-def test_nan_in_nan_out():
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_in_nan_out(bad):
     x, y = samples()
-    x[0, 0] = math.nan
+    x[0, 0] = bad
     for recipe in (recipes.mmd_gan, recipes.pythae, recipes.pytorch_vae, recipes.cmmd, recipes.deepda, recipes.dan):
         assert recipe(x, y).isnan()
     assert recipes.alibi_detect(x, y).isnan()
     assert recipes.pytorch_adapt(x, y).isnan()
+    assert recipes.kid(x, y, subsets=1, subset_size=2, generator=torch.Generator().manual_seed(0)).mean.isnan()
 
 
 def test_a_loss_of_half_precision_is_float32():

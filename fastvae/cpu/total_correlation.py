@@ -25,6 +25,9 @@ MOST_COLUMNS, FEWEST_COLUMNS = 512, 64
 # lost nothing by that.
 RANGE = {torch.float32: (-100.0, -40.0), torch.float64: (-1000.0, -500.0)}
 
+# A row whose density is under 2 to this lies so far from all posteriors that float32 rounds its exponents by 1e-3: its tile is float64's.
+FAR = -8192.0
+
 
 def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> tuple[Tensor, Tensor]:
     """log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
@@ -32,12 +35,9 @@ def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: 
     joint = sweep.z.new_empty(z.shape[0])
     marginals = torch.empty_like(sweep.z)
     for rows in sweep.row_tiles():
-        total, joint[rows] = sweep.density(rows, None)
-        reference = torch.zeros_like(total)
-        if total.min() < 2**sweep.least_sum:
-            reference = sweep.maximum(rows)
-            total, _ = sweep.density(rows, reference)
-        marginals[:, rows] = total.log2_().add_(reference)
+        joint[rows], marginals[:, rows] = sweep.log_density(rows)
+        if sweep.is_far(joint[rows], marginals[:, rows]):
+            joint[rows], marginals[:, rows] = sweep.finer().log_density(rows)
     return sweep.to_nats(joint, marginals)
 
 
@@ -62,17 +62,21 @@ def backward(
     # Σ_i of G, G·(z − μ)/σ² and G·(z − μ)²/σ².
     moments = [torch.zeros_like(sweep.mu) for _ in range(3 * posterior_grad)]
     for rows in sweep.row_tiles():
-        reference, scale = marginals[:, rows], b[:, rows]
-        underflows = bool(reference.min() < sweep.least_sum)
+        tiles, density, reference = sweep, joint[rows], marginals[:, rows]
+        if sweep.is_far(density, reference):
+            tiles = sweep.finer()
+            density, reference = tiles.log_density(rows)
+        scale = b[:, rows].to(tiles.dtype)
+        underflows = bool(reference.min() < tiles.least_sum)
         if not underflows:
             scale = scale * (-reference).exp2()
-        for columns in sweep.column_tiles():
-            difference, slope, exponent = sweep.tile(rows, columns)
-            pairs, _ = sweep.weigh(exponent, rows, columns)
-            pairs = sweep.exp2_(pairs.sub_(joint[rows, None])).mul_(a[rows, None])
+        for columns in tiles.column_tiles():
+            difference, slope, exponent = tiles.tile(rows, columns)
+            pairs, _ = tiles.weigh(exponent, rows, columns)
+            pairs = tiles.exp2_(pairs.sub_(density[:, None])).mul_(a[rows, None])
             if underflows:
                 exponent.sub_(reference[:, :, None])
-            g = torch.addcmul(pairs, sweep.exp2_(exponent), scale[:, :, None], out=exponent)
+            g = torch.addcmul(pairs, tiles.exp2_(exponent), scale[:, :, None], out=exponent)
             if posterior_grad:
                 moments[0][:, columns] += g.sum(1)
             g.mul_(slope)
@@ -98,6 +102,8 @@ class _Sweep:
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> None:
         self.dtype = accumulation_dtype(z.dtype)
         self.weights, self.offset = weights, offset
+        self._inputs = z, mu, logvar
+        self._finer: _Sweep | None = None
         self.z, self.mu, logvar = (t.T.to(self.dtype).contiguous() for t in (z, mu, logvar))
         self.slope = (logvar * -LOG2_E).exp2_().mul_(0.5 * LOG2_E)
         shift = logvar * (-0.5 * LOG2_E)
@@ -109,6 +115,16 @@ class _Sweep:
         self.columns = min(self.m, max(FEWEST_COLUMNS, min(MOST_COLUMNS, BLOCK // (16 * dim))))
         self.rows = min(self.n, max(1, BLOCK // (self.columns * dim)))
         self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(3)]
+
+    def is_far(self, joint: Tensor, marginals: Tensor) -> bool:
+        return self.dtype == torch.float32 and bool((joint.amin() < FAR) | (marginals.amin() < FAR))
+
+    def finer(self) -> _Sweep:
+        """The same in float64, in the same tiles."""
+        if self._finer is None:
+            z, mu, logvar = (t.double() for t in self._inputs)
+            self._finer = _Sweep(z, mu, logvar, self.weights, self.offset)
+        return self._finer
 
     def row_tiles(self) -> Iterator[slice]:
         return _tiles(self.n, self.rows)
@@ -142,6 +158,15 @@ class _Sweep:
         relative = torch.zeros_like(joint)
         relative.masked_fill_(j == (i + 1) % self.m, (following - other) * LOG2_E).masked_fill_(j == i, (own - other) * LOG2_E)
         return joint.add_(relative), exponent.add_(relative)
+
+    def log_density(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """log2 of the joint densities (rows,) and of those of each dimension (D, rows)."""
+        total, joint = self.density(rows, None)
+        reference = torch.zeros_like(total)
+        if total.min() < 2**self.least_sum:
+            reference = self.maximum(rows)
+            total, _ = self.density(rows, reference)
+        return joint, total.log2_().add_(reference)
 
     def density(self, rows: slice, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Σ_j exp2(exponent − reference) of each dimension (D, rows), and log2 Σ_j exp2(joint exponent) (rows,)."""
