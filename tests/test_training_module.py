@@ -169,6 +169,14 @@ def test_a_non_finite_loss_before_any_checkpoint(tmp_path):
         plain(tmp_path, 1, [StopAtNonFinite()]).fit(ImageVAE([1, 8, 8]), Poisoned(epoch=0))
 
 
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    module = ImageVAE([1, 8, 8], latent_dim=3, hidden=[16])
+    name, weight = list(module.vae.named_parameters())[-1]
+    weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=f"step 0 .*first seen in vae.{name}; the last good checkpoint is not yet written"):
+        plain(tmp_path, 1, [StopAtNonFinite()]).fit(module, ImageData("digits"))
+
+
 class Overflowing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
