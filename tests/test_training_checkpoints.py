@@ -190,11 +190,12 @@ from pathlib import Path
 from fastvae.training import command
 
 at, number, *args = sys.argv[1:]
+at, _, rank = at.partition(" of rank ")
 
 class RandomState(command.RandomState):
     def on_train_batch_start(self, trainer, *others):
         super().on_train_batch_start(trainer, *others)
-        if f"step{trainer.global_step}" == at:
+        if f"step{trainer.global_step}" == at and rank in ("", str(trainer.global_rank)):
             if number == "full disk":
                 Path.open = lambda path, *mode: open("/dev/full", *mode)
             else:
@@ -214,10 +215,19 @@ for group, words in OPTIONS.items():
     SMALL += [word for name, value in zip(names, values, strict=True) for word in (f"--{group}.{name}", value)]
 
 
-def start(folder, *args, at="never", number=signal.SIGKILL):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", FIT, at, number if isinstance(number, str) else str(int(number)), "fit", *args]
+def start(folder, *args, at="never", number=signal.SIGKILL, script=("-c", FIT)):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    line = [sys.executable, *script, at, number if isinstance(number, str) else str(int(number)), "fit", *args]
     return subprocess.Popen(line, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+SEVERAL = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+
+
+def start_several(folder, *args, **options):
+    """On two processes, of which Lightning starts the second with the script and the arguments of the first."""
+    (folder / "fit.py").write_text(FIT.replace("import os", "import sys; sys.path.pop(0); import os", 1))
+    return start(folder, *args, script=["fit.py"], **options)
 
 
 def end(process):
@@ -259,6 +269,44 @@ def test_killed_and_resumed(tmp_path):
     assert code == 0
     assert err.splitlines()[-1].startswith("stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path runs/stopped/version_0/")
     assert "warn" not in resume("stopped").lower()
+
+
+@pytest.mark.slow
+def test_stopped_early_and_resumed(tmp_path):
+    runs = tmp_path / "runs"
+    # No loss falls by 10,000 nats: after the first measurement two more are waited for.
+    early = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", "2"]
+    early += ["--trainer.callbacks.min_delta", "1e4", "--trainer.max_epochs", "9"]
+    code, err = end(start(tmp_path, *SMALL, *early, "--name", "full"))
+    assert code == 0, err
+    [newest, before] = newest_first(runs / "full" / "version_0" / "checkpoints")[:2]
+    assert [newest.name, before.name] == ["epoch=2-step=12.ckpt", "step=12.ckpt"]
+    full = last_weights(runs / "full")
+    assert end(start(tmp_path, *SMALL, *early, "--name", "killed", at="step10"))[0] == -signal.SIGKILL
+    code, err = end(start(tmp_path, "--ckpt_path", "last", "--name", "killed"))
+    assert code == 0, err
+    assert "warn" not in err.lower()
+    weights = last_weights(runs / "killed")
+    assert all(torch.equal(full[key], weights[key]) for key in full)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(tmp_path):
+    """To the bit; and where only one is killed the other one stops."""
+    runs = tmp_path / "runs"
+    assert end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", "full"))[0] == 0
+    full = last_weights(runs / "full")
+    for name, at in {"both": "step3", "second": "step3 of rank 1", "first": "step3 of rank 0"}.items():
+        code, err = end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", name, at=at))
+        assert code != 0
+        # Lightning may kill the first one before it has said so.
+        if name == "first" or code == 1:
+            assert "error: the processes of the run must all be there, got no answer from another one" in err
+        code, err = end(start_several(tmp_path, "--ckpt_path", "last", "--name", name))
+        assert code == 0, err
+        assert "warn" not in err.lower()
+        weights = last_weights(runs / name)
+        assert all(torch.equal(full[key], weights[key]) for key in full), name
 
 
 @pytest.mark.slow

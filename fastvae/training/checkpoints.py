@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -40,22 +41,29 @@ class RandomState(Callback):
         self._started = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that the next step begins with, also where they wait for it or for the end of a validation."""
-        return self._loaded or (self._after_step if self._validates else None) or random_state()
+        """The numbers that the next step begins with, also where they wait for it or for the end of a validation; of all processes."""
+        own = self._loaded or (self._after_step if self._validates else None) or random_state()
+        if not (dist.is_available() and dist.is_initialized()):
+            return own
+        states: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(states, own)
+        return {**states[0], "others": states[1:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        others = state_dict.pop("others", [])
+        self._loaded = dict(enumerate([state_dict, *others])).get(rank)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier: what Lightning does until the first step may draw numbers.
         if self._started:
             return
         self._started = True
-        if trainer.global_rank > 0:
-            # The checkpoint has the numbers of the first process, which also began with this one's: noise is to differ between them.
-            torch.manual_seed(epoch_seed(torch.initial_seed(), trainer.global_step, stream=1 + trainer.global_rank))
-        elif self._loaded is not None:
+        if self._loaded is not None:
             set_random_state(self._loaded)
+        elif trainer.global_rank > 0:
+            # Noise is to differ between the processes, which began with one seed.
+            torch.manual_seed(epoch_seed(torch.initial_seed(), trainer.global_step, stream=1 + trainer.global_rank))
         self._loaded = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -38,6 +39,7 @@ QUIET = (
     "The number of training batches .* is smaller than the logging interval",  # epoch means are logged all the same
     "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
+    r"It is recommended to use `self.log\('train/",  # the terms are those of the global batch on each process
     "Total length of `list` across ranks is zero",  # the same
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
     r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
@@ -208,6 +210,13 @@ def run(args: list[str]) -> int:
         sys.stderr.write(f"{str(end) or 'stopped by SIGTERM'}\n")
     except ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
+        return 1
+    except RuntimeError as error:
+        # Gloo has no class of errors of its own.
+        if not (torch.distributed.is_available() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))):
+            raise
+        sentence = "the processes of the run must all be there, got no answer from another one: to go on, fastvae fit --ckpt_path last"
+        sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
         return 1
     return 0
 
