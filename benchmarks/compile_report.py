@@ -329,7 +329,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     types |= dict.fromkeys(
         ("row_half_ptr", "col_half_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "value_ptr", "slope_ptr", "moments_ptr"), scalar
     )
-    types |= {"route_ptr": "*i32", "M": "i32", "padding": "i32"}
+    types |= {"route_ptr": "*i32"} | dict.fromkeys(("row_blocks", "M", "padding", "table_size"), "i32")
     constants = {
         "ROUTE": int(variant.finer),
         "FAMILY": pairs.family_of(variant.kernel),
@@ -363,7 +363,8 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
 def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
     dim = -(-variant.dim // 16) * 16
     names = ("row_ptr", "col_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "scale_ptr", "value_ptr", "slope_ptr", "moments_ptr")
-    types = dict.fromkeys(names, f"*{variant.dtype}") | {"route_ptr": "*i32", "M": "i32"}
+    types = dict.fromkeys(names, f"*{variant.dtype}") | {"route_ptr": "*i32"}
+    types |= dict.fromkeys(("row_blocks", "columns", "M", "table_size"), "i32")
     constants = {
         "ROUTE": 1,
         "FAMILY": pairs.family_of(variant.kernel),

@@ -211,7 +211,7 @@ class KernelSum:
         bandwidth: h_b, shape (B,).
         weights: a_b, shape (B,).
         gamma: γ_b, shape (B,); nan where h_b is not positive.
-        shifts: 1 where sums of k_b − φ(0) are taken in place of sums of k_b, else 0, shape (B,). The ones come first.
+        shifts: 1 where sums of k_b − φ(0) are taken in place of sums of k_b, else 0, shape (..., B). The ones come first.
         squarings: for each bandwidth how many squarings lead from k_{b−1} to k_b; 0 where it is evaluated on its own.
     """
 
@@ -226,7 +226,7 @@ class KernelSum:
     def of(
         kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, device: torch.device, mean_squared_distance: Tensor | None
     ) -> KernelSum:
-        """For rows of `dim` features; without their mean squared distance nothing is shifted."""
+        """For rows of `dim` features; without their mean squared distance (...) nothing is shifted."""
         squarings = (0,) * bandwidth.numel()
         if bandwidth.device.type == "cpu":
             if isinstance(kernel, RBF):
@@ -238,11 +238,11 @@ class KernelSum:
         gamma = torch.where(h > 0, kernel.gamma(h, dim), math.nan)
         shifts = torch.zeros_like(gamma)
         if mean_squared_distance is not None and kernel.radial:
-            t = gamma * mean_squared_distance
+            t = gamma * mean_squared_distance[..., None]
             shifts = (((2 * t).sqrt() if kernel.rooted else t) < _SHIFT_BELOW).to(torch.float64)
         elif mean_squared_distance is not None:
             # A polynomial without its constant takes no more work than with it.
-            shifts = torch.ones_like(gamma)
+            shifts = torch.ones_like(gamma * mean_squared_distance[..., None])
         return KernelSum(kernel, h, bandwidth_weights[order], gamma, shifts, squarings)
 
     @property
@@ -252,7 +252,7 @@ class KernelSum:
 
     @property
     def slope_shifts(self) -> Tensor:
-        """1 where a sweep leaves 1 out of each pair's −φ'(t_b), which is the k_b of an RBF kernel, shape (B,)."""
+        """1 where a sweep leaves 1 out of each pair's −φ'(t_b), which is the k_b of an RBF kernel, shape (..., B)."""
         return self.shifts if isinstance(self.kernel, RBF) else torch.zeros_like(self.shifts)
 
 
@@ -274,7 +274,8 @@ def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Ladder:
-    """`KernelSum` as numbers, for a sweep that the host steers; the attributes are those of `KernelSum`, `gamma` that of the widest."""
+    """`KernelSum` of one problem as numbers, for a sweep that the host steers; the attributes are those of `KernelSum`, `gamma` that of
+    the widest."""
 
     kernel: Kernel
     gamma: float
@@ -286,7 +287,7 @@ class Ladder:
 
     @staticmethod
     def of(kernel: KernelSum) -> Ladder:
-        gammas, weights = kernel.gamma.tolist(), kernel.weights.tolist()
+        gammas, weights, shifts = kernel.gamma.tolist(), kernel.weights.tolist(), kernel.shifts.flatten().tolist()
         ratios = [gamma / gammas[0] for gamma in gammas]
         return Ladder(
             kernel=kernel.kernel,
@@ -294,8 +295,8 @@ class Ladder:
             ratios=tuple(ratios),
             weights=tuple(weights),
             squarings=kernel.squarings,
-            shifts=tuple(map(int, kernel.shifts.tolist())),
-            slope_shift=math.fsum(a * r * s for a, r, s in zip(weights, ratios, kernel.slope_shifts.tolist(), strict=True)),
+            shifts=tuple(map(int, shifts)),
+            slope_shift=math.fsum(a * r * s for a, r, s in zip(weights, ratios, kernel.slope_shifts.flatten().tolist(), strict=True)),
         )
 
 
@@ -306,17 +307,17 @@ class Sweep(Protocol):
     the pull on row i of a gathers scale·Σ_j w_j·W_ij·(z_i − z_j) over every sum that a takes part in. For a kernel of x·y, of which
     s_b = φ'(t_b), the summand is −½·w_j·W_ij·z_j, so that a row's gradient is −4γ_0·w_i times its pull for every kernel.
 
-    Made from the kernel, all samples, a point to see them from, and whether any pull is wanted.
+    Of a batch of B problems. Made from the kernel, all samples, a point (B, D) to see them from, and whether any pull is wanted.
     """
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Any:
-        """The rows of z (N, D) with weights (N,), 1/N each if None; `gradient` says whether their pull is wanted."""
+        """The rows of z (B, N, D) with weights (B, N), 1/N each if None; `gradient` says whether their pull is wanted."""
 
-    def within(self, a: Any, scale: float | Tensor) -> Tensor:
-        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), a float64 scalar."""
+    def within(self, a: Any, scale: Tensor) -> Tensor:
+        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), float64, (B,), as is scale."""
 
-    def across(self, a: Any, b: Any, scale: float | Tensor) -> Tensor:
-        """Σ_ij w_i·w_j·k(a_i, b_j), a float64 scalar."""
+    def across(self, a: Any, b: Any, scale: Tensor) -> Tensor:
+        """Σ_ij w_i·w_j·k(a_i, b_j), float64, (B,), as is scale."""
 
     def pull(self, a: Any) -> Tensor:
-        """(N, D), in the dtype of z."""
+        """(B, N, D), in the dtype of z."""

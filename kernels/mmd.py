@@ -94,23 +94,25 @@ def _tile(
     return value_acc, slope_acc, moments
 
 
-@triton.jit(do_not_specialize=["padding"])
+@triton.jit(do_not_specialize=["row_blocks", "table_size", "padding"])
 def sweep_kernel(
-    row_hi_ptr,  # (N, D), scaled rows, and in SPLIT mode their low parts
+    row_hi_ptr,  # (B, N, D), scaled rows, and in SPLIT mode their low parts
     row_lo_ptr,
-    row_half_ptr,  # (N,), −½‖u‖², or 0 for a polynomial
-    col_hi_ptr,  # (M, D)
+    row_half_ptr,  # (B, N), −½‖u‖², or 0 for a polynomial
+    col_hi_ptr,  # (B, M, D)
     col_lo_ptr,
-    col_half_ptr,  # (M,), of a padded column what makes its k 0
-    col_weight_ptr,  # (M,)
-    table_ptr,  # (3, BANDWIDTHS), ratios, weights and slopes, then the parameters of the family
-    shift_ptr,  # (2,), Σ_b of the shifted weights and slopes
-    route_ptr,  # (1,), the number of the pass that runs
-    value_ptr,  # (SPLITS, N), Σ_j w_j·(k − shift)
-    slope_ptr,  # (SPLITS, N), Σ_j w_j·(W − shift)
-    moments_ptr,  # (SPLITS, N, D), Σ_j w_j·(W − shift)·u_j
+    col_half_ptr,  # (B, M), of a padded column what makes its k 0
+    col_weight_ptr,  # (B, M)
+    table_ptr,  # (B, table_size): ratios, weights and slopes of each bandwidth, then the parameters of the family
+    shift_ptr,  # (B, 2), Σ_b of the shifted weights and slopes
+    route_ptr,  # (B,), the number of the pass that runs
+    value_ptr,  # (SPLITS, B, N), Σ_j w_j·(k − shift)
+    slope_ptr,  # (SPLITS, B, N), Σ_j w_j·(W − shift)
+    moments_ptr,  # (SPLITS, B, N, D), Σ_j w_j·(W − shift)·u_j
+    row_blocks,  # N / BLOCK_N
     M,  # columns with their padding; N and M are multiples of BLOCK_N, so that no load needs a mask
     padding,  # columns that are padding
+    table_size,
     ROUTE: tl.constexpr,
     WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
     SYMMETRIC: tl.constexpr,  # columns from the diagonal on, those right of it twice
@@ -126,22 +128,34 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,  # features of a step of the exponent's product
     BLOCK_D: tl.constexpr,  # features of a block of moments
 ):
-    """Row sums of a block of rows against a share of the columns; program 1 is the block of moments, program 2 the share."""
-    if tl.load(route_ptr) != ROUTE:
+    """Row sums of a block of rows against a share of the columns of their problem, one of a batch of B.
+
+    Program 0 is the block of all B·N rows, program 1 the block of moments, program 2 the share.
+    """
+    problem = tl.program_id(0) // row_blocks
+    if tl.load(route_ptr + problem) != ROUTE:
         return
     # One bandwidth of a Gaussian has its value for slope, and of a polynomial only moments are wanted.
     SLOPES: tl.constexpr = FAMILY < POLYNOMIAL and (FAMILY != GAUSSIAN or BANDWIDTHS > 1)
     # where
-    start_n = tl.program_id(0) * BLOCK_N
+    start_n = (tl.program_id(0) - problem * row_blocks) * BLOCK_N
     d_out = tl.program_id(1)
     split = tl.program_id(2)
-    rows = tl.num_programs(0) * BLOCK_N
+    rows = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    row_start = tl.cast(start_n, tl.int64) * D
+    offs_row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_start = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N * D
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
+    first_column = tl.cast(problem, tl.int64) * M
+    col_hi_ptr += first_column * D
+    col_lo_ptr += first_column * D
+    col_half_ptr += first_column
+    col_weight_ptr += first_column
+    table_ptr += problem * table_size
+    shift_ptr += 2 * problem
 
     # load
-    row_half = tl.load(row_half_ptr + offs_n)
+    row_half = tl.load(row_half_ptr + offs_row)
     row_hi_ptrs = row_hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_lo_ptrs = row_lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, MODE)
@@ -200,27 +214,30 @@ def sweep_kernel(
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, value)
+        tl.store(value_ptr + split * rows + offs_row, value)
         if GRADIENT:
-            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, slope)
+            tl.store(slope_ptr + split * rows + offs_row, slope)
     if GRADIENT:
         offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-        tl.store(moments_ptr + (tl.cast(split, tl.int64) * rows * D + row_start) + offs_out, moments)
+        tl.store(moments_ptr + (split * rows * D + row_start) + offs_out, moments)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["row_blocks", "columns", "M", "table_size"])
 def differences_kernel(
-    row_ptr,  # (N, D), rows as they came, not centred, whose differences round least; N is a multiple of BLOCK_N
-    col_ptr,  # (M, D)
-    col_weight_ptr,  # (M,)
+    row_ptr,  # (B, N, D), rows as they came, not centred, whose differences round least; N is a multiple of BLOCK_N
+    col_ptr,  # (B, columns, D), columns with their padding
+    col_weight_ptr,  # (B, columns)
     table_ptr,
     shift_ptr,
     scale_ptr,  # (1,), of the scaled rows
     route_ptr,
-    value_ptr,  # (SPLITS, N)
-    slope_ptr,  # (SPLITS, N), zero
-    moments_ptr,  # (SPLITS, N, D), Σ_j w_j·(W − shift)·(u_j − u_i)
+    value_ptr,  # (SPLITS, B, N)
+    slope_ptr,  # (SPLITS, B, N), zero
+    moments_ptr,  # (SPLITS, B, N, D), Σ_j w_j·(W − shift)·(u_j − u_i)
+    row_blocks,
+    columns,
     M,  # columns without padding
+    table_size,
     ROUTE: tl.constexpr,
     WITHIN: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -235,16 +252,23 @@ def differences_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The sums of `sweep_kernel` from u_j − u_i itself, for points whose norms dwarf the bandwidth."""
-    if tl.load(route_ptr) != ROUTE:
+    problem = tl.program_id(0) // row_blocks
+    if tl.load(route_ptr + problem) != ROUTE:
         return
     # where
     d_out = tl.program_id(1)
     split = tl.program_id(2)
-    rows = tl.num_programs(0) * BLOCK_N
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N
+    offs_n = (tl.program_id(0) - problem * row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
-    row_start = offs_n[:, None].to(tl.int64) * D
+    row_start = offs_row[:, None] * D
+    first_column = tl.cast(problem, tl.int64) * columns
+    col_ptr += first_column * D
+    col_weight_ptr += first_column
+    table_ptr += problem * table_size
+    shift_ptr += 2 * problem
 
     # load
     value_shift = tl.load(shift_ptr)
@@ -286,19 +310,19 @@ def differences_kernel(
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.sum(value_acc, 1))
+        tl.store(value_ptr + split * rows + offs_row, tl.sum(value_acc, 1))
         if GRADIENT:
-            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.zeros([BLOCK_N], dtype=row_out.dtype))
+            tl.store(slope_ptr + split * rows + offs_row, tl.zeros([BLOCK_N], dtype=row_out.dtype))
     if GRADIENT:
-        tl.store(moments_ptr + tl.cast(split, tl.int64) * rows * D + row_start + offs_d[None, :], moments)
+        tl.store(moments_ptr + split * rows * D + row_start + offs_d[None, :], moments)
 
 
 @dataclass
 class Points:
-    """One sample, and what has pulled on its rows so far."""
+    """One sample of each problem, and what has pulled on its rows so far."""
 
-    z: Tensor  # (N, D), centred
-    weights: Tensor | None
+    z: Tensor  # (B, N, D), centred
+    weights: Tensor | None  # (B, N)
     padded_weights: Tensor | None
     operands: list[Operands]  # for each pass
     pull: Tensor | None
@@ -313,7 +337,7 @@ class Sweep:
         self.device = device_limits(centre.device)
         self.configs = [
             sweep_config(
-                samples[0].shape[1],
+                samples[0].shape[-1],
                 products_of(mode, dtype),
                 gradient,
                 self.evaluation.bandwidths,
@@ -327,16 +351,16 @@ class Sweep:
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:
         # One padding for every pass, whose sums share their buffers.
-        rows = z.shape[0] + -z.shape[0] % max(config.block_n for config in self.configs)
-        features = max(padded_dim(z.shape[1], config) for config in self.configs)
+        rows = z.shape[1] + -z.shape[1] % max(config.block_n for config in self.configs)
+        features = max(padded_dim(z.shape[2], config) for config in self.configs)
         operands = [Operands.of(z, self.evaluation, mode, rows, features) for mode in self.evaluation.modes]
-        padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[0]))
-        return Points(z - self.evaluation.centre, weights, padded, operands, torch.zeros_like(z) if gradient else None)
+        padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[1]))
+        return Points(z - self.evaluation.centre[:, None], weights, padded, operands, torch.zeros_like(z) if gradient else None)
 
-    def within(self, a: Points, scale: float | Tensor) -> Tensor:
+    def within(self, a: Points, scale: Tensor) -> Tensor:
         return self._add(a, a, scale)
 
-    def across(self, a: Points, b: Points, scale: float | Tensor) -> Tensor:
+    def across(self, a: Points, b: Points, scale: Tensor) -> Tensor:
         if b.pull is not None:
             self._add(b, a, scale)
         return self._add(a, b, scale)
@@ -345,43 +369,51 @@ class Sweep:
         assert a.pull is not None
         return a.pull
 
-    def _add(self, rows: Points, columns: Points, scale: float | Tensor) -> Tensor:
-        """Σ_ij w_i·w_j·(k − shift); the pull of the columns on the rows is added to theirs."""
-        value, pull = self.row_sums(rows, columns, rows.pull is not None)
+    def _add(self, rows: Points, columns: Points, scale: Tensor) -> Tensor:
+        """Σ_ij w_i·w_j·(k − shift), (B,); the pull of the columns on the rows is added to theirs."""
+        value, pull = self._row_sums(rows, columns)
         if rows.pull is not None:
             # What the sweep leaves out of each pair, in closed form.
-            mean = columns.z.mean(0) if columns.weights is None else columns.weights @ columns.z
-            rows.pull += scale * (pull + self.evaluation.slope_shift * (rows.z - mean))
-        return value.mean() if rows.weights is None else rows.weights.double() @ value
+            mean = columns.z.mean(1) if columns.weights is None else torch.einsum("bm,bmd->bd", columns.weights, columns.z)
+            left_out = self.evaluation.slope_shift[:, None, None] * (rows.z - mean[:, None])
+            rows.pull += scale.to(pull.dtype)[:, None, None] * (pull + left_out)
+        return value.mean(1) if rows.weights is None else (rows.weights * value).sum(1)
 
-    def row_sums(self, rows: Points, columns: Points, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Σ_j w_j·(k − shift) (N,) and the pull Σ_j w_j·(W − shift)·(z_i − z_j) (N, D), with w = 1/M where the columns have no weights."""
+    def _row_sums(self, rows: Points, columns: Points) -> tuple[Tensor, Tensor]:
+        """Σ_j w_j·(k − shift) (B, N), float64, and if wanted the pull Σ_j w_j·(W − shift)·(z_i − z_j) (B, N, D), with w = 1/M where the
+        columns have no weights."""
+        gradient = rows.pull is not None
         within, weighted, evaluation = rows is columns, columns.weights is not None, self.evaluation
         points = rows.operands[0].points
-        n, d = points.shape
-        m, columns_used = columns.operands[0].points.shape[0], columns.operands[0].rows
+        batch, n, d = points.shape
+        m, columns_used = columns.operands[0].points.shape[1], columns.operands[0].rows
         config = self.configs[0]
-        programs = n // config.block_n * (d // config.block_d if gradient else 1)
+        programs = batch * (n // config.block_n) * (d // config.block_d if gradient else 1)
         splits = column_splits(programs, m // config.block_m, self.device.multiprocessors)
-        value = points.new_empty(splits, n)
+        value = points.new_empty(splits, batch, n)
         slope = torch.empty_like(value) if gradient else value
-        moments = points.new_empty(splits, n, d) if gradient else value
+        moments = points.new_empty(splits, batch, n, d) if gradient else value
         weights = value if columns.padded_weights is None else columns.padded_weights
         constants = {"GRADIENT": gradient, "WEIGHTED": weighted, "WITHIN": within, "D": d, **evaluation.constants}
         symmetric = within and not gradient and not weighted
+        table_size = evaluation.table.shape[-1]
         for number, (mode, config, a, b) in enumerate(zip(evaluation.modes, self.configs, rows.operands, columns.operands, strict=True)):
-            sweep_kernel[(n // config.block_n, d // config.block_d if gradient else 1, splits)](
+            blocks = n // config.block_n
+            sweep_kernel[(batch * blocks, d // config.block_d if gradient else 1, splits)](
                 a.hi, a.lo, a.half, b.hi, b.lo, b.half, weights, evaluation.table, evaluation.shifts, evaluation.route,
-                value, slope, moments, m, m - columns_used, **constants, ROUTE=number, SYMMETRIC=symmetric, MODE=mode, **config.launch(),
+                value, slope, moments, blocks, m, m - columns_used, table_size,
+                **constants, ROUTE=number, SYMMETRIC=symmetric, MODE=mode, **config.launch(),
             )  # fmt: skip
         if evaluation.by_differences is not None:
             config = self.difference_config
-            differences_kernel[(n // config.block_n, d // config.block_d if gradient else 1, splits)](
+            blocks = n // config.block_n
+            differences_kernel[(batch * blocks, d // config.block_d if gradient else 1, splits)](
                 points, columns.operands[0].points, weights, evaluation.table, evaluation.shifts, self.rounded_scale, evaluation.route,
-                value, slope, moments, columns_used, **constants, ROUTE=evaluation.by_differences, **config.launch(),
+                value, slope, moments, blocks, m, columns_used, table_size,
+                **constants, ROUTE=evaluation.by_differences, **config.launch(),
             )  # fmt: skip
         mean = 1 / columns_used if columns.weights is None else 1.0
-        value = value.sum(0, dtype=torch.float64)[: len(rows.z)] * (mean * evaluation.value_unit)
+        value = value.sum(0, dtype=torch.float64)[:, : rows.z.shape[1]] * (mean * evaluation.value_unit)
         if not gradient:
-            return value, None
+            return value, moments
         return value, evaluation.pull(moments.sum(0), slope.sum(0), rows.operands) * mean

@@ -334,6 +334,8 @@ def family_of(kernel: Kernel) -> int:
 class Evaluation:
     """How kernels evaluate a `KernelSum` on some samples; all but the constexprs are tensors, which no one waits for.
 
+    For a batch of problems, those of table, shifts, slope_shift, route and constant have its dimension before the shape given here.
+
     Attributes:
         family, bandwidths, squarings: constexprs.
         modes: how the products of the first pass are taken, of the second, …; a pass runs where its number is `route`.
@@ -382,22 +384,22 @@ class Evaluation:
             factor, slope_unit, ratios = 4 * root * root, root, ratios.sqrt()
             slopes = weights * ratios
         scale = (gamma * factor).sqrt()
-        shifts = torch.stack([weights @ kernel.shifts * phi.at_zero, slopes @ kernel.slope_shifts])
-        slope_shift = shifts[1]
+        shifts = torch.stack([kernel.shifts @ weights * phi.at_zero, kernel.slope_shifts @ slopes], -1)
+        slope_shift = shifts[..., 1]
         unit: Tensor | float = 1.0
         bandwidths = weights.numel()
         if isinstance(phi, (Energy, Polynomial)):
             # A sum of them is one of them: −d·Σ_b a_b/h_b, and coefficients that take the weights in.
             bandwidths, unit = 1, weights @ ratios if phi.rooted else 1.0
         elif bandwidths == 1:
-            unit, shifts = weights[0], torch.stack([kernel.shifts[0] * phi.at_zero, kernel.slope_shifts[0]])
+            unit, shifts = weights[0], torch.stack([kernel.shifts[..., 0] * phi.at_zero, kernel.slope_shifts[..., 0]], -1)
         if not phi.radial:
             # Horner's scheme leaves φ(0) out by itself.
             shifts = torch.zeros_like(shifts)
-        radius2 = torch.stack([(z - centre).square().sum(1).max() for z in samples]).max()
-        route = route_of(kernel, samples, radius2, modes) if phi.radial else torch.zeros((), dtype=torch.int32, device=centre.device)
+        radius2 = torch.stack([(z - centre[..., None, :]).square().sum(-1).amax(-1) for z in samples]).amax(0)
+        route = route_of(kernel, samples, radius2, modes) if phi.radial else torch.zeros_like(radius2, dtype=torch.int32)
         parameters = _parameters(kernel, radius2.double() * scale.square(), modes[0], double)
-        table = torch.stack([ratios, weights, slopes])[:, :bandwidths].reshape(-1)
+        table = torch.stack([ratios, weights, slopes])[:, :bandwidths].reshape(-1).expand(*radius2.shape, -1)
         return Evaluation(
             kernel=phi,
             family=family,
@@ -406,13 +408,13 @@ class Evaluation:
             modes=modes,
             centre=centre,
             scale=scale,
-            table=torch.cat([table, parameters]).to(dtype),
+            table=torch.cat([table, parameters], -1).to(dtype),
             shifts=shifts.to(dtype).contiguous(),
             slope_shift=slope_shift.to(dtype),
             value_unit=unit,
             slope_unit=unit * slope_unit,
             route=route,
-            constant=(kernel.weights @ (1 - kernel.shifts) * phi.at_zero * (not phi.radial)).to(dtype),
+            constant=((1 - kernel.shifts) @ kernel.weights * phi.at_zero * (not phi.radial)).to(dtype),
             padding={LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family, -math.inf if phi.radial else 0.0),
         )
 
@@ -430,11 +432,11 @@ class Evaluation:
         rows, dim = operands[0].rows, operands[0].dim
         scale = (self.slope_unit / self.scale).to(moments.dtype)
         if not self.kernel.radial:
-            return moments[:rows, :dim] * (-0.5 * scale)
+            return moments[..., :rows, :dim] * (-0.5 * scale)
         product = operands[0].product()
         for number, other in enumerate(operands[1:], 1):
-            product = torch.where(self.route == number, other.product(), product)
-        return torch.addcmul(moments.neg_(), slope[:, None], product)[:rows, :dim] * scale
+            product = torch.where((self.route == number)[..., None, None], other.product(), product)
+        return torch.addcmul(moments.neg_(), slope[..., None], product)[..., :rows, :dim] * scale
 
 
 def products_of(mode: int, dtype: torch.dtype) -> str:
@@ -456,13 +458,14 @@ def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[
 def _parameters(kernel: KernelSum, radius2: Tensor, mode: int, double: bool) -> Tensor:
     phi = kernel.kernel
     if phi.rooted:
-        return -(_ROUNDING_DOUBLE if double else _ROUNDING[mode]) * radius2[None]
+        return -(_ROUNDING_DOUBLE if double else _ROUNDING[mode]) * radius2[..., None]
     if isinstance(phi, RationalQuadratic):
-        return torch.full_like(radius2[None], float(phi.alpha))
+        return torch.full_like(radius2[..., None], float(phi.alpha))
     if isinstance(phi, Polynomial):
         degree = int(phi.degree)
-        return torch.stack([c * (kernel.weights @ kernel.ratios**n) for c, n in zip(phi.coefficients, range(degree, 0, -1), strict=True)])
-    return radius2.new_empty(0)
+        coefficients = [c * (kernel.weights @ kernel.ratios**n) for c, n in zip(phi.coefficients, range(degree, 0, -1), strict=True)]
+        return torch.stack(coefficients).expand(*radius2.shape, -1)
+    return radius2.new_empty(*radius2.shape, 0)
 
 
 def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, modes: tuple[int, ...]) -> Tensor:
@@ -483,20 +486,20 @@ def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, mode
 
 def _crowded(samples: Sequence[Tensor], limit: Tensor) -> Tensor:
     """Whether the squared distance of many pairs of a part of the rows is under the limit."""
-    rows = torch.cat([z[:: -(-z.shape[0] // _NEAR_ROWS)] for z in samples])
+    rows = torch.cat([z[..., :: -(-z.shape[-2] // _NEAR_ROWS), :] for z in samples], -2)
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    near = (distance.square() < limit).sum() - rows.shape[0]
-    return near > _NEAR_SHARE * rows.shape[0] ** 2
+    near = (distance.square() < limit[..., None, None]).sum((-2, -1)) - rows.shape[-2]
+    return near > _NEAR_SHARE * rows.shape[-2] ** 2
 
 
 @dataclass
 class Operands:
     """One sample as the kernels read it: padded to whole blocks with rows of weight zero and features that are zero."""
 
-    points: Tensor  # (N, D), as they came
-    hi: Tensor  # (N, D), centred and scaled, in the dtype of the products
+    points: Tensor  # (..., N, D), as they came
+    hi: Tensor  # (..., N, D), centred and scaled, in the dtype of the products
     lo: Tensor
-    half: Tensor  # (N,), `Evaluation.padding` in the padding
+    half: Tensor  # (..., N), `Evaluation.padding` in the padding
     rows: int
     dim: int
 
@@ -507,16 +510,16 @@ class Operands:
 
     @staticmethod
     def of(z: Tensor, evaluation: Evaluation, mode: int, rows: int, features: int) -> Operands:
-        """Of z (N, D), padded to `rows` and `features`."""
-        n, dim = z.shape
+        """Of z (..., N, D), padded to `rows` and `features`."""
+        n, dim = z.shape[-2:]
         blocks = (0, features - dim, 0, rows - n)
-        scaled = ((z - evaluation.centre).double() * evaluation.scale).to(z.dtype)
+        scaled = ((z - evaluation.centre[..., None, :]).double() * evaluation.scale).to(z.dtype)
         points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, scaled))
         hi, lo = parts(scaled, mode)
-        half = torch.full_like(scaled[:, 0], evaluation.padding)
+        half = torch.full_like(scaled[..., 0], evaluation.padding)
         operands = Operands(points, hi, lo, half, n, dim)
         # Norms of what the products see, so that a point stays at distance zero from itself.
-        half[:n] = operands.product()[:n].square().sum(1).mul_(-0.5) if evaluation.kernel.radial else 0
+        half[..., :n] = operands.product()[..., :n, :].square().sum(-1).mul_(-0.5) if evaluation.kernel.radial else 0
         return operands
 
 

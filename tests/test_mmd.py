@@ -1,5 +1,7 @@
 """MMD on the CPU path and on the Triton kernels against the dense reference in float64, and what autograd and the compiler make of it."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -261,6 +263,31 @@ def test_batch_dimensions():
     assert fastvae.mmd_to_normal(x).shape == (2, 3)
     h = torch.tensor((0.9, 2.0), dtype=torch.float64, device=DEVICE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd(x, y, bandwidth=h), (x.requires_grad_(), h))
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+@pytest.mark.parametrize(("kernel", "weighted"), [("rbf", False), ("laplace", True), ("polynomial", False)])
+def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, monkeypatch):
+    """Problems of different scales, so that each has its own shifts, its own pass and its own coincident pairs."""
+    from fastvae.kernels import mmd as kernels
+
+    launches = []
+    monkeypatch.setattr(kernels, "column_splits", lambda programs, *_: launches.append(programs) or 1)
+    scale = torch.tensor([1e-3, 1.0, 30.0], device=DEVICE)[:, None, None]
+    x, y = torch.randn(3, 140, 5, device=DEVICE) * scale + scale, torch.randn(3, 70, 5, device=DEVICE) * scale
+    p = torch.rand(3, 140, device=DEVICE)
+    p = p / p.sum(-1, keepdim=True) if weighted else None
+    options = {"kernel": kernel, "bandwidth": (0.5, 1.0), "backend": "triton"}
+    singles = [evaluate(partial(fastvae.mmd, x_weights=None if p is None else p[n]), x[n], y[n], **options) for n in range(3)]
+    assert len(launches) == 3 * 4  # x, y, x against y and y against x
+    launches.clear()
+    x.requires_grad_(), y.requires_grad_()
+    values = fastvae.mmd(x, y, x_weights=p, **options)
+    assert len(launches) == 4
+    gradients = torch.autograd.grad(values.sum(), (x, y))
+    for actual, parts in zip((values.detach(), *gradients), zip(*singles, strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.stack(parts), rtol=0, atol=0)
 
 
 def test_vmap_and_jacobians():

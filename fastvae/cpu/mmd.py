@@ -16,27 +16,33 @@ from fastvae.radial import KernelSum
 
 
 class Sweep(Tiles):
-    """`fastvae.radial.Sweep` on a CPU."""
+    """`fastvae.radial.Sweep` on a CPU, of a batch of one problem."""
 
     def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, gradient: bool) -> None:
-        super().__init__(kernel, samples, centre)
+        super().__init__(kernel, [z[0] for z in samples], centre[0])
 
-    def within(self, a: Points, scale: float | Tensor) -> Tensor:
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:  # type: ignore[override]
+        return super().points(z[0], None if weights is None else weights[0], gradient)
+
+    def within(self, a: Points, scale: Tensor) -> Tensor:
         total, tiles = 0.0, a.tiles
         for n, i in enumerate(tiles):
             for j in tiles[n:]:
                 total += self._tile(a, i, a, j, float(scale)) * (1 if i == j else 2)
         self._shifted_moments(a, a, float(scale))
-        return self.centre.new_tensor(total, dtype=torch.float64)
+        return scale.new_tensor([total])
 
-    def across(self, a: Points, b: Points, scale: float | Tensor) -> Tensor:
+    def across(self, a: Points, b: Points, scale: Tensor) -> Tensor:
         total = 0.0
         for i in a.tiles:
             for j in b.tiles:
                 total += self._tile(a, i, b, j, float(scale))
         self._shifted_moments(a, b, float(scale))
         self._shifted_moments(b, a, float(scale))
-        return self.centre.new_tensor(total, dtype=torch.float64)
+        return scale.new_tensor([total])
+
+    def pull(self, a: Points) -> Tensor:
+        return super().pull(a)[None]
 
     def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
         """Σ w·w·k over a tile; its share of the moments is added on the way."""

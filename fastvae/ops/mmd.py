@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -111,18 +112,29 @@ def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
             *doubles, grad_bandwidth = _evaluate(make_sweep, exact)
             value, grad_x, grad_y = (t.to(accumulation_dtype(problem.x.dtype)) for t in doubles)
             return value, grad_x, grad_y, grad_bandwidth
-        if problem.x.ndim == 2:
-            return _evaluate_one(make_sweep, problem)
-        results = []
-        for n in range(problem.x.shape[0]):
-            x, y, p, q = (None if t is None else t[n] for t in problem[:4])
-            assert x is not None
-            results.append(_evaluate_one(make_sweep, problem._replace(x=x, y=y, x_weights=p, y_weights=q)))
-        stacked = [torch.stack(tensors) for tensors in zip(*results, strict=True)]
-        return cast(Result, tuple(t if t.numel() else t.reshape(0) for t in stacked))
+        batched = problem.x.ndim == 3
+        if not batched:
+            problem = _of_tensors(problem, itemgetter(None))
+        if problem.backend == "triton" or problem.x.is_cuda:
+            results = _evaluate_batch(make_sweep, problem)
+        else:
+            # One problem at a time, whose tiles stay in cache, and of whose buffers there is one set.
+            singles = (itemgetter(slice(n, n + 1)) for n in range(problem.x.shape[0]))
+            parts = [_evaluate_batch(make_sweep, _of_tensors(problem, single)) for single in singles]
+            results = cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return results if batched else cast(Result, tuple(t[0] if t.numel() else t for t in results))
 
 
-def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
+def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Problem:
+    """The problem with a function of each tensor that may have a batch dimension."""
+    tensors: dict[str, Any] = {
+        name: function(t) for name, t in problem._asdict().items() if isinstance(t, Tensor) and not name.startswith("bandwidth")
+    }
+    return problem._replace(**tensors)
+
+
+def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
+    """Of B problems, each tensor with a batch dimension."""
     unbiased, bandwidth_grad = problem.unbiased, problem.bandwidth_grad
     family = kernel_of(problem.kernel, problem.kernel_parameters)
     x_part = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
@@ -130,17 +142,21 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     if problem.y is not None:
         y_part = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
         samples.append(_Sample.of(*y_part, unbiased, problem.y_grad or bandwidth_grad))
-    mean = torch.stack([sample.whole.mean(0) for sample in samples]).mean(0)
+    mean = torch.stack([sample.whole.mean(1) for sample in samples]).mean(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if family.radial else torch.zeros_like(mean)
     origin = mean if problem.y is not None else torch.zeros_like(mean)
-    spread = torch.stack([(sample.whole - origin).square().sum(1, dtype=torch.float64).mean() for sample in samples]).sum()
-    mean_squared_distance = spread if problem.y is not None else spread + mean.numel()
-    kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, mean.numel(), mean.device, mean_squared_distance)
+    distances = [(sample.whole - origin[:, None]).square().sum(2, dtype=torch.float64).mean(1) for sample in samples]
+    spread = torch.stack(distances).sum(0)
+    dim = mean.shape[1]
+    kernel = KernelSum.of(
+        family, problem.bandwidth, problem.bandwidth_weights, dim, mean.device, spread if problem.y is not None else spread + dim
+    )
 
     sweep = make_sweep(kernel, [sample.whole for sample in samples], centre, any(sample.gradient for sample in samples))
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
-    value = 0 * mean.sum()
+    value = 0 * mean.sum(1, dtype=torch.float64)
+    minus_one = torch.full_like(value, -1)
     for sample, rows in zip(samples, points, strict=True):
         value = value + sample.scale * sample.share**2 * sweep.within(rows, sample.scale * sample.share)
         for other, weights, share in sample.others:
@@ -149,11 +165,11 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     if problem.all_x is not None and len(samples) == 2:
         # The rows of each against the whole of the other, for a gradient that takes nothing from elsewhere.
         whole = [sweep.points(sample.whole, sample.whole_weights, False) for sample in samples]
-        value = value - 2 * samples[0].share * sweep.across(points[0], whole[1], -1.0)
+        value = value - 2 * samples[0].share * sweep.across(points[0], whole[1], minus_one)
         if samples[1].gradient:
-            sweep.across(points[1], whole[0], -1.0)
+            sweep.across(points[1], whole[0], minus_one)
     elif len(samples) == 2:
-        value = value - 2 * sweep.across(points[0], points[1], -1.0)
+        value = value - 2 * sweep.across(points[0], points[1], minus_one)
     gradients: list[Tensor | None] = [
         _gradient(sample, sweep.pull(rows), kernel) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
     ]
@@ -163,8 +179,8 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     grad_bandwidth = mean.new_empty(0, dtype=torch.float64)
     if bandwidth_grad:
         # k does not change when the points, seen from the centre, and h grow together: Euler's theorem gives the derivative to h.
-        radial = [((s.z - centre).double() * g).sum() for s, g in zip(samples, gradients, strict=True) if g is not None]
-        grad_bandwidth = -torch.stack(radial).sum() / kernel.bandwidth[0]
+        moved = [((s.z - centre[:, None]).double() * g).sum((1, 2)) for s, g in zip(samples, gradients, strict=True) if g is not None]
+        grad_bandwidth = -torch.stack(moved).sum(0) / kernel.bandwidth
     if problem.y is None:
         prior, prior_gradient, prior_bandwidth_gradient = _prior(samples[0], kernel)
         value, gradients[0] = value + prior, None if gradients[0] is None else gradients[0] + prior_gradient
@@ -174,7 +190,7 @@ def _evaluate_one(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
 
 
 class _Sample(NamedTuple):
-    """One sample in the accumulation dtype, or some rows z of one, and its part in MMD²."""
+    """One sample of each of B problems in the accumulation dtype, or some rows z of one, and its part in MMD²."""
 
     z: Tensor
     weights: Tensor | None
@@ -182,9 +198,9 @@ class _Sample(NamedTuple):
     whole_weights: Tensor | None
     others: list[tuple[Tensor, Tensor | None, float]]  # the whole's rows before and after z, and for equal weights their share in it
     share: float  # of z in the whole, for equal weights; the factor from a mean over z to its part of the mean over the whole
-    row_weights: float | Tensor  # p_i, (N, 1) or one for all
-    sum_of_squares: float | Tensor  # Σ p_i² over z
-    scale: float | Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1
+    row_weights: float | Tensor  # p_i, (B, N, 1) or one for all
+    sum_of_squares: float | Tensor  # Σ p_i² over z, (B,) or one for all
+    scale: Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1, (B,)
     gradient: bool
 
     @staticmethod
@@ -200,19 +216,21 @@ class _Sample(NamedTuple):
         else:
             whole = whole.to(dtype)
             whole_weights = None if whole_weights is None else whole_weights.to(dtype)
-            for rows in (slice(0, start), slice(start + z.shape[0], whole.shape[0])):
+            for rows in (slice(0, start), slice(start + z.shape[1], whole.shape[1])):
                 if rows.start < rows.stop:
-                    share = (rows.stop - rows.start) / whole.shape[0]
-                    part = (whole[rows], None, share) if whole_weights is None else (whole[rows], whole_weights[rows], 1.0)
+                    share = (rows.stop - rows.start) / whole.shape[1]
+                    part = (whole[:, rows], None, share) if whole_weights is None else (whole[:, rows], whole_weights[:, rows], 1.0)
                     others.append(part)
+        scale = z.new_ones(z.shape[:1], dtype=torch.float64)
         if weights is None or whole_weights is None:
-            n, total = z.shape[0], whole.shape[0]
-            scale: float | Tensor = 1 / (1 - 1 / total) if unbiased else 1.0
+            n, total = z.shape[1], whole.shape[1]
+            if unbiased:
+                scale = scale / (1 - 1 / total)
             return _Sample(z, None, whole, None, others, n / total, 1 / total, n / total**2, scale, gradient)
-        square = whole_weights.double().square().sum()
-        own_square = weights.double().square().sum()
-        scale = 1 / (1 - square) if unbiased else 1.0
-        return _Sample(z, weights, whole, whole_weights, others, 1.0, weights[:, None], own_square, scale, gradient)
+        if unbiased:
+            scale = scale / (1 - whole_weights.double().square().sum(1))
+        own_square = weights.double().square().sum(1)
+        return _Sample(z, weights, whole, whole_weights, others, 1.0, weights[..., None], own_square, scale, gradient)
 
 
 def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
@@ -223,37 +241,37 @@ def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
 
 
 def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> float | Tensor:
-    """Σ_i w_i²·(k(z_i, z_i) − shift·φ(0)), and its gradient added to `gradient`.
+    """Σ_i w_i²·(k(z_i, z_i) − shift·φ(0)), (B,), and its gradient added to `gradient`.
 
     The shifts cancel between the sums of MMD², as the weights of each sum to one.
     """
     if kernel.kernel.radial:
-        return sample.sum_of_squares * kernel.kernel.at_zero * (kernel.weights @ (1 - kernel.shifts))
+        return sample.sum_of_squares * kernel.kernel.at_zero * ((1 - kernel.shifts) @ kernel.weights)
     assert isinstance(kernel.kernel, Polynomial)
-    t = sample.z.square().sum(1, keepdim=True, dtype=torch.float64) * kernel.gamma
+    t = sample.z.square().sum(2, keepdim=True, dtype=torch.float64) * kernel.gamma
     weights = torch.as_tensor(sample.row_weights, dtype=torch.float64, device=t.device).square()
     if gradient is not None:
         slope = kernel.kernel.slope(t) @ (kernel.weights * kernel.gamma)
-        gradient += (2 * weights * slope[:, None]).to(gradient.dtype) * sample.z
-    value = (kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts) @ kernel.weights
-    return (weights * value[:, None]).expand(len(t), 1).sum()
+        gradient += (2 * weights * slope[..., None]).to(gradient.dtype) * sample.z
+    value = (kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts[:, None]) @ kernel.weights
+    return (weights * value[..., None]).sum((1, 2))
 
 
 def _prior(sample: _Sample, kernel: KernelSum) -> tuple[Tensor, Tensor, Tensor]:
-    """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift, and its gradients to x and to the one bandwidth."""
+    """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift, (B,), and its gradients to x and to the one bandwidth."""
     x, p, h = sample.z, sample.row_weights, kernel.bandwidth
-    p = torch.as_tensor(p, dtype=torch.float64, device=x.device).expand(len(x), 1)
-    cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[1], h)
+    p = torch.as_tensor(p, dtype=torch.float64, device=x.device).expand(*x.shape[:2], 1)
+    cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[2], h)
     # The rows' share in the constant.
-    share = p.sum()
-    value = (share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts)).sum(0)) @ kernel.weights
+    share = p.sum(1)
+    value = (share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts[:, None])).sum(1)) @ kernel.weights
     cross, within = cross.exp(), share * within.exp() * kernel.weights
     slope = cross @ (kernel.weights / (h.square() + 1))
-    gradient = x * (2 * p * slope[:, None]).to(x.dtype)
+    gradient = x * (2 * p * slope[..., None]).to(x.dtype)
     # d/dh of the two exponents
-    cross_slope = x.shape[1] / (h * (h.square() + 1)) + x.double().square().sum(1, keepdim=True) * h / (h.square() + 1).square()
-    within_slope = 2 * x.shape[1] / (h * (h.square() + 2))
-    return value, gradient, (within * within_slope).sum() - 2 * (p * cross * cross_slope * kernel.weights).sum()
+    cross_slope = x.shape[2] / (h * (h.square() + 1)) + x.double().square().sum(2, keepdim=True) * h / (h.square() + 1).square()
+    within_slope = 2 * x.shape[2] / (h * (h.square() + 2))
+    return value, gradient, (within * within_slope).sum(1) - 2 * (p * cross * cross_slope * kernel.weights).sum((1, 2))
 
 
 def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
