@@ -97,3 +97,14 @@ def test_a_log_that_is_no_log(tmp_path):
     folder = write_run(tmp_path / "a" / "version_0", [{"epoch": 0, "step": 1, "train/loss_epoch": "three"}])
     with pytest.raises(ValueError, match=r"metrics.csv must hold numbers, got could not convert string to float: 'three'"):
         report([str(folder)])
+
+
+@pytest.mark.parametrize(
+    "raw", [b"epoch,step,val/loss\n0,x,1\n", b"\x91\xff\x00", b"epoch,step\n0," + b"1" * 200_000 + b"\n", b"a\rb\x00\n\r1,2"]
+)
+def test_a_log_of_other_bytes(tmp_path, raw):
+    folder = tmp_path / "a" / "version_0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"metrics.csv must hold numbers, got"):
+        report([str(folder)])

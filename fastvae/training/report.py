@@ -119,8 +119,15 @@ def read_run(folder: Path) -> Run:
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    file = folder / "metrics.csv"
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        for row in rows:
+            float(row.get("step") or 0)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file} must hold numbers, got {error}") from error
+    return rows
 
 
 def _predecessor(folder: Path) -> Path | None:
