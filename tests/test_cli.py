@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
+from PIL import Image
 
 from fastvae.cli import main
+from tests.test_training_data import dsprites, write_idx
 
 SMALL = ["--data.name", "digits", "--data.batch_size", "512", "--model.latent_dim", "3", "--model.hidden", "[16]"]
 PICTURES = ("reconstructions.png", "samples.png", "latent.png", "loss_curves.png")
@@ -158,6 +161,38 @@ def test_a_run_that_diverges_stops_with_one_sentence(inside):
 def test_every_configuration_is_valid(inside, config):
     out, _ = inside("fit", "--config", str(config), "--print_config")
     assert f"name: {config.stem}" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_trains(tmp_path, inside, config):
+    """Its own network and loss, on a few made-up data of the shape and the file names that it asks for."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    path = folder
+    if config.stem == "celeba":
+        for k in range(160):
+            Image.fromarray(random.integers(0, 256, (70, 64, 3), dtype=np.uint8)).save(folder / f"{k:06d}.jpg")
+    elif config.stem == "dsprites":
+        path = folder / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+        dsprites(path, n=300, imgs=random.integers(0, 2, (300, 64, 64), dtype=np.uint8))
+    elif config.stem == "table":
+        path = folder / "matrix.npy"
+        np.save(path, random.normal(size=(100, 30)))
+    else:
+        for name, n in (("train", 100), ("t10k", 20)):
+            write_idx(folder / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (n, 28, 28), dtype=np.uint8))
+            write_idx(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(n, dtype=np.uint8) % 10)
+    quick = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--data.batch_size", "30"]
+    quick += ["--model.nll_samples", "2"] if config.stem == "mnist_binary" else []
+    inside("fit", "--config", str(config), "--data.path", str(path), *quick)
+    run = tmp_path / "runs" / config.stem / "version_0"
+    assert {"latent.png", "loss_curves.png"} <= {file.name for file in run.glob("*.png")}
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(bool(t.isfinite().all()) for t in saved["state_dict"].values())
+    assert "test/loss" in inside("test")[0]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -417,3 +418,67 @@ def test_the_training_step_is_one_graph_for_every_batch_size(tmp_path, objective
         assert len(output.mu) == n
         terms.loss.backward()
     assert counter.frame_count <= 2
+
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="Inductor needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_inductor_trains_as_the_plain_step_does(precision):
+    """Forward, reparameterise + KL, MMD, backward, at several batch sizes, without compiling anew."""
+
+    def step(x, eps):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            return objective(vae(x, eps=eps), x).loss
+
+    torch._dynamo.reset()
+    vae = VAE.conv((1, 8, 8), latent_dim=3, channels=[4], hidden=8).to(memory_format=torch.channels_last)
+    objective = VAEObjective.info_vae(0.5, 100.0)
+    objective.set(kl_weight=0.3)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    parameters = list(vae.parameters())
+    rounding = {"rtol": 0.05, "atol": 0.5} if precision == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (12, 7, 33):
+            x, eps = torch.rand(n, 1, 8, 8), torch.randn(n, 3)
+            losses = [f(x, eps) for f in (compiled, step)]
+            gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+            for actual, expected in zip((losses[0].detach(), *gradients[0]), (losses[1].detach(), *gradients[1]), strict=True):
+                torch.testing.assert_close(actual, expected, **rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make_objective", [lambda: VAEObjective.mmd_vae(100.0), lambda: VAEObjective.beta_tc_vae(3.0, 1000)])
+def test_a_training_step_as_a_cuda_graph(make_objective):
+    """A replayed step is the plain one, with the batch and the weight that it finds in their places."""
+    vae = VAE.mlp(16, latent_dim=3, hidden=(32,)).cuda()
+    objective = make_objective().cuda()
+    name = "mmd_weight" if objective.mmd_weight else "tc_weight"
+    objective.set(**{name: 2.0})
+    x, eps = torch.rand(256, 16, device="cuda"), torch.randn(256, 3, device="cuda")
+    parameters = list(vae.parameters())
+
+    def step():
+        loss = objective(vae(x, eps=eps), x).loss
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for weight in (2.0, 50.0):
+        x.copy_(torch.rand_like(x))
+        eps.copy_(torch.randn_like(eps))
+        objective.set(**{name: weight})
+        graph.replay()
+        for actual, expected in zip(captured, step(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
