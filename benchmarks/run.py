@@ -5,7 +5,8 @@
 
 A provider's value and gradient are checked against float64 before it is timed; one that is wrong, missing or out of memory has a row that
 says so. Rows are appended to benchmarks/results/mmd_<device>.jsonl and reparameterize_kl_<device>.jsonl, plots and the table drawn from
-them. CXXFLAGS is what KeOps is built with: its default build is several times slower on a CPU than '-march=native -ffast-math'.
+them. CXXFLAGS is what KeOps is built with: its default build is several times slower on a CPU than '-march=native -ffast-math'. With
+THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and the rows are of providers "…, huge pages".
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ DIRECTIONS = ("forward", "forward+backward")
 LADDER = (0.5, 0.5**0.5, 1.0, 2**0.5, 2.0)
 # The worst of eager float32 at these sizes is a tenth of it.
 TOLERANCE = 1e-3
+
+
+# Half of the time of an eager step is page faults.
+HUGE_PAGES = ", huge pages" * (os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
 
 
 def bandwidths_of(dim: int, count: int) -> tuple[float, ...]:
@@ -94,7 +99,7 @@ def cases(args: argparse.Namespace) -> list[tuple[int, int, int, tuple[str, ...]
 
 
 def mmd_rows(args: argparse.Namespace, device: str, ceilings: Ceilings, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    listed = providers(device)
+    listed = [p for p in providers(device) if p.name in (args.providers or [p.name])]
     for n, dim, count, directions in cases(args):
         generator = torch.Generator().manual_seed(0)
         x = (0.9 * torch.randn(n, dim, generator=generator) + 0.1).to(device)
@@ -110,7 +115,7 @@ def mmd_rows(args: argparse.Namespace, device: str, ceilings: Ceilings, common: 
             memory = {name: peak_extra_mib(step, device) for name, step in steps.items()}
             times = interleaved(steps, device, args.rounds, args.seconds)
             for provider in listed:
-                row = {**case, "provider": provider.name, "status": status[provider.name], "note": provider.note}
+                row = {**case, "provider": provider.name + HUGE_PAGES, "status": status[provider.name], "note": provider.note}
                 if provider.name in times:
                     row |= summary(times[provider.name], device)
                     row["pairs_per_second"] = round(3 * n * n / (1e-3 * row["median_ms"]))
@@ -120,6 +125,10 @@ def mmd_rows(args: argparse.Namespace, device: str, ceilings: Ceilings, common: 
                 yield row | common
 
 
+def fused_reparameterize_kl(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return fastvae.reparameterize_kl(mu, logvar, eps=eps)
+
+
 def plain_reparameterize_kl(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     z = mu + torch.exp(0.5 * logvar) * eps
     return z, -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
@@ -127,7 +136,8 @@ def plain_reparameterize_kl(mu: torch.Tensor, logvar: torch.Tensor, eps: torch.T
 
 def reparameterize_kl_rows(args: argparse.Namespace, device: str, ceilings: Ceilings, common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     computed: dict[str, Any] = {
-        "fastvae": lambda mu, logvar, eps: fastvae.reparameterize_kl(mu, logvar, eps=eps),
+        "fastvae": fused_reparameterize_kl,
+        "fastvae, torch.compile": torch.compile(fused_reparameterize_kl, dynamic=False),
         "eager": plain_reparameterize_kl,
         "torch.compile": torch.compile(plain_reparameterize_kl, dynamic=False),
     }
@@ -155,7 +165,7 @@ def reparameterize_kl_rows(args: argparse.Namespace, device: str, ceilings: Ceil
             moved = 4 * n * dim * (4 if direction == "forward" else 4 + 7)
             for name in computed:
                 row = {"benchmark": "reparameterize_kl", "direction": direction, "n": n, "dim": dim, "dtype": "float32"}
-                row |= {"provider": name, "status": status[name], "note": ""}
+                row |= {"provider": name + HUGE_PAGES, "status": status[name], "note": ""}
                 if name in times:
                     row |= summary(times[name], device)
                     row["extra_mib"] = memory[name]
@@ -183,6 +193,7 @@ def main() -> None:
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     rows_default = ["65536x64", "262144x64", "65536x512"] if gpu else ["4096x64", "65536x64", "16384x512"]
     parser.add_argument("--row-shapes", nargs="*", default=rows_default, help="N×D of reparameterize_kl, as 4096x64")
+    parser.add_argument("--providers", nargs="+", help="of mmd, by name; all by default")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=4.0, help="for the rounds of one case; three rounds at least")
     parser.add_argument("--threads", type=int, default=1)

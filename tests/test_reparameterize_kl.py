@@ -345,9 +345,17 @@ def test_the_cpu_path_refuses_a_seed():
         torch.ops.fastvae.reparameterize_kl(x, x, torch.tensor([1]), False, "")
 
 
-def test_compiles_whole():
+def test_a_compiler_for_the_cpu_gets_the_formulas_and_no_operation():
+    graphs = []
+    compiled = torch.compile(fastvae.reparameterize_kl, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    compiled(*(torch.randn(4, 3) for _ in range(2)))
+    assert not any("fastvae" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("backend", [None, pytest.param("cpu", marks=pytest.mark.skipif(DEVICE != "cpu", reason="of tensors on a CPU"))])
+def test_compiles_whole(backend):
     def loss(mu, logvar, eps):
-        z, kl = fastvae.reparameterize_kl(2 * mu, logvar, eps=eps)
+        z, kl = fastvae.reparameterize_kl(2 * mu, logvar, eps=eps, backend=backend)
         return z.sin().sum() + kl.sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
