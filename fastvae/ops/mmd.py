@@ -249,7 +249,7 @@ def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> fl
         return sample.sum_of_squares * kernel.kernel.at_zero * ((1 - kernel.shifts) @ kernel.weights)
     assert isinstance(kernel.kernel, Polynomial)
     t = sample.z.square().sum(2, keepdim=True, dtype=torch.float64) * kernel.gamma
-    weights = torch.as_tensor(sample.row_weights, dtype=torch.float64, device=t.device).square()
+    weights = _row_weights(sample).square()
     if gradient is not None:
         slope = kernel.kernel.slope(t) @ (kernel.weights * kernel.gamma)
         gradient += (2 * weights * slope[..., None]).to(gradient.dtype) * sample.z
@@ -257,10 +257,16 @@ def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> fl
     return (weights * value[..., None]).sum((1, 2))
 
 
+def _row_weights(sample: _Sample) -> Tensor:
+    """(B, N, 1), in float64. A number is filled in, as its copy to a GPU would wait and can't be captured in a CUDA graph."""
+    z, p = sample.z, sample.row_weights
+    p = p.double() if isinstance(p, Tensor) else z.new_full((1, 1, 1), p, dtype=torch.float64)
+    return p.expand(*z.shape[:2], 1)
+
+
 def _prior(sample: _Sample, kernel: KernelSum) -> tuple[Tensor, Tensor, Tensor]:
     """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift, (B,), and its gradients to x and to the one bandwidth."""
-    x, p, h = sample.z, sample.row_weights, kernel.bandwidth
-    p = torch.as_tensor(p, dtype=torch.float64, device=x.device).expand(*x.shape[:2], 1)
+    x, p, h = sample.z, _row_weights(sample), kernel.bandwidth
     cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[2], h)
     # The rows' share in the constant.
     share = p.sum(1)
