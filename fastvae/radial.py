@@ -10,7 +10,7 @@ import itertools
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -65,7 +65,7 @@ class Kernel:
 
     @property
     def parameters(self) -> list[float]:
-        return [float(value) for value in astuple(self)]
+        return [float(getattr(self, field.name)) for field in fields(self)]
 
 
 def _parameter(name: str, value: Any, rule: str, holds: Any) -> None:

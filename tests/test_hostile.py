@@ -70,7 +70,8 @@ def test_compiles_without_gradients_and_with_one_tensor_twice(gradient):
         lambda x: fastvae.group_mmd(x, labels, num_groups=2).values,
     ):
         torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
-    with pytest.raises(Exception, match="num_groups must be given"):
+    # torch 2.6 stops at the context that the sentence is raised in.
+    with pytest.raises(Exception, match=r"num_groups must be given|WITH_EXCEPT_START"):
         torch.compile(lambda x: fastvae.group_mmd(x, labels).values, fullgraph=True, backend="aot_eager")(x)
 
 

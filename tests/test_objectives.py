@@ -180,7 +180,7 @@ def test_a_weight_that_is_set_does_not_compile_anew(output, x):
     objective = VAEObjective.info_vae(0.5, 2.0)
     objective.set(kl_weight=0.0)
     count = CompileCounter()
-    compiled = torch.compile(lambda z: objective(output._replace(z=z), x).loss, fullgraph=True, backend=count)
+    compiled = torch.compile(lambda z: objective(VAEOutput(output[0], z, *output[2:]), x).loss, fullgraph=True, backend=count)
     for weight in (0.0, 0.5, 1.0):
         objective.set(kl_weight=weight)
         torch.testing.assert_close(compiled(output.z), objective(output, x).loss)
@@ -444,7 +444,10 @@ def test_importance_weighted_needs_its_samples(model, x):
         VAEObjective.iwae(1)(deterministic(x), x)
 
 
-@pytest.mark.parametrize("gradient", ["reparameterised", "doubly"])
+no_hooks = pytest.mark.skipif(torch.__version__ < (2, 13), reason="the compiler of torch 2.6 and 2.11 cannot do with a tensor's hook")
+
+
+@pytest.mark.parametrize("gradient", ["reparameterised", pytest.param("doubly", marks=no_hooks)])
 def test_importance_weighted_bound_of_one_compiled_graph(gradient, model, x):
     eps = torch.randn(N, K, LATENT, dtype=torch.float64)
     compiled = torch.compile(lambda: importance_weighted(gradient, model, x, eps).loss, fullgraph=True, backend="aot_eager")

@@ -148,7 +148,7 @@ class QuadraticForm(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], quadratic_form_op(*args))
+        return cast("tuple[Tensor, Tensor]", quadratic_form_op(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -23,7 +23,7 @@ BACKWARD_SCHEMA = (
 def forward_op(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, D) and KL in the accumulation dtype, (N,) or per dimension (N, D)."""
     if backend == "triton":
-        return cast(tuple[Tensor, Tensor], _triton_forward(mu, logvar, noise, per_dimension, backend))
+        return cast("tuple[Tensor, Tensor]", _triton_forward(mu, logvar, noise, per_dimension, backend))
     _refuse_seed(noise)
     return cpu.forward(mu, logvar, noise, per_dimension)
 
@@ -52,7 +52,7 @@ def backward_op(
 ) -> tuple[Tensor, Tensor]:
     """dμ and dlogvar (N, D)."""
     if backend == "triton":
-        return cast(tuple[Tensor, Tensor], _triton_backward(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend))
+        return cast("tuple[Tensor, Tensor]", _triton_backward(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend))
     _refuse_seed(noise)
     return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
 
@@ -93,8 +93,8 @@ def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not needs_grad(*args[:2]) and torch.compiler.is_compiling():
-        return cast(tuple[Tensor, Tensor], forward_op(*args))
-    return cast(tuple[Tensor, Tensor], ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
+        return cast("tuple[Tensor, Tensor]", forward_op(*args))
+    return cast("tuple[Tensor, Tensor]", ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
 
 
 class ReparameterizeKL(torch.autograd.Function):
@@ -102,7 +102,7 @@ class ReparameterizeKL(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], forward_op(*args))
+        return cast("tuple[Tensor, Tensor]", forward_op(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -136,7 +136,7 @@ class ReparameterizeKLBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], backward_op(*args))
+        return cast("tuple[Tensor, Tensor]", backward_op(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
