@@ -64,14 +64,7 @@ def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], ar
         constants: the constexprs, num_warps and num_stages.
         aligned: integer arguments that are multiples of 16.
     """
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
-    missing = [name for name in fn.arg_names if name not in types and name not in constants]
-    if missing:
-        raise ValueError(f"{fn.__name__} must have a type or a value for each argument, got none for {', '.join(missing)}")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in aligned or signature[name].startswith("*")}
-    source = ASTSource(fn=fn, signature=signature, constexprs={k: v for k, v in constants.items() if k in fn.arg_names}, attrs=attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    binary = compile_for(GPUTarget("cuda", arch, 32), fn, types, constants, aligned)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -82,6 +75,18 @@ def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], ar
     ops = collections.Counter(op.lstrip("@") for op, _ in code)
     local = sum(n for op, n in ops.items() if op.startswith(_LOCAL))
     return Binary(int(found[1]), int(found[2]), binary.metadata.shared, local, ops, _loops(code, labels))
+
+
+def compile_for(target: GPUTarget, fn: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
+    """Triton's binary; arguments as of `compile_kernel`."""
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    missing = [name for name in fn.arg_names if name not in types and name not in constants]
+    if missing:
+        raise ValueError(f"{fn.__name__} must have a type or a value for each argument, got none for {', '.join(missing)}")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in aligned or signature[name].startswith("*")}
+    source = ASTSource(fn=fn, signature=signature, constexprs={k: v for k, v in constants.items() if k in fn.arg_names}, attrs=attrs)
+    return triton.compile(source, target=target, options=options)
 
 
 def is_matrix(op: str) -> bool:

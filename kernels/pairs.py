@@ -61,6 +61,8 @@ _SQUARING_BITS = 3
 
 # Triton's interpreter keeps bfloat16 as bits, which its dot would multiply.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Neither the interpreter nor AMD's library has the fast logarithm.
+_PLAIN_LOG = tl.constexpr(_INTERPRETED.value or torch.version.hip is not None)
 
 
 @triton.jit
@@ -174,7 +176,7 @@ def _gaussian(
 @triton.jit
 def _log2(t):
     # The compiler's own is exact for denormal numbers too, for thirty instructions.
-    if _INTERPRETED or t.dtype == tl.float64:
+    if _PLAIN_LOG or t.dtype == tl.float64:
         return tl.log2(t)
     else:
         return libdevice.fast_log2f(t)

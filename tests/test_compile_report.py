@@ -49,3 +49,41 @@ def test_compiled_anew(committed, tmp_path):
         assert row["shared_bytes"] <= row["shared_limit"], key
         if row["triton"] == committed[key]["triton"]:
             assert row["instructions"] <= committed[key]["instructions"] + RISE, key
+
+
+_FOR_AMD = """
+import torch
+torch.version.hip = "6.4"  # what tells PyTorch's build for AMD from others
+from triton.backends.compiler import GPUTarget
+from benchmarks import compile_report as report, sass
+from fastvae.radial import RationalQuadratic
+
+class Compiled(Exception):
+    pass
+
+def compile_for_amd(fn, types, constants, architecture, aligned=()):
+    raise Compiled(sass.compile_for(GPUTarget("hip", "gfx942", 64), fn, types, constants, aligned).metadata.shared)
+
+report.compile_kernel = compile_for_amd
+for variant in (
+    report.Sweep("highest", 16, False, False),
+    report.Sweep("highest", 64, True, True, kernel=RationalQuadratic(2.3)),
+    report.Differences("fp32", 16, True, 5),
+    report.Matmul("forward", "highest", 64, 64),
+    report.Rows("backward", "bf16", 64, True),
+    report.Density("rows", "fp32", 16, False),
+):
+    try:
+        report.row(variant, 80)
+    except Compiled as compiled:
+        assert compiled.args[0] <= 64 << 10, variant
+    else:
+        raise AssertionError(variant)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_for_an_amd_gpu():
+    """The MI300 (gfx942), with the configurations of sm_80, which are those of an unknown GPU: within its 64 KiB of shared memory."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", _FOR_AMD], check=True, cwd=Path(__file__).parents[1], env=env)
