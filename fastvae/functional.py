@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.distributed import Heard, gather, gather_rows, sum_shares
+from fastvae.distributed import Heard, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
@@ -365,7 +365,7 @@ def group_mmd(
         bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here. A rule takes all rows of z
             together.
         estimator: "biased" or "unbiased".
-        process_group: as in `mmd`, but that each rank sweeps the rows of all; num_groups must be given.
+        process_group: as in `mmd`; num_groups must be given. Each rank sweeps its own rows against all, once more for the gradient.
 
     Returns:
         `GroupMMD(values, valid, pairs)`. A group with fewer than two members, or fewer than two rows of a weight that is not zero, is
@@ -389,21 +389,18 @@ def group_mmd(
         if process_group is not None:
             checks.process_group(process_group)
             checks.known_groups(num_groups)
-    if process_group is not None:
-        z = gather("z", z, process_group)
-        (groups,), _ = gather_rows("groups", [groups if groups.is_floating_point() else groups.long()], process_group)
-    if isinstance(bandwidth, str):
-        h = resolve(bandwidth, z)
     dtype = accumulation_dtype(z.dtype)
-    if not groups.is_floating_point():
-        # Sorted, as a tile of rows then meets few groups.
-        groups, order = groups.long().sort(stable=True)
-        z = z[order]
-        groups = torch.nn.functional.one_hot(groups, size)
-    members = groups.detach().to(torch.float64)
-    valid = (members != 0).sum(0) >= 2
+    labels = None if groups.is_floating_point() else groups.long()
+    groups = groups.detach() if labels is None else labels
+    all_z, all_groups, start = z, groups, 0
+    if process_group is not None:
+        (all_z, all_groups), start = gather_rows("z", [z, groups], process_group)
+    if isinstance(bandwidth, str):
+        h = resolve(bandwidth, all_z)
+    members, counted = ((t if labels is None else torch.nn.functional.one_hot(t, size)).double() for t in (groups, all_groups))
+    valid = (counted != 0).sum(0) >= 2
     # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
-    rounded = torch.where(valid, members / members.sum(0), 0).to(dtype)
+    rounded = torch.where(valid, counted / counted.sum(0), 0).to(dtype)
     total = rounded.double().sum(0).where(valid, 1)
     p = rounded.double() / total
     self_weights = p.T @ p
@@ -419,18 +416,34 @@ def group_mmd(
         counts = wanted.double()
     expected = torch.diag(scale * (counts.sum(0) + counts.sum(1))) - 2 * counts
 
+    v = torch.where(valid, members / counted.sum(0), 0).to(dtype)
+    if labels is not None:
+        # Sorted, as a tile of rows then meets few groups.
+        order = labels.argsort(stable=True)
+        z, v = z[order], v[order]
     if backend == "reference":
-        sums = reference.quadratic_form(z.to(dtype), rounded, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
+        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
     else:
         canonical, factor = family.canonical()
         options = (canonical.name, canonical.parameters, precision or "", backend or "")
-        sums = apply_quadratic_form(z, rounded, factor * h, a, *options, expected=expected)
+        sums = apply_quadratic_form(z, v, factor * h, a, *options, expected=expected)
+    if process_group is not None:
+        # This rank's rows against the others': half of what the sum over the ranks has of them, and all of its gradient to these rows.
+        place = torch.arange(all_z.shape[0], device=z.device)
+        others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], rounded, 0)
+        kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
+        across = v.double().T @ kernel_matmul(z.to(dtype), all_z.to(dtype), others, bandwidth=h, **kernel_options).double()
+        across = across + across.T
+        sums = sums + across - 0.5 * across.detach()
     sums = sums / (total[:, None] * total)
-    if family.radial:
-        with_self = sums + self_weights * family.at_zero * a.to(z.device).sum()
-    else:
+    with_self = sums
+    if not family.radial:
         own = family.phi(z.double().square().sum(1, keepdim=True) * family.gamma(h.to(z.device), z.shape[1])) @ a.to(z.device)
-        with_self = sums + p.T @ (p * own[:, None])
+        with_self = sums + (v.double() / total).T @ (v.double() / total * own[:, None])
+    if process_group is not None:
+        sums, with_self = sum_shares(torch.stack([sums, with_self]), process_group).unbind()
+    if family.radial:
+        with_self = with_self + self_weights * family.at_zero * a.to(z.device).sum()
     within = scale * (sums if estimator == "unbiased" else with_self).diagonal()
     values = torch.where(wanted, within[:, None] + within - with_self - with_self.T, 0).to(dtype)
     if index is None:
