@@ -1,4 +1,4 @@
-"""The README's tables, from the committed rows: python -m benchmarks.table --n 8192."""
+"""The README's tables, from the committed rows: python -m benchmarks.table --n 8192 --device Intel."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from benchmarks.rows import devices, load, milliseconds
 _DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
 
 
-def tables(n: int | None = None) -> str:
-    """All tables, or of `mmd` only the rows of one N."""
-    return "\n\n".join(text for benchmark in ("mmd", "reparameterize_kl") for text in _tables(benchmark, n if benchmark == "mmd" else None))
+def tables(n: int | None = None, machine: str = "") -> str:
+    """All tables, or those of devices with `machine` in their name, and of `mmd` only the rows of one N."""
+    kinds = (("mmd", n), ("reparameterize_kl", None))
+    return "\n\n".join(text for benchmark, rows in kinds for text in _tables(benchmark, rows, machine))
 
 
-def _tables(benchmark: str, n: int | None) -> list[str]:
-    rows = [row for row in load(benchmark) if n in (None, row["n"])]
+def _tables(benchmark: str, n: int | None, machine: str) -> list[str]:
+    rows = [row for row in load(benchmark) if n in (None, row["n"]) and machine in row["device"]]
     texts = []
     for device in devices(rows):
         here = [row for row in rows if row["device"] == device]
@@ -66,4 +67,6 @@ def _reasons(rows: list[dict[str, Any]]) -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, help="only the rows of mmd with this N")
-    print(tables(parser.parse_args().n))
+    parser.add_argument("--device", default="", help="only devices with this in their name")
+    args = parser.parse_args()
+    print(tables(args.n, args.device))
