@@ -45,7 +45,7 @@ FAULTS = [
     Fault(
         "CPU: lost diagonal of K_xx",
         "fastvae/ops/mmd.py",
-        "        return sample.sum_of_squares * kernel.kernel.at_zero * (kernel.weights @ (1 - kernel.shifts))\n",
+        "        return sample.sum_of_squares * kernel.kernel.at_zero * ((1 - kernel.shifts) @ kernel.weights)\n",
         "        return 0.0\n",
         MMD_CPU,
     ),
@@ -101,8 +101,8 @@ FAULTS = [
     Fault(
         "unbiased: N² for N(N − 1)",
         "fastvae/ops/mmd.py",
-        "            scale: float | Tensor = 1 / (1 - 1 / total) if unbiased else 1.0\n",
-        "            scale: float | Tensor = 1.0\n",
+        "                scale = scale / (1 - 1 / total)\n",
+        "                pass\n",
         MMD_CPU,
     ),
     Fault(
