@@ -73,6 +73,7 @@ class Sweep:
     ladder: bool = True  # each bandwidth's k is the square of the one before
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
     finer: bool = False  # the pass of more exact products, for smaller bandwidths
+    batched: bool = False
 
     @property
     def symmetric(self) -> bool:
@@ -88,6 +89,7 @@ class Sweep:
             f"bandwidths{self.bandwidths}",
         ]
         parts += ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted + ["finer"] * self.finer
+        parts += ["batched"] * self.batched
         return " ".join(parts + kernel_words(self.kernel))
 
 
@@ -177,6 +179,8 @@ def variants(architecture: int) -> Iterator[Variant]:
                             yield Sweep(precision, dim, gradient, within, bandwidths)
     for gradient in (False, True):
         yield Sweep("highest", 64, gradient, True, 5, weighted=True, ladder=False)
+        for dim in (16, 64):
+            yield Sweep("highest", dim, gradient, True, batched=True)
         for dtype in ("fp32", "fp64"):
             yield Differences(dtype, 16, gradient, 5)
         yield from _family(architecture, gradient)
@@ -332,6 +336,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     types |= {"route_ptr": "*i32"} | dict.fromkeys(("row_blocks", "M", "padding", "table_size"), "i32")
     constants = {
         "ROUTE": int(variant.finer),
+        "BATCHED": variant.batched,
         "FAMILY": pairs.family_of(variant.kernel),
         "WITHIN": variant.within,
         "SYMMETRIC": variant.symmetric,
@@ -367,6 +372,7 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
     types |= dict.fromkeys(("row_blocks", "columns", "M", "table_size"), "i32")
     constants = {
         "ROUTE": 1,
+        "BATCHED": False,
         "FAMILY": pairs.family_of(variant.kernel),
         "WITHIN": True,
         "GRADIENT": variant.gradient,

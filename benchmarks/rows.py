@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# What the providers of rows are called that were measured with them.
+HUGE_PAGES = ", huge pages"
 
 
 def load(benchmark: str, results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -26,9 +26,9 @@ import torch
 import fastvae
 from benchmarks.measure import Ceilings, commit, interleaved, machine, peak_extra_mib, summary
 from benchmarks.providers import Provider, expected, providers, versions
+from benchmarks.rows import HUGE_PAGES, RESULTS
 from fastvae import reference
 
-RESULTS = Path(__file__).parent / "results"
 DIRECTIONS = ("forward", "forward+backward")
 # Five, each half of the next in h², around the square root of the number of features.
 LADDER = (0.5, 0.5**0.5, 1.0, 2**0.5, 2.0)
@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 
 
 # Half of the time of an eager step is page faults.
-HUGE_PAGES = ", huge pages" * (os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
+SUFFIX = HUGE_PAGES * (os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
 
 
 def bandwidths_of(dim: int, count: int) -> tuple[float, ...]:
@@ -115,7 +115,7 @@ def mmd_rows(args: argparse.Namespace, device: str, ceilings: Ceilings, common: 
             memory = {name: peak_extra_mib(step, device) for name, step in steps.items()}
             times = interleaved(steps, device, args.rounds, args.seconds)
             for provider in listed:
-                row = {**case, "provider": provider.name + HUGE_PAGES, "status": status[provider.name], "note": provider.note}
+                row = {**case, "provider": provider.name + SUFFIX, "status": status[provider.name], "note": provider.note}
                 if provider.name in times:
                     row |= summary(times[provider.name], device)
                     row["pairs_per_second"] = round(3 * n * n / (1e-3 * row["median_ms"]))
@@ -165,7 +165,7 @@ def reparameterize_kl_rows(args: argparse.Namespace, device: str, ceilings: Ceil
             moved = 4 * n * dim * (4 if direction == "forward" else 4 + 7)
             for name in computed:
                 row = {"benchmark": "reparameterize_kl", "direction": direction, "n": n, "dim": dim, "dtype": "float32"}
-                row |= {"provider": name + HUGE_PAGES, "status": status[name], "note": ""}
+                row |= {"provider": name + SUFFIX, "status": status[name], "note": ""}
                 if name in times:
                     row |= summary(times[name], device)
                     row["extra_mib"] = memory[name]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
-from benchmarks.rows import devices, load, milliseconds
+from benchmarks.rows import HUGE_PAGES, devices, load, milliseconds
 
 _DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
 
@@ -19,30 +20,33 @@ def tables(n: int | None = None, machine: str = "") -> str:
 def _tables(benchmark: str, n: int | None, machine: str) -> list[str]:
     rows = [row for row in load(benchmark) if n in (None, row["n"]) and machine in row["device"]]
     texts = []
-    for device in devices(rows):
-        here = [row for row in rows if row["device"] == device]
-        providers = list(dict.fromkeys(row["provider"] for row in here))
+    for device, suffix in itertools.product(devices(rows), ("", HUGE_PAGES)):
+        here = [row for row in rows if row["device"] == device and row["provider"].endswith(HUGE_PAGES) == bool(suffix)]
+        if not here:
+            continue
+        providers = list(dict.fromkeys(row["provider"].removesuffix(suffix) for row in here))
         cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
         for row in here:
             case = (row["direction"], row["n"], row["dim"], row.get("bandwidths", 0))
-            cases.setdefault(case, {})[row["provider"]] = row
-        lines = [_title(benchmark, here), ""]
+            cases.setdefault(case, {})[row["provider"].removesuffix(suffix)] = row
+        lines = [_title(benchmark, here, suffix), ""]
         head = ["", "N", "D", *(["bandwidths"] if benchmark == "mmd" else []), *providers]
         lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for (direction, n, dim, bandwidths), found in sorted(cases.items(), key=lambda case: case[0]):
             cells = [_DIRECTION[direction], f"{n:,}", str(dim), *([str(bandwidths)] if benchmark == "mmd" else [])]
             lines.append("| " + " | ".join(cells + [_cell(found.get(name), found.get("fastvae")) for name in providers]) + " |")
-        lines += [""] + [f"- {name}: {why}" for name, why in _reasons(here).items()]
+        if not suffix:
+            lines += [""] + [f"- {name}: {why}" for name, why in _reasons(here).items()]
         texts.append("\n".join(lines).rstrip())
     return texts
 
 
-def _title(benchmark: str, rows: list[dict[str, Any]]) -> str:
+def _title(benchmark: str, rows: list[dict[str, Any]], suffix: str) -> str:
     row = rows[-1]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "pykeops", "geomloss") if row[name] != "not installed")
     unit = "processor time" if "processor_ms" in row or any("processor_ms" in r for r in rows) else "time"
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if unit != "time" else ""
-    return f"`{benchmark}`, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {row['date']}:"
+    return f"`{benchmark}`{suffix}, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {row['date']}:"
 
 
 def _cell(row: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:

@@ -114,6 +114,7 @@ def sweep_kernel(
     padding,  # columns that are padding
     table_size,
     ROUTE: tl.constexpr,
+    BATCHED: tl.constexpr,  # B > 1
     WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
     SYMMETRIC: tl.constexpr,  # columns from the diagonal on, those right of it twice
     GRADIENT: tl.constexpr,
@@ -132,30 +133,40 @@ def sweep_kernel(
 
     Program 0 is the block of all B·N rows, program 1 the block of moments, program 2 the share.
     """
-    problem = tl.program_id(0) // row_blocks
-    if tl.load(route_ptr + problem) != ROUTE:
+    if BATCHED:
+        # Bases of their own for the pointers take registers, which one problem is spared.
+        problem = tl.program_id(0) // row_blocks
+        route_ptr += problem
+    if tl.load(route_ptr) != ROUTE:
         return
     # One bandwidth of a Gaussian has its value for slope, and of a polynomial only moments are wanted.
     SLOPES: tl.constexpr = FAMILY < POLYNOMIAL and (FAMILY != GAUSSIAN or BANDWIDTHS > 1)
     # where
-    start_n = (tl.program_id(0) - problem * row_blocks) * BLOCK_N
+    start_n = tl.program_id(0) * BLOCK_N
     d_out = tl.program_id(1)
     split = tl.program_id(2)
-    rows = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N
+    rows = tl.num_programs(0) * BLOCK_N
+    if BATCHED:
+        start_n -= problem * row_blocks * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_start = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N * D
+    row_start = tl.cast(start_n, tl.int64) * D
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
-    first_column = tl.cast(problem, tl.int64) * M
-    col_hi_ptr += first_column * D
-    col_lo_ptr += first_column * D
-    col_half_ptr += first_column
-    col_weight_ptr += first_column
-    table_ptr += problem * table_size
-    shift_ptr += 2 * problem
+    if BATCHED:
+        first_row = tl.cast(problem, tl.int64) * row_blocks * BLOCK_N
+        row_start += first_row * D
+        row_half_ptr += first_row
+        value_ptr += first_row
+        slope_ptr += first_row
+        first_column = tl.cast(problem, tl.int64) * M
+        col_hi_ptr += first_column * D
+        col_lo_ptr += first_column * D
+        col_half_ptr += first_column
+        col_weight_ptr += first_column
+        table_ptr += problem * table_size
+        shift_ptr += 2 * problem
 
     # load
-    row_half = tl.load(row_half_ptr + offs_row)
+    row_half = tl.load(row_half_ptr + offs_n)
     row_hi_ptrs = row_hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_lo_ptrs = row_lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, MODE)
@@ -214,12 +225,12 @@ def sweep_kernel(
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + split * rows + offs_row, value)
+        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, value)
         if GRADIENT:
-            tl.store(slope_ptr + split * rows + offs_row, slope)
+            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, slope)
     if GRADIENT:
         offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-        tl.store(moments_ptr + (split * rows * D + row_start) + offs_out, moments)
+        tl.store(moments_ptr + (tl.cast(split, tl.int64) * rows * D + row_start) + offs_out, moments)
 
 
 @triton.jit(do_not_specialize=["row_blocks", "columns", "M", "table_size"])
@@ -239,6 +250,7 @@ def differences_kernel(
     M,  # columns without padding
     table_size,
     ROUTE: tl.constexpr,
+    BATCHED: tl.constexpr,  # B > 1
     WITHIN: tl.constexpr,
     GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -252,23 +264,32 @@ def differences_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """The sums of `sweep_kernel` from u_j − u_i itself, for points whose norms dwarf the bandwidth."""
-    problem = tl.program_id(0) // row_blocks
-    if tl.load(route_ptr + problem) != ROUTE:
+    if BATCHED:
+        # Bases of their own for the pointers take registers, which one problem is spared.
+        problem = tl.program_id(0) // row_blocks
+        route_ptr += problem
+    if tl.load(route_ptr) != ROUTE:
         return
     # where
     d_out = tl.program_id(1)
     split = tl.program_id(2)
-    rows = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N
-    offs_n = (tl.program_id(0) - problem * row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.num_programs(0) * BLOCK_N
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
-    row_start = offs_row[:, None] * D
-    first_column = tl.cast(problem, tl.int64) * columns
-    col_ptr += first_column * D
-    col_weight_ptr += first_column
-    table_ptr += problem * table_size
-    shift_ptr += 2 * problem
+    if BATCHED:
+        offs_n -= problem * row_blocks * BLOCK_N
+    row_start = offs_n[:, None].to(tl.int64) * D
+    if BATCHED:
+        first_row = tl.cast(problem, tl.int64) * row_blocks * BLOCK_N
+        row_start += first_row * D
+        value_ptr += first_row
+        slope_ptr += first_row
+        first_column = tl.cast(problem, tl.int64) * columns
+        col_ptr += first_column * D
+        col_weight_ptr += first_column
+        table_ptr += problem * table_size
+        shift_ptr += 2 * problem
 
     # load
     value_shift = tl.load(shift_ptr)
@@ -310,11 +331,11 @@ def differences_kernel(
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + split * rows + offs_row, tl.sum(value_acc, 1))
+        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.sum(value_acc, 1))
         if GRADIENT:
-            tl.store(slope_ptr + split * rows + offs_row, tl.zeros([BLOCK_N], dtype=row_out.dtype))
+            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.zeros([BLOCK_N], dtype=row_out.dtype))
     if GRADIENT:
-        tl.store(moments_ptr + split * rows * D + row_start + offs_d[None, :], moments)
+        tl.store(moments_ptr + tl.cast(split, tl.int64) * rows * D + row_start + offs_d[None, :], moments)
 
 
 @dataclass
@@ -394,7 +415,7 @@ class Sweep:
         slope = torch.empty_like(value) if gradient else value
         moments = points.new_empty(splits, batch, n, d) if gradient else value
         weights = value if columns.padded_weights is None else columns.padded_weights
-        constants = {"GRADIENT": gradient, "WEIGHTED": weighted, "WITHIN": within, "D": d, **evaluation.constants}
+        constants = {"GRADIENT": gradient, "WEIGHTED": weighted, "WITHIN": within, "D": d, "BATCHED": batch > 1, **evaluation.constants}
         symmetric = within and not gradient and not weighted
         table_size = evaluation.table.shape[-1]
         for number, (mode, config, a, b) in enumerate(zip(evaluation.modes, self.configs, rows.operands, columns.operands, strict=True)):
