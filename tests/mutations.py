@@ -36,6 +36,27 @@ MMD_TRITON = ("tests/test_mmd.py", "-k", "test_triton and (unbiased or tile or w
 
 FAULTS = [
     Fault(
+        "Triton: every problem of a batch reads the columns of the first",
+        "kernels/mmd.py",
+        "        col_hi_ptr += first_column * D\n",
+        "",
+        ("tests/test_mmd.py", "-k", "one_launch and rbf"),
+    ),
+    Fault(
+        "group_mmd of a process group: pairs of two ranks count twice",
+        "fastvae/functional.py",
+        "sums = sums + across - 0.5 * across.detach()",
+        "sums = sums + across",
+        ("tests/test_distributed.py", "-k", "test_on_ranks and 2"),
+    ),
+    Fault(
+        "CPU: the padding of a group has a weight",
+        "fastvae/cpu/quadratic_form.py",
+        "        v = v[source] * kept[:, None]\n",
+        "        v = v[source]\n",
+        ("tests/test_quadratic_form.py",),
+    ),
+    Fault(
         "CPU: a row's pair with itself is not left out",
         "fastvae/cpu/tiles.py",
         "                value.fill_diagonal_(0)\n",
