@@ -389,6 +389,7 @@ def group_mmd(
         if process_group is not None:
             checks.process_group(process_group)
             checks.known_groups(num_groups)
+        index = None if pairs is None else checks.pairs(pairs, size).to(z.device)
     dtype = accumulation_dtype(z.dtype)
     labels = None if groups.is_floating_point() else groups.long()
     groups = groups.detach() if labels is None else labels
@@ -407,9 +408,7 @@ def group_mmd(
     scale = 1 / (1 - self_weights.diagonal().where(valid, 0)) if estimator == "unbiased" else torch.ones_like(self_weights[0])
 
     wanted = valid[:, None] & valid & ~torch.eye(size, dtype=torch.bool, device=z.device)
-    index = None
-    if pairs is not None:
-        index = checks.pairs(pairs, size).to(z.device)
+    if index is not None:
         # How often each pair counts in the sum over the given ones.
         counts = torch.zeros_like(self_weights).index_put_((index[:, 0], index[:, 1]), torch.ones_like(p[:1, 0]), accumulate=True) * wanted
     else:
@@ -432,7 +431,9 @@ def group_mmd(
         place = torch.arange(all_z.shape[0], device=z.device)
         others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], rounded, 0)
         kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
-        across = v.double().T @ kernel_matmul(z.to(dtype), all_z.to(dtype), others, bandwidth=h, **kernel_options).double()
+        # Near one, as k of a wide bandwidth is, sums of k in float32 would not cancel as those of k − 1 of a sweep do.
+        fine = torch.float64 if z.device.type == "cpu" else dtype
+        across = v.double().T @ kernel_matmul(z.to(fine), all_z.to(fine), others.to(fine), bandwidth=h, **kernel_options).double()
         across = across + across.T
         sums = sums + across - 0.5 * across.detach()
     sums = sums / (total[:, None] * total)

@@ -422,8 +422,13 @@ class VAEObjective(GroupModule):
     def _total_correlation(self, output: VAEOutput) -> Tensor:
         if output.logvar is None:
             raise ValueError("tc_weight must be 0 for a deterministic posterior, which has no density, got a weight")
-        # Together, so that a compiler sees that they have as many rows.
-        codes = self._whole(torch.cat([output.z, output.mu, output.logvar], 1)).chunk(3, 1)
+        codes = [output.z, output.mu, output.logvar]
+        if self.process_group is not None:
+            for name, t in (("mu", output.mu), ("logvar", output.logvar)):
+                checks.same_shape("z", output.z, name, t)
+                checks.same_kind("z", output.z, name, t)
+            # Together, so that a compiler sees that they have as many rows.
+            codes = list(self._whole(torch.cat(codes, 1)).chunk(3, 1))
         # A batch for evaluation may be larger than the training set; written as a sum, as a compiler sees that one is not less than rows.
         rows = codes[0].shape[0]
         size = rows + torch.sym_max((self.dataset_size or 0) - rows, 0)  # type: ignore[no-untyped-call]

@@ -375,7 +375,7 @@ class Sweep:
         rows = z.shape[1] + -z.shape[1] % max(config.block_n for config in self.configs)
         features = max(padded_dim(z.shape[2], config) for config in self.configs)
         operands = [Operands.of(z, self.evaluation, mode, rows, features) for mode in self.evaluation.modes]
-        padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[1]))
+        padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[1])).contiguous()
         return Points(z - self.evaluation.centre[:, None], weights, padded, operands, torch.zeros_like(z) if gradient else None)
 
     def within(self, a: Points, scale: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ _ROUNDING_DOUBLE = 2.0**-49
 # A function of the root takes differences where more than this share of pairs is so near, relative to the rounding, that it turns their
 # direction by 1e-3, or by 1e-7 in float64.
 _NEAR, _NEAR_DOUBLE, _NEAR_SHARE = 2.0**10, 2.0**24, 2.0**-8
-# Rows of each sample from which that share is taken.
-_NEAR_ROWS = 128
+# Rows of each sample from which that share is taken, and problems of a batch of which it is taken at once.
+_NEAR_ROWS, _NEAR_PROBLEMS = 128, 64
 
 # Three bits of the constexpr SQUARINGS are the squarings of one bandwidth.
 _SQUARING_BITS = 3
@@ -489,6 +489,13 @@ def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, mode
 def _crowded(samples: Sequence[Tensor], limit: Tensor) -> Tensor:
     """Whether the squared distance of many pairs of a part of the rows is under the limit."""
     rows = torch.cat([z[..., :: -(-z.shape[-2] // _NEAR_ROWS), :] for z in samples], -2)
+    if rows.ndim == 2:
+        return _share_near(rows, limit)
+    # A few problems at a time: their matrices are small, those of a batch together are not.
+    return torch.cat([_share_near(*part) for part in zip(rows.split(_NEAR_PROBLEMS), limit.split(_NEAR_PROBLEMS), strict=True)])
+
+
+def _share_near(rows: Tensor, limit: Tensor) -> Tensor:
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     near = (distance.square() < limit[..., None, None]).sum((-2, -1)) - rows.shape[-2]
     return near > _NEAR_SHARE * rows.shape[-2] ** 2

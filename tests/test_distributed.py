@@ -86,6 +86,10 @@ def losses(rank, world):
         )
         if kernel == "rbf":
             assert_is_global(rank, world, lambda x, g, o=options: fastvae.mmd_to_normal(x, process_group=g, **o), x)
+    # k near one
+    wide = {"num_groups": 3, "bandwidth": 1e3}
+    value = fastvae.group_mmd(own(rank, world, x.float())[0], part(labels, True), process_group=dist.group.WORLD, **wide).values
+    torch.testing.assert_close(value.double(), fastvae.group_mmd(x, labels, **wide).values, rtol=1e-3, atol=0)
     value = fastvae.mmd_to_normal(own(rank, world, x)[0], bandwidth=8.0, process_group=dist.group.WORLD)
     torch.testing.assert_close(value, fastvae.mmd_to_normal(x, bandwidth=8.0))
 
@@ -227,6 +231,12 @@ def one_rank_with_bad_input(rank, world):
             lambda: fastvae.group_mmd(x, labels + 5, num_groups=2, process_group=group),
             REFUSED,
             "groups must hold integers from 0 to 1",
+        ),
+        (
+            lambda: fastvae.group_mmd(x, labels, num_groups=2, pairs=[(0, 1)], process_group=group),
+            lambda: fastvae.group_mmd(x, labels, num_groups=2, pairs=[(0, 7)], process_group=group),
+            REFUSED,
+            "pairs must hold groups from 0 to 1",
         ),
     ]
     for *calls, sentence_0, sentence_1 in cases:

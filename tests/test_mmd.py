@@ -275,9 +275,10 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, monkeypatch
     launches = []
     monkeypatch.setattr(kernels, "column_splits", lambda programs, *_: launches.append(programs) or 1)
     scale = torch.tensor([1e-3, 1.0, 30.0], device=DEVICE)[:, None, None]
-    x, y = torch.randn(3, 140, 5, device=DEVICE) * scale + scale, torch.randn(3, 70, 5, device=DEVICE) * scale
-    p = torch.rand(3, 140, device=DEVICE)
-    p = p / p.sum(-1, keepdim=True) if weighted else None
+    rows = 128 if weighted else 140
+    x, y = torch.randn(3, rows, 5, device=DEVICE) * scale + scale, torch.randn(3, 70, 5, device=DEVICE) * scale
+    p = torch.rand(128, 3, device=DEVICE).T if weighted else None  # not contiguous, and no row is padding
+    p = None if p is None else p / p.sum(-1, keepdim=True)
     options = {"kernel": kernel, "bandwidth": (0.5, 1.0), "backend": "triton"}
     singles = [evaluate(partial(fastvae.mmd, x_weights=None if p is None else p[n]), x[n], y[n], **options) for n in range(3)]
     assert len(launches) == 3 * 4  # x, y, x against y and y against x
@@ -288,6 +289,17 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, monkeypatch
     gradients = torch.autograd.grad(values.sum(), (x, y))
     for actual, parts in zip((values.detach(), *gradients), zip(*singles, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(parts), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+def test_a_batch_of_more_than_one_launch(monkeypatch):
+    from fastvae.ops import mmd as op
+
+    x, y = torch.randn(5, 6, 3, device=DEVICE), torch.randn(5, 4, 3, device=DEVICE)
+    expected_values = fastvae.mmd(x, y, backend="triton")
+    monkeypatch.setattr(op, "_PADDED", 2 * 128 * 16)
+    torch.testing.assert_close(fastvae.mmd(x, y, backend="triton"), expected_values, rtol=0, atol=0)
 
 
 def test_vmap_and_jacobians():

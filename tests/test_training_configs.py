@@ -108,6 +108,8 @@ CHECKPOINTS = {
     "a pickle of the options": ({"hyper_parameters": Intruder()}, "must be a checkpoint of tensors and plain values"),
     "weights of another model": ({"hyper_parameters": PLAIN | {"latent_dim": 3}}, "must be a checkpoint of this model"),
     "a model that fills the memory": ({"hyper_parameters": PLAIN | {"hidden": [10**9, 10**9]}}, "must be a checkpoint of this model"),
+    "options that are a list": ({"hyper_parameters": [1, 2]}, "must be a checkpoint of this model"),
+    "an option without a name": ({"hyper_parameters": PLAIN | {1: 2}}, "must be a checkpoint of this model"),
     "an unknown option": ({"hyper_parameters": PLAIN | {"bogus": 1}}, "bogus"),
     "an option of another type": ({"hyper_parameters": PLAIN | {"hidden": {}}}, "hidden"),
     "no weights": ({"state_dict": None}, "got a file without a state_dict"),

@@ -181,8 +181,8 @@ def load(ckpt_path: str, runs: str) -> ImageVAE:
     """The module of a checkpoint, on the CPU, for evaluation."""
     saved = read_checkpoint(checkpoint_file(ckpt_path, Path(runs, "*")))
     # Not by `load_from_checkpoint`, which calls the function that the file names as "_instantiator".
-    options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}
     try:
+        options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}
         with torch.device("meta"):  # nothing of a size that the weights in the file do not have
             ImageVAE(**options).on_load_checkpoint(saved)
         module = ImageVAE(**options)
