@@ -176,6 +176,19 @@ def evaluate(function, *points: Tensor, **options):
     return value.detach(), *torch.autograd.grad(value, points)
 
 
+def peak_bytes(function, inputs) -> int:
+    """Peak of the bytes of tensors that live at once, counted by PyTorch's profiler from its allocator's calls."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.autograd.grad(function(*leaves), leaves)
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
 def expected(case: Case, name: str, *points: Tensor):
     """The dense reference in float64, on the values that the case's dtype holds."""
     weights = {k: w.double() for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}

@@ -20,6 +20,7 @@ from tests.cases import (
     evaluate,
     expected,
     needs_triton,
+    peak_bytes,
     problems,
 )
 
@@ -402,15 +403,7 @@ def test_memory_grows_with_n_and_not_with_its_square():
     """Peak bytes of tensors that the sweep allocates, counted by the profiler at two sizes."""
 
     def peak(n):
-        x = torch.randn(n, 4, requires_grad=True)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            fastvae.mmd_to_normal(x, backend="cpu").backward()
-        live = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                most = max(most, live)
-        return most
+        return peak_bytes(partial(fastvae.mmd_to_normal, backend="cpu"), [torch.randn(n, 4)])
 
     small, large = peak(1024), peak(8192)
     assert large < 1024 * 8192 * 4

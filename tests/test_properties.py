@@ -30,7 +30,17 @@ from fastvae.cpu import tiles as cpu_tiles
 from fastvae.cpu import total_correlation as cpu_total_correlation
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 from fastvae.reference.mmd import bandwidths, kernel_matrix
-from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, PairErrors, accumulation, assert_close, needs_triton, output_rounding
+from tests.cases import (
+    DEVICE,
+    TOLERANCE,
+    TRITON_TOLERANCE,
+    PairErrors,
+    accumulation,
+    assert_close,
+    needs_triton,
+    output_rounding,
+    peak_bytes,
+)
 from tests.test_total_correlation import ROUNDINGS as TOTAL_CORRELATION_ROUNDINGS
 from tests.test_total_correlation import assert_close as assert_total_correlation_close
 
@@ -847,19 +857,6 @@ PEAK = {
     "reparameterize_kl": 6.0,
     "total_correlation": 18.0,
 }
-
-
-def peak_bytes(function, inputs) -> int:
-    """Peak of the bytes of tensors that live at once, counted by PyTorch's profiler from its allocator's calls."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        torch.autograd.grad(function(*leaves), leaves)
-    live = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the allocations of the CPU path")

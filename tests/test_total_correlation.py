@@ -9,7 +9,7 @@ import torch
 import fastvae
 from fastvae import reference
 from fastvae.reference.total_correlation import log_weights
-from tests.cases import DEVICE, needs_triton
+from tests.cases import DEVICE, needs_triton, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
@@ -359,15 +359,9 @@ def test_memory_grows_with_n_and_not_with_its_square():
     """Peak bytes of tensors that a step allocates, counted by the profiler at two sizes; of N×N×D the second would take 256 MiB."""
 
     def peak(n):
-        inputs = [t.requires_grad_() for t in batch(n, 4, torch.float32)]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            sum(fastvae.total_correlation(*inputs, dataset_size=10_000, backend="cpu")).backward()
-        live = most = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                most = max(most, live)
-        return most
+        return peak_bytes(
+            lambda *inputs: sum(fastvae.total_correlation(*inputs, dataset_size=10_000, backend="cpu")), batch(n, 4, torch.float32)
+        )
 
     small, large = peak(1024), peak(4096)
     assert large < 4 << 20
