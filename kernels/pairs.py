@@ -96,6 +96,10 @@ def split(w, MODE: tl.constexpr):
     elif MODE == SPLIT_TF32:
         hi = (w.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
         return hi, w - hi
+    elif MODE == TF32:
+        # Half a last place first, as tensor cores truncate: the gradient is then twice as exact.
+        hi = (w.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        return hi, hi
     elif MODE == BF16:
         hi = w.to(tl.bfloat16)
         return hi, hi
@@ -534,9 +538,10 @@ class Operands:
 
 def parts(z: Tensor, mode: int) -> tuple[Tensor, Tensor]:
     """z as the two operands that `dot` takes in this mode, the same one twice in all but the split ones."""
-    if mode == SPLIT_TF32.value:
+    if mode in (TF32.value, SPLIT_TF32.value):
+        # Tensor cores truncate: norms would then be of other points than the products.
         hi = _round_tf32(z)
-        return hi, _round_tf32(z - hi)
+        return hi, _round_tf32(z - hi) if mode == SPLIT_TF32.value else hi
     if mode in (BF16.value, SPLIT.value):
         hi = z.to(torch.bfloat16)
         return hi, (z - hi).to(torch.bfloat16) if mode == SPLIT.value else hi
@@ -544,4 +549,5 @@ def parts(z: Tensor, mode: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_tf32(z: Tensor) -> Tensor:
-    return ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    # The sum of bits carries out of a nan.
+    return torch.where(z.isfinite(), ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32), z)

@@ -11,6 +11,13 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
+from fastvae.checks import triton_interpreter
+
+if triton_interpreter():
+    from benchmarks.interpreter import emulate_tf32
+
+    emulate_tf32()
+
 
 @pytest.fixture(autouse=True)
 def seed():
