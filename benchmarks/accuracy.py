@@ -1,8 +1,8 @@
 """The error of every precision against float64, over dimensions, bandwidths and distance from the origin.
 
-Run: python -m benchmarks.accuracy [--dim D ...]. Without a GPU the kernels run in Triton's interpreter, with the operands that tensor cores
-make of tf32, for an hour and a half. Rows go to benchmarks/results/accuracy.jsonl, in place of those of the same dimensions, and the table of all to standard
-output.
+Run: python -m benchmarks.accuracy [--dim D ...] [--modes MODE ...]. Without a GPU the kernels run in Triton's interpreter, with the
+operands that tensor cores make of tf32, for an hour. Rows go to benchmarks/results/accuracy.jsonl, in place of those of the same dimensions
+and modes, and the table of all to standard output.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=DIMENSIONS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     args = parser.parse_args()
     np.seterr(over="ignore", invalid="ignore")
     rows = []
@@ -64,14 +65,15 @@ def main() -> None:
                 x, y = torch.randn(n, dim) + offset, 1.1 * torch.randn(n - n // 8, dim) + offset + 0.2
                 # Near pairs, so that a small bandwidth has something to see.
                 y[: n // 4] = x[: n // 4] + 0.5 * (squared_bandwidth / dim) ** 0.5 * torch.randn(n // 4, dim)
-                for mode in MODES:
+                for mode in args.modes:
                     value, grad = errors(mode, x, y, squared_bandwidth**0.5)
                     row = {"mode": mode, "d": dim, "bandwidth2": squared_bandwidth, "offset": offset, "value": value, "gradient": grad}
                     rows.append(row | {"n": n, "device": DEVICE, "torch": torch.__version__})
                     sys.stdout.write(f"{dim:5d} h² {squared_bandwidth:7g} offset {offset:5g} {mode:8s} {value:8.1e} {grad:8.1e}\n")
                     sys.stdout.flush()
     if RESULTS.exists():
-        rows += [row for row in map(json.loads, RESULTS.read_text().splitlines()) if row["d"] not in args.dim]
+        known = map(json.loads, RESULTS.read_text().splitlines())
+        rows += [row for row in known if row["d"] not in args.dim or row["mode"] not in args.modes]
     rows.sort(key=lambda row: (row["d"], row["bandwidth2"], row["offset"], MODES.index(row["mode"])))
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print("\n| precision | value: median | worst | gradient: median | worst |\n|---|---|---|---|---|")

@@ -261,7 +261,8 @@ class Product:
         return [*self.configs.values(), *self.difference_configs.values()]
 
     def points(self, z: Tensor) -> Operands:
-        return Operands.of(z, self.evaluation, self.mode, self._rows(z), self.features)
+        (operands,) = Operands.of(z, self.evaluation, [self.mode], self._rows(z), self.features)
+        return operands
 
     def factor(self, v: Tensor) -> _Factor:
         return _Factor.of(v, self.mode, self._rows(v), self.columns)

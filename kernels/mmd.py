@@ -342,7 +342,7 @@ def differences_kernel(
 class Points:
     """One sample of each problem, and what has pulled on its rows so far."""
 
-    z: Tensor  # (B, N, D), centred
+    z: Tensor  # (B, N, D)
     weights: Tensor | None  # (B, N)
     padded_weights: Tensor | None
     operands: list[Operands]  # for each pass
@@ -374,9 +374,9 @@ class Sweep:
         # One padding for every pass, whose sums share their buffers.
         rows = z.shape[1] + -z.shape[1] % max(config.block_n for config in self.configs)
         features = max(padded_dim(z.shape[2], config) for config in self.configs)
-        operands = [Operands.of(z, self.evaluation, mode, rows, features) for mode in self.evaluation.modes]
+        operands = Operands.of(z, self.evaluation, self.evaluation.modes, rows, features)
         padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[1])).contiguous()
-        return Points(z - self.evaluation.centre[:, None], weights, padded, operands, torch.zeros_like(z) if gradient else None)
+        return Points(z, weights, padded, operands, torch.zeros_like(z) if gradient else None)
 
     def within(self, a: Points, scale: Tensor) -> Tensor:
         return self._add(a, a, scale)
@@ -395,8 +395,10 @@ class Sweep:
         value, pull = self._row_sums(rows, columns)
         if rows.pull is not None:
             # What the sweep leaves out of each pair, in closed form.
-            mean = columns.z.mean(1) if columns.weights is None else torch.einsum("bm,bmd->bd", columns.weights, columns.z)
-            left_out = self.evaluation.slope_shift[:, None, None] * (rows.z - mean[:, None])
+            centre = self.evaluation.centre[:, None]
+            centred = columns.z - centre
+            mean = centred.mean(1) if columns.weights is None else torch.einsum("bm,bmd->bd", columns.weights, centred)
+            left_out = self.evaluation.slope_shift[:, None, None] * (rows.z - centre - mean[:, None])
             rows.pull += scale.to(pull.dtype)[:, None, None] * (pull + left_out)
         return value.mean(1) if rows.weights is None else (rows.weights * value).sum(1)
 

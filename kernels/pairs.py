@@ -518,22 +518,26 @@ class Operands:
 
     def product(self) -> Tensor:
         """The rows as the products see them."""
-        dtype = self.points.dtype
-        return self.hi.to(dtype) if self.hi is self.lo else self.hi.to(dtype) + self.lo.to(dtype)
+        product = self.hi.to(self.points.dtype)
+        return product if self.hi is self.lo else product + self.lo
 
     @staticmethod
-    def of(z: Tensor, evaluation: Evaluation, mode: int, rows: int, features: int) -> Operands:
-        """Of z (..., N, D), padded to `rows` and `features`."""
+    def of(z: Tensor, evaluation: Evaluation, modes: Sequence[int], rows: int, features: int) -> list[Operands]:
+        """Of z (..., N, D), padded to `rows` and `features`, for each mode."""
         n, dim = z.shape[-2:]
         blocks = (0, features - dim, 0, rows - n)
-        scaled = ((z - evaluation.centre[..., None, :]).double() * evaluation.scale).to(z.dtype)
+        # Each product in float64, but not an array of them.
+        scaled = torch.mul(z - evaluation.centre[..., None, :], evaluation.scale.reshape(1), out=torch.empty_like(z))
         points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, scaled))
-        hi, lo = parts(scaled, mode)
-        half = torch.full_like(scaled[..., 0], evaluation.padding)
-        operands = Operands(points, hi, lo, half, n, dim)
-        # Norms of what the products see, so that a point stays at distance zero from itself.
-        half[..., :n] = operands.product()[..., :n, :].square().sum(-1).mul_(-0.5) if evaluation.kernel.radial else 0
-        return operands
+        found = []
+        for mode in modes:
+            hi, lo = parts(scaled, mode)
+            half = torch.full_like(scaled[..., 0], evaluation.padding)
+            operands = Operands(points, hi, lo, half, n, dim)
+            # Norms of what the products see, so that a point stays at distance zero from itself.
+            half[..., :n] = operands.product()[..., :n, :].square().sum(-1).mul_(-0.5) if evaluation.kernel.radial else 0
+            found.append(operands)
+        return found
 
 
 def parts(z: Tensor, mode: int) -> tuple[Tensor, Tensor]:

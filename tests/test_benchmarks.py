@@ -46,6 +46,16 @@ def test_a_wrong_provider_is_not_timed(points, exact):
     assert run.verdict(fails, *points, (2.0, 1.0), exact).startswith("failed: RuntimeError")
 
 
+def test_the_largest_samples_are_held_to_their_population(monkeypatch):
+    monkeypatch.setattr(run, "PART", 50)
+    x, y = run.samples(4000, 3, "cpu")
+    h = (1.5, 1.0)
+    fused = providers.Provider("fused", providers.fused)
+    assert run.verdict_by_part(fused, x, y, h) == "ok"
+    forgets_rows = providers.Provider("wrong", lambda x, y, h: fastvae.mmd(x[:1000], y[:2000] + (len(x) > 50) * 0.1, bandwidth=h))
+    assert run.verdict_by_part(forgets_rows, x, y, h).startswith("wrong value")
+
+
 def test_a_missing_peer_is_said(monkeypatch):
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     missing = {p.name: p.missing for p in providers.providers("cpu")}

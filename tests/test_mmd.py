@@ -85,6 +85,17 @@ def test_triton_precision(case, precision):
 
 @needs_triton
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium", "ieee"])
+def test_triton_equal_rows_are_at_distance_zero(precision):
+    """Norms and products are of the same points, whatever the products round: else k of equal rows is not 1."""
+    x = torch.randn(64, 16, device=DEVICE)
+    value = fastvae.mmd(x, x.flip(0), bandwidth=0.7, backend="triton", precision=precision)
+    assert abs(value.item()) <= 1e-6
+
+
+@needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_half(dtype):
     case = Case("half", dtype=dtype)

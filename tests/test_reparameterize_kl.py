@@ -1,5 +1,7 @@
 """Reparameterise + KL on every backend against formulas in numpy and the dense reference in float64."""
 
+import mmap
+import sys
 from functools import partial
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.cpu import memory
+from fastvae.cpu.memory import new_empty
 from fastvae.kernels.config import RowConfig
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from tests.cases import DEVICE, needs_triton
@@ -43,6 +47,29 @@ if triton is not None:
         words = tl.load(words_ptr + offs).to(tl.uint32)
         first, second = normal_pair(words, words)
         tl.store(out_ptr + offs, first * first + second * second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_lie_in_memory_as_small_ones(dtype):
+    like = torch.empty(1, dtype=dtype)
+    large = new_empty(like, (1 << 21, 3), torch.float32)
+    assert large.shape == (1 << 21, 3)
+    assert large.dtype == torch.float32
+    assert large.fill_(2).sum() == 6 << 21
+    assert new_empty(like, (2, 3)).dtype == dtype
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for huge pages")
+def test_large_results_are_huge_pages_where_the_system_has_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_madvise", lambda: lambda *call: asked.append(call))
+    small, large = new_empty(torch.empty(1), (1 << 20,), torch.int8), new_empty(torch.empty(1), (2 << 20,))
+    assert small.numel() == 1 << 20
+    ((address, length, advice),) = asked
+    assert address % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    assert large.data_ptr() <= address < large.data_ptr() + mmap.PAGESIZE
+    assert 0 <= large.data_ptr() + (8 << 20) - (address + length) < mmap.PAGESIZE
+    assert advice == mmap.MADV_HUGEPAGE
 
 
 def test_reference_is_the_formula():

@@ -14,9 +14,9 @@ from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladde
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower.
 TILE = 512
 
-# oneDNN's products of float32, which PyTorch's compiler takes for linear layers. For tiles of 512² they are 1.4 to 2.3 times as fast as MKL's
-# on an AMD EPYC 9005, from 4 to 786 features; their start takes ten microseconds more, which fewer multiply-adds than these do not win back.
-_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# oneDNN's products of float32, which PyTorch's compiler takes for linear layers. For tiles of 512² they are 1.4 to 2.3 times as fast as
+# MKL's on an AMD EPYC 9005, from 4 to 786 features; their start takes ten microseconds more, which fewer multiply-adds do not win back.
+_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 _LINEAR_FROM = 600_000
 
 # Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of ‖x‖²: such pairs are taken from
@@ -28,19 +28,17 @@ _NEAR = 2.0**26
 class Points:
     """One sample as the tiles read it."""
 
-    rows: Tensor  # (N, D), centred
-    dtype: torch.dtype  # of the input
+    z: Tensor  # (N, D), as it came
     weights: Tensor  # (N,)
     uniform: bool  # all weights are 1/N
-    left: Tensor  # (N, D + 2); left @ right.T is the exponent of the widest bandwidth
-    right: Tensor  # (N, D + 2)
-    weighted: Tensor  # (D + 1, N): w_j·[z_j, 1]
+    right: Tensor  # (N, D + 2), of each row what `Tiles.left` is multiplied by
+    weighted: Tensor  # (D + 1, N): w_j·[z_j, 1], centred
     moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1]
     tiles: list[slice]
-    radius2: dict[int, float]  # the largest ‖z‖² of each tile of rows, by its start
+    radius2: dict[int, float]  # the largest ‖z‖² of each tile of rows, centred, by its start
 
     def __len__(self) -> int:
-        return self.rows.shape[0]
+        return self.z.shape[0]
 
 
 def tiles_of(rows: int, start: int = 0) -> list[slice]:
@@ -85,31 +83,47 @@ class Tiles:
         self.dtype = self.centre.dtype
         self.kernel = self.ladder.kernel
         self.single = len(self.ladder.ratios) == 1
-        # exp2 is the fastest exponential there is; expm1 has no such twin.
+        # exp2 takes a quarter of the time of exp, or half on other processors; expm1 has no such twin.
         self.unit = LOG2_E if isinstance(self.kernel, RBF) and not self.ladder.shifts[0] else 1.0
         self._buffers: dict[str, Tensor] = {}
+        # Rows of tiles stay the same while columns change.
+        self._left: tuple[Points, slice, Tensor] | None = None
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> Points:
-        dtype, z = z.dtype, z.to(self.dtype) - self.centre
-        w = z.new_full(z.shape[:1], 1 / z.shape[0]) if weights is None else weights.to(self.dtype)
+        (n, dim), new = z.shape, self.centre.new_empty
+        w = new(n).fill_(1 / n) if weights is None else weights.to(self.dtype)
+        right, weighted = new(n, dim + 2), new(dim + 1, n)
+        tiles = tiles_of(n) if tiles is None else tiles
+        radius2 = {}
         # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
-        unit = 2 * self.unit if self.kernel.radial else 1.0
-        scaled = (z.double() * (self.ladder.gamma * unit) ** 0.5).to(self.dtype)
-        one = torch.ones_like(z[:, :1])
-        half = scaled.square().sum(1, keepdim=True).mul_(-0.5) if self.kernel.radial else torch.zeros_like(one)
-        left, right = torch.cat([scaled, half, one], 1), torch.cat([scaled, one, half], 1)
-        weighted = torch.cat([z, one], 1).T.contiguous() * w
+        scale = (self.ladder.gamma * (2 * self.unit if self.kernel.radial else 1.0)) ** 0.5
+        for i in tiles:
+            rows = self.centred(z[i])
+            scaled, one, half = right[i].split_with_sizes((dim, 1, 1), 1)
+            scaled.copy_(rows.double() * scale)
+            one.fill_(1)
+            half.copy_(scaled.square().sum(1, keepdim=True).mul_(-0.5)) if self.kernel.radial else half.zero_()
+            torch.mul(rows.T, w[i], out=weighted[:-1, i])
+            radius2[i.start] = float(rows.square().sum(1).max())
+        weighted[-1] = w
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
-        moments = torch.zeros_like(weighted) if gradient else None
-        tiles = tiles_of(z.shape[0]) if tiles is None else tiles
-        radius2 = {i.start: float(z[i].square().sum(1).max()) for i in tiles}
-        return Points(z, dtype, w, weights is None, left, right, weighted, moments, tiles, radius2)
+        return Points(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, tiles, radius2)
+
+    def centred(self, z: Tensor) -> Tensor:
+        return z.to(self.dtype) - self.centre
+
+    def left(self, a: Points, i: slice) -> Tensor:
+        """(rows, D + 2), whose product with the right of other rows is the exponent of the widest bandwidth."""
+        if self._left is None or self._left[0] is not a or self._left[1] != i:
+            scaled, one, half = a.right[i].split_with_sizes((a.z.shape[1], 1, 1), 1)
+            self._left = a, i, torch.cat([scaled, half, one], 1)
+        return self._left[2]
 
     def pull(self, a: Points) -> Tensor:
         """The pull on each row of `fastvae.radial.Sweep`, from the moments."""
         assert a.moments is not None
-        pull = a.moments[-1:].T * a.rows - a.moments[:-1].T if self.kernel.radial else -0.5 * a.moments[:-1].T
-        return pull.to(a.dtype)
+        pull = self.centred(a.z).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T) if self.kernel.radial else -0.5 * a.moments[:-1].T
+        return pull.to(a.z.dtype)
 
     def rungs(self, a: Points, i: slice, b: Points, j: slice) -> Iterator[Rung]:
         exponent = self._exponent(a, i, b, j)
@@ -166,7 +180,7 @@ class Tiles:
             out = self.buffer("exponent", i, j)
             self._differences(a, i, b, j, out)
         else:
-            out = self.product("exponent", a.left[i], b.right[j].T)
+            out = self.product("exponent", self.left(a, i), b.right[j].T)
             if self.kernel.rooted:
                 out.mul_(-2)
                 near = _NEAR * torch.finfo(self.dtype).eps * 2 * self.ladder.gamma * sum(radius2)
@@ -177,16 +191,16 @@ class Tiles:
         return out
 
     def _differences(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
-        distance = torch.cdist(a.rows[i], b.rows[j], compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.cdist(self.centred(a.z[i]), self.centred(b.z[j]), compute_mode="donot_use_mm_for_euclid_dist")
         torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.unit))
 
     def _refine(self, a: Points, i: slice, b: Points, j: slice, out: Tensor, near: float) -> None:
         """The 2·t_0 of a tile that are under `near`, from differences."""
         left, right = (out < near).nonzero().unbind(1)
-        if left.numel() * a.rows.shape[1] > out.numel():
+        if left.numel() * a.z.shape[1] > out.numel():
             self._differences(a, i, b, j, out)
             return
-        x, y = a.rows[i][left], b.rows[j][right]
+        x, y = self.centred(a.z[i][left]), self.centred(b.z[j][right])
         d2, rounding = (x - y).square().sum(1), 16 * torch.finfo(self.dtype).eps
         # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
         d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
@@ -205,15 +219,15 @@ class Tiles:
                 torch.add(out, 1, out=slope).pow_(-2)
             else:
                 # 1 + t/α would lose what a large α multiplies again.
-                torch.log1p(out, out=slope).mul_(-kernel.alpha - 1).exp_()
+                torch.log1p(out, out=slope).mul_(-(kernel.alpha + 1) * LOG2_E).exp2_()
             if shift:
                 out.log1p_().mul_(-kernel.alpha).expm1_()
             else:
                 out.add_(1).mul_(slope)
         elif isinstance(kernel, Laplace):
-            torch.mul(exponent, -(ratio**0.5), out=out)
-            torch.exp(out, out=slope).div_(out).neg_().masked_fill_(out == 0, 0)
-            out.expm1_() if shift else out.exp_()
+            torch.mul(exponent, -LOG2_E * ratio**0.5, out=out)
+            torch.exp2(out, out=slope).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
+            out.div_(LOG2_E).expm1_() if shift else out.exp2_()
         elif isinstance(kernel, Energy):
             torch.mul(exponent, -(ratio**0.5), out=out)
             torch.reciprocal(out, out=slope).neg_().masked_fill_(out == 0, 0)

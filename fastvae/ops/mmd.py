@@ -245,7 +245,7 @@ def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
     """−4γ_0·w_i times the pull of a sweep."""
     # In two factors: γ itself may be past the range of float32.
     scale = kernel.gamma[0].sqrt()
-    return ((pull * scale.to(pull.dtype)) * (sample.row_weights * (-4 * scale).to(pull.dtype))).contiguous()
+    return pull.mul_(scale.to(pull.dtype)).mul_(sample.row_weights * (-4 * scale).to(pull.dtype)).contiguous()
 
 
 def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> float | Tensor:
