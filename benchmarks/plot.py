@@ -13,16 +13,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks.rows import HUGE_PAGES, RESULTS, devices, load, milliseconds
+from benchmarks.rows import HUGE_PAGES, RESULTS, load, machines, milliseconds
 
 _DIRECTION = "forward+backward"
 
 
 def main() -> None:
-    rows = [
-        row for row in load("mmd") if row["direction"] == _DIRECTION and row["status"] == "ok" and not row["provider"].endswith(HUGE_PAGES)
-    ]
-    for device in devices(rows):
+    rows = [row for row in load("mmd") if row["direction"] == _DIRECTION and row["status"] == "ok" and row["threads"] == 1]
+    rows = [row for row in rows if not row["provider"].endswith(HUGE_PAGES)]
+    for device, _ in machines(rows):
         here = [row for row in rows if row["device"] == device]
         name = re.sub(r"\W+", "-", device.lower()).strip("-")
         # The dimension of the series over N is the one with the most sizes.

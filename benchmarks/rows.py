@@ -23,9 +23,14 @@ def load(benchmark: str, results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def milliseconds(row: dict[str, Any]) -> float | None:
-    """What comparisons take: on a CPU the processor's time, which a busy machine disturbs less than the clock."""
-    return row.get("processor_ms", row.get("median_ms"))
+    """What comparisons take: of one thread of a CPU the processor's time, which a busy machine disturbs less than the clock."""
+    return row.get("processor_ms" if row["threads"] == 1 else "median_ms", row.get("median_ms"))
 
 
-def devices(rows: list[dict[str, Any]]) -> list[str]:
-    return sorted({row["device"] for row in rows})
+def machines(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(device, threads) of the rows."""
+    return sorted({machine_of(row) for row in rows})
+
+
+def machine_of(row: dict[str, Any]) -> tuple[str, int]:
+    return row["device"], row["threads"]

@@ -6,7 +6,7 @@ import argparse
 import itertools
 from typing import Any
 
-from benchmarks.rows import HUGE_PAGES, devices, load, milliseconds
+from benchmarks.rows import HUGE_PAGES, load, machine_of, machines, milliseconds
 
 _DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
 
@@ -20,8 +20,8 @@ def tables(n: int | None = None, machine: str = "") -> str:
 def _tables(benchmark: str, n: int | None, machine: str) -> list[str]:
     rows = [row for row in load(benchmark) if n in (None, row["n"]) and machine in row["device"]]
     texts = []
-    for device, suffix in itertools.product(devices(rows), ("", HUGE_PAGES)):
-        here = [row for row in rows if row["device"] == device and row["provider"].endswith(HUGE_PAGES) == bool(suffix)]
+    for found_on, suffix in itertools.product(machines(rows), ("", HUGE_PAGES)):
+        here = [row for row in rows if machine_of(row) == found_on and row["provider"].endswith(HUGE_PAGES) == bool(suffix)]
         if not here:
             continue
         providers = list(dict.fromkeys(row["provider"].removesuffix(suffix) for row in here))
@@ -44,8 +44,9 @@ def _tables(benchmark: str, n: int | None, machine: str) -> list[str]:
 def _title(benchmark: str, rows: list[dict[str, Any]], suffix: str) -> str:
     row = rows[-1]
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "pykeops", "geomloss") if row[name] != "not installed")
-    unit = "processor time" if "processor_ms" in row or any("processor_ms" in r for r in rows) else "time"
-    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if unit != "time" else ""
+    on_cpu = any("processor_ms" in r for r in rows)
+    unit = "processor time" if on_cpu and row["threads"] == 1 else "time"
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if on_cpu else ""
     return f"`{benchmark}`{suffix}, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {row['date']}:"
 
 

@@ -7,6 +7,7 @@ import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.cpu import tiles
 from fastvae.radial import KERNELS, Polynomial, RationalQuadratic
 from tests.cases import (
     CASES,
@@ -102,6 +103,27 @@ def test_triton_half(dtype):
     actual, reference_values, _ = run(case, "mmd", backend="triton", precision="highest")
     value, grad, absolute = TRITON_TOLERANCE["highest"]
     assert_close(actual, reference_values, (value, max(grad, torch.finfo(dtype).eps), absolute), *size(case))
+
+
+@pytest.mark.parametrize("case", [case for case in STREAMING_CASES if "several tiles" in case.name], ids=lambda case: case.name)
+def test_cpu_without_onednn(case, monkeypatch):
+    if DEVICE != "cpu":
+        pytest.skip("the default backend is not the CPU's")
+    monkeypatch.setattr(tiles, "_LINEAR", None)
+    actual, reference_values, _ = run(case, "mmd")
+    assert_close(actual, reference_values, TOLERANCE[case.accumulation_dtype], *size(case))
+
+
+@pytest.mark.skipif(tiles._LINEAR is None, reason="needs oneDNN")
+def test_cpu_products_by_onednn_of_any_layout():
+    """Of the layouts of a sweep and of one that oneDNN's own code is not for."""
+    wide = torch.randn(300, 4096)
+    left, right = torch.randn(200, 300), wide[:, 100:700]
+    exact = left.double() @ right.double()
+    for a, b in ((left, right), (left, right.contiguous()), (left, right.T.contiguous().T), (left.T.contiguous().T, right)):
+        total = torch.ones(200, 600)
+        tiles.add_product(total, a, b, 0.5)
+        torch.testing.assert_close(total.double(), 1 + 0.5 * exact, rtol=1e-5, atol=1e-4)
 
 
 def test_clusters_far_apart_with_a_small_bandwidth():
