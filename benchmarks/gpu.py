@@ -1,12 +1,14 @@
 """Test, then benchmark, on a GPU and within ten minutes: python -m benchmarks.gpu, from a checkout that need not be installed.
 
-The tests that only a GPU can answer run first, and a failure ends the script: no number without them. Then the sweep of `benchmarks.run`,
-its plots and its table.
+The tests of the kernels run first, on all cores where pytest-xdist is there, as they mostly compile. A failure ends the script: no number
+without them. Where half of the time is not enough for them it goes on and says so; each value is held to float64 again before it is timed.
+Then come the sweep of `benchmarks.run`, its table, and the accuracy of each precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("test_mmd.py", "test_reparameterize_kl.py")
+OPERATIONS = ("mmd", "reparameterize_kl", "kernel_matmul", "quadratic_form", "total_correlation")
+# What `timeout` of coreutils exits with.
+TIMEOUT = 124
 
 
 def main() -> None:
@@ -36,15 +40,20 @@ def main() -> None:
             return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, timeout=seconds, check=False).returncode
         except subprocess.TimeoutExpired:
             print(f"stopped after {seconds:.0f} s", flush=True)
-            return 124
+            return TIMEOUT
 
     # The options of pyproject.toml name plugins and warnings of the development environment.
-    tests = [str(ROOT / "tests" / module) for module in MODULES]
-    if code := run("-m", "pytest", "-q", "-x", "-o", "addopts=", "-o", "filterwarnings=", *tests, share=0.5):
+    tests = [str(ROOT / "tests" / f"test_{operation}.py") for operation in OPERATIONS]
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    code = run("-m", "pytest", "-q", "-x", "-o", "addopts=", "-o", "filterwarnings=", *parallel, *tests, share=0.5)
+    if code == TIMEOUT:
+        print("the tests were not finished, and none had failed: run them whole with python -m pytest", flush=True)
+    elif code:
         sys.exit(f"the tests ended with {code}: nothing is measured")
     run("-m", "benchmarks.run", "--output", args.output, "--seconds", "2")
     if args.output == str(ROOT / "benchmarks" / "results"):
         run("-m", "benchmarks.table")
+        run("-m", "benchmarks.accuracy")
 
 
 if __name__ == "__main__":
