@@ -392,13 +392,17 @@ def group_mmd(
         index = None if pairs is None else checks.pairs(pairs, size).to(z.device)
     dtype = accumulation_dtype(z.dtype)
     labels = None if groups.is_floating_point() else groups.long()
-    groups = groups.detach() if labels is None else labels
+    groups = groups.detach()
+    if labels is not None:
+        # Sorted, as a tile of rows then meets few groups.
+        groups, order = labels.sort(stable=True)
+        z = z[order]
     all_z, all_groups, start = z, groups, 0
     if process_group is not None:
         (all_z, all_groups), start = gather_rows("z", [z, groups], process_group)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, all_z)
-    members, counted = ((t if labels is None else torch.nn.functional.one_hot(t, size)).double() for t in (groups, all_groups))
+    counted = (all_groups if labels is None else torch.nn.functional.one_hot(all_groups, size)).double()
     valid = (counted != 0).sum(0) >= 2
     # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
     rounded = torch.where(valid, counted / counted.sum(0), 0).to(dtype)
@@ -415,11 +419,7 @@ def group_mmd(
         counts = wanted.double()
     expected = torch.diag(scale * (counts.sum(0) + counts.sum(1))) - 2 * counts
 
-    v = torch.where(valid, members / counted.sum(0), 0).to(dtype)
-    if labels is not None:
-        # Sorted, as a tile of rows then meets few groups.
-        order = labels.argsort(stable=True)
-        z, v = z[order], v[order]
+    v = rounded[start : start + z.shape[0]]
     if backend == "reference":
         sums = reference.quadratic_form(z.to(dtype), v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
     else:

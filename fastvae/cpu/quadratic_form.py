@@ -53,32 +53,37 @@ def quadratic_form(
     # … and where that is one column, as the vector that it is.
     single = [None if group is None or c.shape[0] != 1 else c[0] for c in columns]
     total = z.new_zeros(v.shape[1] if diagonal else v.shape[1:] * 2, dtype=torch.float64)
-    numbers = [[0.0] * v.shape[1] for _ in range(v.shape[1])]
     b = None if upstream is None else (upstream + upstream.T).to(v)
+    numbers = None if b is None else b.tolist()
     for n, i in enumerate(rows):
+        groups: list[int] = []
+        products: list[Tensor] = []
         for m, j in enumerate(rows[n:], n):
             k, slope = tiles.sums(a, i, a, j, slope=upstream is not None)
             c, d = used[n], used[m]
             if values and diagonal:
                 total[d] += (v[i, d] * _product(k, columns[m])).sum(0, dtype=torch.float64) * (1 if n == m else 2)
-            elif values and (left_weights := single[n]) is not None and (right_weights := single[m]) is not None:
-                # As a number: what adds to a tensor would take longer than the product.
-                numbers[c.start][d.start] += left_weights.dot(k.mv(right_weights)).item() * (0.5 if n == m else 1)
+            elif values and single[n] is not None and (right_weights := single[m]) is not None:
+                groups.append(d.start)
+                products.append(k.mv(right_weights * 0.5 if n == m else right_weights))
             elif values:
                 block = columns[n] @ _product(k, columns[m])
                 total[c, d] += block * (0.5 if n == m else 1)
-            if b is not None and group is not None and b[c, d].numel() == 1:
-                tiles.add_moments(slope, a, i, a, j, float(b[c, d]))
+            if numbers is not None and single[n] is not None and single[m] is not None:
+                tiles.add_moments(slope, a, i, a, j, numbers[c.start][d.start])
             elif b is not None:
                 left, right = (columns[n], columns[m]) if group is None else (columns[n].ne(0).to(b), columns[m].ne(0).to(b))
                 slope.mul_(tiles.product("coefficient", left.T @ b[c, d], right))
                 tiles.add_moments(slope, a, i, a, j, 1.0)
+        if products and (left_weights := single[n]) is not None:
+            # Of a row of tiles at once: one by one these would take as long as the products.
+            sums = (torch.stack(products) @ left_weights).double()
+            total[used[n].start].index_add_(0, torch.tensor(groups, device=sums.device), sums)
         if progress is not None:
             # Tiles right of the diagonal: the first rows have most of them.
             left_over = len(rows) - n - 1
             progress(1 - left_over * (left_over + 1) / (len(rows) * (len(rows) + 1)))
     if not diagonal:
-        total += total.new_tensor(numbers)
         total += total.T.clone()
     if upstream is None:
         return total, None
