@@ -49,6 +49,19 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
     return ((value - exact_value).abs() / exact_value.abs()).item(), grad_error.item()
 
 
+def rows_of(mode: str, dim: int) -> int:
+    """Whole tiles of the CPU path; in the interpreter, whose time grows with their product, few rows of many features."""
+    return 1024 if mode == "cpu" else 128 if dim < 64 else 64 if dim == 64 else 32
+
+
+def samples(n: int, dim: int, squared_bandwidth: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x, y = torch.randn(n, dim) + offset, 1.1 * torch.randn(n - n // 8, dim) + offset + 0.2
+    # Near pairs, so that a small bandwidth has something to see.
+    y[: n // 4] = x[: n // 4] + 0.5 * (squared_bandwidth / dim) ** 0.5 * torch.randn(n // 4, dim)
+    return x, y
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=DIMENSIONS)
@@ -57,16 +70,11 @@ def main() -> None:
     np.seterr(over="ignore", invalid="ignore")
     rows = []
     for dim in args.dim:
-        # Few rows of many features: the interpreter's time grows with their product.
-        n = 128 if dim < 64 else 64 if dim == 64 else 32
         for squared_bandwidth in (0.1, 1.0, float(dim)):
             for offset in (0.0, 1000.0):
-                torch.manual_seed(0)
-                x, y = torch.randn(n, dim) + offset, 1.1 * torch.randn(n - n // 8, dim) + offset + 0.2
-                # Near pairs, so that a small bandwidth has something to see.
-                y[: n // 4] = x[: n // 4] + 0.5 * (squared_bandwidth / dim) ** 0.5 * torch.randn(n // 4, dim)
                 for mode in args.modes:
-                    value, grad = errors(mode, x, y, squared_bandwidth**0.5)
+                    n = rows_of(mode, dim)
+                    value, grad = errors(mode, *samples(n, dim, squared_bandwidth, offset), squared_bandwidth**0.5)
                     row = {"mode": mode, "d": dim, "bandwidth2": squared_bandwidth, "offset": offset, "value": value, "gradient": grad}
                     rows.append(row | {"n": n, "device": DEVICE, "torch": torch.__version__})
                     sys.stdout.write(f"{dim:5d} h² {squared_bandwidth:7g} offset {offset:5g} {mode:8s} {value:8.1e} {grad:8.1e}\n")

@@ -69,10 +69,8 @@ def verdict(provider: Provider, x: torch.Tensor, y: torch.Tensor, h: tuple[float
         leaf = x.clone().requires_grad_()
         value = provider.compute(leaf, y, h)
         value.backward()
-    except torch.OutOfMemoryError:
-        return "out of memory"
     except Exception as error:
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return _failure(error)
     if provider.prior:
         doubles = x[:1024].double()
         exact_value = float(reference.mmd_to_normal(doubles, bandwidth=h))
@@ -87,6 +85,12 @@ def verdict(provider: Provider, x: torch.Tensor, y: torch.Tensor, h: tuple[float
         if not wrong <= TOLERANCE:
             return f"wrong {name}: relative error {wrong:.1e}"
     return "ok"
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
 def floor_ms(n: int, dim: int, direction: str, device: str, ceilings: Ceilings) -> float:
@@ -114,8 +118,8 @@ def verdict_by_part(provider: Provider, x: torch.Tensor, y: torch.Tensor, h: tup
         return status
     try:
         value = provider.compute(x, y, h).item()
-    except torch.OutOfMemoryError:
-        return "out of memory"
+    except Exception as error:
+        return _failure(error)
     wrong = abs(value / population(x.shape[1], h) - 1)
     return "ok" if wrong <= 0.1 else f"wrong value: {wrong:.1e} from the population's"
 

@@ -45,9 +45,9 @@ MAX_HOISTED = tl.constexpr(6)
 # bfloat16 parts place a point to 2⁻¹⁷ of its norm, two tf32 parts to 2⁻²².
 _LIMIT = {SPLIT.value: 12.0, SPLIT_TF32.value: 256.0, IEEE.value: 64.0}
 
-# Rounding of ‖u_i − u_j‖² by products, relative to the largest ‖u‖²: nearer pairs count as coincident where φ is a function of the root.
-# Two tf32 parts lose the product of the low ones, 2⁻²²; a single tf32 product is of other points than its norms.
-_ROUNDING = {IEEE.value: 2.0**-20, TF32.value: 2.0**-8, BF16.value: 2.0**-20, SPLIT_TF32.value: 2.0**-20}
+# Rounding of ‖u_i − u_j‖² by products, relative to the largest ‖u‖², of points as the products see them: nearer pairs count as coincident
+# where φ is a function of the root.
+_ROUNDING = 2.0**-20
 _ROUNDING_DOUBLE = 2.0**-49
 
 # A function of the root takes differences where more than this share of pairs is so near, relative to the rounding, that it turns their
@@ -96,10 +96,6 @@ def split(w, MODE: tl.constexpr):
     elif MODE == SPLIT_TF32:
         hi = (w.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
         return hi, w - hi
-    elif MODE == TF32:
-        # Half a last place first, as tensor cores truncate: the gradient is then twice as exact.
-        hi = (w.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-        return hi, hi
     elif MODE == BF16:
         hi = w.to(tl.bfloat16)
         return hi, hi
@@ -404,7 +400,7 @@ class Evaluation:
             shifts = torch.zeros_like(shifts)
         radius2 = torch.stack([(z - centre[..., None, :]).square().sum(-1).amax(-1) for z in samples]).amax(0)
         route = route_of(kernel, samples, radius2, modes) if phi.radial else torch.zeros_like(radius2, dtype=torch.int32)
-        parameters = _parameters(kernel, radius2.double() * scale.square(), modes[0], double)
+        parameters = _parameters(kernel, radius2.double() * scale.square(), double)
         table = torch.stack([ratios, weights, slopes])[:, :bandwidths].reshape(-1).expand(*radius2.shape, -1)
         return Evaluation(
             kernel=phi,
@@ -461,10 +457,10 @@ def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[
     return (PRECISION[precision],)
 
 
-def _parameters(kernel: KernelSum, radius2: Tensor, mode: int, double: bool) -> Tensor:
+def _parameters(kernel: KernelSum, radius2: Tensor, double: bool) -> Tensor:
     phi = kernel.kernel
     if phi.rooted:
-        return -(_ROUNDING_DOUBLE if double else _ROUNDING[mode]) * radius2[..., None]
+        return -(_ROUNDING_DOUBLE if double else _ROUNDING) * radius2[..., None]
     if isinstance(phi, RationalQuadratic):
         return torch.full_like(radius2[..., None], float(phi.alpha))
     if isinstance(phi, Polynomial):
@@ -485,7 +481,7 @@ def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, mode
     # Where it is nan no pass is better than another.
     route = sum(((steepness > limit).to(torch.int32) for limit in limits), start=torch.zeros_like(steepness, dtype=torch.int32))
     if kernel.kernel.rooted:
-        near = _NEAR_DOUBLE * _ROUNDING_DOUBLE if dtype == torch.float64 else _NEAR * _ROUNDING[modes[0]]
+        near = _NEAR_DOUBLE * _ROUNDING_DOUBLE if dtype == torch.float64 else _NEAR * _ROUNDING
         route = torch.where(_crowded(samples, 2 * near * radius2), 1, route)
     return route.to(torch.int32)
 

@@ -192,7 +192,7 @@ FAULTS = [
     Fault(
         "kernel_matmul: gradient to v of the rows not of the columns",
         "fastvae/cpu/kernel_matmul.py",
-        "                add_product(out[:, j], grad_t[:, i], k, 1.0)\n",
+        "                tiles.add_product(out[:, j], grad_t[:, i], k, 1.0)\n",
         "                out[:, j].addmm_(v_t[:, j], k.T @ k)\n",
         ("tests/test_kernel_matmul.py", "-k", "not triton and values"),
     ),
@@ -255,8 +255,8 @@ FAULTS = [
     Fault(
         "CPU: oneDNN's product is not scaled",
         "fastvae/cpu/tiles.py",
-        "        total.add_(_linear(left, right), alpha=scale)\n",
-        "        total.add_(_linear(left, right))\n",
+        "            total.add_(self._by_linear(left, right), alpha=scale)\n",
+        "            total.add_(self._by_linear(left, right))\n",
         ("tests/test_mmd.py", "-k", "test_cpu and tiles"),
     ),
     Fault(

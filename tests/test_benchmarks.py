@@ -104,6 +104,7 @@ def results(tmp_path, monkeypatch):
                 "extra_mib": 1.0,
             }
             lines.append(common | row)
+        lines.append(lines[-1] | {"threads": 2, "median_ms": 3.0 * n})
         lines.append(common | {"n": n, "m": n, "dim": dim, "provider": "KeOps", "status": "missing: pykeops not installed"})
     (tmp_path / "mmd_cpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(table, "load", lambda benchmark: rows.load(benchmark, tmp_path))
@@ -117,6 +118,10 @@ def test_table_takes_the_newest_rows_and_says_what_is_missing():
     text = table.tables()
     assert "| forward and backward | 10 | 2 | 1 | 20 | 80 (4.0×) | – |" in text
     assert "- KeOps: missing" in text
+    one, two = text.split("`mmd`, float32, a CPU, ")[1:3]
+    assert one.startswith("1 thread, median processor time")
+    assert two.startswith("2 threads, median time")
+    assert "| forward and backward | 10 | 2 | 1 | 30 |" in two
 
 
 def test_plots_are_drawn_from_rows(results):

@@ -96,6 +96,17 @@ def test_triton_equal_rows_are_at_distance_zero(precision):
 
 
 @needs_triton
+def test_rounding_to_tf32_keeps_a_nan():
+    from fastvae.kernels.pairs import PRECISION, SPLIT_TF32, parts
+
+    numbers = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000, 0x3F801000, 0x3F800FFF], dtype=torch.int32).view(torch.float32)
+    hi, _ = parts(numbers, PRECISION["high"])
+    assert hi[:2].isnan().all()
+    assert hi[2:].tolist() == [torch.inf, 1 + 2**-10, 1]
+    assert parts(numbers[:2], SPLIT_TF32.value)[1].isnan().all()
+
+
+@needs_triton
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_half(dtype):
@@ -114,16 +125,28 @@ def test_cpu_without_onednn(case, monkeypatch):
     assert_close(actual, reference_values, TOLERANCE[case.accumulation_dtype], *size(case))
 
 
-@pytest.mark.skipif(tiles._LINEAR is None, reason="needs oneDNN")
-def test_cpu_products_by_onednn_of_any_layout():
-    """Of the layouts of a sweep and of one that oneDNN's own code is not for."""
-    wide = torch.randn(300, 4096)
-    left, right = torch.randn(200, 300), wide[:, 100:700]
-    exact = left.double() @ right.double()
-    for a, b in ((left, right), (left, right.contiguous()), (left, right.T.contiguous().T), (left.T.contiguous().T, right)):
-        total = torch.ones(200, 600)
-        tiles.add_product(total, a, b, 0.5)
-        torch.testing.assert_close(total.double(), 1 + 0.5 * exact, rtol=1e-5, atol=1e-4)
+@pytest.mark.skipif(tiles._LINEAR is None or DEVICE != "cpu", reason="needs oneDNN and data on a CPU")
+def test_cpu_products_by_onednn(monkeypatch):
+    """Of few shapes, as each is compiled and kept, and with no weight whose rows lie apart, which take a thousand times as long."""
+    shapes, linear = set(), tiles._LINEAR
+
+    def recorded(left, weight, *options):
+        assert weight.is_contiguous() or weight.T.is_contiguous()
+        shapes.add((*left.shape, weight.shape[0]))
+        return linear(left, weight, *options)
+
+    monkeypatch.setattr(tiles, "_LINEAR", recorded)
+    for n in (700, 1100):
+        x, y, v = torch.randn(n, 16, requires_grad=True), torch.randn(n + 20, 16), torch.randn(n + 20, 5)
+        fastvae.mmd(x, y, bandwidth=4.0).backward()
+        torch.autograd.grad(fastvae.kernel_matmul(x, y, v, bandwidth=4.0).sum(), x)
+        fastvae.group_mmd(x, torch.randint(3, (n,)), bandwidth=4.0).mean().backward()
+    assert {(512, 18, 512), (17, 512, 512), (5, 512, 512)} <= shapes
+    assert all(size % 64 == 0 or size in (5, 17, 18) for shape in shapes for size in shape)
+    shapes.clear()
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    fastvae.mmd(x, y, bandwidth=4.0).backward()
+    assert not shapes
 
 
 def test_clusters_far_apart_with_a_small_bandwidth():

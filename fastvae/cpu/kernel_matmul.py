@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvae.cpu.tiles import Tiles, add_product
+from fastvae.cpu.tiles import Tiles
 from fastvae.radial import KernelSum
 
 
@@ -17,7 +17,7 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
     for i in a.tiles:
         for j in b.tiles:
             k, _ = tiles.sums(a, i, b, j, slope=False)
-            add_product(out[:, i], v_t[:, j], k.T, 1.0)
+            tiles.add_product(out[:, i], v_t[:, j], k.T, 1.0)
     return out.T.to(x.dtype).contiguous()
 
 
@@ -34,7 +34,7 @@ def kernel_matmul_backward(
         for j in b.tiles:
             k, slope = tiles.sums(a, i, b, j, slope=x_grad or y_grad)
             if out is not None:
-                add_product(out[:, j], grad_t[:, i], k, 1.0)
+                tiles.add_product(out[:, j], grad_t[:, i], k, 1.0)
             if x_grad or y_grad:
                 slope.mul_(tiles.product("coefficient", grad[i], v_t[:, j]))
                 tiles.add_moments(slope, a, i, b, j, 1.0)

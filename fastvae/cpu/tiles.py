@@ -15,8 +15,12 @@ from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladde
 TILE = 512
 
 # oneDNN's products of float32, which PyTorch's compiler takes for linear layers. For tiles of 512² they are 1.4 to 2.3 times as fast as
-# MKL's on an AMD EPYC 9005, from 4 to 786 features; their start takes ten microseconds more, which fewer multiply-adds do not win back.
+# MKL's on an AMD EPYC 9005, from 4 to 786 features.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+# Each shape is compiled, for half a millisecond, and kept, in most of a MiB: they have to be few. The start of a product takes ten
+# microseconds more than MKL's, which tiles of fewer pairs, or fewer multiply-adds, do not win back.
+LINEAR_MULTIPLE = 64
+_LINEAR_PAIRS = 1 << 17
 _LINEAR_FROM = 600_000
 
 # Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of ‖x‖²: such pairs are taken from
@@ -46,25 +50,6 @@ def tiles_of(rows: int, start: int = 0) -> list[slice]:
     return [slice(first, min(first + TILE, rows)) for first in range(start, rows, TILE)]
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale·left @ right."""
-    if _for_linear(left, right):
-        total.add_(_linear(left, right), alpha=scale)
-    else:
-        total.addmm_(left, right, alpha=scale)
-
-
-def _for_linear(left: Tensor, right: Tensor) -> bool:
-    return _LINEAR is not None and left.dtype == torch.float32 and left.numel() * right.shape[1] >= _LINEAR_FROM
-
-
-def _linear(left: Tensor, right: Tensor) -> Tensor:
-    # Rows of the weight that do not lie side by side are multiplied a hundred times slower.
-    weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
-    assert _LINEAR is not None
-    return cast(Tensor, _LINEAR(left, weight, None, "none", [], ""))
-
-
 class Rung(NamedTuple):
     """One bandwidth of a tile, in buffers that the next one reuses."""
 
@@ -85,6 +70,7 @@ class Tiles:
         self.single = len(self.ladder.ratios) == 1
         # exp2 takes a quarter of the time of exp, or half on other processors; expm1 has no such twin.
         self.unit = LOG2_E if isinstance(self.kernel, RBF) and not self.ladder.shifts[0] else 1.0
+        self._linear = _LINEAR if self.dtype == torch.float32 and torch._C._get_mkldnn_enabled() else None
         self._buffers: dict[str, Tensor] = {}
         # Rows of tiles stay the same while columns change.
         self._left: tuple[Points, slice, Tensor] | None = None
@@ -102,9 +88,12 @@ class Tiles:
             scaled, one, half = right[i].split_with_sizes((dim, 1, 1), 1)
             scaled.copy_(rows.double() * scale)
             one.fill_(1)
-            half.copy_(scaled.square().sum(1, keepdim=True).mul_(-0.5)) if self.kernel.radial else half.zero_()
             torch.mul(rows.T, w[i], out=weighted[:-1, i])
-            radius2[i.start] = float(rows.square().sum(1).max())
+            if self.kernel.radial:
+                torch.sum(scaled.square(), 1, keepdim=True, out=half).mul_(-0.5)
+            else:
+                half.zero_()
+            radius2[i.start] = float(half.min()) * -2 / scale**2
         weighted[-1] = w
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
         return Points(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, tiles, radius2)
@@ -156,9 +145,9 @@ class Tiles:
     def add_moments(self, slope: Tensor, a: Points, i: slice, b: Points, j: slice, scale: float) -> None:
         """A tile's share of the moments of a, and of b but for a tile on the diagonal of one sample."""
         if a.moments is not None:
-            add_product(a.moments[:, i], b.weighted[:, j], slope.T, scale)
+            self.add_product(a.moments[:, i], b.weighted[:, j], slope.T, scale)
         if b.moments is not None and not (a is b and i == j):
-            add_product(b.moments[:, j], a.weighted[:, i], slope, scale)
+            self.add_product(b.moments[:, j], a.weighted[:, i], slope, scale)
 
     def buffer(self, name: str, i: slice, j: slice) -> Tensor:
         """A tile of its own for each name."""
@@ -168,10 +157,29 @@ class Tiles:
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right, in the buffer of this name or a tensor of its own."""
-        if _for_linear(left, right):
-            return _linear(left, right)
-        return torch.mm(left, right, out=self.buffer(name, slice(0, left.shape[0]), slice(0, right.shape[1])))
+        """left (rows, features) @ right (features, columns) of a tile, in the buffer of this name or a tensor of its own."""
+        (rows, features), columns = left.shape, right.shape[1]
+        if self._is_linear(rows, columns, features):
+            return self._by_linear(left, right)
+        return torch.mm(left, right, out=self.buffer(name, slice(0, rows), slice(0, columns)))
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+        """total (features, columns) += scale·left (features, rows) @ right (rows, columns) of a tile."""
+        if self._is_linear(right.shape[0], right.shape[1], left.shape[0]):
+            total.add_(self._by_linear(left, right), alpha=scale)
+        else:
+            total.addmm_(left, right, alpha=scale)
+
+    def _is_linear(self, rows: int, columns: int, features: int) -> bool:
+        pairs = rows * columns
+        few_shapes = rows % LINEAR_MULTIPLE == columns % LINEAR_MULTIPLE == 0
+        return self._linear is not None and few_shapes and pairs >= _LINEAR_PAIRS and pairs * features >= _LINEAR_FROM
+
+    def _by_linear(self, left: Tensor, right: Tensor) -> Tensor:
+        assert self._linear is not None
+        # Of a weight whose rows do not lie side by side the product takes a thousand times as long.
+        weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
+        return cast(Tensor, self._linear(left, weight, None, "none", [], ""))
 
     def _exponent(self, a: Points, i: slice, b: Points, j: slice) -> Tensor:
         """−t_0 times the unit; √(2·t_0) for a rooted kernel, t_0 for one of x·y."""
