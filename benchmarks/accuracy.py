@@ -50,8 +50,8 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
 
 
 def rows_of(mode: str, dim: int) -> int:
-    """Whole tiles of the CPU path; in the interpreter, whose time grows with their product, few rows of many features."""
-    return 1024 if mode == "cpu" else 128 if dim < 64 else 64 if dim == 64 else 32
+    """A whole tile of the CPU path; in the interpreter, whose time grows with their product, few rows of many features."""
+    return 512 if mode == "cpu" else 128 if dim < 64 else 64 if dim == 64 else 32
 
 
 def samples(n: int, dim: int, squared_bandwidth: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

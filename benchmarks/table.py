@@ -1,4 +1,4 @@
-"""The README's tables, from the committed rows: python -m benchmarks.table --n 8192 --device Intel."""
+"""The README's tables, from the committed rows: python -m benchmarks.table --n 8192 --device AMD --threads 1."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from benchmarks.rows import HUGE_PAGES, load, machine_of, machines, milliseconds
 _DIRECTION = {"forward": "forward", "forward+backward": "forward and backward"}
 
 
-def tables(n: int | None = None, machine: str = "") -> str:
-    """All tables, or those of devices with `machine` in their name, and of `mmd` only the rows of one N."""
+def tables(n: int | None = None, machine: str = "", threads: int | None = None) -> str:
+    """All tables, or those of devices with `machine` in their name or of so many threads, and of `mmd` only the rows of one N."""
     kinds = (("mmd", n), ("reparameterize_kl", None))
-    return "\n\n".join(text for benchmark, rows in kinds for text in _tables(benchmark, rows, machine))
+    return "\n\n".join(text for benchmark, rows in kinds for text in _tables(benchmark, rows, machine, threads))
 
 
-def _tables(benchmark: str, n: int | None, machine: str) -> list[str]:
-    rows = [row for row in load(benchmark) if n in (None, row["n"]) and machine in row["device"]]
+def _tables(benchmark: str, n: int | None, machine: str, threads: int | None) -> list[str]:
+    rows = [row for row in load(benchmark) if n in (None, row["n"]) and machine in row["device"] and threads in (None, row["threads"])]
     texts = []
     for found_on, suffix in itertools.product(machines(rows), ("", HUGE_PAGES)):
         here = [row for row in rows if machine_of(row) == found_on and row["provider"].endswith(HUGE_PAGES) == bool(suffix)]
@@ -73,5 +73,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, help="only the rows of mmd with this N")
     parser.add_argument("--device", default="", help="only devices with this in their name")
+    parser.add_argument("--threads", type=int, help="only rows of so many threads")
     args = parser.parse_args()
-    print(tables(args.n, args.device))
+    print(tables(args.n, args.device, args.threads))
