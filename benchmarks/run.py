@@ -41,7 +41,7 @@ SCALE, SHIFT = 0.9, 0.1
 PART = 8192
 
 
-# Half of the time of an eager step is page faults.
+# A third to two thirds of the time of an eager step are page faults.
 SUFFIX = HUGE_PAGES * (os.environ.get("THP_MEM_ALLOC_ENABLE") == "1")
 
 

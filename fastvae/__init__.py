@@ -1,6 +1,6 @@
 """Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
 
-from fastvae import recipes, reference
+from fastvae import recipes, reference, schedules
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth
 from fastvae.functional import (
     GroupMMD,
@@ -41,6 +41,7 @@ __all__ = [
     "recipes",
     "reference",
     "reparameterize_kl",
+    "schedules",
     "total_correlation",
     "two_sample_test",
     "witness",
