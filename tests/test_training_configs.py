@@ -41,7 +41,9 @@ CONFIGS = {
     "a tag": ('trainer: !!python/object/apply:os.system ["touch run"]', "could not determine a constructor for the tag"),
     "a name's tag": ("model: {lr: !!python/name:os.system }", "could not determine a constructor for the tag"),
     "aliases of aliases": (bomb(), "must hold at most 10,000 values"),
-    "nested deep": ("model: " + "[" * 10**5 + "]" * 10**5, "must be nested at most 32 deep"),
+    "nested deep": ("model: " + "[" * 100 + "]" * 100, "must be nested at most 32 deep"),
+    # From 6.0.4 on PyYAML has a limit of its own, of a thousand, and "exceeded maximum nesting depth" is its sentence.
+    "nested without end": ("model: " + "[" * 10**5 + "]" * 10**5, "nest"),
     "interpolation": ("data: {batch_size: '${oc.env:HOME}'}", "data.batch_size must be an integer, got ${oc.env:HOME}"),
 }
 
