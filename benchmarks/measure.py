@@ -113,7 +113,7 @@ class Ceilings:
             "copy": lambda: target.copy_(long),
         }
         if device == "cpu":
-            # In place, as a second tile would not stay in cache; of one, which stays as it is.
+            # In place, as a second tile would not stay in cache, and of ones anew, as exponentials of exponentials overflow.
             ones = torch.ones_like(tile)
             steps["exponential"] = lambda: [ones.exp2_().fill_(1) for _ in range(16)]
             steps["fill"] = lambda: [ones.fill_(1) for _ in range(16)]

@@ -58,9 +58,9 @@ def mmd(
             mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
         x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient. Not for estimator="linear".
         y_weights: (..., M), likewise.
-        precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": as good as float32,
-            "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the input's precision,
-            but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
+        precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": three of bfloat16 parts,
+            nearly as good as float32, "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps
+            the input's precision, but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
         process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
             the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²

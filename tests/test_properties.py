@@ -853,7 +853,7 @@ PEAK = {
     "mmd": 8.5,
     "mmd_to_normal": 8.0,
     "kernel_matmul": 9.0,
-    "group_mmd": 15.0,
+    "group_mmd": 14.0,
     "reparameterize_kl": 5.0,
     "total_correlation": 18.0,
 }
