@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -176,10 +177,21 @@ def evaluate(function, *points: Tensor, **options):
     return value.detach(), *torch.autograd.grad(value, points)
 
 
+@contextlib.contextmanager
+def one_thread():
+    """The size of tiles on a CPU depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def peak_bytes(function, inputs) -> int:
-    """Peak of the bytes of tensors that live at once, counted by PyTorch's profiler from its allocator's calls."""
+    """Peak of the bytes of tensors that live at once with one thread, counted by PyTorch's profiler from its allocator's calls."""
     leaves = [t.clone().requires_grad_() for t in inputs]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with one_thread(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(function(*leaves), leaves)
     live = most = 0
     for event in profile.profiler.kineto_results.events():

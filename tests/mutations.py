@@ -80,8 +80,8 @@ FAULTS = [
     Fault(
         "CPU: tiles one row short",
         "fastvae/cpu/tiles.py",
-        "slice(first, min(first + TILE, rows))",
-        "slice(first, min(first + TILE - 1, rows))",
+        "slice(first, min(first + size, rows))",
+        "slice(first, min(first + size - 1, rows))",
         ("tests/test_mmd.py", "-k", "test_cpu and several"),
     ),
     Fault(

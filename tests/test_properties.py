@@ -151,9 +151,8 @@ def small_tiles(small: bool):
     """Tiles of a few rows, so that a few rows are many tiles."""
     values = [
         (cpu_tiles, "TILE", 3),
-        (cpu_quadratic_form, "TILE", 3),
-        (cpu_quadratic_form, "_OWN_TILE", 2),
-        (cpu_quadratic_form, "_LARGEST_TILE", 4),
+        (cpu_quadratic_form, "_OWN_TILE", 0.7),
+        (cpu_quadratic_form, "_LARGEST_TILE", 1.4),
         (cpu_reparameterize_kl, "BLOCK", 7),
         (cpu_total_correlation, "BLOCK", 12),
         (cpu_total_correlation, "MOST_COLUMNS", 3),

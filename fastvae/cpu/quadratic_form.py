@@ -8,17 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae.cpu.tiles import LINEAR_MULTIPLE, TILE, Tiles, tiles_of
+from fastvae.cpu.tiles import LINEAR_MULTIPLE, Tiles, most_rows, tiles_of
 from fastvae.radial import KernelSum
 
-# Rows of a group under which it shares its tile with its neighbours.
-_OWN_TILE = TILE // 4
+# Of a tile, the rows of a group under which it shares its tile with its neighbours.
+_OWN_TILE = 1 / 4
 # Products of rows that are no multiple of the processor's vectors are slower by a quarter, and those of a multiple of `LINEAR_MULTIPLE` the
 # fastest, for which a group is padded by up to this share.
 _MULTIPLE = 16
 _PADDED = 1 / 8
 # A few rows past a tile are cheaper in it than in a tile of their own.
-_LARGEST_TILE = TILE * 9 // 8
+_LARGEST_TILE = 9 / 8
 
 
 def quadratic_form(
@@ -114,10 +114,11 @@ def _groups(v: Tensor) -> Tensor | None:
 def _rows(group: Tensor) -> tuple[list[slice], Tensor]:
     """Tiles of rows that come sorted by group, of which the larger groups have their own, and the row at each place, −1 for padding."""
     counts, starts, start, end = [], [0], 0, 0
+    own, largest = (int(share * most_rows()) for share in (_OWN_TILE, _LARGEST_TILE))
     for size in group.bincount().tolist():
-        if size >= _OWN_TILE:
+        if size >= own:
             counts += [i.stop - i.start for i in tiles_of(end, start)]
-            parts = -(-size // _LARGEST_TILE)
+            parts = -(-size // largest)
             counts += [size * (n + 1) // parts - size * n // parts for n in range(parts)]
             start = end + size
         end += size
