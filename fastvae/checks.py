@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvae.radial import KERNELS, RBF, Kernel
 
 BACKENDS = (None, "cpu", "triton", "reference")
+MMD_BACKENDS = (*BACKENDS, "inductor")
 ESTIMATORS = ("biased", "unbiased")
 MMD_ESTIMATORS = (*ESTIMATORS, "linear")
 DENSITY_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
@@ -65,10 +66,12 @@ def aggregated(aggregate: str, estimator: str, bandwidth_weights: object, famili
             option("kernel with aggregate='fuse'", family.name, ("rbf", "imq", "rational_quadratic", "laplace"))
 
 
-def kernel_options(value: object, precision: str | None, backend: str | None, device: torch.device | None) -> Kernel:
+def kernel_options(
+    value: object, precision: str | None, backend: str | None, device: torch.device | None, backends: tuple[str | None, ...] = BACKENDS
+) -> Kernel:
     """The kernel, and how to compute with it on `device` (any, if None)."""
     option("precision", precision, PRECISIONS)
-    option("backend", backend, BACKENDS)
+    option("backend", backend, backends)
     if device is not None:
         backend_device(backend, device)
     return kernel(value)
@@ -355,8 +358,8 @@ def enough_rows(name: str, x: Tensor, estimator: str) -> None:
 
 def backend_device(backend: str | None, device: torch.device) -> None:
     """The forced backend can compute on this device, and the default one is there."""
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend='cpu' must have tensors on the CPU, got {device}")
+    if backend in ("cpu", "inductor") and device.type != "cpu":
+        raise ValueError(f"backend={backend!r} must have tensors on the CPU, got {device}")
     if backend == "triton" and device.type != "cuda" and not triton_interpreter():
         raise ValueError(
             f"backend='triton' must have tensors on a CUDA device, got {device}: or set TRITON_INTERPRET=1 before Python starts"

@@ -61,7 +61,9 @@ def mmd(
         precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": three of bfloat16 parts,
             nearly as good as float32, "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps
             the input's precision, but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one. "inductor" is
+            "cpu" with loops that `torch.compile` makes: faster for up to 8 features and for all but one RBF kernel, after some seconds in
+            the first call for each number of features and of bandwidths; it needs a C++ compiler.
         process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
             the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²
             times the number of ranks, needs no communication, and averaged over the ranks as data parallelism does it is that of one
@@ -142,7 +144,7 @@ def _mmd(
     process_group: ProcessGroup | None,
 ) -> Tensor:
     with Heard(process_group):
-        family = checks.kernel_options(kernel, precision, backend, x.device)
+        family = checks.kernel_options(kernel, precision, backend, x.device, checks.MMD_BACKENDS)
         checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
         h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
         for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):

@@ -36,7 +36,7 @@ class MMDLoss(GroupModule):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        checks.kernel_options(kernel, precision, backend, None)
+        checks.kernel_options(kernel, precision, backend, None, checks.MMD_BACKENDS)
         checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
         checks.bandwidths(bandwidth, bandwidth_weights, None)
         self.bandwidth = bandwidth

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, KernelSum, Ladder, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, KernelSum, Ladder, Laplace, Polynomial, RationalQuadratic
 
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower with one thread. Each thread takes its share of every
 # operation on a tile, which more threads therefore make larger: two are 1.1 to 1.35 times as fast with 768² as with 512².
@@ -75,6 +75,100 @@ class Rung(NamedTuple):
     slope: Tensor  # −φ'(t_b) − shift, φ'(t_b) for a kernel of x·y
 
 
+class Exponentials(NamedTuple):
+    """2^t and exp(t) − 1, in place, of t ≤ 0."""
+
+    exp2_: Callable[[Tensor], Tensor]
+    expm1_: Callable[[Tensor], Tensor]
+
+
+_EXPONENTIALS = Exponentials(Tensor.exp2_, Tensor.expm1_)
+
+
+class Profile(NamedTuple):
+    """How the bandwidths of a `Ladder` follow from the exponents of the widest: what of it does not change with their scale."""
+
+    kernel: Kernel
+    squarings: tuple[int, ...]
+    shifts: tuple[int, ...]
+    unit: float  # of the exponents
+    coefficients: tuple[float, ...]  # of a polynomial
+
+    @staticmethod
+    def of(ladder: Ladder) -> Profile:
+        # exp2 takes a quarter of the time of exp, or half on other processors; expm1 has no such twin.
+        unit = LOG2_E if isinstance(ladder.kernel, RBF) and not ladder.shifts[0] else 1.0
+        coefficients = tuple(ladder.kernel.coefficients) if isinstance(ladder.kernel, Polynomial) else ()
+        return Profile(ladder.kernel, ladder.squarings, ladder.shifts, unit, coefficients)
+
+    @property
+    def kernel_is_slope(self) -> bool:
+        return isinstance(self.kernel, RBF)
+
+    def evaluate(
+        self,
+        n: int,
+        ratio: float | Tensor,
+        exponent: Tensor,
+        out: Tensor,
+        slope: Tensor | None,
+        exponentials: Exponentials = _EXPONENTIALS,
+    ) -> Tensor:
+        """k_n − shift·φ(0) into `out`, which holds that of n − 1 or is `exponent`; returns the slope, in `slope` unless it is k_n."""
+        kernel, shift = self.kernel, self.shifts[n]
+        exp2_, expm1_ = exponentials
+        if isinstance(kernel, RBF):
+            self._climb(n, ratio, exponent, out, exponentials)
+            return out
+        assert slope is not None
+        if isinstance(kernel, RationalQuadratic):
+            torch.mul(exponent, -ratio / kernel.alpha, out=out)
+            if kernel.alpha == 1:
+                torch.add(out, 1, out=slope).pow_(-2)
+            else:
+                # 1 + t/α would lose what a large α multiplies again.
+                exp2_(torch.log1p(out, out=slope).mul_(-(kernel.alpha + 1) * LOG2_E))
+            if shift:
+                expm1_(out.log1p_().mul_(-kernel.alpha))
+            else:
+                out.add_(1).mul_(slope)
+        elif isinstance(kernel, Laplace):
+            torch.mul(exponent, -LOG2_E * ratio**0.5, out=out)
+            exp2_(slope.copy_(out)).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
+            expm1_(out.div_(LOG2_E)) if shift else exp2_(out)
+        elif isinstance(kernel, Energy):
+            torch.mul(exponent, -(ratio**0.5), out=out)
+            torch.reciprocal(out, out=slope).neg_().masked_fill_(out == 0, 0)
+        elif isinstance(kernel, Polynomial):
+            t = torch.mul(exponent, ratio, out=slope)
+            out.fill_(self.coefficients[0])
+            for coefficient in self.coefficients[1:]:
+                out.mul_(t).add_(coefficient)
+            out.mul_(t)
+            if not shift:
+                out.add_(kernel.at_zero)
+            slope.add_(kernel.coef0).pow_(len(self.coefficients) - 1).mul_(len(self.coefficients))
+        else:
+            raise AssertionError(f"{kernel.name} has no tile")
+        return slope
+
+    def _climb(self, n: int, ratio: float | Tensor, exponent: Tensor, power: Tensor, exponentials: Exponentials) -> None:
+        shift, squarings = self.shifts[n], self.squarings[n]
+        if squarings:
+            if self.shifts[n - 1] and not shift:
+                power.add_(1)
+            for _ in range(squarings):
+                # (1 + e)² − 1 = e·(e + 2)
+                power.mul_(power + 2) if shift else power.square_()
+            return
+        if power is not exponent:
+            torch.mul(exponent, ratio if shift == self.shifts[0] else ratio * LOG2_E, out=power)
+        if shift:
+            exponentials.expm1_(power)
+        else:
+            exponentials.exp2_(power)
+
+
 class Tiles:
     """The tiles of `kernel` between samples of which `samples` are all; a pair of a row with itself counts as zero."""
 
@@ -84,8 +178,9 @@ class Tiles:
         self.dtype = self.centre.dtype
         self.kernel = self.ladder.kernel
         self.single = len(self.ladder.ratios) == 1
-        # exp2 takes a quarter of the time of exp, or half on other processors; expm1 has no such twin.
-        self.unit = LOG2_E if isinstance(self.kernel, RBF) and not self.ladder.shifts[0] else 1.0
+        self.profile = Profile.of(self.ladder)
+        # Of the points, whose products are then the exponents of the widest bandwidth.
+        self.scale = (self.ladder.gamma * (2 * self.profile.unit if self.kernel.radial else 1.0)) ** 0.5
         self._linear = _LINEAR if self.dtype == torch.float32 and torch._C._get_mkldnn_enabled() else None
         if self._linear is not None and max(map(len, samples)) >= TILE:
             # What a product returns is freed with its tile. The C library keeps for the next one what is smaller than the largest block
@@ -101,19 +196,18 @@ class Tiles:
         right, weighted = new(n, dim + 2), new(dim + 1, n)
         tiles = tiles_of(n) if tiles is None else tiles
         radius2 = {}
-        # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
-        scale = (self.ladder.gamma * (2 * self.unit if self.kernel.radial else 1.0)) ** 0.5
         for i in tiles:
             rows = self.centred(z[i])
             scaled, one, half = right[i].split_with_sizes((dim, 1, 1), 1)
-            scaled.copy_(rows.double() * scale)
+            # In float64, as a rounded scale would be another bandwidth than that of the closed form of a prior.
+            scaled.copy_(rows.double() * self.scale)
             one.fill_(1)
             torch.mul(rows.T, w[i], out=weighted[:-1, i])
             if self.kernel.radial:
                 torch.sum(scaled.square(), 1, keepdim=True, out=half).mul_(-0.5)
             else:
                 half.zero_()
-            radius2[i.start] = float(half.min()) * -2 / scale**2
+            radius2[i.start] = float(half.min()) * -2 / self.scale**2
         weighted[-1] = w
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
         return Points(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, tiles, radius2)
@@ -138,7 +232,8 @@ class Tiles:
         exponent = self._exponent(a, i, b, j)
         value = exponent if self.single else self.buffer("value", i, j)
         for n, (ratio, weight) in enumerate(zip(self.ladder.ratios, self.ladder.weights, strict=True)):
-            slope = self._evaluate(n, exponent, value, i, j)
+            scratch = None if self.profile.kernel_is_slope else self.buffer("slope", i, j)
+            slope = self.profile.evaluate(n, ratio, exponent, value, scratch)
             if a is b and i == j:
                 value.fill_diagonal_(0)
                 slope.fill_diagonal_(0)
@@ -220,7 +315,7 @@ class Tiles:
 
     def _differences(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
         distance = torch.cdist(self.centred(a.z[i]), self.centred(b.z[j]), compute_mode="donot_use_mm_for_euclid_dist")
-        torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.unit))
+        torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.profile.unit))
 
     def _refine(self, a: Points, i: slice, b: Points, j: slice, out: Tensor, near: float) -> None:
         """The 2·t_0 of a tile that are under `near`, from differences."""
@@ -233,63 +328,6 @@ class Tiles:
         # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
         d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
         out[left, right] = d2 * (2 * self.ladder.gamma)
-
-    def _evaluate(self, n: int, exponent: Tensor, out: Tensor, i: slice, j: slice) -> Tensor:
-        """k_n − shift·φ(0) into `out`, which holds that of n − 1 or is `exponent`; returns the slope."""
-        kernel, ratio, shift = self.kernel, self.ladder.ratios[n], self.ladder.shifts[n]
-        if isinstance(kernel, RBF):
-            self._climb(n, exponent, out)
-            return out
-        slope = self.buffer("slope", i, j)
-        if isinstance(kernel, RationalQuadratic):
-            torch.mul(exponent, -ratio / kernel.alpha, out=out)
-            if kernel.alpha == 1:
-                torch.add(out, 1, out=slope).pow_(-2)
-            else:
-                # 1 + t/α would lose what a large α multiplies again.
-                torch.log1p(out, out=slope).mul_(-(kernel.alpha + 1) * LOG2_E).exp2_()
-            if shift:
-                out.log1p_().mul_(-kernel.alpha).expm1_()
-            else:
-                out.add_(1).mul_(slope)
-        elif isinstance(kernel, Laplace):
-            torch.mul(exponent, -LOG2_E * ratio**0.5, out=out)
-            torch.exp2(out, out=slope).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
-            out.div_(LOG2_E).expm1_() if shift else out.exp2_()
-        elif isinstance(kernel, Energy):
-            torch.mul(exponent, -(ratio**0.5), out=out)
-            torch.reciprocal(out, out=slope).neg_().masked_fill_(out == 0, 0)
-        elif isinstance(kernel, Polynomial):
-            t = torch.mul(exponent, ratio, out=slope)
-            first, *others = kernel.coefficients
-            out.fill_(first)
-            for coefficient in others:
-                out.mul_(t).add_(coefficient)
-            out.mul_(t)
-            if not shift:
-                out.add_(kernel.at_zero)
-            slope.add_(kernel.coef0).pow_(int(kernel.degree) - 1).mul_(kernel.degree)
-        else:
-            raise AssertionError(f"{kernel.name} has no tile")
-        return slope
-
-    def _climb(self, n: int, exponent: Tensor, power: Tensor) -> None:
-        ladder = self.ladder
-        shift, squarings = ladder.shifts[n], ladder.squarings[n]
-        if squarings:
-            if ladder.shifts[n - 1] and not shift:
-                power.add_(1)
-            for _ in range(squarings):
-                # (1 + e)² − 1 = e·(e + 2)
-                power.mul_(power + 2 if shift else power)
-            return
-        unit = (1.0 if shift else LOG2_E) / self.unit
-        if power is not exponent:
-            torch.mul(exponent, ladder.ratios[n] * unit, out=power)
-        if shift:
-            power.expm1_()
-        else:
-            power.exp2_()
 
 
 def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
 from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_mean_exponent, rbf_normal_self_exponent
@@ -67,7 +68,9 @@ def mmd_op(*args: Any) -> Result:
 
     A gradient not asked for is empty."""
     problem = Problem(*args)
-    return _triton(*args) if problem.backend == "triton" else _evaluate(cpu.Sweep, problem)
+    if problem.backend == "triton":
+        return _triton(*args)
+    return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
 
 
 def _triton(*args: Any) -> Result:

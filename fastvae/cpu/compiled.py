@@ -1,0 +1,227 @@
+"""The sums of MMD² over all pairs of rows, in loops that `torch.compile` makes of distance, kernel and sums at once.
+
+A block is some rows against some columns: of few features its distances are taken as differences, so that nothing of a pair is ever stored.
+The block stays small enough for memory even if the compiler were to store all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae.cpu import mmd
+from fastvae.cpu.tiles import Exponentials, Points, Profile
+from fastvae.radial import LOG2_E, KernelSum
+
+_ROWS, _COLUMNS = 2048, 4096
+
+# Features up to which differences are faster than products.
+_FEW = 8
+
+Compiled = Callable[..., Any]
+
+
+@dataclass
+class Rows(Points):
+    """One sample as the compiled loops read it."""
+
+    scaled: Tensor | None  # (D, N), of few features
+    pulls: Tensor | None  # (D, N): of each row Σ_j w_j·W_ij·(x_i − y_j), of y_j without x_i for a kernel of x·y, scaled
+
+
+class Sweep(mmd.Sweep):
+    """`fastvae.radial.Sweep` on a CPU, of a batch of one problem."""
+
+    def __init__(self, kernel: KernelSum, samples: list[Tensor], centre: Tensor, gradient: bool) -> None:
+        super().__init__(kernel, samples, centre, gradient)
+        ladder, new = self.ladder, self.centre.new_tensor
+        self._factors = new(ladder.ratios), new(ladder.weights), new([a * r for a, r in zip(ladder.weights, ladder.ratios, strict=True)])
+        # Of the points, whose squared differences are t_0 in the unit of the profile.
+        self._scale = self.scale * (0.5**0.5 if self.kernel.radial else 1.0)
+        self._plain = self.single and self.profile.kernel_is_slope
+        self._few = samples[0].shape[-1] <= _FEW
+
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Rows:  # type: ignore[override]
+        points = super().points(z, weights, gradient)
+        scaled = (self.centred(z[0]).double() * self._scale).T.to(self.dtype).contiguous() if self._few else None
+        return Rows(**vars(points), scaled=scaled, pulls=torch.zeros_like(scaled) if gradient and scaled is not None else None)
+
+    @torch.no_grad()
+    def within(self, a: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
+        if not self._few:
+            return super().within(a, scale)
+        factor, total = float(scale), 0.0
+        for i in a.tiles:
+            total += self._tile(a, i, a, i, factor)
+            # Of two rows the value once, and the pull on either.
+            total += 2 * self._rows(a, i, a, slice(i.stop, len(a)), factor)
+            if a.pulls is not None:
+                self._rows(a, i, a, slice(0, i.start), factor)
+        self._shifted_moments(a, a, factor)
+        return scale.new_tensor([total])
+
+    @torch.no_grad()
+    def across(self, a: Rows, b: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
+        if not self._few:
+            return super().across(a, b, scale)
+        factor = float(scale)
+        rows, columns = (b, a) if a.pulls is None else (a, b)
+        total = sum(self._rows(rows, i, columns, slice(0, len(columns)), factor) for i in _parts(slice(0, len(rows)), _ROWS))
+        if a.pulls is not None and b.pulls is not None:
+            for j in _parts(slice(0, len(b)), _ROWS):
+                self._rows(b, j, a, slice(0, len(a)), factor)
+        self._shifted_moments(a, b, factor)
+        self._shifted_moments(b, a, factor)
+        return scale.new_tensor([total])
+
+    def pull(self, a: Rows) -> Tensor:  # type: ignore[override]
+        pull = super().pull(a)
+        return pull if a.pulls is None else pull + (a.pulls.T / (self._scale if self.kernel.radial else -2 * self._scale)).to(a.z.dtype)
+
+    def _rows(self, a: Rows, i: slice, b: Rows, columns: slice, scale: float) -> float:
+        """Σ w·w·k over rows of a and columns of b that have no row in common; the pull on the rows is added on the way."""
+        total = 0.0
+        for j in _parts(columns, _COLUMNS):
+            assert a.scaled is not None
+            assert b.scaled is not None
+            weights = None if b.uniform else b.weights[j]
+            block = _of_points(self.profile, a.scaled.shape[0], not b.uniform, a.pulls is not None, self.dtype)
+            sums, pulls = block(a.scaled[:, i], b.scaled[:, j], weights, *self._factors)
+            if a.pulls is not None:
+                a.pulls[:, i].add_(pulls, alpha=scale / len(b) if b.uniform else scale)
+            total += _weighted(sums, a, i, b)
+        return total
+
+    def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
+        # Of one RBF kernel the uncompiled operations on a tile are as fast; the compiled ones do not know of a diagonal.
+        if self._plain or (a is b and i == j):
+            return super()._tile(a, i, b, j, scale)
+        weights = None if b.uniform else b.weights[j]
+        tile = self._exponent(a, i, b, j)
+        sums, _ = _of_exponents(self.profile, not b.uniform, self.dtype)(tile, weights, *self._factors)
+        self.add_moments(tile, a, i, b, j, scale)
+        return _weighted(sums, a, i, b)
+
+
+def _weighted(sums: Tensor, a: Points, i: slice, b: Points) -> float:
+    """Σ_i w_i·sums_i over rows of a, where the equal weights of b are left out of the sums."""
+    exact = sums.double()
+    total = float(exact.sum()) / len(a) if a.uniform else float(exact @ a.weights[i].double())
+    return total / len(b) if b.uniform else total
+
+
+def _parts(rows: slice, most: int) -> Iterator[slice]:
+    count = rows.stop - rows.start
+    parts = -(-count // most)
+    return (slice(rows.start + count * n // parts, rows.start + count * (n + 1) // parts) for n in range(parts))
+
+
+def _sums(
+    profile: Profile, exponent: Tensor, weights: Tensor | None, ratios: Tensor, values: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w_j·Σ_b a_b·k_b and w_j·Σ_b a_b·(γ_b/γ_0)·s_b of each pair, from its exponent."""
+    count = len(profile.squarings)
+    value, scratch = exponent.clone() if count > 1 else exponent, torch.empty_like(exponent)
+    total = slope_total = exponent
+    for n in range(count):
+        slope = profile.evaluate(n, ratios[n], exponent, value, scratch, _EXPONENTIALS)
+        total = values[n] * value + total if n else values[n] * value
+        slope_total = slopes[n] * slope + slope_total if n else slopes[n] * slope
+    return (total, slope_total) if weights is None else (total * weights, slope_total * weights)
+
+
+def _exp2_(t: Tensor) -> Tensor:
+    if t.dtype != torch.float32:
+        return t.exp2_()
+    whole, fraction, series = _split(t)
+    return t.copy_(_bits(series * fraction + 1.0, whole))
+
+
+def _expm1_(t: Tensor) -> Tensor:
+    # What the compiler makes of expm1 is exp − 1.
+    if t.dtype != torch.float32:
+        power = t.exp()
+        near = torch.where(power == 1, t, (power - 1) * t / power.log())
+        return t.copy_(torch.where(power < 0.5, power - 1, near))
+    whole, fraction, series = _split(t * LOG2_E)
+    power = _bits(torch.ones_like(t), whole)
+    return t.copy_(power * (series * fraction) + (power - 1))
+
+
+def _split(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For 2^t = 2^n·(1 + f·s): a number in whose last bits n stands, f with |f| ≤ ½, and s. A call of the C library, of which none is left,
+    would keep a loop's sums out of the registers."""
+    t = t.clamp(min=-126.0)
+    whole = t + 1.5 * 2.0**23
+    f = t - (whole - 1.5 * 2.0**23)
+    # Of the smallest largest relative error, 2e-9. Numbers with a name would be loaded for each pair.
+    series = 1.5353362e-4 * f + 1.3398874e-3
+    series = series * f + 9.6184369e-3
+    series = series * f + 5.5503324e-2
+    series = series * f + 2.4022648e-1
+    return whole, f, series * f + 6.9314718e-1
+
+
+def _bits(x: Tensor, whole: Tensor) -> Tensor:
+    """x·2^n."""
+    return (x.view(torch.int32) + (whole.view(torch.int32) << 23)).view(torch.float32)
+
+
+_EXPONENTIALS = Exponentials(_exp2_, _expm1_)
+
+
+@functools.cache
+def _of_points(profile: Profile, dim: int, weighted: bool, gradient: bool, dtype: torch.dtype) -> Compiled:
+    """Of rows (D, R) and columns (D, C) with weights (C,): Σ_j w_j·k_ij (R,), and Σ_j w_j·W_ij·(x_i − y_j) (D, R), of y_j without x_i for a
+    kernel of x·y."""
+
+    def block(rows: Tensor, columns: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        if profile.kernel.radial:
+            arms = [rows[d, :, None] - columns[d] for d in range(dim)]
+            exponent = functools.reduce(lambda negative, arm: negative - arm * arm, arms[1:], -(arms[0] * arms[0]))
+            exponent = (-2 * exponent).sqrt() if profile.kernel.rooted else exponent
+        else:
+            arms = [columns[d].expand(rows.shape[1], -1) for d in range(dim)]
+            exponent = functools.reduce(torch.add, [rows[d, :, None] * arm for d, arm in enumerate(arms)])
+        total, slope = _sums(profile, exponent, weights, *factors)
+        return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
+
+    # Sizes that are equal in a first call would be taken for one.
+    rows, columns = (torch.zeros(dim, dim + 2 * n, dtype=dtype)[:, :-n] for n in (19, 31))
+    return _compile(block, profile, rows, columns, columns[0] if weighted else None)
+
+
+@functools.cache
+def _of_exponents(profile: Profile, weighted: bool, dtype: torch.dtype) -> Compiled:
+    """Of exponents (R, C) and the columns' weights (C,): Σ_j w_j·k_ij (R,) and its summands, and in the exponents' place W_ij."""
+
+    def tile(exponent: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        total, slope = _sums(profile, exponent, None, *factors)
+        exponent.copy_(slope)
+        total = total if weights is None else total * weights
+        # The summands are not wanted, but the loop that sums them would make them again.
+        return total.sum(1), total
+
+    exponent = torch.zeros(19, 31, dtype=dtype)
+    return _compile(tile, profile, exponent, exponent[0] if weighted else None)
+
+
+def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Compiled:
+    # Functions of one code share the compiler's memory of it, which holds eight.
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    # Multiply-adds in one instruction.
+    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+    compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    assert first[0] is not None
+    try:
+        compiled(*first, *(torch.ones(len(profile.squarings), dtype=first[0].dtype) for _ in range(3)))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"backend='inductor' must have a C++ compiler that torch.compile can use, got {reason}") from error
+    return compiled
