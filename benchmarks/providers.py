@@ -48,6 +48,10 @@ def fused(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
     return fastvae.mmd(x, y, bandwidth=bandwidths)
 
 
+def inductor(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
+    return fastvae.mmd(x, y, bandwidth=bandwidths, backend="inductor")
+
+
 def fused_to_normal(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
     return fastvae.mmd_to_normal(x, bandwidth=bandwidths)
 
@@ -117,6 +121,7 @@ def providers(device: str) -> list[Provider]:
     geomloss_missing = _missing("geomloss", "pykeops")
     return [
         Provider("fastvae", fused, note="Triton" if device == "cuda" else "CPU path"),
+        Provider("fastvae, inductor", inductor, None if device == "cpu" else "a backend of the CPU", note="CPU path, loops compiled"),
         Provider("fastvae, closed-form prior", fused_to_normal, prior=True),
         Provider("eager", matrix, note="matrix products, N×M"),
         Provider("torch.compile", compiled_matrix, note="of eager"),

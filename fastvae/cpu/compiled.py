@@ -90,9 +90,10 @@ class Sweep(mmd.Sweep):
         for j in _parts(columns, _COLUMNS):
             assert a.scaled is not None
             assert b.scaled is not None
-            weights = None if b.uniform else b.weights[j]
+            weights = None if b.uniform else b.weights[j].clone()
             block = _of_points(self.profile, a.scaled.shape[0], not b.uniform, a.pulls is not None, self.dtype)
-            sums, pulls = block(a.scaled[:, i], b.scaled[:, j], weights, *self._factors)
+            # Of views the compiler would tell those at the start of their storage from others.
+            sums, pulls = block(_copy(a.scaled[:, i]), _copy(b.scaled[:, j]), weights, *self._factors)
             if a.pulls is not None:
                 a.pulls[:, i].add_(pulls, alpha=scale / len(b) if b.uniform else scale)
             total += _weighted(sums, a, i, b)
@@ -102,7 +103,7 @@ class Sweep(mmd.Sweep):
         # Of one RBF kernel the uncompiled operations on a tile are as fast; the compiled ones do not know of a diagonal.
         if self._plain or (a is b and i == j):
             return super()._tile(a, i, b, j, scale)
-        weights = None if b.uniform else b.weights[j]
+        weights = None if b.uniform else b.weights[j].clone()
         tile = self._exponent(a, i, b, j)
         sums, _ = _of_exponents(self.profile, not b.uniform, self.dtype)(tile, weights, *self._factors)
         self.add_moments(tile, a, i, b, j, scale)
@@ -114,6 +115,10 @@ def _weighted(sums: Tensor, a: Points, i: slice, b: Points) -> float:
     exact = sums.double()
     total = float(exact.sum()) / len(a) if a.uniform else float(exact @ a.weights[i].double())
     return total / len(b) if b.uniform else total
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _parts(rows: slice, most: int) -> Iterator[slice]:
@@ -193,8 +198,8 @@ def _of_points(profile: Profile, dim: int, weighted: bool, gradient: bool, dtype
         return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
 
     # Sizes that are equal in a first call would be taken for one.
-    rows, columns = (torch.zeros(dim, dim + 2 * n, dtype=dtype)[:, :-n] for n in (19, 31))
-    return _compile(block, profile, rows, columns, columns[0] if weighted else None)
+    rows, columns = (torch.zeros(dim, dim + n, dtype=dtype) for n in (19, 31))
+    return _compile(block, profile, rows, columns, columns[0].clone() if weighted else None)
 
 
 @functools.cache
@@ -209,7 +214,7 @@ def _of_exponents(profile: Profile, weighted: bool, dtype: torch.dtype) -> Compi
         return total.sum(1), total
 
     exponent = torch.zeros(19, 31, dtype=dtype)
-    return _compile(tile, profile, exponent, exponent[0] if weighted else None)
+    return _compile(tile, profile, exponent, exponent[0].clone() if weighted else None)
 
 
 def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Compiled:
@@ -222,6 +227,7 @@ def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Com
     try:
         compiled(*first, *(torch.ones(len(profile.squarings), dtype=first[0].dtype) for _ in range(3)))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        reason = lines[0] if lines else type(error).__name__
         raise RuntimeError(f"backend='inductor' must have a C++ compiler that torch.compile can use, got {reason}") from error
     return compiled

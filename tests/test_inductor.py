@@ -1,0 +1,153 @@
+"""backend="inductor": the same numbers from loops that `torch.compile` makes."""
+
+import shutil
+
+import pytest
+import torch
+
+import fastvae
+from fastvae.cpu import compiled, tiles
+from fastvae.radial import RBF, Energy, Laplace, Polynomial, RationalQuadratic
+from tests.cases import DEVICE, STREAMING_CASES, TOLERANCE, Case, assert_close, evaluate, expected, peak_bytes, problems
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.skipif(not COMPILER or DEVICE != "cpu", reason="needs a C++ compiler and data on a CPU"),
+]
+
+LADDER = (1.0, 2**0.5, 2.0)
+# Each kind of loop takes seconds to compile: what `test_mmd` does not tell apart is left out.
+NAMES = [
+    "one bandwidth",
+    "one row each",
+    "one row against many",
+    "one feature",
+    "one past a tile",
+    "ladder by squaring",
+    "from narrow to wide",
+    "weighted bandwidths",
+    "one weighted bandwidth",
+    "sample weights, ladder, unbiased",
+    "narrow",
+    "wide",
+    "far from the origin",
+    "one bandwidth, float64",
+    "from narrow to wide, float64",
+    "several tiles",
+    "several tiles, unbiased ladder",
+    "several tiles, wide",
+]
+CASES = [case for case in STREAMING_CASES if case.name in NAMES]
+CASES += [
+    Case(f"{kernel} {d}", d=d, bandwidth=bandwidth, kernel=kernel, weighted=weighted, estimator="unbiased")
+    for kernel, d, bandwidth, weighted in [
+        (RationalQuadratic(1.0), 3, (2.0,), False),
+        (RationalQuadratic(2.3), 17, (1.0, 60.0), True),
+        (Laplace(), 3, (1.0, 100.0), True),
+        (Laplace(), 17, (3.0,), False),
+        (Energy(), 3, (1.0,), False),
+        (Polynomial(), 3, (1.0, 2.0), True),
+        (Polynomial(2, coef0=0.5), 17, (1.0,), False),
+        (RBF(), 17, (60.0, 3.0), True),
+    ]
+]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of a few rows, so that a few rows are many blocks."""
+    monkeypatch.setattr(tiles, "TILE", 32)
+    monkeypatch.setattr(compiled, "_ROWS", 48)
+    monkeypatch.setattr(compiled, "_COLUMNS", 40)
+
+
+def test_every_name_is_a_case():
+    assert len(CASES) == len(NAMES) + 8
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("case", "name"), problems(CASES))
+def test_inductor(case, name):
+    function = getattr(fastvae, name)
+    points = case.points() if name == "mmd" else case.points()[:1]
+    weights = {k: w for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}
+    options = {**case.options, **weights, "backend": "inductor"}
+    rows = min(case.n, case.m), sum(map(abs, case.bandwidth_weights or (1.0,) * len(case.bandwidth)))
+    reference_values = expected(case, name, *points)
+    assert_close(evaluate(function, *points, **options), reference_values, TOLERANCE[case.dtype], *rows)
+    assert_close([function(*points, **options)], reference_values[:1], TOLERANCE[case.dtype], *rows)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_gradient_to_y_alone_is_that_of_both():
+    x, y = torch.randn(100, 3), torch.randn(90, 3)
+    _, _, both = evaluate(fastvae.mmd, x, y, backend="inductor")
+    _, alone = evaluate(lambda y: fastvae.mmd(x, y, backend="inductor"), y)
+    torch.testing.assert_close(alone, both)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_gradcheck():
+    x, y = (torch.randn(n, 2, dtype=torch.float64, requires_grad=True) for n in (40, 37))
+    h = torch.tensor([1.0, 0.6], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, y, h: fastvae.mmd(x, y, bandwidth=h, backend="inductor"), (x, y, h), fast_mode=True)
+
+
+def test_batches_nan_and_half():
+    x, y = torch.randn(3, 40, 2), torch.randn(3, 30, 2)
+    torch.testing.assert_close(fastvae.mmd(x, y, backend="inductor"), fastvae.mmd(x, y, backend="cpu"))
+    x[1, 5] = torch.nan
+    assert fastvae.mmd(x, y, backend="inductor").isnan().tolist() == [False, True, False]
+    x = torch.randn(600, 2, dtype=torch.bfloat16)
+    torch.testing.assert_close(fastvae.mmd(x, 2 * x, backend="inductor"), fastvae.mmd(x, 2 * x, backend="cpu"))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("d", [3, 17])
+def test_other_sizes_and_bandwidths_are_not_compiled_anew(d):
+    def step(n, h):
+        return evaluate(fastvae.mmd, torch.randn(n, d), torch.randn(n + 7, d), bandwidth=(h, 2 * h), backend="inductor")
+
+    step(70, 1.0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n, h in ((70, 1.3), (64, 1.0), (101, 0.7), (600, 2.0)):
+            step(n, h)
+
+
+def test_within_a_compiled_function():
+    def loss(x, y):
+        return 2 * fastvae.MMDLoss(bandwidth=LADDER, backend="inductor")(x, y)
+
+    x, y = torch.randn(70, 3), torch.randn(50, 3)
+    for a, e in zip(evaluate(torch.compile(loss, fullgraph=True), x, y), evaluate(loss, x, y), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_memory_is_that_of_a_block():
+    """In a loop that is not fused a block of 2048 × 4096 would be stored."""
+    x, y = torch.randn(6000, 3), torch.randn(6000, 3)
+
+    def step(x, y):
+        return fastvae.mmd(x, y, bandwidth=LADDER, backend="inductor")
+
+    evaluate(step, x, y)
+    assert peak_bytes(step, [x, y]) < 12 << 20
+
+
+def test_no_compiler_is_an_error_that_says_so():
+    x = torch.randn(600, 3)
+    options = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}
+    with torch._inductor.config.patch(options), pytest.raises(RuntimeError, match="backend='inductor' must have a C\\+\\+ compiler"):
+        fastvae.mmd(x, x + 1, kernel=Polynomial(degree=7), backend="inductor")
+
+
+def test_operations_without_it_name_those_they_have():
+    with pytest.raises(ValueError, match="backend must be one of None, 'cpu', 'triton', 'reference', got 'inductor'"):
+        fastvae.kernel_matmul(torch.randn(5, 2), torch.randn(4, 2), torch.randn(4, 1), backend="inductor")
+
+
+def test_tensors_must_be_on_the_cpu():
+    with pytest.raises(ValueError, match="backend='inductor' must have tensors on the CPU, got meta"):
+        fastvae.mmd(torch.randn(5, 2, device="meta"), torch.randn(4, 2, device="meta"), backend="inductor")
