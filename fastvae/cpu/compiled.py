@@ -24,6 +24,9 @@ _ROWS, _COLUMNS = 2048, 4096
 # Features up to which differences are faster than products.
 _FEW = 8
 
+# Rows and columns of a first call, from which the compiler takes what is worth a thread. Equal sizes would be taken for one.
+_FIRST = (509, 2039)
+
 Compiled = Callable[..., Any]
 
 
@@ -197,8 +200,7 @@ def _of_points(profile: Profile, dim: int, weighted: bool, gradient: bool, dtype
         total, slope = _sums(profile, exponent, weights, *factors)
         return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
 
-    # Sizes that are equal in a first call would be taken for one.
-    rows, columns = (torch.zeros(dim, dim + n, dtype=dtype) for n in (19, 31))
+    rows, columns = (torch.zeros(dim, dim + n, dtype=dtype) for n in _FIRST)
     return _compile(block, profile, rows, columns, columns[0].clone() if weighted else None)
 
 
@@ -213,7 +215,7 @@ def _of_exponents(profile: Profile, weighted: bool, dtype: torch.dtype) -> Compi
         # The summands are not wanted, but the loop that sums them would make them again.
         return total.sum(1), total
 
-    exponent = torch.zeros(19, 31, dtype=dtype)
+    exponent = torch.zeros(_FIRST, dtype=dtype)
     return _compile(tile, profile, exponent, exponent[0].clone() if weighted else None)
 
 
