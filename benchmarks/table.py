@@ -24,7 +24,9 @@ def _tables(benchmark: str, n: int | None, machine: str, threads: int | None) ->
         here = [row for row in rows if machine_of(row) == found_on and row["provider"].endswith(HUGE_PAGES) == bool(suffix)]
         if not here:
             continue
-        providers = list(dict.fromkeys(row["provider"].removesuffix(suffix) for row in here))
+        providers = sorted(
+            dict.fromkeys(row["provider"].removesuffix(suffix) for row in here), key=lambda name: not name.startswith("fastvae")
+        )
         cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
         for row in here:
             case = (row["direction"], row["n"], row["dim"], row.get("bandwidths", 0))
