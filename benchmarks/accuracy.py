@@ -28,7 +28,7 @@ import fastvae  # noqa: E402
 from fastvae import reference  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-MODES = ("cpu", "highest", "ieee", "high", "medium")
+MODES = ("cpu", "inductor", "highest", "ieee", "high", "medium")
 DIMENSIONS = (2, 16, 64, 256, 1024)
 
 
@@ -40,8 +40,9 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
         value = function(x, y, bandwidth=bandwidth, **options)
         return value.detach().double().cpu(), torch.autograd.grad(value, x)[0].double().cpu()
 
-    options = {"backend": "cpu"} if mode == "cpu" else {"backend": "triton", "precision": mode}
-    device = "cpu" if mode == "cpu" else DEVICE
+    on_cpu = mode in ("cpu", "inductor")
+    options = {"backend": mode} if on_cpu else {"backend": "triton", "precision": mode}
+    device = "cpu" if on_cpu else DEVICE
     value, grad = run(fastvae.mmd, x.to(device), y.to(device), **options)
     exact_value, exact_grad = run(reference.mmd, x.double(), y.double())
     # At a bandwidth that no two points share the gradient is zero but for underflow.
@@ -50,8 +51,11 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
 
 
 def rows_of(mode: str, dim: int) -> int:
-    """A whole tile of the CPU path; in the interpreter, whose time grows with their product, few rows of many features."""
-    return 512 if mode == "cpu" else 128 if dim < 64 else 64 if dim == 64 else 32
+    """A whole tile of the CPU path, two of few features where its loops are compiled; in the interpreter, whose time grows with their
+    product, few rows of many features."""
+    if mode in ("cpu", "inductor"):
+        return 1024 if mode == "inductor" and dim < 64 else 512
+    return 128 if dim < 64 else 64 if dim == 64 else 32
 
 
 def samples(n: int, dim: int, squared_bandwidth: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

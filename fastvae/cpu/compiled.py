@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastvae.cpu import mmd
 from fastvae.cpu.tiles import Exponentials, Points, Profile
-from fastvae.radial import LOG2_E, KernelSum
+from fastvae.radial import KernelSum
 
 _ROWS, _COLUMNS = 2048, 4096
 
@@ -157,7 +157,8 @@ def _expm1_(t: Tensor) -> Tensor:
         power = t.exp()
         near = torch.where(power == 1, t, (power - 1) * t / power.log())
         return t.copy_(torch.where(power < 0.5, power - 1, near))
-    whole, fraction, series = _split(t * LOG2_E)
+    # log₂e in two parts: rounded it would be another bandwidth.
+    whole, fraction, series = _split(t * 1.4426950 + t * 1.9259630e-8)
     power = _bits(torch.ones_like(t), whole)
     return t.copy_(power * (series * fraction) + (power - 1))
 
