@@ -45,7 +45,7 @@ BAD_MMD = [
     ((X, Y), {"estimator": "linear"}, ValueError, "x and y must have the same number of rows for estimator='linear', got 4 and 5"),
     ((X, Y), {"estimator": "linear", "x_weights": HALF}, ValueError, "x_weights must be None for estimator='linear', got weights"),
     ((X, Y), {"precision": "low"}, ValueError, "precision must be one of None, 'highest', 'high', 'medium', 'ieee', got 'low'"),
-    ((X, Y), {"backend": "cuda"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'cuda'"),
+    ((X, Y), {"backend": "cuda"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', 'inductor', got 'cuda'"),
     (
         (X[:1], Y),
         {"estimator": "unbiased"},
