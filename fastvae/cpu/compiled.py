@@ -223,8 +223,11 @@ def _of_exponents(profile: Profile, weighted: bool, dtype: torch.dtype) -> Compi
 def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Compiled:
     # Functions of one code share the compiler's memory of it, which holds eight.
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    # Multiply-adds in one instruction.
-    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
+    from torch._inductor import config
+
+    # Multiply-adds in one instruction; older versions of PyTorch have a switch with two positions.
+    fused: Any = "fast" if isinstance(config.cpp.enable_floating_point_contract_flag, str) else True
+    options = {"cpp.enable_floating_point_contract_flag": fused}
     compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     assert first[0] is not None
     try:
