@@ -61,9 +61,11 @@ def mmd(
         precision: of the products on a GPU; None follows `torch.get_float32_matmul_precision()`. "highest": three of bfloat16 parts,
             nearly as good as float32, "high": tf32, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps
             the input's precision, but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one. "inductor" is
-            "cpu" with loops that `torch.compile` makes: faster for up to 8 features and for all but one RBF kernel, after some seconds in
-            the first call for each number of features and of bandwidths; it needs a C++ compiler.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+            "inductor" is "cpu", and for the RBF kernel and samples of 1,024 rows and more has loops that `torch.compile` makes: faster for
+            up to 8 features, and for bandwidths whose h² are powers of two times one another. It needs a C++ compiler, and seconds the
+            first time for each number of features, bandwidths and threads, for other ratios of bandwidths, and where data so near
+            together that k is near one needs sums of k − 1.
         process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
             the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²
             times the number of ranks, needs no communication, and averaged over the ranks as data parallelism does it is that of one

@@ -1,7 +1,7 @@
 """The sums of MMD² over all pairs of rows, in loops that `torch.compile` makes of distance, kernel and sums at once.
 
-A block is some rows against some columns: of few features its distances are taken as differences, so that nothing of a pair is ever stored.
-The block stays small enough for memory even if the compiler were to store all of it.
+For RBF kernels of one bandwidth or of a ladder by squaring; of few features distances are differences, and nothing of a pair is stored. All
+else is the plain path's. A block is some rows against some columns, few enough for memory even if the compiler stored one number a pair.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from torch import Tensor
 
 from fastvae.cpu import mmd
 from fastvae.cpu.tiles import Exponentials, Points, Profile
-from fastvae.radial import KernelSum
+from fastvae.radial import RBF, KernelSum
 
 _ROWS, _COLUMNS = 2048, 4096
 
-# Features up to which differences are faster than products.
+# Features up to which differences are faster than products, and rows of a sample under which calls cost more than what loops save.
 _FEW = 8
+_FEWEST_ROWS = 1024
 
 # Rows and columns of a first call, from which the compiler takes what is worth a thread. Equal sizes would be taken for one.
 _FIRST = (509, 2039)
 
 Compiled = Callable[..., Any]
+State = tuple[object, ...]
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Rows(Points):
     """One sample as the compiled loops read it."""
 
     scaled: Tensor | None  # (D, N), of few features
-    pulls: Tensor | None  # (D, N): of each row Σ_j w_j·W_ij·(x_i − y_j), of y_j without x_i for a kernel of x·y, scaled
+    pulls: Tensor | None  # (D, N): of each row Σ_j w_j·W_ij·(x_i − y_j), scaled
 
 
 class Sweep(mmd.Sweep):
@@ -46,9 +48,12 @@ class Sweep(mmd.Sweep):
         ladder, new = self.ladder, self.centre.new_tensor
         self._factors = new(ladder.ratios), new(ladder.weights), new([a * r for a, r in zip(ladder.weights, ladder.ratios, strict=True)])
         # Of the points, whose squared differences are t_0 in the unit of the profile.
-        self._scale = self.scale * (0.5**0.5 if self.kernel.radial else 1.0)
-        self._plain = self.single and self.profile.kernel_is_slope
-        self._few = samples[0].shape[-1] <= _FEW
+        self._scale = self.scale * 0.5**0.5
+        # Of other kernels, and of bandwidths that are not squares of one another, the compiler stores what it makes on the way.
+        self._fuses = (
+            isinstance(self.kernel, RBF) and all(self.ladder.squarings[1:]) and min(map(len, (z[0] for z in samples))) >= _FEWEST_ROWS
+        )
+        self._few = self._fuses and samples[0].shape[-1] <= _FEW
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Rows:  # type: ignore[override]
         points = super().points(z, weights, gradient)
@@ -85,7 +90,7 @@ class Sweep(mmd.Sweep):
 
     def pull(self, a: Rows) -> Tensor:  # type: ignore[override]
         pull = super().pull(a)
-        return pull if a.pulls is None else pull + (a.pulls.T / (self._scale if self.kernel.radial else -2 * self._scale)).to(a.z.dtype)
+        return pull if a.pulls is None else pull + (a.pulls.T / self._scale).to(a.z.dtype)
 
     def _rows(self, a: Rows, i: slice, b: Rows, columns: slice, scale: float) -> float:
         """Σ w·w·k over rows of a and columns of b that have no row in common; the pull on the rows is added on the way."""
@@ -94,7 +99,7 @@ class Sweep(mmd.Sweep):
             assert a.scaled is not None
             assert b.scaled is not None
             weights = None if b.uniform else b.weights[j].clone()
-            block = _of_points(self.profile, a.scaled.shape[0], not b.uniform, a.pulls is not None, self.dtype)
+            block = _of_points(_state(), self.profile, a.scaled.shape[0], not b.uniform, a.pulls is not None, self.dtype)
             # Of views the compiler would tell those at the start of their storage from others.
             sums, pulls = block(_copy(a.scaled[:, i]), _copy(b.scaled[:, j]), weights, *self._factors)
             if a.pulls is not None:
@@ -104,11 +109,11 @@ class Sweep(mmd.Sweep):
 
     def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
         # Of one RBF kernel the uncompiled operations on a tile are as fast; the compiled ones do not know of a diagonal.
-        if self._plain or (a is b and i == j):
+        if self.single or not self._fuses or (a is b and i == j):
             return super()._tile(a, i, b, j, scale)
         weights = None if b.uniform else b.weights[j].clone()
         tile = self._exponent(a, i, b, j)
-        sums, _ = _of_exponents(self.profile, not b.uniform, self.dtype)(tile, weights, *self._factors)
+        sums, _ = _of_exponents(_state(), self.profile, not b.uniform, self.dtype)(tile, weights, *self._factors)
         self.add_moments(tile, a, i, b, j, scale)
         return _weighted(sums, a, i, b)
 
@@ -118,6 +123,16 @@ def _weighted(sums: Tensor, a: Points, i: slice, b: Points) -> float:
     exact = sums.double()
     total = float(exact.sum()) / len(a) if a.uniform else float(exact @ a.weights[i].double())
     return total / len(b) if b.uniform else total
+
+
+def _state() -> State:
+    """What the compiler makes code for; each has its own, as one function's code has room for eight."""
+    return (
+        torch.get_num_threads(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -135,10 +150,10 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """w_j·Σ_b a_b·k_b and w_j·Σ_b a_b·(γ_b/γ_0)·s_b of each pair, from its exponent."""
     count = len(profile.squarings)
-    value, scratch = exponent.clone() if count > 1 else exponent, torch.empty_like(exponent)
+    value = exponent.clone() if count > 1 else exponent
     total = slope_total = exponent
     for n in range(count):
-        slope = profile.evaluate(n, ratios[n], exponent, value, scratch, _EXPONENTIALS)
+        slope = profile.evaluate(n, ratios[n], exponent, value, None, _EXPONENTIALS)
         total = values[n] * value + total if n else values[n] * value
         slope_total = slopes[n] * slope + slope_total if n else slopes[n] * slope
     return (total, slope_total) if weights is None else (total * weights, slope_total * weights)
@@ -164,8 +179,8 @@ def _expm1_(t: Tensor) -> Tensor:
 
 
 def _split(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For 2^t = 2^n·(1 + f·s): a number in whose last bits n stands, f with |f| ≤ ½, and s. A call of the C library, of which none is left,
-    would keep a loop's sums out of the registers."""
+    """For 2^t = 2^n·(1 + f·s): a number in whose last bits n stands, f with |f| ≤ ½, and s. A call of the C library would keep a loop's
+    sums out of the registers."""
     t = t.clamp(min=-126.0)
     whole = t + 1.5 * 2.0**23
     f = t - (whole - 1.5 * 2.0**23)
@@ -186,18 +201,12 @@ _EXPONENTIALS = Exponentials(_exp2_, _expm1_)
 
 
 @functools.cache
-def _of_points(profile: Profile, dim: int, weighted: bool, gradient: bool, dtype: torch.dtype) -> Compiled:
-    """Of rows (D, R) and columns (D, C) with weights (C,): Σ_j w_j·k_ij (R,), and Σ_j w_j·W_ij·(x_i − y_j) (D, R), of y_j without x_i for a
-    kernel of x·y."""
+def _of_points(state: State, profile: Profile, dim: int, weighted: bool, gradient: bool, dtype: torch.dtype) -> Compiled:
+    """Of rows (D, R) and columns (D, C) with weights (C,): Σ_j w_j·k_ij (R,), and Σ_j w_j·W_ij·(x_i − y_j) (D, R)."""
 
     def block(rows: Tensor, columns: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        if profile.kernel.radial:
-            arms = [rows[d, :, None] - columns[d] for d in range(dim)]
-            exponent = functools.reduce(lambda negative, arm: negative - arm * arm, arms[1:], -(arms[0] * arms[0]))
-            exponent = (-2 * exponent).sqrt() if profile.kernel.rooted else exponent
-        else:
-            arms = [columns[d].expand(rows.shape[1], -1) for d in range(dim)]
-            exponent = functools.reduce(torch.add, [rows[d, :, None] * arm for d, arm in enumerate(arms)])
+        arms = [rows[d, :, None] - columns[d] for d in range(dim)]
+        exponent = functools.reduce(lambda negative, arm: negative - arm * arm, arms[1:], -(arms[0] * arms[0]))
         total, slope = _sums(profile, exponent, weights, *factors)
         return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
 
@@ -206,7 +215,7 @@ def _of_points(profile: Profile, dim: int, weighted: bool, gradient: bool, dtype
 
 
 @functools.cache
-def _of_exponents(profile: Profile, weighted: bool, dtype: torch.dtype) -> Compiled:
+def _of_exponents(state: State, profile: Profile, weighted: bool, dtype: torch.dtype) -> Compiled:
     """Of exponents (R, C) and the columns' weights (C,): Σ_j w_j·k_ij (R,) and its summands, and in the exponents' place W_ij."""
 
     def tile(exponent: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,6 +242,8 @@ def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Com
     try:
         compiled(*first, *(torch.ones(len(profile.squarings), dtype=first[0].dtype) for _ in range(3)))
     except Exception as error:
+        if "CxxCompiler" not in f"{error!r}{error.__cause__!r}":
+            raise
         lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         reason = lines[0] if lines else type(error).__name__
         raise RuntimeError(f"backend='inductor' must have a C++ compiler that torch.compile can use, got {reason}") from error

@@ -184,8 +184,8 @@ class Tiles:
         self._linear = _LINEAR if self.dtype == torch.float32 and torch._C._get_mkldnn_enabled() else None
         if self._linear is not None and max(map(len, samples)) >= TILE:
             # What a product returns is freed with its tile. The C library keeps for the next one what is smaller than the largest block
-            # freed so far, and has the system map the pages of others anew.
-            self.centre.new_empty(4 * most_rows() ** 2)
+            # freed so far, up to 32 MiB, and has the system map the pages of others anew.
+            self.centre.new_empty(min(4 * most_rows() ** 2, 8_000_000))
         self._buffers: dict[str, Tensor] = {}
         # Rows of tiles stay the same while columns change.
         self._left: tuple[Points, slice, Tensor] | None = None
