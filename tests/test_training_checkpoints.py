@@ -185,7 +185,7 @@ def test_what_is_not_a_whole_checkpoint(tmp_path):
 
 
 FIT = """
-import os, signal, sys
+import os, signal, sys, torch
 from pathlib import Path
 from fastvae.training import command
 
@@ -202,7 +202,9 @@ class RandomState(command.RandomState):
                 os.kill(os.getpid(), int(number))
 
 command.RandomState = RandomState
-sys.exit(command.run(args))
+code = command.run(args)
+assert not torch.distributed.is_initialized()
+sys.exit(code)
 """
 OPTIONS = {
     "data": "name digits batch_size 360 binarisation dynamic",
@@ -292,9 +294,10 @@ def test_stopped_early_and_resumed(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(tmp_path):
-    """To the bit; and where only one is killed the other one stops."""
+    """To the bit, and no process group is left; where only one is killed the other one stops."""
     runs = tmp_path / "runs"
-    assert end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", "full"))[0] == 0
+    code, err = end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", "full"))
+    assert code == 0, err
     full = last_weights(runs / "full")
     for name, at in {"both": "step3", "second": "step3 of rank 1", "first": "step3 of rank 0"}.items():
         code, err = end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", name, at=at))

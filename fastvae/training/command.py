@@ -218,6 +218,10 @@ def run(args: list[str]) -> int:
         sentence = "the processes of the run must all be there, got no answer from another one: to go on, fastvae fit --ckpt_path last"
         sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
         return 1
+    finally:
+        # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
