@@ -252,21 +252,24 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
         if _readable(value):
-            for v in value.detach().reshape(-1).tolist():
-                _bandwidth_number(name, v, positive)
+            _bandwidth_numbers(name, value.detach().reshape(-1).tolist(), positive)
         return value.reshape(-1).to(torch.float64)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    numbers = [_bandwidth_number(name, v, positive) for v in values]
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return torch.tensor(_bandwidth_numbers(name, values, positive), dtype=torch.float64, device="cpu")
 
 
-def _bandwidth_number(name: str, value: object, positive: bool) -> float:
-    number = real(name, value, above=0 if positive else None)
-    if positive and not 1e-30 <= number <= 1e30:
-        raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {number:g}")
-    return number
+def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> list[float]:
+    numbers = [real(name, value, above=0 if positive else None) for value in values]
+    if positive and numbers:
+        narrow, wide = min(numbers), max(numbers)
+        if not 1e-30 <= narrow <= wide <= 1e30:
+            wrong = narrow if narrow < 1e-30 else wide
+            raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {wrong:g}")
+        if wide > 1e15 * narrow * (1 + 1e-9):
+            raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {narrow:g} and {wide:g}")
+    return numbers
 
 
 def is_process_group(group: object) -> bool:

@@ -72,6 +72,12 @@ BAD_MMD = [
         ValueError,
         "bandwidth must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got 1e+160",
     ),
+    (
+        (X, Y),
+        {"bandwidth": torch.tensor([1.0, 1e-16])},
+        ValueError,
+        "bandwidth must hold values within a factor of 1e15 of one another, got 1e-16 and 1",
+    ),
     ((X, Y), {"bandwidth": 10**400}, ValueError, "bandwidth must be finite, got inf"),
     ((X, Y), {"x_weights": [0.25] * 4}, TypeError, "x_weights must be a torch.Tensor, got list"),
     ((X, Y), {"x_weights": HALF.to("meta")}, ValueError, "x_weights and x must be on the same device, got meta and cpu"),

@@ -49,6 +49,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(compiled, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(compiled, "_ROWS", 48)
     monkeypatch.setattr(compiled, "_COLUMNS", 40)
+    monkeypatch.setattr(compiled, "_TILE", 24)
 
 
 def loops() -> int:
@@ -71,6 +72,23 @@ def test_inductor(case, name):
     reference_values = expected(case, name, *points)
     assert_close(evaluate(function, *points, **options), reference_values, TOLERANCE[case.dtype], *rows)
     assert_close([function(*points, **options)], reference_values[:1], TOLERANCE[case.dtype], *rows)
+
+
+def test_exponential():
+    t = -20 * torch.rand(1 << 22, dtype=torch.float64).float()
+    exact = t.double().exp2()
+    error = (compiled._exp2_(t).double() - exact) / exact
+    assert error.abs().max() < 9e-8
+    # A mean that is not zero would not cancel between samples of one law.
+    assert error.mean().abs() < 2e-10
+
+
+@pytest.mark.parametrize("d", [2, 17])
+def test_samples_of_one_law(d):
+    x, y = torch.randn(5000, d), torch.randn(5000, d)
+    bandwidth = [d**0.5 * h for h in LADDER]
+    exact = fastvae.mmd(x.double(), y.double(), bandwidth=bandwidth, backend="cpu")
+    assert fastvae.mmd(x, y, bandwidth=bandwidth, backend="inductor").double() == pytest.approx(float(exact), rel=1e-5)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -137,6 +155,16 @@ def test_what_loops_do_not_make_faster_is_the_plain_path(options):
     assert loops() == before
 
 
+@pytest.mark.parametrize(
+    "off", [lambda: torch._dynamo.config.patch(disable=True), lambda: torch.compiler.set_stance("force_eager")], ids=["disable", "stance"]
+)
+def test_switched_off_it_is_the_plain_path(off):
+    x, y = torch.randn(1100, 2), torch.randn(1100, 2)
+    before = fastvae.mmd(x, y, backend="inductor")
+    with off():
+        assert fastvae.mmd(x, y, backend="inductor") == fastvae.mmd(x, y, backend="cpu") != before
+
+
 def test_within_a_compiled_function():
     def loss(x, y):
         return 2 * fastvae.MMDLoss(bandwidth=LADDER, backend="inductor")(x, y)
@@ -148,7 +176,7 @@ def test_within_a_compiled_function():
 
 @pytest.mark.parametrize(("d", "rungs"), [(3, 3), (8, 3), (8, 7), (17, 5)])
 def test_memory_is_that_of_a_tile(d, rungs):
-    """In loops that are not fused a block of 2048 × 4096 would be stored."""
+    """In loops that are not fused a block of 3000 × 1000 would be stored."""
     x, y = torch.randn(6000, d), torch.randn(6000, d)
 
     def peak(backend):

@@ -21,8 +21,8 @@ class Sweep(Tiles):
     def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, gradient: bool) -> None:
         super().__init__(kernel, [z[0] for z in samples], centre[0])
 
-    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:  # type: ignore[override]
-        return super().points(z[0], None if weights is None else weights[0], gradient)
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> Points:
+        return super().points(z[0], None if weights is None else weights[0], gradient, tiles)
 
     def within(self, a: Points, scale: Tensor) -> Tensor:
         total, tiles = 0.0, a.tiles
