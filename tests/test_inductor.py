@@ -83,12 +83,35 @@ def test_exponential():
     assert error.mean().abs() < 2e-10
 
 
-@pytest.mark.parametrize("d", [2, 17])
-def test_samples_of_one_law(d):
-    x, y = torch.randn(5000, d), torch.randn(5000, d)
+@pytest.mark.parametrize(("d", "bound"), [(2, 3e-5), (17, 1e-5)])
+def test_samples_of_one_law(d, bound):
+    """MMD² of about 2e-4, the rest of sums of about one."""
+    x, y = torch.randn(9000, d), torch.randn(9000, d)
     bandwidth = [d**0.5 * h for h in LADDER]
     exact = fastvae.mmd(x.double(), y.double(), bandwidth=bandwidth, backend="cpu")
-    assert fastvae.mmd(x, y, bandwidth=bandwidth, backend="inductor").double() == pytest.approx(float(exact), rel=1e-5)
+    assert fastvae.mmd(x, y, bandwidth=bandwidth, backend="inductor").double() == pytest.approx(float(exact), rel=bound)
+
+
+@pytest.mark.parametrize("bandwidth", [0.05, (0.03, 0.06)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_narrow_bandwidths_in_the_precision_of_the_samples(bandwidth, offset):
+    """Of products the plain path wants float64."""
+    x, y = offset + torch.randn(1500, 3), offset + torch.randn(1400, 3) / 2
+    options = {"bandwidth": bandwidth, "estimator": "unbiased"}
+    exact, exact_x, exact_y = evaluate(fastvae.mmd, x.double(), y.double(), **options, backend="cpu")
+    value, grad_x, grad_y = evaluate(fastvae.mmd, x, y, **options, backend="inductor")
+    assert value.double() == pytest.approx(float(exact), rel=1e-5)
+    for gradient, expected_gradient in ((grad_x, exact_x), (grad_y, exact_y)):
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e9, 1e15, 1e30])
+def test_outlier(outlier):
+    x, y = torch.randn(1100, 2), torch.randn(1100, 2)
+    x[7, 1] = outlier
+    results = [evaluate(fastvae.mmd, x, y, bandwidth=LADDER, backend=backend) for backend in ("inductor", "cpu")]
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastvae.cpu import mmd
 from fastvae.cpu.tiles import Exponentials, Points, Profile
 from fastvae.radial import RBF, KernelSum
 
-_ROWS, _COLUMNS, _TILE = 8192, 1024, 512
+_ROWS, _COLUMNS, _TILE = 4096, 2048, 512
 
 # Features up to which differences are faster than products, and rows of a sample under which calls cost more than what loops save.
 _FEW = 8
@@ -28,6 +29,9 @@ _FEWEST_ROWS = 1024
 
 # Rows and columns of a first call, from which the compiler takes what is worth a thread. Equal sizes would be taken for one.
 _FIRST = (509, 2039)
+
+# Of a power: of numbers next to nothing the processor takes ten times as long.
+_LEAST = 2.0**-100
 
 Compiled = Callable[..., Any]
 State = tuple[object, ...]
@@ -37,8 +41,8 @@ State = tuple[object, ...]
 class Rows(Points):
     """One sample as the compiled loops read it."""
 
-    scaled: Tensor | None  # (D, N), of few features
-    pulls: Tensor | None  # (D, N): of each row Σ_j w_j·W_ij·(x_i − y_j), scaled
+    columns: Tensor | None  # (D, N), of few features
+    pulls: Tensor | None  # (D, N): of each row Σ_j w_j·W_ij·(x_i − y_j)
 
 
 class Sweep(mmd.Sweep):
@@ -46,10 +50,6 @@ class Sweep(mmd.Sweep):
 
     def __init__(self, kernel: KernelSum, samples: list[Tensor], centre: Tensor, gradient: bool) -> None:
         super().__init__(kernel, samples, centre, gradient)
-        ladder, new = self.ladder, self.centre.new_tensor
-        self._factors = new(ladder.ratios), new(ladder.weights), new([a * r for a, r in zip(ladder.weights, ladder.ratios, strict=True)])
-        # Of the points, whose squared differences are t_0 in the unit of the profile.
-        self._scale = self.scale * 0.5**0.5
         # Of other kernels, and of bandwidths that are not squares of one another, the compiler stores what it makes on the way.
         self._fuses = (
             isinstance(self.kernel, RBF)
@@ -57,13 +57,25 @@ class Sweep(mmd.Sweep):
             and min(map(len, (z[0] for z in samples))) >= _FEWEST_ROWS
             and _compiles()
         )
-        self._few = self._fuses and samples[0].shape[-1] <= _FEW
+        # What the compiled exponential adds to far pairs a farther one would pull back with.
+        near = max(float((z[0] - centre[0]).abs().max()) for z in samples) * self.scale < 2.0**40
+        self._few = self._fuses and near and samples[0].shape[-1] <= _FEW
+        # Of differences of the samples as they are their precision is enough, where scaled ones and products would need more.
+        self._raw = self._few and samples[0].dtype != self.dtype
+        self._dtype = samples[0].dtype if self._few else self.dtype
+        self._scale = 1.0 if self._raw else self.scale * 0.5**0.5
+        new, ratios, weights = partial(torch.tensor, dtype=self._dtype), self.ladder.ratios, self.ladder.weights
+        # Of squared raw differences the exponents, in two parts: rounded it would be another bandwidth than that of a prior.
+        unit = -0.5 * self.scale**2
+        parts = new([unit, unit - float(new(unit))])
+        self._factors = parts, new(ratios), new(weights), new([a * r for a, r in zip(weights, ratios, strict=True)])
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Rows:  # type: ignore[override]
-        tiles = _parts(slice(0, z.shape[1]), _TILE) if self._few else None
-        points = super().points(z, weights, gradient, tiles)
-        scaled = (self.centred(z[0]).double() * self._scale).T.to(self.dtype).contiguous() if self._few else None
-        return Rows(**vars(points), scaled=scaled, pulls=torch.zeros_like(scaled) if gradient and scaled is not None else None)
+        if not self._few:
+            return Rows(**vars(super().points(z, weights, gradient)), columns=None, pulls=None)
+        points = super().points(z, weights, gradient, _parts(slice(0, z.shape[1]), _TILE))
+        columns = _copy(z[0].T if self._raw else (self.centred(z[0]).double() * self._scale).T.to(self._dtype))
+        return Rows(**vars(points), columns=columns, pulls=torch.zeros_like(columns) if gradient else None)
 
     @torch.no_grad()
     def within(self, a: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
@@ -88,7 +100,7 @@ class Sweep(mmd.Sweep):
 
     def pull(self, a: Rows) -> Tensor:  # type: ignore[override]
         pull = super().pull(a)
-        return pull if a.pulls is None else pull + (a.pulls.T / self._scale).to(a.z.dtype)
+        return pull if a.pulls is None else pull + a.pulls.T / self._scale
 
     def _halves(self, a: Rows, tiles: list[slice], scale: float) -> float:
         """Σ w·w·k over all pairs of rows in the tiles: of those in one tile by the plain path, which knows of the diagonal."""
@@ -106,23 +118,28 @@ class Sweep(mmd.Sweep):
         """Σ w·w·k over rows of a and columns of b that have no row in common; the pull on the rows is added on the way."""
         total = 0.0
         for i, j in itertools.product(_parts(rows, _ROWS), _parts(columns, _COLUMNS)):
-            assert a.scaled is not None
-            assert b.scaled is not None
-            weights = None if b.uniform else b.weights[j].clone()
-            block = _of_points(_state(), self.profile, a.scaled.shape[0], not b.uniform, a.pulls is not None, self.dtype)
+            assert a.columns is not None
+            assert b.columns is not None
+            weights = None if b.uniform else _copy(b.weights[j].to(self._dtype))
+            block = _of_points(_state(), self.profile, a.columns.shape[0], not b.uniform, self._raw, a.pulls is not None, self._dtype)
             # Of views the compiler would tell those at the start of their storage from others.
-            sums, pulls = block(_copy(a.scaled[:, i]), _copy(b.scaled[:, j]), weights, *self._factors)
+            sums, pulls = block(_copy(a.columns[:, i]), _copy(b.columns[:, j]), weights, *self._factors)
             if a.pulls is not None:
                 a.pulls[:, i].add_(pulls, alpha=scale / len(b) if b.uniform else scale)
             total += _weighted(sums, a, i, b)
         return total
 
     def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
-        # Of one RBF kernel the uncompiled operations on a tile are as fast; the compiled ones do not know of a diagonal.
-        if self.single or not self._fuses or (a is b and i == j):
+        diagonal = a is b and i == j
+        # Of one RBF kernel the uncompiled operations on a tile are as fast. But the two exponentials err by different means, which would
+        # not cancel between samples of one law.
+        compiled = self._fuses and not self._raw and (self._few or not self.single)
+        if not compiled or (diagonal and any(self.profile.shifts)):
             return super()._tile(a, i, b, j, scale)
         weights = None if b.uniform else b.weights[j].clone()
         tile = self._exponent(a, i, b, j)
+        if diagonal:
+            tile.fill_diagonal_(-torch.inf)
         sums, _ = _of_exponents(_state(), self.profile, not b.uniform, self.dtype)(tile, weights, *self._factors)
         self.add_moments(tile, a, i, b, j, scale)
         return _weighted(sums, a, i, b)
@@ -171,7 +188,7 @@ def _sums(
     value = exponent.clone() if count > 1 else exponent
     total = slope_total = exponent
     for n in range(count):
-        slope = profile.evaluate(n, ratios[n], exponent, value, None, _EXPONENTIALS)
+        slope = profile.evaluate(n, ratios[n] if n else 1.0, exponent, value, None, _EXPONENTIALS)
         total = values[n] * value + total if n else values[n] * value
         slope_total = slopes[n] * slope + slope_total if n else slopes[n] * slope
     return (total, slope_total) if weights is None else (total * weights, slope_total * weights)
@@ -180,8 +197,12 @@ def _sums(
 def _exp2_(t: Tensor) -> Tensor:
     if t.dtype != torch.float32:
         return t.exp2_()
-    whole, fraction, series = _split(t)
-    return t.copy_(_bits(series * fraction + 1.0, whole))
+    power, fraction, series = _split(t)
+    return t.copy_(power * (series * fraction + 1.0))
+
+
+def _square_(t: Tensor) -> Tensor:
+    return t.copy_(t * t + _LEAST) if t.dtype == torch.float32 else t.square_()
 
 
 def _expm1_(t: Tensor) -> Tensor:
@@ -191,41 +212,37 @@ def _expm1_(t: Tensor) -> Tensor:
         near = torch.where(power == 1, t, (power - 1) * t / power.log())
         return t.copy_(torch.where(power < 0.5, power - 1, near))
     # log₂e in two parts: rounded it would be another bandwidth.
-    whole, fraction, series = _split(t * 1.4426950 + t * 1.9259630e-8)
-    power = _bits(torch.ones_like(t), whole)
+    power, fraction, series = _split(t * 1.4426950 + t * 1.9259630e-8)
     return t.copy_(power * (series * fraction) + (power - 1))
 
 
 def _split(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For 2^t = 2^n·(1 + f·s): a number in whose last bits n stands, f with |f| ≤ ½, and s. A call of the C library would keep a loop's
-    sums out of the registers."""
-    t = t.clamp(min=-126.0)
-    whole = t + 1.5 * 2.0**23
-    f = t - (whole - 1.5 * 2.0**23)
+    """2^n, f with |f| ≤ ½, and s for 2^t = 2^n·(1 + f·s). A call of the C library would keep a loop's sums out of the registers."""
+    t = t.clamp(min=-100.0)
+    n = t.round()
+    f = t - n
     # In numbers of single precision: its relative error is at most 3e-9, and its mean is 3e-12, which squarings multiply.
     # Numbers with a name would be loaded for each pair.
     series = 1.532731403e-4 * f + 1.339114038e-3
     series = series * f + 9.618503973e-3
     series = series * f + 5.550359190e-2
     series = series * f + 2.402264774e-1
-    return whole, f, series * f + 6.931471825e-1
+    # The bits of 2^n are a whole number, which single precision holds; the compiler stores and loads what it takes for another type.
+    power = (n * 2.0**23 + 127 * 2.0**23).to(torch.int32).view(torch.float32)
+    return power, f, series * f + 6.931471825e-1
 
 
-def _bits(x: Tensor, whole: Tensor) -> Tensor:
-    """x·2^n."""
-    return (x.view(torch.int32) + (whole.view(torch.int32) << 23)).view(torch.float32)
-
-
-_EXPONENTIALS = Exponentials(_exp2_, _expm1_)
+_EXPONENTIALS = Exponentials(_exp2_, _expm1_, _square_)
 
 
 @functools.cache
-def _of_points(state: State, profile: Profile, dim: int, weighted: bool, gradient: bool, dtype: torch.dtype) -> Compiled:
+def _of_points(state: State, profile: Profile, dim: int, weighted: bool, raw: bool, gradient: bool, dtype: torch.dtype) -> Compiled:
     """Of rows (D, R) and columns (D, C) with weights (C,): Σ_j w_j·k_ij (R,), and Σ_j w_j·W_ij·(x_i − y_j) (D, R)."""
 
-    def block(rows: Tensor, columns: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    def block(rows: Tensor, columns: Tensor, weights: Tensor | None, unit: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         arms = [rows[d, :, None] - columns[d] for d in range(dim)]
-        exponent = functools.reduce(lambda negative, arm: negative - arm * arm, arms[1:], -(arms[0] * arms[0]))
+        squares = functools.reduce(lambda squares, arm: squares + arm * arm, arms[1:], arms[0] * arms[0])
+        exponent = squares * unit[0] + squares * unit[1] if raw else -squares
         total, slope = _sums(profile, exponent, weights, *factors)
         return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
 
@@ -237,7 +254,7 @@ def _of_points(state: State, profile: Profile, dim: int, weighted: bool, gradien
 def _of_exponents(state: State, profile: Profile, weighted: bool, dtype: torch.dtype) -> Compiled:
     """Of exponents (R, C) and the columns' weights (C,): Σ_j w_j·k_ij (R,) and its summands, and in the exponents' place W_ij."""
 
-    def tile(exponent: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    def tile(exponent: Tensor, weights: Tensor | None, unit: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         total, slope = _sums(profile, exponent, None, *factors)
         exponent.copy_(slope)
         total = total if weights is None else total * weights
@@ -259,7 +276,7 @@ def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Com
     compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     assert first[0] is not None
     try:
-        compiled(*first, *(torch.ones(len(profile.squarings), dtype=first[0].dtype) for _ in range(3)))
+        compiled(*first, *(torch.ones(count, dtype=first[0].dtype) for count in (2, *[len(profile.squarings)] * 3)))
     except Exception as error:
         if "CxxCompiler" not in f"{error!r}{error.__cause__!r}":
             raise

@@ -76,13 +76,14 @@ class Rung(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """2^t and exp(t) − 1, in place, of t ≤ 0."""
+    """2^t and exp(t) − 1 of t ≤ 0, and the square of such a power; in place."""
 
     exp2_: Callable[[Tensor], Tensor]
     expm1_: Callable[[Tensor], Tensor]
+    square_: Callable[[Tensor], Tensor]
 
 
-_EXPONENTIALS = Exponentials(Tensor.exp2_, Tensor.expm1_)
+_EXPONENTIALS = Exponentials(Tensor.exp2_, Tensor.expm1_, Tensor.square_)
 
 
 class Profile(NamedTuple):
@@ -116,7 +117,7 @@ class Profile(NamedTuple):
     ) -> Tensor:
         """k_n − shift·φ(0) into `out`, which holds that of n − 1 or is `exponent`; returns the slope, in `slope` unless it is k_n."""
         kernel, shift = self.kernel, self.shifts[n]
-        exp2_, expm1_ = exponentials
+        exp2_, expm1_, _ = exponentials
         if isinstance(kernel, RBF):
             self._climb(n, ratio, exponent, out, exponentials)
             return out
@@ -159,7 +160,7 @@ class Profile(NamedTuple):
                 power.add_(1)
             for _ in range(squarings):
                 # (1 + e)² − 1 = e·(e + 2)
-                power.mul_(power + 2) if shift else power.square_()
+                power.mul_(power + 2) if shift else exponentials.square_(power)
             return
         if power is not exponent:
             torch.mul(exponent, ratio if shift == self.shifts[0] else ratio * LOG2_E, out=power)
