@@ -267,7 +267,7 @@ def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> l
         if not 1e-30 <= narrow <= wide <= 1e30:
             wrong = narrow if narrow < 1e-30 else wide
             raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {wrong:g}")
-        if wide > 1e15 * narrow * (1 + 1e-9):
+        if wide > 1e15 * narrow * (1 + 1e-6):
             raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {narrow:g} and {wide:g}")
     return numbers
 

@@ -49,8 +49,9 @@ def mmd(
         x: (..., N, D), floating point.
         y: (..., M, D), same batch dimensions, dtype and device as x.
         bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
-            require grad. Or a rule, "median" or "mean": `fastvae.median_bandwidth(x, y)`, in the time of one more sweep and waiting for a
-            GPU, or `fastvae.mean_bandwidth(x, y)`; a constant, and one for all batch dimensions.
+            require grad. From 1e-30 to 1e30, and several within a factor of 1e15 of one another. Or a rule, "median" or "mean":
+            `fastvae.median_bandwidth(x, y)`, in the time of one more sweep and waiting for a GPU, or `fastvae.mean_bandwidth(x, y)`; a
+            constant, and one for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. May require grad where the bandwidth does.
         kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
             "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.radial.Kernel` with parameters of its own.

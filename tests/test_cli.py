@@ -246,3 +246,12 @@ def test_without_the_extra(monkeypatch, capsys):
 def test_the_package_does_not_import_lightning():
     code = "import sys, fastvae, fastvae.vae, fastvae.objectives, fastvae.training.metrics; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_process_group_of_the_caller_is_left(inside, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inside("--help")
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """backend="inductor": the same numbers from loops that `torch.compile` makes."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -74,13 +75,23 @@ def test_inductor(case, name):
     assert_close([function(*points, **options)], reference_values[:1], TOLERANCE[case.dtype], *rows)
 
 
-def test_exponential():
+def test_exponentials():
     t = -20 * torch.rand(1 << 22, dtype=torch.float64).float()
     exact = t.double().exp2()
-    error = (compiled._exp2_(t).double() - exact) / exact
+    error = (compiled._exp2_(t.clone()).double() - exact) / exact
     assert error.abs().max() < 9e-8
     # A mean that is not zero would not cancel between samples of one law.
     assert error.mean().abs() < 2e-10
+    exact = t.double().expm1()
+    assert ((compiled._expm1_(t).double() - exact) / exact).abs().max() < 3e-7
+
+
+def test_no_power_is_denormal():
+    power = compiled._exp2_(torch.linspace(-300, 0, 1001))
+    for _ in range(3):
+        assert power.min() >= 2.0**-100
+        assert power[-1] == 1
+        power = compiled._square_(power)
 
 
 @pytest.mark.parametrize(("d", "bound"), [(2, 3e-5), (17, 1e-5)])
@@ -94,15 +105,33 @@ def test_samples_of_one_law(d, bound):
 
 @pytest.mark.parametrize("bandwidth", [0.05, (0.03, 0.06)])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_narrow_bandwidths_in_the_precision_of_the_samples(bandwidth, offset):
+def test_narrow_bandwidths_in_the_precision_of_the_samples(bandwidth, offset, monkeypatch):
     """Of products the plain path wants float64."""
+    asked, make = [], compiled._of_points
+    monkeypatch.setattr(compiled, "_of_points", lambda *args: asked.append(args) or make(*args))
     x, y = offset + torch.randn(1500, 3), offset + torch.randn(1400, 3) / 2
     options = {"bandwidth": bandwidth, "estimator": "unbiased"}
     exact, exact_x, exact_y = evaluate(fastvae.mmd, x.double(), y.double(), **options, backend="cpu")
     value, grad_x, grad_y = evaluate(fastvae.mmd, x, y, **options, backend="inductor")
     assert value.double() == pytest.approx(float(exact), rel=1e-5)
+    assert {args[-1] for args in asked} == {torch.float32}
     for gradient, expected_gradient in ((grad_x, exact_x), (grad_y, exact_y)):
         assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize(("scale", "h"), [(1e-18, 1e-20), (1e20, 3e18), (1e28, 1e26)])
+def test_units(scale, h):
+    x, y = torch.randn(1100, 2), torch.randn(1100, 2)
+    values = [fastvae.mmd(scale * x, scale * y, bandwidth=h, backend=backend) for backend in ("inductor", "cpu")]
+    torch.testing.assert_close(*values)
+
+
+def test_outlier_to_a_wide_bandwidth():
+    """It makes products of float32 too coarse, while the rest has k near one, of which MMD² is a small difference."""
+    x, y = torch.randn(2000, 2), torch.randn(2000, 2)
+    x[3, 0] = 900
+    exact = fastvae.mmd(x.double(), y.double(), bandwidth=10.0, backend="cpu")
+    assert fastvae.mmd(x, y, bandwidth=10.0, backend="inductor").double() == pytest.approx(float(exact), rel=1e-5)
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e9, 1e15, 1e30])
@@ -179,7 +208,12 @@ def test_what_loops_do_not_make_faster_is_the_plain_path(options):
 
 
 @pytest.mark.parametrize(
-    "off", [lambda: torch._dynamo.config.patch(disable=True), lambda: torch.compiler.set_stance("force_eager")], ids=["disable", "stance"]
+    "off",
+    [
+        lambda: torch._dynamo.config.patch(disable=True),
+        *(partial(torch.compiler.set_stance, s) for s in ("force_eager", "eager_on_recompile")),
+    ],
+    ids=["disable", "force_eager", "eager_on_recompile"],
 )
 def test_switched_off_it_is_the_plain_path(off):
     x, y = torch.randn(1100, 2), torch.randn(1100, 2)

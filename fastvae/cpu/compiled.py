@@ -1,7 +1,8 @@
 """The sums of MMD² over all pairs of rows, in loops that `torch.compile` makes of distance, kernel and sums at once.
 
-For RBF kernels of one bandwidth or of a ladder by squaring; of few features distances are differences, and nothing of a pair is stored. All
-else is the plain path's. A block is some rows against some columns, few enough for memory even if the compiler stored one number a pair.
+For RBF kernels of one bandwidth or of a ladder by squaring. Of few features distances are differences, and nothing of a pair is stored but
+in tiles on the diagonal; of more features they are the products of the plain path, whose all else is. A block is some rows against some
+columns, few enough for memory even if the compiler stored one number a pair.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FEWEST_ROWS = 1024
 # Rows and columns of a first call, from which the compiler takes what is worth a thread. Equal sizes would be taken for one.
 _FIRST = (509, 2039)
 
-# Of a power: of numbers next to nothing the processor takes ten times as long.
+# What every k is at least, on the diagonal too: of numbers next to nothing the processor takes ten times as long.
 _LEAST = 2.0**-100
 
 Compiled = Callable[..., Any]
@@ -57,18 +58,23 @@ class Sweep(mmd.Sweep):
             and min(map(len, (z[0] for z in samples))) >= _FEWEST_ROWS
             and _compiles()
         )
+        reach = max(float((z[0] - self.centre).abs().max()) for z in samples)
         # What the compiled exponential adds to far pairs a farther one would pull back with.
-        near = max(float((z[0] - centre[0]).abs().max()) for z in samples) * self.scale < 2.0**40
-        self._few = self._fuses and near and samples[0].shape[-1] <= _FEW
-        # Of differences of the samples as they are their precision is enough, where scaled ones and products would need more.
-        self._raw = self._few and samples[0].dtype != self.dtype
-        self._dtype = samples[0].dtype if self._few else self.dtype
+        self._few = self._fuses and reach * self.scale < 2.0**40 and samples[0].shape[-1] <= _FEW
+        self._raw = self._few and samples[0].dtype != self.dtype and self._differs_enough(samples, reach)
+        self._dtype = samples[0].dtype if self._raw else self.dtype
         self._scale = 1.0 if self._raw else self.scale * 0.5**0.5
         new, ratios, weights = partial(torch.tensor, dtype=self._dtype), self.ladder.ratios, self.ladder.weights
         # Of squared raw differences the exponents, in two parts: rounded it would be another bandwidth than that of a prior.
         unit = -0.5 * self.scale**2
         parts = new([unit, unit - float(new(unit))])
         self._factors = parts, new(ratios), new(weights), new([a * r for a, r in zip(weights, ratios, strict=True)])
+
+    def _differs_enough(self, samples: list[Tensor], reach: float) -> bool:
+        """Whether differences of float32 samples as they are do for sums of which products would need float64: of a narrow bandwidth, but
+        not of a few outliers to a wide one, whose k near one needs more than float32."""
+        typical = min(float((z[0] - self.centre).square().sum(1).median()) for z in samples)
+        return self.ladder.gamma * typical > 0.1 and max(reach, self.scale, 1 / self.scale) < 1e15
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Rows:  # type: ignore[override]
         if not self._few:
@@ -103,7 +109,7 @@ class Sweep(mmd.Sweep):
         return pull if a.pulls is None else pull + a.pulls.T / self._scale
 
     def _halves(self, a: Rows, tiles: list[slice], scale: float) -> float:
-        """Σ w·w·k over all pairs of rows in the tiles: of those in one tile by the plain path, which knows of the diagonal."""
+        """Σ w·w·k over all pairs of rows in the tiles. Loops over differences know of no diagonal: pairs in one tile are from products."""
         if len(tiles) == 1:
             return self._tile(a, tiles[0], a, tiles[0], scale)
         half = len(tiles) // 2
@@ -153,11 +159,11 @@ def _weighted(sums: Tensor, a: Points, i: slice, b: Points) -> float:
 
 
 def _compiles() -> bool:
-    """Whether the user has not switched `torch.compile` off: operation by operation a block would be stored many times."""
+    """Whether `torch.compile` does, which a user can switch off: operation by operation a block would be stored many times."""
     from torch._dynamo import config, eval_frame
 
     stance = getattr(eval_frame, "_stance", None)
-    return not config.disable and getattr(stance, "stance", None) != "force_eager"
+    return not config.disable and getattr(stance, "stance", "default") == "default"
 
 
 def _state() -> State:
@@ -221,7 +227,7 @@ def _split(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t = t.clamp(min=-100.0)
     n = t.round()
     f = t - n
-    # In numbers of single precision: its relative error is at most 3e-9, and its mean is 3e-12, which squarings multiply.
+    # In numbers of single precision: before rounding its relative error is at most 3e-9, and its mean 3e-12, which squarings multiply.
     # Numbers with a name would be loaded for each pair.
     series = 1.532731403e-4 * f + 1.339114038e-3
     series = series * f + 9.618503973e-3

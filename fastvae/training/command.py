@@ -179,6 +179,7 @@ def run(args: list[str]) -> int:
     # Not an option of the parser, which a configuration could set.
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--trust", action="append", default=[])
+    grouped = _is_grouped()
     try:
         trusted, args = named.parse_known_args(args)
         restrict(trusted.trust)
@@ -220,9 +221,13 @@ def run(args: list[str]) -> int:
         return 1
     finally:
         # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not grouped and _is_grouped() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
     return 0
+
+
+def _is_grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def command_parser(name: str) -> jsonargparse.ArgumentParser:
