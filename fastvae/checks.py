@@ -262,13 +262,13 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
 
 def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> list[float]:
     numbers = [real(name, value, above=0 if positive else None) for value in values]
-    if positive and numbers:
-        narrow, wide = min(numbers), max(numbers)
-        if not 1e-30 <= narrow <= wide <= 1e30:
-            wrong = narrow if narrow < 1e-30 else wide
-            raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {wrong:g}")
-        if wide > 1e15 * narrow * (1 + 1e-6):
-            raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {narrow:g} and {wide:g}")
+    if not positive:
+        return numbers
+    for number in numbers:
+        if not 1e-30 <= number <= 1e30:
+            raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {number:g}")
+    if numbers and max(numbers) > 1e15 * min(numbers) * (1 + 1e-6):
+        raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {min(numbers):g} and {max(numbers):g}")
     return numbers
 
 

@@ -22,6 +22,11 @@ REFUSED = -1
 SCHEMA = "(str name, Tensor[] tensors, str group, str estimator) -> (Tensor[], SymInt)"
 
 
+def is_initialized() -> bool:
+    """Whether this process is in a process group; false also of a PyTorch that is built without them."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def gather_rows(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup, estimator: str = "biased") -> tuple[list[Tensor], int]:
     """Of one or two tensors (n_r, …) the rows of all ranks r, (Σ n_r, …), without gradient, and where this rank's begin.
 

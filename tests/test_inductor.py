@@ -243,7 +243,7 @@ def test_memory_is_that_of_a_tile(d, rungs):
         evaluate(step, x, y)
         return peak_bytes(step, [x, y])
 
-    assert peak("inductor") < peak("cpu") + (8 << 20)
+    assert peak("inductor") < min(12 << 20, peak("cpu") + (8 << 20))
 
 
 def test_no_compiler_is_an_error_that_says_so():

@@ -11,7 +11,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -58,17 +57,19 @@ class Sweep(mmd.Sweep):
             and min(map(len, (z[0] for z in samples))) >= _FEWEST_ROWS
             and _compiles()
         )
-        reach = max(float((z[0] - self.centre).abs().max()) for z in samples)
-        # What the compiled exponential adds to far pairs a farther one would pull back with.
-        self._few = self._fuses and reach * self.scale < 2.0**40 and samples[0].shape[-1] <= _FEW
-        self._raw = self._few and samples[0].dtype != self.dtype and self._differs_enough(samples, reach)
+        self._few = self._raw = False
+        if self._fuses and samples[0].shape[-1] <= _FEW:
+            reach = max(float((z[0] - self.centre).abs().max()) for z in samples)
+            # What the compiled exponential adds to far pairs a farther one would pull back with.
+            self._few = reach * self.scale < 2.0**40
+            self._raw = self._few and samples[0].dtype != self.dtype and self._differs_enough(samples, reach)
         self._dtype = samples[0].dtype if self._raw else self.dtype
         self._scale = 1.0 if self._raw else self.scale * 0.5**0.5
-        new, ratios, weights = partial(torch.tensor, dtype=self._dtype), self.ladder.ratios, self.ladder.weights
+        new, ratios, weights = functools.partial(torch.tensor, dtype=self._dtype), self.ladder.ratios, self.ladder.weights
+        self._factors = new(ratios), new(weights), new([a * r for a, r in zip(weights, ratios, strict=True)])
         # Of squared raw differences the exponents, in two parts: rounded it would be another bandwidth than that of a prior.
         unit = -0.5 * self.scale**2
-        parts = new([unit, unit - float(new(unit))])
-        self._factors = parts, new(ratios), new(weights), new([a * r for a, r in zip(weights, ratios, strict=True)])
+        self._unit = new([unit, unit - float(new(unit))])
 
     def _differs_enough(self, samples: list[Tensor], reach: float) -> bool:
         """Whether differences of float32 samples as they are do for sums of which products would need float64: of a narrow bandwidth, but
@@ -129,7 +130,7 @@ class Sweep(mmd.Sweep):
             weights = None if b.uniform else _copy(b.weights[j].to(self._dtype))
             block = _of_points(_state(), self.profile, a.columns.shape[0], not b.uniform, self._raw, a.pulls is not None, self._dtype)
             # Of views the compiler would tell those at the start of their storage from others.
-            sums, pulls = block(_copy(a.columns[:, i]), _copy(b.columns[:, j]), weights, *self._factors)
+            sums, pulls = block(_copy(a.columns[:, i]), _copy(b.columns[:, j]), weights, self._unit, *self._factors)
             if a.pulls is not None:
                 a.pulls[:, i].add_(pulls, alpha=scale / len(b) if b.uniform else scale)
             total += _weighted(sums, a, i, b)
@@ -253,14 +254,14 @@ def _of_points(state: State, profile: Profile, dim: int, weighted: bool, raw: bo
         return total.sum(1), torch.stack([(slope * arm).sum(1) for arm in arms]) if gradient else rows
 
     rows, columns = (torch.zeros(dim, dim + n, dtype=dtype) for n in _FIRST)
-    return _compile(block, profile, rows, columns, columns[0].clone() if weighted else None)
+    return _compile(block, profile, rows, columns, columns[0].clone() if weighted else None, rows.new_ones(2))
 
 
 @functools.cache
 def _of_exponents(state: State, profile: Profile, weighted: bool, dtype: torch.dtype) -> Compiled:
     """Of exponents (R, C) and the columns' weights (C,): Σ_j w_j·k_ij (R,) and its summands, and in the exponents' place W_ij."""
 
-    def tile(exponent: Tensor, weights: Tensor | None, unit: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    def tile(exponent: Tensor, weights: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
         total, slope = _sums(profile, exponent, None, *factors)
         exponent.copy_(slope)
         total = total if weights is None else total * weights
@@ -282,7 +283,7 @@ def _compile(function: Compiled, profile: Profile, *first: Tensor | None) -> Com
     compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     assert first[0] is not None
     try:
-        compiled(*first, *(torch.ones(count, dtype=first[0].dtype) for count in (2, *[len(profile.squarings)] * 3)))
+        compiled(*first, *(torch.ones(len(profile.squarings), dtype=first[0].dtype) for _ in range(3)))
     except Exception as error:
         if "CxxCompiler" not in f"{error!r}{error.__cause__!r}":
             raise

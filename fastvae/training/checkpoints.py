@@ -24,6 +24,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from fastvae.distributed import is_initialized
+
 
 class RandomState(Callback):
     """Checkpoints hold the states of Python's, numpy's and torch's random numbers, and a resumed run goes on with them.
@@ -43,14 +45,14 @@ class RandomState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The numbers that the next step begins with, also where they wait for it or for the end of a validation; of all processes."""
         own = self._loaded or (self._after_step if self._validates else None) or random_state()
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(states, own)
         return {**states[0], "others": states[1:]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = dist.get_rank() if is_initialized() else 0
         others = state_dict.pop("others", [])
         self._loaded = dict(enumerate([state_dict, *others])).get(rank)
 

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from fastvae import checks
+from fastvae.distributed import is_initialized
 from fastvae.training.apply import encode, export, reconstruct, sample, traverse
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
 from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, checkpoint_file, read_checkpoint
@@ -179,7 +180,7 @@ def run(args: list[str]) -> int:
     # Not an option of the parser, which a configuration could set.
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--trust", action="append", default=[])
-    grouped = _is_grouped()
+    grouped = is_initialized()
     try:
         trusted, args = named.parse_known_args(args)
         restrict(trusted.trust)
@@ -221,13 +222,9 @@ def run(args: list[str]) -> int:
         return 1
     finally:
         # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
-        if not grouped and _is_grouped() and torch.distributed.get_backend() == "gloo":
+        if not grouped and is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
     return 0
-
-
-def _is_grouped() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def command_parser(name: str) -> jsonargparse.ArgumentParser:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
+from fastvae.distributed import is_initialized
 from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.training.metrics import code_summary
 from fastvae.training.schedule import Schedule
@@ -72,7 +73,7 @@ class VAEModule(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_initialized() and dist.get_world_size() > 1:
             self.objective.process_group = dist.group.WORLD
 
     def teardown(self, stage: str) -> None:
