@@ -14,21 +14,10 @@ from torch.distributed.fsdp import fully_shard
 
 import fastvae
 from fastvae.distributed import gather, gather_rows
+from tests.ranks import run_on_ranks
 
 # Rows of each rank: ranks differ, and one has a single row.
 ROWS = {2: (5, 3), 4: (4, 1, 6, 2)}
-
-
-def start(rank, world, folder, *checks):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120)
-    )
-    try:
-        for check in checks:
-            check(rank, world)
-    finally:
-        dist.destroy_process_group()
 
 
 def own(rank, world, *tensors):
@@ -278,13 +267,13 @@ def gathering(rank, world):
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
     checks = gathering, losses, gradients_that_average_to_the_whole, fully_sharded
-    multiprocessing.spawn(start, (world, str(tmp_path), *checks), nprocs=world)
+    run_on_ranks(checks, world, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [compiled_whole, one_rank_with_bad_input])
 def test_on_two_ranks(check, tmp_path):
-    multiprocessing.spawn(start, (2, str(tmp_path), check), nprocs=2)
+    run_on_ranks([check], 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torchmetrics import MetricCollection
 from torchmetrics.image.kid import KernelInceptionDistance as TorchmetricsKID
 
 from fastvae import recipes
 from fastvae.metrics import CMMD, KernelInceptionDistance
 from tests.cases import DEVICE
+from tests.ranks import run_on_ranks
 
 
 def embeddings(n=70, m=50, d=16, dtype=torch.float32):
@@ -124,21 +124,18 @@ def test_a_metric_is_pickled_and_moved():
     torch.testing.assert_close(metric.compute().cpu(), feed(CMMD(), real, fake).compute().cpu())
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def share_of_rank(rank, world, folder):
     real, fake = (t.cpu() for t in embeddings())
     share = slice(0, 20) if rank == 0 else slice(20, None)
     collection = MetricCollection({"cmmd": CMMD(), "kid": KernelInceptionDistance(subsets=None)})
     feed(collection, real[share], fake[share])
     result = collection.compute()
-    torch.save((result["cmmd"], result["kid"].mean), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save((result["cmmd"], result["kid"].mean), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_distance_of_all_embeddings(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    run_on_ranks([share_of_rank], 2, tmp_path, tmp_path)
     real, fake = (t.cpu() for t in embeddings())
     expected = recipes.cmmd(real, fake), recipes.kid(real, fake, subsets=None).mean
     for rank in range(2):

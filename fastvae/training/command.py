@@ -6,6 +6,7 @@ import argparse
 import logging
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,8 @@ def run(args: list[str]) -> int:
         # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
         if not grouped and is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
+            # A compiled step's caches hold the group still: here its workers have the interpreter to let go of the last collective.
+            time.sleep(0.1)
     return 0
 
 
