@@ -191,6 +191,12 @@ def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
     return type(KERNELS[name])(*parameters)
 
 
+def middle(z: Tensor) -> Tensor:
+    """The mean over the rows of (…, N, D), in two steps: that of rows far from the origin is itself rounded, also where they are equal."""
+    mean = z.mean(-2)
+    return mean + (z - mean[..., None, :]).mean(-2)
+
+
 def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:
     """log E_y exp(−‖x_i−y‖²/(2h_b²)) for y ~ N(0, I), shape (N, B): −½·(D·log(1 + 1/h²) + ‖x_i‖²/(h² + 1)). Source: Rustamov 2019."""
     h2 = bandwidth.square()

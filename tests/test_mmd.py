@@ -151,6 +151,27 @@ def test_cpu_products_by_onednn(monkeypatch):
     assert not shapes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", [(1.0,), (1.0, 2**0.5, 2.0), (1.0, 1.3)])
+def test_cpu_powers_are_not_denormal(bandwidth, dtype, monkeypatch):
+    """They take a hundred times as long: a narrow bandwidth would take up to 1.9 times as long as a wide one."""
+    least, rungs = [], tiles.Tiles.rungs
+
+    def recorded(self, a, i, b, j):
+        for rung in rungs(self, a, i, b, j):
+            least.append(rung.value[rung.value > 0].min())
+            yield rung
+
+    monkeypatch.setattr(tiles.Tiles, "rungs", recorded)
+    narrow = {torch.float32: 0.2, torch.float64: 0.06}[dtype]
+    options = {"bandwidth": tuple(narrow * h for h in bandwidth)}
+    x, y = torch.randn(300, 8, dtype=dtype), torch.randn(200, 8, dtype=dtype)
+    actual = evaluate(fastvae.mmd, x, y, **options, backend="cpu")
+    assert len(least) == 3 * len(bandwidth)
+    assert all(power.dtype == dtype and power >= torch.finfo(dtype).tiny for power in least)
+    assert_close(actual, evaluate(reference.mmd, x.double(), y.double(), **options), TOLERANCE[dtype], 200, len(bandwidth))
+
+
 def test_clusters_far_apart_with_a_small_bandwidth():
     """Centring is not enough here: with ‖x‖² + ‖y‖² − 2x·y in float32 the gradient is off by several percent."""
     side = 100 * torch.sign(torch.randn(300, 1, dtype=torch.float64))

@@ -9,7 +9,7 @@ from fastvae.radial import KernelSum
 
 
 def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Tensor) -> Tensor:
-    """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C)."""
+    """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C), in the dtype of the tiles."""
     tiles = Tiles(kernel, [x, y], centre)
     a, b = tiles.points(x, None, False), tiles.points(y, None, False)
     v_t = v.T.to(tiles.dtype).contiguous()
@@ -18,7 +18,7 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
         for j in b.tiles:
             k, _ = tiles.sums(a, i, b, j, slope=False)
             tiles.add_product(out[:, i], v_t[:, j], k.T, 1.0)
-    return out.T.to(x.dtype).contiguous()
+    return out.T
 
 
 def kernel_matmul_backward(

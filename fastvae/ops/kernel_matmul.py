@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, zero_if_finite
-from fastvae.radial import KernelSum, kernel_of
+from fastvae.radial import KernelSum, kernel_of, middle
 
 ARGUMENTS = (
     "Tensor x, Tensor y, Tensor v, Tensor bandwidth, Tensor bandwidth_weights, str kernel, float[] kernel_parameters, "
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
         dtype = accumulation_dtype(self.x.dtype)
         x, y, v = (t.to(dtype) for t in (self.x, self.y, self.v))
         family = kernel_of(self.kernel, self.kernel_parameters)
-        centre = 0.5 * (x.mean(0) + y.mean(0)) if family.radial else torch.zeros_like(x[0])
+        centre = 0.5 * (middle(x) + middle(y)) if family.radial else torch.zeros_like(x[0])
         distance = None
         if shifted:
             distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()
@@ -101,7 +101,7 @@ def _forward(problem: Problem) -> Tensor:
         # A row that no v reaches would not show that it is not finite.
         # What the shifts leave out of each k, in closed form.
         left_out = v.sum(0, dtype=torch.float64) * kernel.kernel.at_zero * (kernel.weights @ kernel.shifts)
-        return cast(Tensor, out + (left_out + zero_if_finite(x, y, v)).to(out.dtype))
+        return cast(Tensor, (out + left_out + zero_if_finite(x, y, v)).to(x.dtype).contiguous())
 
 
 def _backward_sweep(grad: Tensor, problem: Problem, x_grad: bool, y_grad: bool, v_grad: bool, bandwidth_grad: bool) -> Gradients:

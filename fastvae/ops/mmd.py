@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, middle, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
@@ -153,7 +153,7 @@ def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Resul
     if problem.y is not None:
         y_part = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
         samples.append(_Sample.of(*y_part, unbiased, problem.y_grad or bandwidth_grad))
-    mean = torch.stack([sample.whole.mean(1) for sample in samples]).mean(0)
+    mean = torch.stack([middle(sample.whole) for sample in samples]).mean(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if family.radial else torch.zeros_like(mean)
     origin = mean if problem.y is not None else torch.zeros_like(mean)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvae.cpu import quadratic_form as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import KernelSum, kernel_of
+from fastvae.radial import KernelSum, kernel_of, middle
 
 ARGUMENTS = (
     "Tensor z, Tensor v, Tensor bandwidth, Tensor bandwidth_weights, str kernel, float[] kernel_parameters, str precision, str backend"
@@ -99,7 +99,7 @@ def _sweep(
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
         family = kernel_of(problem.kernel, problem.kernel_parameters)
-        centre = z.mean(0) if family.radial else torch.zeros_like(z[0])
+        centre = middle(z) if family.radial else torch.zeros_like(z[0])
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
         kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, z.shape[1], z.device, distance)
         if problem.backend == "triton":
