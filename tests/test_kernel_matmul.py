@@ -78,6 +78,15 @@ def test_gradcheck(kernel, backend):
     assert torch.autograd.gradcheck(lambda *points: fastvae.kernel_matmul(*points, kernel=kernel, backend=backend), (x, y, v))
 
 
+def test_cpu_a_small_sum_keeps_its_digits():
+    """Of a row, −Σv of the narrow bandwidth and nearly Σv of the wide one."""
+    x, v = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.1], [0.3], [-0.5]])
+    options = {"bandwidth": (1e3, 1e-3), "backend": "cpu"}
+    exact = fastvae.kernel_matmul(x.double(), x.double(), v.double(), **options)
+    assert exact[0].abs() < 1e-5
+    torch.testing.assert_close(fastvae.kernel_matmul(x, x, v, **options)[0].double(), exact[0], rtol=1e-4, atol=0)
+
+
 def test_gradient_to_the_bandwidths():
     x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
     h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))

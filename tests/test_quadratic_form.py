@@ -57,6 +57,16 @@ def test_several_tiles_in_float32(bandwidth):
     assert (actual[1].double() - exact[1]).norm() < 1e-5 * exact[1].norm()
 
 
+@pytest.mark.parametrize("rows", [7, 13])
+def test_equal_rows_far_from_the_origin(rows):
+    """Their mean in float32 is none of them: distances from it would have roundings, and MMD² and its gradient with them."""
+    z = torch.full((rows, 3), 9999.7, device=DEVICE)
+    weights = torch.rand(rows, 2, device=DEVICE)
+    value, gradient = evaluate(lambda z: fastvae.group_mmd(z, weights, bandwidth=1e-3, estimator="biased").mean(), z)
+    assert value.abs() < 1e-12
+    assert gradient.abs().max() < 1e-12
+
+
 def test_soft_weights_and_pairs():
     """The local MMD: class c of one domain against class c of the other, rows weighted by their probabilities."""
     z, _ = groups_of_rows(60)
