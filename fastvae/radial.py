@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,10 +171,15 @@ class Polynomial(Kernel):
         return float(self.coef0) ** int(self.degree)
 
     @property
-    def coefficients(self) -> list[float]:
-        """Of φ(t) − φ(0) = Σ_n c_n·t^n, from the highest power to the first."""
+    def powers(self) -> list[tuple[int, float]]:
+        """(n, c_n) of φ(t) − φ(0) = Σ_n c_n·t^n, from the highest power to the first."""
         degree = int(self.degree)
-        return [math.comb(degree, n) * float(self.coef0) ** (degree - n) for n in range(degree, 0, -1)]
+        return [(n, math.comb(degree, n) * float(self.coef0) ** (degree - n)) for n in range(degree, 0, -1)]
+
+    @property
+    def coefficients(self) -> list[float]:
+        """The c_n alone."""
+        return [c for _, c in self.powers]
 
     def phi(self, t: Tensor) -> Tensor:
         return (t + self.coef0) ** int(self.degree)
@@ -260,6 +266,74 @@ class KernelSum:
     def slope_shifts(self) -> Tensor:
         """1 where a sweep leaves 1 out of each pair's −φ'(t_b), which is the k_b of an RBF kernel, shape (..., B)."""
         return self.shifts if isinstance(self.kernel, RBF) else torch.zeros_like(self.shifts)
+
+
+@dataclass(frozen=True)
+class KernelNumbers:
+    """Σ_b a_b·k_b as a GPU kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device.
+
+    Attributes:
+        kernel: φ.
+        count: bandwidths.
+        squarings: as of `KernelSum`.
+        arguments: h_b, a_b, parameters of the kernel, and against N(0, I) log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) of each bandwidth,
+            widest first: each number as three of float32 that sum to it, or a float64 tensor.
+    """
+
+    kernel: Kernel
+    count: int
+    squarings: tuple[int, ...]
+    arguments: tuple[float, ...] | Tensor
+
+    @staticmethod
+    def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
+        if bandwidth.device.type == "cpu" and bandwidth_weights.device.type == "cpu":
+            return _kernel_numbers(kernel, tuple(bandwidth.tolist()), tuple(bandwidth_weights.tolist()), dim, prior, device)
+        h, order = bandwidth.to(device).sort(descending=True)
+        a = bandwidth_weights.to(device)[order]
+        numbers = [h, a]
+        if isinstance(kernel, RationalQuadratic):
+            numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
+        if isinstance(kernel, Polynomial):
+            ratios = (h[0] / h).square()
+            numbers += [c * (a * ratios**n).sum().reshape(1) for n, c in kernel.powers]
+        if prior:
+            h2 = h.square()
+            numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
+        return KernelNumbers(kernel, h.numel(), (0,) * h.numel(), torch.cat(numbers))
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel_numbers(
+    kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool, device: torch.device
+) -> KernelNumbers:
+    pairs = sorted(zip(bandwidth, weights, strict=True), key=lambda pair: -pair[0])
+    h, a = ([pair[n] for pair in pairs] for n in range(2))
+    numbers = [*h, *a]
+    if isinstance(kernel, RationalQuadratic):
+        numbers.append(float(kernel.alpha))
+    if isinstance(kernel, Polynomial):
+        numbers += [c * math.fsum(w * (h[0] / b) ** (2 * n) for w, b in zip(a, h, strict=True)) for n, c in kernel.powers]
+    if prior:
+        numbers += [-0.5 * dim * math.log1p(2 / b**2) for b in h]
+        numbers += [-0.5 * dim * math.log1p(1 / b**2) for b in h]
+        numbers += [1 / (b**2 + 1) for b in h]
+    squarings = _squarings(h) if isinstance(kernel, RBF) else (0,) * len(h)
+    if len(numbers) > _MOST_ARGUMENTS or any(number != 0 and not 1e-30 <= abs(number) <= 1e38 for number in numbers):
+        # Too many, or no float32: a copy, which a GPU waits for once.
+        return KernelNumbers(kernel, len(h), squarings, _constant(tuple(numbers), device))
+    return KernelNumbers(kernel, len(h), squarings, tuple(part for number in numbers for part in _parts(number)))
+
+
+# Numbers that a kernel takes as arguments.
+_MOST_ARGUMENTS = 64
+
+
+def _parts(number: float) -> tuple[float, float, float]:
+    """Three float32 that sum to a float64."""
+    high = float(np.float32(number))
+    middle = float(np.float32(number - high))
+    return high, middle, float(np.float32(number - high - middle))
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,12 +1,15 @@
-"""The pair sweep of MMD on a GPU: a block of rows against all columns, tile by tile, its sums kept in registers.
+"""MMD² and its gradient on a GPU: prepare (`fastvae.kernels.prepare`), sweep, finish, with no copy to or from the host.
 
-The sums over columns are those of formula (1) of `fastvae.reference.mmd` and of a row's gradient, Σ_j w_j·W_ij·(u_i − u_j), over the scaled
-rows of `fastvae.kernels.pairs`. Each program owns its rows: no atomics, a fixed order, the same bits every time.
+The sweep takes a block of rows of z = [x; y] against all columns, tile by tile, its sums kept in registers: those over columns of formula
+(1) of `fastvae.reference.mmd` and of a row's gradient, Σ_j w_j·W_ij·(u_i − u_j), over scaled rows u. Each program owns its rows: no atomics,
+a fixed order, the same bits every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,109 +17,137 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.config import column_splits, device_limits, difference_config, padded_dim, sweep_config
+from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
 from fastvae.kernels.pairs import (
+    BF16,
     DIFFERENCES,
     GAUSSIAN,
     POLYNOMIAL,
-    Evaluation,
-    Operands,
+    SPLIT,
+    SPLIT_TF32,
     column_exponent,
     column_parts,
+    difference_exponent,
     dot,
+    family_of,
+    is_crowded,
+    limits_of,
     load_parameters,
     load_parts,
     load_table,
+    modes_of,
+    pack_squarings,
+    padding_of,
+    parameter_count,
     products_of,
     radial,
+    rounding_of,
     row_sums,
     split,
 )
-from fastvae.radial import KernelSum, RationalQuadratic
+from fastvae.kernels.prepare import (
+    DIAGONAL,
+    GRADIENT_SCALE,
+    LEFT_OUT,
+    NO_OWN_TERM,
+    NORMAL_PRIOR,
+    OTHER_PULL,
+    OTHER_VALUE,
+    OWN_PULL,
+    OWN_VALUE,
+    PLAN,
+    POLYNOMIAL_DIAGONAL,
+    PRIOR,
+    ROUTE,
+    SCALE,
+    SLOPE_SHIFT,
+    STATISTICS,
+    UNBIASED_SCALE,
+    VALUE_SHIFT,
+    operands_kernel,
+    own_term,
+    shifts_of,
+    statistics_kernel,
+)
+from fastvae.radial import Energy, Kernel, KernelNumbers, Polynomial, RationalQuadratic
+
+# Bits of the flags of a sample: the gradient of its rows is wanted, they meet the other sample, each pair within it is met once.
+_GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
 @triton.jit
 def _tile(
-    row_hi,
-    row_lo,
-    row_half,
-    row_hi_ptrs,
-    row_lo_ptrs,
-    offs_n,
-    col_hi_ptr,
-    col_lo_ptr,
-    col_half_ptr,
-    col_weight_ptr,
-    table,
-    table_ptr,
-    parameters,
-    value_shift,
-    slope_shift,
-    start_m,
-    d_out,
-    value_acc,
-    slope_acc,
-    moments,
-    DIAGONAL: tl.constexpr,
-    SLOPES: tl.constexpr,
-    FAMILY: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    MODE: tl.constexpr,
-    BANDWIDTHS: tl.constexpr,
-    SQUARINGS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
+    table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, last_m, d_out, value_acc, slope_acc, moments,
+    DIAGONAL: tl.constexpr, SLOPES: tl.constexpr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
+    MODE: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One tile of the sweep: its sums added to the accumulators."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    exponent, col_hi, col_lo = column_exponent(
-        row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, col_hi_ptr, col_lo_ptr, col_half_ptr, start_m, FAMILY, MODE, D, BLOCK_M, BLOCK_K
-    )
+    if MODE == DIFFERENCES:
+        exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
+        col_hi, col_lo = row_hi, row_lo
+    else:
+        exponent, col_hi, col_lo = column_exponent(
+            row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, hi_ptr, lo_ptr, half_ptr, start_m, FAMILY, MODE, D, BLOCK_M, BLOCK_K
+        )
     value, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, GRADIENT, BANDWIDTHS, SQUARINGS)
     if DIAGONAL:
         off_diagonal = offs_n[:, None] != offs_m[None, :]
         value = tl.where(off_diagonal, value, 0.0)
         slope = tl.where(off_diagonal, slope, 0.0)
+    if MODE == DIFFERENCES:
+        # Padded columns are rows of zeros here, pairs with the origin.
+        value = tl.where((offs_m < last_m)[None, :], value, 0.0)
+        slope = tl.where((offs_m < last_m)[None, :], slope, 0.0)
     if WEIGHTED:
-        col_weight = tl.load(col_weight_ptr + offs_m)
+        col_weight = tl.load(weight_ptr + offs_m)
         value = value * col_weight[None, :]
         slope = slope * col_weight[None, :]
     value_acc += row_sums(value)
     if GRADIENT:
-        if SLOPES:
-            slope_acc += row_sums(slope)
-        col_hi, col_lo = column_parts(col_hi, col_lo, col_hi_ptr, col_lo_ptr, start_m, d_out, MODE, D, BLOCK_M, BLOCK_K, BLOCK_D)
-        slope_hi, slope_lo = split(slope, MODE)
-        moments = dot(slope_hi, slope_lo, col_hi, col_lo, moments, MODE)
+        if MODE == DIFFERENCES:
+            offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
+            col = tl.load(hi_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :])
+            moments += tl.sum(slope[:, :, None] * ((col[None, :, :] - row_out[:, None, :]) * scale), 1)
+        else:
+            if SLOPES:
+                slope_acc += row_sums(slope)
+            col_hi, col_lo = column_parts(col_hi, col_lo, hi_ptr, lo_ptr, start_m, d_out, MODE, D, BLOCK_M, BLOCK_K, BLOCK_D)
+            slope_hi, slope_lo = split(slope, MODE)
+            # A tensor core's accumulator truncates: each tile starts from zero, and its sum is added in the accumulation dtype.
+            moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), MODE)
     return value_acc, slope_acc, moments
 
 
-@triton.jit(do_not_specialize=["row_blocks", "table_size", "padding"])
+@triton.jit(do_not_specialize=["n", "m", "first_y", "rows", "x_start", "x_blocks", "y_start", "x_flags", "y_flags", "first_gradient", "gradient_rows"])
 def sweep_kernel(
-    row_hi_ptr,  # (B, N, D), scaled rows, and in SPLIT mode their low parts
-    row_lo_ptr,
-    row_half_ptr,  # (B, N), −½‖u‖², or 0 for a polynomial
-    col_hi_ptr,  # (B, M, D)
-    col_lo_ptr,
-    col_half_ptr,  # (B, M), of a padded column what makes its k 0
-    col_weight_ptr,  # (B, M)
-    table_ptr,  # (B, table_size): ratios, weights and slopes of each bandwidth, then the parameters of the family
-    shift_ptr,  # (B, 2), Σ_b of the shifted weights and slopes
-    route_ptr,  # (B,), the number of the pass that runs
-    value_ptr,  # (SPLITS, B, N), Σ_j w_j·(k − shift)
-    slope_ptr,  # (SPLITS, B, N), Σ_j w_j·(W − shift)
-    moments_ptr,  # (SPLITS, B, N, D), Σ_j w_j·(W − shift)·u_j
-    row_blocks,  # N / BLOCK_N
-    M,  # columns with their padding; N and M are multiples of BLOCK_N, so that no load needs a mask
-    padding,  # columns that are padding
-    table_size,
-    ROUTE: tl.constexpr,
+    hi_ptr,  # (B, rows, D), operands of x, from `first_y` on of y; in DIFFERENCES mode rows as they came
+    lo_ptr,
+    half_ptr,  # (B, rows), −½‖u‖², or 0 for a polynomial; of a padded row what makes its k 0
+    weight_ptr,  # (B, rows)
+    plan_ptr,  # (B, PLAN)
+    table_ptr,  # (B, TABLE)
+    value_ptr,  # (SPLITS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²
+    slope_ptr,  # (SPLITS, B, rows with gradient), Σ_j w_j·(W − shift)
+    moments_ptr,  # (SPLITS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
+    n,
+    m,
+    first_y,
+    rows,
+    x_start,  # rows of x from here on are swept, by x_blocks blocks, then those of y
+    x_blocks,
+    y_start,
+    x_flags,
+    y_flags,
+    first_gradient,  # the first block whose gradient is wanted
+    gradient_rows,
+    PLAN_SIZE: tl.constexpr,
+    TABLE: tl.constexpr,
+    PASS: tl.constexpr,
+    SAMPLES: tl.constexpr,
     BATCHED: tl.constexpr,  # B > 1
-    WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
-    SYMMETRIC: tl.constexpr,  # columns from the diagonal on, those right of it twice
     GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     MODE: tl.constexpr,
@@ -129,314 +160,541 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,  # features of a step of the exponent's product
     BLOCK_D: tl.constexpr,  # features of a block of moments
 ):
-    """Row sums of a block of rows against a share of the columns of their problem, one of a batch of B.
+    """Sums of a block of rows over a share of all columns, those of its own sample first.
 
-    Program 0 is the block of all B·N rows, program 1 the block of moments, program 2 the share.
+    Program 0 is the block of rows, program 1 the block of moments and the problem of a batch, program 2 the share.
     """
+    # where
+    d_out = tl.program_id(1)
+    blocks = tl.num_programs(0)
+    out_start = 0
+    gradient_start = 0
+    batches = 1
     if BATCHED:
         # Bases of their own for the pointers take registers, which one problem is spared.
-        problem = tl.program_id(0) // row_blocks
-        route_ptr += problem
-    if tl.load(route_ptr) != ROUTE:
+        d_blocks: tl.constexpr = D // BLOCK_D if GRADIENT else 1
+        problem = (tl.program_id(1) // d_blocks).to(tl.int64)
+        d_out = tl.program_id(1) % d_blocks
+        batches = tl.num_programs(1) // d_blocks
+        plan_ptr += problem * PLAN_SIZE
+        table_ptr += problem * TABLE
+        hi_ptr += problem * rows * D
+        lo_ptr += problem * rows * D
+        half_ptr += problem * rows
+        weight_ptr += problem * rows
+        value_ptr += problem * blocks * BLOCK_N
+        slope_ptr += problem * gradient_rows
+        moments_ptr += problem * gradient_rows * D
+    if tl.load(plan_ptr + ROUTE) != PASS:
         return
     # One bandwidth of a Gaussian has its value for slope, and of a polynomial only moments are wanted.
     SLOPES: tl.constexpr = FAMILY < POLYNOMIAL and (FAMILY != GAUSSIAN or BANDWIDTHS > 1)
-    # where
-    start_n = tl.program_id(0) * BLOCK_N
-    d_out = tl.program_id(1)
-    split = tl.program_id(2)
-    rows = tl.num_programs(0) * BLOCK_N
-    if BATCHED:
-        start_n -= problem * row_blocks * BLOCK_N
+    dtype: tl.constexpr = half_ptr.dtype.element_ty
+    block = tl.program_id(0)
+    part = tl.program_id(2)
+    is_y = block >= x_blocks
+    flags = tl.where(is_y, y_flags, x_flags)
+    if GRADIENT and D > BLOCK_D:
+        if (d_out > 0) & ((flags & _GRADIENT) == 0):
+            return
+    start_n = tl.where(is_y, first_y + y_start + (block - x_blocks) * BLOCK_N, x_start + block * BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     row_start = tl.cast(start_n, tl.int64) * D
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
-    if BATCHED:
-        first_row = tl.cast(problem, tl.int64) * row_blocks * BLOCK_N
-        row_start += first_row * D
-        row_half_ptr += first_row
-        value_ptr += first_row
-        slope_ptr += first_row
-        first_column = tl.cast(problem, tl.int64) * M
-        col_hi_ptr += first_column * D
-        col_lo_ptr += first_column * D
-        col_half_ptr += first_column
-        col_weight_ptr += first_column
-        table_ptr += problem * table_size
-        shift_ptr += 2 * problem
+    local_k = tl.arange(0, BLOCK_K)[None, :]
 
     # load
-    row_half = tl.load(row_half_ptr + offs_n)
-    row_hi_ptrs = row_hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
-    row_lo_ptrs = row_lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
+    row_half = tl.load(half_ptr + offs_n)
+    row_hi_ptrs = hi_ptr + row_start + (local_n + local_k)
+    row_lo_ptrs = lo_ptr + row_start + (local_n + local_k)
     row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, MODE)
-    value_shift = tl.load(shift_ptr)
-    slope_shift = tl.load(shift_ptr + 1)
+    row_out = row_half
+    if MODE == DIFFERENCES and GRADIENT:
+        row_out = tl.load(hi_ptr + row_start + (local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]))
+    scale = tl.load(plan_ptr + SCALE).to(dtype)
+    value_shift = tl.load(plan_ptr + VALUE_SHIFT).to(dtype)
+    slope_shift = tl.load(plan_ptr + SLOPE_SHIFT).to(dtype)
     table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
+    sample = is_y.to(tl.int32)
+    own_pull = tl.load(plan_ptr + (OWN_PULL + sample))
+    other_pull = tl.load(plan_ptr + (OTHER_PULL + sample))
 
     # compute
-    value_acc = tl.zeros([BLOCK_N, 8], dtype=row_half.dtype)
-    slope_acc = value_acc
-    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_half.dtype)
-    # This loop skips the tiles on the diagonal, which come masked after it: a self-pair in the products would swamp small sums.
-    columns = M
-    if SYMMETRIC:
-        columns = M - start_n - BLOCK_N
-    elif WITHIN:
-        columns = M - BLOCK_N
-    share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-    first = split * share
-    last = tl.minimum(first + share, columns)
-    for start_m in range(first, last, BLOCK_M):
-        shifted_m = start_m
-        if SYMMETRIC:
-            shifted_m = start_m + start_n + BLOCK_N
-        elif WITHIN:
-            shifted_m = tl.where(start_m >= start_n, start_m + BLOCK_N, start_m)
-        value_acc, slope_acc, moments = _tile(
-            row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, offs_n, col_hi_ptr, col_lo_ptr,
-            col_half_ptr, col_weight_ptr, table, table_ptr, parameters, value_shift, slope_shift, shifted_m, d_out,
-            value_acc, slope_acc, moments, False, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS,
-            D, BLOCK_M, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-    if SYMMETRIC:
-        value_acc += value_acc
-    if WITHIN:  # noqa: SIM102, one is known to the compiler and the other is not
-        if split == 0:
-            for start_m in tl.range(start_n, start_n + BLOCK_N, BLOCK_M, num_stages=1):
+    total = tl.zeros([BLOCK_N], dtype=dtype)
+    slope_total = tl.zeros([BLOCK_N], dtype=dtype)
+    value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
+    slope_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
+    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
+    met = tl.where((flags & _CROSS) != 0, 2, 1) if SAMPLES == 2 else 1
+    for other in range(0, met):
+        # The columns of the own sample, without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
+        # products would swamp small sums. Then those of the other sample.
+        in_y = sample + other == 1
+        first_m = tl.where(in_y, first_y, 0)
+        true_m = tl.where(in_y, first_y + m, n)
+        last_m = tl.where(in_y, first_y + tl.cdiv(m, BLOCK_N) * BLOCK_N, tl.cdiv(n, BLOCK_N) * BLOCK_N)
+        band = tl.where(other == 0, tl.minimum(start_n // BLOCK_M * BLOCK_M, last_m), first_m)
+        band_end = tl.where(other == 0, tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, last_m), first_m)
+        twice = ((flags & _SYMMETRIC) != 0) & (other == 0)
+        left = tl.where(twice, 0, band - first_m)
+        columns = left + (last_m - band_end)
+        share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2)) * BLOCK_M
+        first = part * share
+        last = tl.minimum(first + share, columns)
+        for offset in range(first, last, BLOCK_M):
+            start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
+            value_acc, slope_acc, moments = _tile(
+                row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
+                table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
+                False, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+        value_acc *= tl.where(twice, 2.0, 1.0).to(dtype)
+        if part == 0:
+            for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
                 value_acc, slope_acc, moments = _tile(
-                    row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, offs_n, col_hi_ptr, col_lo_ptr,
-                    col_half_ptr, col_weight_ptr, table, table_ptr, parameters, value_shift, slope_shift, start_m, d_out,
-                    value_acc, slope_acc, moments, True, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS,
-                    D, BLOCK_M, BLOCK_K, BLOCK_D,
+                    row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
+                    table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
+                    True, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
                 )  # fmt: skip
-    value = tl.sum(value_acc, 1)
-    slope = value
-    if SLOPES:
-        slope = tl.sum(slope_acc, 1)
-    if not WEIGHTED:
-        # A padded column has added −shift. Split 0 takes it back, whichever split has added it: the shares are summed.
-        padded = tl.where(split == 0, padding, 0)
-        if SYMMETRIC:
-            padded = tl.where(start_n + BLOCK_N == M, padded, 2 * padded)
-        value += padded * value_shift
-        slope += padded * slope_shift
+        value = tl.sum(value_acc, 1)
+        slope = tl.sum(slope_acc, 1) if SLOPES else value
+        if not WEIGHTED and MODE != DIFFERENCES:
+            # A padded column has added −shift. The first share takes it back, whichever has added it: the shares are summed.
+            in_band = tl.maximum(band_end - tl.maximum(true_m, band), 0)
+            padded = (last_m - true_m) - in_band
+            padded = tl.where(part == 0, in_band + tl.where(twice, 2 * padded, padded), 0)
+            value += padded * value_shift
+            slope += padded * slope_shift
+        factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
+        total += factor * value
+        value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
+        if GRADIENT:
+            pull = tl.where(other == 0, own_pull, other_pull).to(dtype)
+            slope_total += pull * slope
+            slope_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
+            moments *= tl.where(other == 0, own_pull / other_pull, 1.0).to(dtype)
 
     # store
     if d_out == 0:
-        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, value)
-        if GRADIENT:
-            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, slope)
+        tl.store(value_ptr + tl.cast(part, tl.int64) * batches * blocks * BLOCK_N + block * BLOCK_N + tl.arange(0, BLOCK_N), total)
     if GRADIENT:
-        offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-        tl.store(moments_ptr + (tl.cast(split, tl.int64) * rows * D + row_start) + offs_out, moments)
+        if (flags & _GRADIENT) != 0:
+            out = tl.cast(part, tl.int64) * batches * gradient_rows + (block - first_gradient) * BLOCK_N
+            if d_out == 0:
+                tl.store(slope_ptr + out + tl.arange(0, BLOCK_N), slope_total)
+            offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+            tl.store(moments_ptr + out * D + offs_out, moments * other_pull.to(dtype))
 
 
-@triton.jit(do_not_specialize=["row_blocks", "columns", "M", "table_size"])
-def differences_kernel(
-    row_ptr,  # (B, N, D), rows as they came, not centred, whose differences round least; N is a multiple of BLOCK_N
-    col_ptr,  # (B, columns, D), columns with their padding
-    col_weight_ptr,  # (B, columns)
-    table_ptr,
-    shift_ptr,
-    scale_ptr,  # (1,), of the scaled rows
-    route_ptr,
-    value_ptr,  # (SPLITS, B, N)
-    slope_ptr,  # (SPLITS, B, N), zero
-    moments_ptr,  # (SPLITS, B, N, D), Σ_j w_j·(W − shift)·(u_j − u_i)
-    row_blocks,
-    columns,
-    M,  # columns without padding
-    table_size,
-    ROUTE: tl.constexpr,
-    BATCHED: tl.constexpr,  # B > 1
-    WITHIN: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "n", "m", "first_y", "rows", "x_start", "x_rows", "x_padded", "y_start", "y_rows", "y_padded", "first_gradient", "gradient_rows",
+        "own_terms", "splits",
+    ]
+)  # fmt: skip
+def finish_kernel(
+    x_ptr,
+    y_ptr,
+    centre_ptr,
+    sum_ptr,
+    statistic_ptr,
+    numbers,
+    hi_ptr,
+    lo_ptr,
+    hi16_ptr,
+    lo16_ptr,
+    weight_ptr,
+    plan_ptr,
+    own_ptr,
+    value_ptr,
+    slope_ptr,
+    moments_ptr,
+    mmd_ptr,  # (B,)
+    grad_x_ptr,  # (B, x_rows, FEATURES)
+    grad_y_ptr,
+    n,
+    m,
+    first_y,
+    rows,
+    x_start,
+    x_rows,
+    x_padded,
+    y_start,
+    y_rows,
+    y_padded,
+    first_gradient,  # row of the sweep at which the rows with gradient start
+    gradient_rows,
+    own_terms,
+    splits,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    FAMILY: tl.constexpr,
+    KERNELS: tl.constexpr,
+    OWN: tl.constexpr,
+    CROSS: tl.constexpr,  # rows with gradient meet the other sample
     GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    FAMILY: tl.constexpr,
-    BANDWIDTHS: tl.constexpr,
-    SQUARINGS: tl.constexpr,
+    MODE_0: tl.constexpr,
+    MODE_1: tl.constexpr,
+    PLAN_SIZE: tl.constexpr,
+    FEATURES: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows of a step of the value's sum
     BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The sums of `sweep_kernel` from u_j − u_i itself, for points whose norms dwarf the bandwidth."""
-    if BATCHED:
-        # Bases of their own for the pointers take registers, which one problem is spared.
-        problem = tl.program_id(0) // row_blocks
-        route_ptr += problem
-    if tl.load(route_ptr) != ROUTE:
+    """MMD² of a problem by program 0, in float64 and a fixed order; by each other the gradient of a block of rows."""
+    problem = tl.program_id(1).to(tl.int64)
+    batches = tl.num_programs(1)
+    dtype: tl.constexpr = mmd_ptr.dtype.element_ty
+    plan_ptr += problem * PLAN_SIZE
+    weight_ptr += problem * rows
+    padded = x_padded + y_padded
+    if tl.program_id(0) == 0:
+        own_ptr += problem * own_terms
+        total = tl.zeros([BLOCK_R], dtype=tl.float64)
+        squares = tl.zeros([BLOCK_R], dtype=tl.float64)
+        shares = tl.zeros([BLOCK_R], dtype=tl.float64)
+        for start in range(0, padded, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            in_x = row < x_rows
+            in_y = (row >= x_padded) & (row < x_padded + y_rows)
+            mask = in_x | in_y
+            p = tl.where(in_x, 1.0 / n.to(tl.float64), 1.0 / m.to(tl.float64))
+            if WEIGHTED:
+                source = tl.where(in_x, x_start + row, first_y + y_start + (row - x_padded))
+                p = tl.load(weight_ptr + source, mask=mask, other=0.0).to(tl.float64)
+            p = tl.where(mask, p, 0.0)
+            value = tl.zeros([BLOCK_R], dtype=tl.float64)
+            for part in range(0, splits):
+                offset = (tl.cast(part, tl.int64) * batches + problem) * padded
+                value += tl.load(value_ptr + offset + row, mask=mask, other=0.0).to(tl.float64)
+            total += p * value
+            squares += p * p
+            shares += p
+        mmd = tl.sum(total) + tl.load(plan_ptr + DIAGONAL) * tl.sum(squares)
+        if OWN == NORMAL_PRIOR:
+            mmd += tl.load(plan_ptr + PRIOR) * tl.sum(shares)
+        if OWN != NO_OWN_TERM:
+            terms = tl.zeros([BLOCK_R], dtype=tl.float64)
+            for start in range(0, own_terms, BLOCK_R):
+                offs = start + tl.arange(0, BLOCK_R)
+                terms += tl.load(own_ptr + offs, mask=offs < own_terms, other=0.0)
+            mmd += tl.sum(terms)
+        tl.store(mmd_ptr + problem, mmd.to(dtype))
         return
-    # where
-    d_out = tl.program_id(1)
-    split = tl.program_id(2)
-    rows = tl.num_programs(0) * BLOCK_N
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
-    if BATCHED:
-        offs_n -= problem * row_blocks * BLOCK_N
-    row_start = offs_n[:, None].to(tl.int64) * D
-    if BATCHED:
-        first_row = tl.cast(problem, tl.int64) * row_blocks * BLOCK_N
-        row_start += first_row * D
-        value_ptr += first_row
-        slope_ptr += first_row
-        first_column = tl.cast(problem, tl.int64) * columns
-        col_ptr += first_column * D
-        col_weight_ptr += first_column
-        table_ptr += problem * table_size
-        shift_ptr += 2 * problem
-
-    # load
-    value_shift = tl.load(shift_ptr)
-    scale = tl.load(scale_ptr)
-    slope_shift = tl.load(shift_ptr + 1)
-    table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
-    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES)
-    row_out = tl.load(row_ptr + row_start + offs_d[None, :])
-
-    # compute
-    value_acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
-    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_out.dtype)
-    share = tl.cdiv(tl.cdiv(M, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-    first = split * share
-    last = tl.minimum(first + share, M)
-    for start_m in range(first, last, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        col_start = offs_m[:, None].to(tl.int64) * D
-        exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_out.dtype)
-        for start_k in range(0, D, BLOCK_K):
-            row = tl.load(row_ptr + row_start + (start_k + offs_k)[None, :])
-            col = tl.load(col_ptr + col_start + (start_k + offs_k)[None, :], mask=mask_m[:, None], other=0.0)
-            difference = (row[:, None, :] - col[None, :, :]) * scale
-            exponent -= 0.5 * tl.sum(difference * difference, 2)
-        value, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, GRADIENT, BANDWIDTHS, SQUARINGS)
-        # A padded column is a pair of nothing; loading zeros alone would make it a pair with the origin.
-        counts = mask_m[None, :] & ((offs_n[:, None] != offs_m[None, :]) | (not WITHIN))
-        value = tl.where(counts, value, 0.0)
-        slope = tl.where(counts, slope, 0.0)
-        if WEIGHTED:
-            col_weight = tl.load(col_weight_ptr + offs_m, mask=mask_m, other=0.0)
-            value = value * col_weight[None, :]
-            slope = slope * col_weight[None, :]
-        value_acc += value
-        if GRADIENT:
-            col = tl.load(col_ptr + col_start + offs_d[None, :], mask=mask_m[:, None], other=0.0)
-            moments += tl.sum(slope[:, :, None] * ((col[None, :, :] - row_out[:, None, :]) * scale), 1)
-
-    # store
-    if d_out == 0:
-        tl.store(value_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.sum(value_acc, 1))
-        if GRADIENT:
-            tl.store(slope_ptr + tl.cast(split, tl.int64) * rows + offs_n, tl.zeros([BLOCK_N], dtype=row_out.dtype))
     if GRADIENT:
-        tl.store(moments_ptr + tl.cast(split, tl.int64) * rows * D + row_start + offs_d[None, :], moments)
+        # where
+        start_n = (tl.program_id(0) - 1) * BLOCK_N
+        in_y = start_n + first_gradient >= x_padded
+        local = start_n + tl.arange(0, BLOCK_N)
+        z_ptr, grad_ptr, count = x_ptr + (problem * n + x_start) * FEATURES, grad_x_ptr + problem * x_rows * FEATURES, x_rows
+        source = x_start
+        p = 1.0 / n.to(tl.float64)
+        if SAMPLES == 2:  # noqa: SIM102
+            if in_y:
+                local = local + (first_gradient - x_padded)
+                z_ptr, grad_ptr, count = y_ptr + (problem * m + y_start) * FEATURES, grad_y_ptr + problem * y_rows * FEATURES, y_rows
+                source = first_y + y_start
+                p = 1.0 / m.to(tl.float64)
+        mask_n = local < count
+        sample = in_y.to(tl.int32)
+        route = tl.load(plan_ptr + ROUTE).to(tl.int32)
+        scale = tl.load(plan_ptr + GRADIENT_SCALE).to(dtype)
+        left_out = tl.load(plan_ptr + LEFT_OUT)
+        own_scale = tl.load(plan_ptr + (UNBIASED_SCALE + sample))
+        out_row = start_n + tl.arange(0, BLOCK_N)
+        p = tl.zeros([BLOCK_N], dtype=tl.float64) + p
+        if WEIGHTED:
+            p = tl.load(weight_ptr + source + local, mask=mask_n, other=0.0).to(tl.float64)
+        sums = sum_ptr + problem * (SAMPLES * CHUNKS * D)
+        centre_ptr += problem * (SAMPLES * CHUNKS * D)
+        operand_row = (problem * rows + source + local).to(tl.int64)
+
+        # load and compute
+        norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+        slope = tl.zeros([BLOCK_N], dtype=dtype)
+        if FAMILY < POLYNOMIAL:
+            for part in range(0, splits):
+                offset = (tl.cast(part, tl.int64) * batches + problem) * gradient_rows
+                slope += tl.load(slope_ptr + offset + out_row, mask=mask_n, other=0.0)
+        if OWN != NO_OWN_TERM:
+            for start_d in range(0, D, BLOCK_D):
+                offs_d = start_d + tl.arange(0, BLOCK_D)
+                mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+                z = tl.load(z_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
+                norm2 += tl.sum(z * z, 1)
+        squares = 0.0
+        if OWN == NORMAL_PRIOR:
+            chunk = tl.arange(0, PADDED_CHUNKS)
+            statistics = statistic_ptr + problem * (SAMPLES * CHUNKS * STATISTICS)
+            squares = tl.sum(tl.load(statistics + chunk * STATISTICS, mask=chunk < CHUNKS, other=0.0))
+        shifts = shifts_of(squares / n.to(tl.float64) + FEATURES, numbers, ON_DEVICE, FAMILY, KERNELS, FEATURES)
+        _, own_slope = own_term(norm2, p, shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+            moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
+            for part in range(0, splits):
+                offset = (tl.cast(part, tl.int64) * batches + problem) * gradient_rows
+                moments += tl.load(moments_ptr + (offset + out_row)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+            pull = moments
+            if FAMILY < POLYNOMIAL:
+                offs = operand_row[:, None] * D + offs_d[None, :]
+                seen = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
+                if route == 0:
+                    seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype, MODE_0)
+                if MODE_1 >= 0:  # noqa: SIM102
+                    if route == 1:
+                        seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype, MODE_1)
+                # Sums of differences need no row beside them: there `seen` is zero.
+                pull = slope[:, None] * seen - moments
+            gradient = p.to(dtype)[:, None] * (scale * pull)
+            z = tl.load(z_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+            if FAMILY == GAUSSIAN:  # noqa: SIM102
+                if left_out != 0.0:
+                    # Σ_j w_j·(z_i − z_j) of each sample, times the constant that its pairs lack.
+                    centred = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64)
+                    rest = own_scale * (centred - _mean(sums + tl.where(in_y, CHUNKS * D, 0), offs_d, tl.where(in_y, m, n), CHUNKS, D, BLOCK_D, WEIGHTED)[None, :])
+                    if CROSS:
+                        rest -= centred - _mean(sums + tl.where(in_y, 0, CHUNKS * D), offs_d, tl.where(in_y, n, m), CHUNKS, D, BLOCK_D, WEIGHTED)[None, :]
+                    gradient += (left_out * p[:, None] * rest).to(dtype)
+            if OWN != NO_OWN_TERM:
+                gradient += own_slope.to(dtype)[:, None] * z
+            tl.store(grad_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], gradient, mask=mask)
 
 
-@dataclass
-class Points:
-    """One sample of each problem, and what has pulled on its rows so far."""
+@triton.jit
+def _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype: tl.constexpr, MODE: tl.constexpr):
+    """Rows as the products of a pass saw them."""
+    if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
+        seen = tl.load(hi16_ptr + offs, mask=mask, other=0.0).to(dtype)
+        if MODE == SPLIT:
+            seen += tl.load(lo16_ptr + offs, mask=mask, other=0.0).to(dtype)
+        return seen
+    else:
+        seen = tl.load(hi_ptr + offs, mask=mask, other=0.0)
+        if MODE == SPLIT_TF32:
+            seen += tl.load(lo_ptr + offs, mask=mask, other=0.0)
+        return seen
 
-    z: Tensor  # (B, N, D)
-    weights: Tensor | None  # (B, N)
-    padded_weights: Tensor | None
-    operands: list[Operands]  # for each pass
-    pull: Tensor | None
+
+@triton.jit
+def _mean(sum_ptr, offs_d, count, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Σ_j w_j·(z_j − c) over a sample, from the sums of its programs."""
+    total = tl.zeros([BLOCK_D], dtype=tl.float64)
+    for chunk in range(CHUNKS):
+        total += tl.load(sum_ptr + chunk * D + offs_d)
+    return total if WEIGHTED else total / count.to(tl.float64)
 
 
-class Sweep:
-    """`fastvae.radial.Sweep` on a GPU."""
+@dataclass(frozen=True)
+class _Static:
+    """What a launch takes from the kernel, dtype and number of features alone."""
 
-    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, gradient: bool, precision: str) -> None:
-        dtype = samples[0].dtype
-        self.evaluation = Evaluation.of(kernel, samples, centre, precision)
-        self.device = device_limits(centre.device)
-        self.configs = [
-            sweep_config(
-                samples[0].shape[-1],
-                products_of(mode, dtype),
-                gradient,
-                self.evaluation.bandwidths,
-                self.device.architecture,
-                isinstance(kernel.kernel, RationalQuadratic),
-            )
-            for mode in self.evaluation.modes
-        ]
-        self.difference_config = difference_config(dtype.itemsize)
-        self.rounded_scale = self.evaluation.scale.to(dtype)
+    family: int
+    bandwidths: int
+    squarings: int
+    modes: tuple[int, ...]
+    configs: tuple[SweepConfig, ...]
+    limits: tuple[float, float]
+    parameters: int
+    radial: bool
+    rooted: bool
+    padding: float
+    rounding: float
+    features: int
+    block_n: int
 
-    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Points:
-        # One padding for every pass, whose sums share their buffers.
-        rows = z.shape[1] + -z.shape[1] % max(config.block_n for config in self.configs)
-        features = max(padded_dim(z.shape[2], config) for config in self.configs)
-        operands = Operands.of(z, self.evaluation, self.evaluation.modes, rows, features)
-        padded = None if weights is None else torch.nn.functional.pad(weights, (0, rows - z.shape[1])).contiguous()
-        return Points(z, weights, padded, operands, torch.zeros_like(z) if gradient else None)
+    @property
+    def passes(self) -> list[tuple[int, SweepConfig]]:
+        return list(zip((*self.modes, DIFFERENCES.value), self.configs, strict=False))
 
-    def within(self, a: Points, scale: Tensor) -> Tensor:
-        return self._add(a, a, scale)
+    @property
+    def table(self) -> int:
+        return 3 * self.bandwidths + self.parameters
 
-    def across(self, a: Points, b: Points, scale: Tensor) -> Tensor:
-        if b.pull is not None:
-            self._add(b, a, scale)
-        return self._add(a, b, scale)
 
-    def pull(self, a: Points) -> Tensor:
-        assert a.pull is not None
-        return a.pull
+@functools.lru_cache(maxsize=256)
+def _static(
+    kernel: Kernel, count: int, squarings: tuple[int, ...], dim: int, dtype: torch.dtype, precision: str, gradient: bool, device: torch.device
+) -> _Static:
+    double = dtype == torch.float64
+    modes = modes_of(kernel, "ieee" if double else precision)
+    # A sum of energy or polynomial kernels is one of them.
+    bandwidths = 1 if isinstance(kernel, (Energy, Polynomial)) else count
+    architecture = device_limits(device).architecture
+    configs = [
+        sweep_config(dim, products_of(mode, dtype), gradient, bandwidths, architecture, isinstance(kernel, RationalQuadratic))
+        for mode in modes
+    ]
+    if kernel.radial:
+        configs.append(difference_config(dtype.itemsize))
+    limits = [*limits_of(kernel, modes, dtype), math.inf]
+    return _Static(
+        family=family_of(kernel),
+        bandwidths=bandwidths,
+        squarings=pack_squarings(squarings),
+        modes=modes,
+        configs=tuple(configs),
+        limits=(limits[0], limits[1]),
+        parameters=parameter_count(kernel),
+        radial=kernel.radial,
+        rooted=kernel.rooted,
+        padding=padding_of(kernel),
+        rounding=rounding_of(double),
+        features=max(padded_dim(dim, config) for config in configs[: len(modes)]),
+        block_n=max(config.block_n for config in configs),
+    )
 
-    def _add(self, rows: Points, columns: Points, scale: Tensor) -> Tensor:
-        """Σ_ij w_i·w_j·(k − shift), (B,); the pull of the columns on the rows is added to theirs."""
-        value, pull = self._row_sums(rows, columns)
-        if rows.pull is not None:
-            # What the sweep leaves out of each pair, in closed form.
-            centre = self.evaluation.centre[:, None]
-            centred = columns.z - centre
-            mean = centred.mean(1) if columns.weights is None else torch.einsum("bm,bmd->bd", columns.weights, centred)
-            left_out = self.evaluation.slope_shift[:, None, None] * (rows.z - centre - mean[:, None])
-            rows.pull += scale.to(pull.dtype)[:, None, None] * (pull + left_out)
-        return value.mean(1) if rows.weights is None else (rows.weights * value).sum(1)
 
-    def _row_sums(self, rows: Points, columns: Points) -> tuple[Tensor, Tensor]:
-        """Σ_j w_j·(k − shift) (B, N), float64, and if wanted the pull Σ_j w_j·(W − shift)·(z_i − z_j) (B, N, D), with w = 1/M where the
-        columns have no weights."""
-        gradient = rows.pull is not None
-        within, weighted, evaluation = rows is columns, columns.weights is not None, self.evaluation
-        points = rows.operands[0].points
-        batch, n, d = points.shape
-        m, columns_used = columns.operands[0].points.shape[1], columns.operands[0].rows
-        config = self.configs[0]
-        programs = batch * (n // config.block_n) * (d // config.block_d if gradient else 1)
-        splits = column_splits(programs, m // config.block_m, self.device.multiprocessors)
-        value = points.new_empty(splits, batch, n)
-        slope = torch.empty_like(value) if gradient else value
-        moments = points.new_empty(splits, batch, n, d) if gradient else value
-        weights = value if columns.padded_weights is None else columns.padded_weights
-        constants = {"GRADIENT": gradient, "WEIGHTED": weighted, "WITHIN": within, "D": d, "BATCHED": batch > 1, **evaluation.constants}
-        symmetric = within and not gradient and not weighted
-        table_size = evaluation.table.shape[-1]
-        for number, (mode, config, a, b) in enumerate(zip(evaluation.modes, self.configs, rows.operands, columns.operands, strict=True)):
-            blocks = n // config.block_n
-            sweep_kernel[(batch * blocks, d // config.block_d if gradient else 1, splits)](
-                a.hi, a.lo, a.half, b.hi, b.lo, b.half, weights, evaluation.table, evaluation.shifts, evaluation.route,
-                value, slope, moments, blocks, m, m - columns_used, table_size,
-                **constants, ROUTE=number, SYMMETRIC=symmetric, MODE=mode, **config.launch(),
+@dataclass(frozen=True)
+class Sample:
+    """One sample of each of B problems.
+
+    Attributes:
+        points: (B, N, D).
+        weights: (B, N) in the accumulation dtype, or None for 1/N each.
+        start, rows: the rows that are swept; all, but for data parallelism.
+        gradient: whether their gradient is wanted.
+    """
+
+    points: Tensor
+    weights: Tensor | None
+    start: int
+    rows: int
+    gradient: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == self.points.shape[1]
+
+
+def mmd(
+    x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, prior: bool, precision: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(MMD² (B,), its gradients to x and y, the centre (B, D) they were seen from), in the accumulation dtype.
+
+    Without y, of the terms over pairs of x alone, or with `prior` against N(0, I).
+    """
+    samples = [x] if y is None else [x, y]
+    batch, _, dim = x.points.shape
+    points = x.points
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    gradient = any(sample.gradient for sample in samples)
+    weighted = any(sample.weights is not None for sample in samples)
+    device = points.device
+    static = _static(kernel.kernel, kernel.count, kernel.squarings, dim, dtype, precision, gradient, device)
+    d, block = static.features, static.block_n
+
+    # where the samples are
+    n, m = (sample.points.shape[1] for sample in (samples * 2)[:2])
+    shares = not all(sample.whole for sample in samples)
+    first_y = _padded(n, block) + (block if shares else 0)
+    rows = first_y + (_padded(m, block) + (block if shares else 0) if y is not None else 0)
+    padded = [_padded(sample.rows, block) for sample in samples]
+    x_padded, y_padded = (padded * 2)[:2] if y is not None else (padded[0], 0)
+    y_start, y_rows = (0, 0) if y is None else (y.start, y.rows)
+    # Rows with a gradient meet the other sample, and else those of x for the value.
+    crosses = [len(samples) == 2 and (sample.gradient or (k == 0 and not samples[1].gradient)) for k, sample in enumerate(samples)]
+    counts = (-2.0, 0.0) if crosses[0] else (0.0, -2.0)
+    flags = [
+        (_GRADIENT.value if sample.gradient else 0)
+        | (_CROSS.value if cross else 0)
+        | (_SYMMETRIC.value if sample.whole and not sample.gradient else 0)
+        for sample, cross in zip(samples, crosses, strict=True)
+    ]
+    first_gradient = 0 if x.gradient else x_padded
+    gradient_rows = sum(size for sample, size in zip(samples, padded, strict=True) if sample.gradient)
+    own = NO_OWN_TERM.value
+    if prior:
+        own = NORMAL_PRIOR.value
+    elif not static.radial and not unbiased:
+        own = POLYNOMIAL_DIAGONAL.value
+
+    # prepare
+    chunks = max(1, min(64, triton.cdiv(max(n, m), 64)))
+    slots = len(samples) * chunks
+    empty = functools.partial(torch.empty, device=device)
+    doubles = empty(batch * (slots * (d + STATISTICS.value) + PLAN), dtype=torch.float64)
+    sums = doubles[: batch * slots * d]
+    statistics = doubles[batch * slots * d : batch * slots * (d + STATISTICS.value)]
+    plan = doubles[batch * slots * (d + STATISTICS.value) :]
+    centre = empty((batch, slots, d), dtype=dtype)
+    hi = empty((batch, rows, d), dtype=dtype)
+    lo = torch.empty_like(hi) if SPLIT.value in static.modes or SPLIT_TF32.value in static.modes else hi
+    hi16, lo16 = (hi, lo) if dtype == torch.float64 else (hi.view(torch.bfloat16), lo.view(torch.bfloat16))
+    small = empty(batch * (rows * (2 if weighted else 1) + static.table), dtype=dtype)
+    half, table = small[: batch * rows], small[batch * rows : batch * (rows + static.table)]
+    column_weights = small[batch * (rows + static.table) :] if weighted else half
+    own_blocks = triton.cdiv(rows, _ROW_BLOCK)
+    own_terms = empty(batch * own_blocks, dtype=torch.float64) if own else plan
+    xp, yp = samples[0].points, samples[-1].points
+    xw, yw = (half if sample.weights is None else sample.weights for sample in (samples * 2)[:2])
+    numbers = kernel.arguments
+    shape = {"SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d}
+    weights = {"X_WEIGHTED": x.weights is not None, "Y_WEIGHTED": y is not None and y.weights is not None}
+    padded_chunks = triton.next_power_of_2(chunks)
+    on_device = isinstance(numbers, Tensor)
+    block_d = min(d & -d, 32)  # a power of two that divides the features
+    with torch.cuda.device(device) if points.is_cuda else contextlib.nullcontext():
+        statistics_kernel[(slots, batch)](
+            xp, yp, xw, yw, centre, sums, statistics, n, m,
+            RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, BLOCK_N=32, BLOCK_D=block_d, **shape, **weights,
+        )  # fmt: skip
+        crowded = plan
+        if static.rooted:
+            furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
+            crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.int32)
+        operands_kernel[(own_blocks, batch)](
+            xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
+            n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
+            PADDED_CHUNKS=padded_chunks, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, BANDWIDTHS=static.bandwidths,
+            TABLE=static.table, CROWDED=static.rooted, MODE_0=static.modes[0], MODE_1=static.modes[1] if len(static.modes) > 1 else -1,
+            OWN=own, UNBIASED=unbiased, PLAN_SIZE=PLAN, BLOCK_N=_ROW_BLOCK, BLOCK_D=block_d, **shape, **weights,
+        )  # fmt: skip
+
+        # sweep
+        config = static.configs[0]
+        programs = batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
+        tiles = triton.cdiv(max(n, m), config.block_m)
+        splits = column_splits(programs, tiles, device_limits(device).multiprocessors)
+        value = empty(splits * batch * (x_padded + y_padded), dtype=dtype)
+        slope = empty(splits * batch * gradient_rows, dtype=dtype) if gradient else value
+        moments = empty(splits * batch * gradient_rows * d, dtype=dtype) if gradient else value
+        for number, (mode, config) in enumerate(static.passes):
+            blocks = config.block_n
+            half_width = mode in (BF16.value, SPLIT.value)
+            sweep_kernel[((x_padded + y_padded) // blocks, batch * (d // config.block_d if gradient else 1), splits)](
+                hi16 if half_width else hi, lo16 if half_width else lo, half, column_weights, plan, table, value, slope, moments,
+                n, m, first_y, rows, x.start, x_padded // blocks, y_start, flags[0], flags[-1], first_gradient // blocks, gradient_rows,
+                PLAN_SIZE=PLAN, TABLE=static.table, PASS=number, SAMPLES=len(samples), BATCHED=batch > 1, GRADIENT=gradient,
+                WEIGHTED=weighted, MODE=mode, FAMILY=static.family, BANDWIDTHS=static.bandwidths, SQUARINGS=static.squarings, D=d,
+                **config.launch(),
             )  # fmt: skip
-        if evaluation.by_differences is not None:
-            config = self.difference_config
-            blocks = n // config.block_n
-            differences_kernel[(batch * blocks, d // config.block_d if gradient else 1, splits)](
-                points, columns.operands[0].points, weights, evaluation.table, evaluation.shifts, self.rounded_scale, evaluation.route,
-                value, slope, moments, blocks, m, columns_used, table_size,
-                **constants, ROUTE=evaluation.by_differences, **config.launch(),
-            )  # fmt: skip
-        mean = 1 / columns_used if columns.weights is None else 1.0
-        value = value.sum(0, dtype=torch.float64)[:, : rows.z.shape[1]] * (mean * evaluation.value_unit)
-        if not gradient:
-            return value, moments
-        return value, evaluation.pull(moments.sum(0), slope.sum(0), rows.operands) * mean
+
+        # finish
+        result = empty(batch, dtype=dtype)
+        grads = [torch.empty((batch, sample.rows, dim), dtype=dtype, device=device) if sample.gradient else None for sample in samples]
+        grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
+        finish_kernel[(1 + gradient_rows // _GRADIENT_ROWS, batch)](
+            xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
+            result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
+            gradient_rows, own_blocks, splits,
+            PADDED_CHUNKS=padded_chunks, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own,
+            CROSS=len(samples) == 2, GRADIENT=gradient, WEIGHTED=weighted, MODE_0=static.modes[0],
+            MODE_1=static.modes[1] if len(static.modes) > 1 else -1, PLAN_SIZE=PLAN, BLOCK_R=1024, BLOCK_N=_GRADIENT_ROWS, BLOCK_D=block_d,
+            **shape,
+        )  # fmt: skip
+    return result, grads[0], grads[1] if y is not None else None, centre[:, 0, :dim]
+
+
+# Rows of a program of `operands_kernel` and `finish_kernel`; every block of a sweep holds whole ones.
+_ROW_BLOCK, _GRADIENT_ROWS = 32, 32
+
+
+def _padded(rows: int, block: int) -> int:
+    return rows + -rows % block

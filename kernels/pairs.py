@@ -417,7 +417,7 @@ class Evaluation:
             slope_unit=unit * slope_unit,
             route=route,
             constant=((1 - kernel.shifts) @ kernel.weights * phi.at_zero * (not phi.radial)).to(dtype),
-            padding={LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family, -math.inf if phi.radial else 0.0),
+            padding=padding_of(phi),
         )
 
     @property
@@ -460,7 +460,7 @@ def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[
 def _parameters(kernel: KernelSum, radius2: Tensor, double: bool) -> Tensor:
     phi = kernel.kernel
     if phi.rooted:
-        return -(_ROUNDING_DOUBLE if double else _ROUNDING) * radius2[..., None]
+        return -rounding_of(double) * radius2[..., None]
     if isinstance(phi, RationalQuadratic):
         return torch.full_like(radius2[..., None], float(phi.alpha))
     if isinstance(phi, Polynomial):
@@ -473,21 +473,41 @@ def _parameters(kernel: KernelSum, radius2: Tensor, double: bool) -> Tensor:
 def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, modes: tuple[int, ...]) -> Tensor:
     """The first pass whose products are exact enough, or that by differences."""
     dtype = samples[0].dtype
-    exact = EXPONENT_ERROR[dtype] / torch.finfo(dtype).eps
-    limits = [exact if dtype == torch.float64 else _LIMIT.get(mode, exact) for mode in modes]
-    if isinstance(kernel.kernel, Energy):
-        limits = [math.inf for _ in modes]
     steepness = kernel.gamma[-1] * radius2
     # Where it is nan no pass is better than another.
+    limits = limits_of(kernel.kernel, modes, dtype)
     route = sum(((steepness > limit).to(torch.int32) for limit in limits), start=torch.zeros_like(steepness, dtype=torch.int32))
     if kernel.kernel.rooted:
-        near = _NEAR_DOUBLE * _ROUNDING_DOUBLE if dtype == torch.float64 else _NEAR * _ROUNDING
-        route = torch.where(_crowded(samples, 2 * near * radius2), 1, route)
+        route = torch.where(is_crowded(samples, radius2, dtype), 1, route)
     return route.to(torch.int32)
 
 
-def _crowded(samples: Sequence[Tensor], limit: Tensor) -> Tensor:
-    """Whether the squared distance of many pairs of a part of the rows is under the limit."""
+def limits_of(kernel: Kernel, modes: tuple[int, ...], dtype: torch.dtype) -> list[float]:
+    """The steepest γ·‖x‖² for the products of each pass."""
+    if isinstance(kernel, Energy):
+        return [math.inf for _ in modes]
+    exact = EXPONENT_ERROR[dtype] / torch.finfo(dtype).eps
+    return [exact if dtype == torch.float64 else _LIMIT.get(mode, exact) for mode in modes]
+
+
+def rounding_of(double: bool) -> float:
+    """Of ‖u_i − u_j‖² by products, relative to the largest ‖u‖²."""
+    return _ROUNDING_DOUBLE if double else _ROUNDING
+
+
+def padding_of(kernel: Kernel) -> float:
+    """Half of a padded column, with which it counts as zero."""
+    return {LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family_of(kernel), -math.inf if kernel.radial else 0.0)
+
+
+def parameter_count(kernel: Kernel) -> int:
+    """Entries of the table behind those of the bandwidths."""
+    return int(kernel.degree) if isinstance(kernel, Polynomial) else int(kernel.rooted or isinstance(kernel, RationalQuadratic))
+
+
+def is_crowded(samples: Sequence[Tensor], radius2: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether so many pairs of a part of the rows are near that products lose the direction of a function of the root."""
+    limit = 2 * (_NEAR_DOUBLE if dtype == torch.float64 else _NEAR) * rounding_of(dtype == torch.float64) * radius2
     rows = torch.cat([z[..., :: -(-z.shape[-2] // _NEAR_ROWS), :] for z in samples], -2)
     if rows.ndim == 2:
         return _share_near(rows, limit)

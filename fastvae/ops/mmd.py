@@ -6,7 +6,6 @@ The op returns the value and the gradients that the call asks for, all from one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import KernelSum, Polynomial, Sweep, kernel_of, middle, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import KernelNumbers, KernelSum, Polynomial, Sweep, kernel_of, middle, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
@@ -74,11 +73,58 @@ def mmd_op(*args: Any) -> Result:
 
 
 def _triton(*args: Any) -> Result:
-    from fastvae.kernels import mmd as kernels
-
     problem = Problem(*args)
     precision = problem.precision or torch.get_float32_matmul_precision()
-    return _evaluate(partial(kernels.Sweep, precision=precision), problem)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        batched = problem.x.ndim == 3
+        if not batched:
+            problem = _of_tensors(problem, itemgetter(None))
+        step = _problems_at_once(problem)
+        singles = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
+        return _joined([_triton_batch(_of_tensors(problem, single), precision) for single in singles], batched)
+
+
+def _triton_batch(problem: Problem, precision: str) -> Result:
+    """Of B problems, each tensor with a batch dimension."""
+    from fastvae.kernels import mmd as kernels
+
+    family, device = kernel_of(problem.kernel, problem.kernel_parameters), problem.x.device
+    prior = problem.y is None
+    dtype = accumulation_dtype(problem.x.dtype)
+
+    def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Any:
+        entire, p = (z, weights) if whole is None else (whole, whole_weights)
+        p = None if p is None else p.to(dtype).contiguous()
+        return kernels.Sample(entire.contiguous(), p, start, z.shape[1], grad or problem.bandwidth_grad)
+
+    x = sample(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
+    y = None
+    if problem.y is not None:
+        y = sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
+    # With a gradient to the bandwidth the closed form comes after the pairs, whose derivative Euler's theorem gives.
+    closed_form = prior and not problem.bandwidth_grad
+    numbers = KernelNumbers.of(family, problem.bandwidth, problem.bandwidth_weights, problem.x.shape[2], closed_form, device)
+    value, grad_x, grad_y, centre = kernels.mmd(x, y, numbers, problem.unbiased, closed_form, precision)
+    grad_bandwidth = value.new_empty(0, dtype=torch.float64)
+    if problem.bandwidth_grad:
+        h = problem.bandwidth.to(device)
+        own = [(problem.x, grad_x), (problem.y, grad_y)][: 1 if prior else 2]
+        grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / h
+        if prior:
+            of_x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
+            spread = x.points.to(dtype).square().sum(2, dtype=torch.float64).mean(1) + x.points.shape[2]
+            kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, x.points.shape[2], device, spread)
+            more, gradient, bandwidth_gradient = _prior(_Sample.of(*of_x, problem.unbiased, True), kernel)
+            value, grad_x = (value + more).to(dtype), grad_x + gradient
+            grad_bandwidth = grad_bandwidth + bandwidth_gradient
+    wanted = (grad_x if problem.x_grad else None), (grad_y if problem.y_grad else None)
+    grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in wanted)
+    return value, grad_x, grad_y, grad_bandwidth
+
+
+def _joined(parts: list[Result], batched: bool) -> Result:
+    results = parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return results if batched else cast(Result, tuple(t[0] if t.numel() else t for t in results))
 
 
 mmd_op.register_kernel("cuda")(_triton)
@@ -113,7 +159,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
 
 def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     with torch.autocast(problem.x.device.type, enabled=False):
-        if problem.bandwidth_grad and problem.x.device.type == "cpu" and problem.x.dtype != torch.float64:
+        if problem.bandwidth_grad and problem.x.dtype != torch.float64:
             # The derivative to a bandwidth sums gradients times distances, among which an outlier's drown the others in float32.
             exact = problem._replace(x=problem.x.double(), y=None if problem.y is None else problem.y.double())
             *doubles, grad_bandwidth = _evaluate(make_sweep, exact)
@@ -122,12 +168,9 @@ def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
         batched = problem.x.ndim == 3
         if not batched:
             problem = _of_tensors(problem, itemgetter(None))
-        # On a CPU one problem at a time, whose tiles stay in cache.
-        step = _problems_at_once(problem) if problem.backend == "triton" or problem.x.is_cuda else 1
-        singles = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
-        parts = [_evaluate_batch(make_sweep, _of_tensors(problem, single)) for single in singles]
-        results = parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        return results if batched else cast(Result, tuple(t[0] if t.numel() else t for t in results))
+        # One problem at a time, whose tiles stay in cache.
+        singles = (itemgetter(slice(n, n + 1)) for n in range(problem.x.shape[0]))
+        return _joined([_evaluate_batch(make_sweep, _of_tensors(problem, single)) for single in singles], batched)
 
 
 def _problems_at_once(problem: Problem) -> int:

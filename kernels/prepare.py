@@ -1,0 +1,540 @@
+"""What a sweep reads of its samples, in two launches: statistics of the data, then the operands and the plan that follow from them.
+
+No number that depends on the data returns to the host: the precision of the products, the shifts and the scales are chosen on the device,
+and numbers of the caller, such as a bandwidth, are arguments of the kernels and not tensors.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvae.kernels.pairs import (
+    BF16,
+    DIFFERENCES,
+    ENERGY,
+    GAUSSIAN,
+    LAPLACE,
+    POLYNOMIAL,
+    QUADRATIC,
+    QUADRATIC_ONE,
+    SPLIT,
+    SPLIT_TF32,
+    TF32,
+)
+
+# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw².
+STATISTICS = tl.constexpr(3)
+
+# Entries of the plan of a problem, float64.
+ROUTE = tl.constexpr(0)  # number of the pass that runs
+SCALE = tl.constexpr(1)  # of the operands
+VALUE_SHIFT, SLOPE_SHIFT = tl.constexpr(2), tl.constexpr(3)  # constants subtracted from each pair
+OWN_VALUE, OTHER_VALUE = tl.constexpr(4), tl.constexpr(6)  # factors of a row's sum over its own and the other sample; x, then y
+OWN_PULL, OTHER_PULL = tl.constexpr(8), tl.constexpr(10)  # the same of its gradient
+GRADIENT_SCALE = tl.constexpr(12)  # from sums over operands to a gradient, without the row's weight
+LEFT_OUT = tl.constexpr(13)  # factor of what SLOPE_SHIFT leaves out of the gradient
+UNBIASED_SCALE = tl.constexpr(14)  # 1/(1 − Σp²), or 1; x, then y
+DIAGONAL = tl.constexpr(16)  # k(z, z) without its shift
+PRIOR = tl.constexpr(17)  # E k(y, y') without its shift
+PLAN = 18
+
+# A bandwidth whose mean exponent γ·d² is below this has k near one, and sums of k − 1 keep more digits: as `fastvae.radial._SHIFT_BELOW`.
+_SHIFT_BELOW = tl.constexpr(0.2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Rows of each sample whose mean is the centre.
+_CENTRE_ROWS = tl.constexpr(128)
+
+# Which closed form a row adds by itself.
+NO_OWN_TERM, NORMAL_PRIOR, POLYNOMIAL_DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def number(numbers, n: tl.constexpr, ON_DEVICE: tl.constexpr):
+    """The n-th number in float64, from a tensor or from three float32 that sum to it."""
+    if ON_DEVICE:
+        return tl.load(numbers + n)
+    else:
+        return tl.cast(numbers[3 * n], tl.float64) + tl.cast(numbers[3 * n + 1], tl.float64) + tl.cast(numbers[3 * n + 2], tl.float64)
+
+
+@triton.jit
+def gamma_of(numbers, b: tl.constexpr, ON_DEVICE: tl.constexpr, FAMILY: tl.constexpr, FEATURES: tl.constexpr):
+    """γ of the b-th bandwidth, nan where that is not positive."""
+    h = number(numbers, b, ON_DEVICE)
+    gamma = 0.5 / (h * h) if FAMILY < POLYNOMIAL else 1.0 / (FEATURES * (h * h))
+    return tl.where(h > 0, gamma, float("nan"))
+
+
+@triton.jit
+def _mean_of_some_rows(z_ptr, rows, offs_d, mask_d, FEATURES: tl.constexpr, dtype: tl.constexpr):
+    """The mean of up to `_CENTRE_ROWS` rows, exact where they are equal."""
+    count = tl.minimum(rows, _CENTRE_ROWS)
+    offs = tl.arange(0, _CENTRE_ROWS)
+    row = (offs.to(tl.int64) * rows) // count
+    mask = (offs < count)[:, None] & mask_d[None, :]
+    first = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0).to(dtype)
+    z = tl.load(z_ptr + row[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+    return first + tl.sum(tl.where(mask, z - first[None, :], 0.0), 0) / count
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def statistics_kernel(
+    x_ptr,  # (B, n, FEATURES)
+    y_ptr,  # (B, m, FEATURES)
+    x_weight_ptr,  # (B, n)
+    y_weight_ptr,
+    centre_ptr,  # (B, PROGRAMS, D), the same for every program of a problem
+    sum_ptr,  # (B, PROGRAMS, D), float64, Σw·(z−c), or Σ(z−c) without weights
+    statistic_ptr,  # (B, PROGRAMS, STATISTICS), float64
+    n,
+    m,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,  # programs of a sample
+    RADIAL: tl.constexpr,  # of a kernel of x·y the centre is the origin
+    SUMS: tl.constexpr,
+    X_WEIGHTED: tl.constexpr,
+    Y_WEIGHTED: tl.constexpr,
+    FEATURES: tl.constexpr,
+    D: tl.constexpr,  # features with their padding
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The centre of a problem, and the statistics of a share of the rows of one of its samples."""
+    # where
+    program = tl.program_id(0)
+    problem = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = centre_ptr.dtype.element_ty
+    slot = problem * (SAMPLES * CHUNKS) + program
+    x_ptr += problem * n * FEATURES
+    y_ptr += problem * m * FEATURES
+    centre_ptr += slot * D
+    sum_ptr += slot * D
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < FEATURES
+        centre = tl.zeros([BLOCK_D], dtype=dtype)
+        if RADIAL:
+            centre = _mean_of_some_rows(x_ptr, n, offs_d, mask_d, FEATURES, dtype)
+            if SAMPLES == 2:
+                centre = 0.5 * (centre + _mean_of_some_rows(y_ptr, m, offs_d, mask_d, FEATURES, dtype))
+        tl.store(centre_ptr + offs_d, centre)
+    # The threads of a program read each other's part of the centre.
+    tl.debug_barrier()
+    z_ptr, rows, weight_ptr = x_ptr, n, x_weight_ptr + problem * n
+    if SAMPLES == 2:  # noqa: SIM102, one is known to the compiler and the other is not
+        if program >= CHUNKS:
+            z_ptr, rows, weight_ptr = y_ptr, m, y_weight_ptr + problem * m
+    share = tl.cdiv(rows, CHUNKS)
+    first = (program % CHUNKS) * share
+    last = tl.minimum(first + share, rows)
+
+    # compute
+    squares = tl.zeros([BLOCK_N], dtype=tl.float64)
+    furthest = tl.zeros([BLOCK_N], dtype=tl.float64)
+    weights2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+    for start_n in range(first, last, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < last
+        distance2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+        norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+            z = tl.load(z_ptr + offs_n.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+            difference = tl.where(mask, z - tl.load(centre_ptr + offs_d)[None, :], 0.0).to(tl.float64)
+            distance2 += tl.sum(difference * difference, 1)
+            if SAMPLES == 1:
+                norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
+        squares += norm2 if SAMPLES == 1 else distance2
+        furthest = tl.maximum(furthest, distance2)
+        if X_WEIGHTED or Y_WEIGHTED:
+            weight = _weight(weight_ptr, offs_n, mask_n, rows, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED).to(tl.float64)
+            weights2 += weight * weight
+    if SUMS:
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            centre = tl.load(centre_ptr + offs_d)
+            total = tl.zeros([BLOCK_D], dtype=tl.float64)
+            for start_n in range(first, last, BLOCK_N):
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask_n = offs_n < last
+                mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+                z = tl.load(z_ptr + offs_n.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+                difference = tl.where(mask, z - centre[None, :], 0.0).to(tl.float64)
+                if X_WEIGHTED or Y_WEIGHTED:
+                    weight = _weight(weight_ptr, offs_n, mask_n, rows, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED)
+                    difference *= weight.to(tl.float64)[:, None]
+                total += tl.sum(difference, 0)
+            tl.store(sum_ptr + offs_d, total)
+
+    # store
+    statistic_ptr += slot * STATISTICS
+    tl.store(statistic_ptr, tl.sum(squares))
+    tl.store(statistic_ptr + 1, tl.max(furthest))
+    tl.store(statistic_ptr + 2, tl.sum(weights2))
+
+
+@triton.jit
+def _weight(weight_ptr, offs_n, mask_n, rows, is_x, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr):
+    """Weights of rows of a sample, of which the other may have none: 1/rows then, and 0 outside of it."""
+    equal = tl.where(mask_n, 1.0 / rows.to(tl.float64), 0.0).to(weight_ptr.dtype.element_ty)
+    if X_WEIGHTED and Y_WEIGHTED:
+        return tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0)
+    else:
+        given = is_x if X_WEIGHTED else is_x == 0
+        return tl.where(given, tl.load(weight_ptr + offs_n, mask=mask_n & given, other=0.0), equal)
+
+
+@triton.jit
+def _statistics(statistic_ptr, CHUNKS: tl.constexpr, PADDED_CHUNKS: tl.constexpr):
+    """Those of a sample, from its programs'."""
+    offs = tl.arange(0, PADDED_CHUNKS)
+    mask = offs < CHUNKS
+    squares = tl.sum(tl.load(statistic_ptr + offs * STATISTICS, mask=mask, other=0.0))
+    furthest = tl.max(tl.load(statistic_ptr + offs * STATISTICS + 1, mask=mask, other=0.0))
+    weights2 = tl.sum(tl.load(statistic_ptr + offs * STATISTICS + 2, mask=mask, other=0.0))
+    return squares, furthest, weights2
+
+
+@triton.jit
+def exp_minus(t, shifted):
+    """exp(t), or exp(t) − 1 without cancellation."""
+    power = tl.exp(t)
+    # Kahan's quotient: (e^t − 1)·t/log(e^t) of the rounded power.
+    log = tl.log(power)
+    minus_one = tl.where(power == 1.0, t, (power - 1.0) * t / tl.where(log == 0.0, 1.0, log))
+    minus_one = tl.where(power == 0.0, -1.0, minus_one)
+    return tl.where(shifted, minus_one, power)
+
+
+@triton.jit
+def own_term(
+    norm2, p, shifts, numbers,
+    ON_DEVICE: tl.constexpr, OWN: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """What a row of squared norm `norm2` and weight p adds to MMD² by itself, and s of its gradient s·z, in float64.
+
+    Against N(0, I), −2·p·Σ_b a_b·E_y k_b(z, y); of a polynomial p²·(k(z, z) − k(0, 0)).
+    """
+    value = tl.zeros_like(norm2)
+    slope = tl.zeros_like(norm2)
+    if OWN == NORMAL_PRIOR:
+        for b in tl.static_range(KERNELS):
+            weight = number(numbers, KERNELS + b, ON_DEVICE)
+            steepness = number(numbers, 4 * KERNELS + b, ON_DEVICE)
+            exponent = number(numbers, 3 * KERNELS + b, ON_DEVICE) - 0.5 * steepness * norm2
+            value -= weight * exp_minus(exponent, shifts[b] > 0)
+            slope += weight * steepness * tl.exp(exponent)
+        value *= 2 * p
+        slope *= 2 * p
+    elif OWN == POLYNOMIAL_DIAGONAL:
+        gamma = gamma_of(numbers, 0, ON_DEVICE, FAMILY, FEATURES)
+        t = gamma * norm2
+        for n in tl.static_range(FAMILY - POLYNOMIAL):
+            slope = slope * t + value
+            value = value * t + number(numbers, 2 * KERNELS + n, ON_DEVICE)
+        # Horner's scheme of Σ c_n·t^n ends with the power 0, which this lacks.
+        slope = slope * t + value
+        value = value * t
+        value *= p * p
+        slope *= 2 * p * p * gamma
+    return value, slope
+
+
+@triton.jit
+def shifts_of(spread, numbers, ON_DEVICE: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.constexpr):
+    """1 for each bandwidth of which k − φ(0) is summed, else 0."""
+    shifts = ()
+    for b in tl.static_range(KERNELS):
+        t = gamma_of(numbers, b, ON_DEVICE, FAMILY, FEATURES) * spread
+        if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109, Triton has no `in`
+            t = tl.sqrt(2.0 * t)
+        shifts += (tl.where(t < _SHIFT_BELOW, 1.0, 0.0).to(tl.float64),)
+    return shifts
+
+
+@triton.jit
+def _round_tf32(z):
+    # Tensor cores truncate. The sum of bits would carry out of a nan.
+    rounded = ((z.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(z * 0.0 == 0.0, rounded, z)
+
+
+@triton.jit
+def _round_bf16(z):
+    # To even, as a GPU rounds; the interpreter truncates.
+    bits = z.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(z * 0.0 == 0.0, rounded, z)
+
+
+@triton.jit
+def _store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, MODE: tl.constexpr):
+    """The operands of one pass; returns the points as its products see them."""
+    if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
+        seen = _round_bf16(scaled)
+        tl.store(hi16_ptr + offs, seen.to(tl.bfloat16), mask=mask)
+        if MODE == SPLIT:
+            lo = _round_bf16(scaled - seen)
+            tl.store(lo16_ptr + offs, lo.to(tl.bfloat16), mask=mask)
+            seen += lo
+        return seen
+    elif MODE == TF32 or MODE == SPLIT_TF32:  # noqa: SIM109
+        hi = _round_tf32(scaled)
+        tl.store(hi_ptr + offs, hi, mask=mask)
+        if MODE == SPLIT_TF32:
+            lo = _round_tf32(scaled - hi)
+            tl.store(lo_ptr + offs, lo, mask=mask)
+            hi += lo
+        return hi
+    elif MODE == DIFFERENCES:
+        # As they came: the differences of rows that were not moved round least.
+        tl.store(hi_ptr + offs, points, mask=mask)
+        return points
+    else:
+        tl.store(hi_ptr + offs, scaled, mask=mask)
+        return scaled
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_y", "rows", "x_start", "x_rows", "y_start", "y_rows"])
+def operands_kernel(
+    x_ptr,
+    y_ptr,
+    x_weight_ptr,
+    y_weight_ptr,
+    centre_ptr,
+    statistic_ptr,
+    numbers,  # of `fastvae.radial.KernelNumbers`
+    crowded_ptr,  # (B,), of a function of the root: whether many pairs lie so near that their differences are taken
+    hi_ptr,  # (B, rows, D), operands of the pass that runs; `hi16_ptr` and `lo16_ptr` are the same memory
+    lo_ptr,
+    hi16_ptr,
+    lo16_ptr,
+    half_ptr,  # (B, rows), −½‖u‖², in the padding what makes k zero
+    weight_ptr,  # (B, rows), 0 in the padding
+    plan_ptr,  # (B, PLAN), float64
+    table_ptr,  # (B, TABLE): ratios, weights and slopes of each bandwidth, then the parameters of the family
+    own_ptr,  # (B, programs), float64, Σ of `own_term`
+    n,
+    m,
+    first_y,  # row of the operands at which y starts
+    rows,
+    x_start,  # the rows that the sweep takes sums of
+    x_rows,
+    y_start,
+    y_rows,
+    limit_0,  # steepest γ·‖z−c‖² for the products of the passes
+    limit_1,
+    cross_x,  # factor of the mean over pairs of x and y that a sweep over x takes
+    cross_y,
+    padding,
+    rounding,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PADDED_CHUNKS: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    FAMILY: tl.constexpr,
+    KERNELS: tl.constexpr,  # bandwidths
+    BANDWIDTHS: tl.constexpr,  # entries of the table for each
+    TABLE: tl.constexpr,
+    CROWDED: tl.constexpr,
+    MODE_0: tl.constexpr,
+    MODE_1: tl.constexpr,  # or −1
+    OWN: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    X_WEIGHTED: tl.constexpr,
+    Y_WEIGHTED: tl.constexpr,
+    PLAN_SIZE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The operands of a block of rows, and from the first block the plan."""
+    # where
+    problem = tl.program_id(1).to(tl.int64)
+    start_n = tl.program_id(0) * BLOCK_N
+    dtype: tl.constexpr = half_ptr.dtype.element_ty
+    RADIAL: tl.constexpr = FAMILY < POLYNOMIAL
+    statistic_ptr += problem * (SAMPLES * CHUNKS * STATISTICS)
+    centre_ptr += problem * (SAMPLES * CHUNKS * D)
+    n64, m64 = n.to(tl.float64), m.to(tl.float64)
+
+    # the plan
+    x_squares, furthest, x_weights2 = _statistics(statistic_ptr, CHUNKS, PADDED_CHUNKS)
+    spread = x_squares / n64
+    poison = x_squares * 0.0
+    y_weights2 = x_weights2
+    if SAMPLES == 2:
+        y_squares, y_furthest, y_weights2 = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS, PADDED_CHUNKS)
+        spread += y_squares / m64
+        poison += y_squares * 0.0
+        furthest = tl.maximum(furthest, y_furthest)
+    else:
+        spread += FEATURES
+    gamma = gamma_of(numbers, 0, ON_DEVICE, FAMILY, FEATURES)
+    route = tl.zeros([], dtype=tl.int32)
+    shifts = shifts_of(spread, numbers, ON_DEVICE, FAMILY, KERNELS, FEATURES)
+    if RADIAL:
+        steepness = gamma_of(numbers, KERNELS - 1, ON_DEVICE, FAMILY, FEATURES) * furthest
+        route = (steepness > limit_0).to(tl.int32)
+        if MODE_1 >= 0:
+            route += (steepness > limit_1).to(tl.int32)
+        if CROWDED:
+            route = tl.where(tl.load(crowded_ptr + problem) != 0, 1, route)
+    if FAMILY == GAUSSIAN:
+        gain = gamma * (2 * LOG2_E)
+    elif FAMILY == LAPLACE:
+        gain = gamma * (4 * LOG2_E * LOG2_E)
+    elif FAMILY == ENERGY:
+        gain = gamma * 4
+    elif FAMILY == QUADRATIC_ONE:
+        gain = gamma * 2
+    elif RADIAL and FAMILY != QUADRATIC:
+        gain = gamma * 4
+    elif FAMILY == QUADRATIC:
+        gain = gamma * 2 / number(numbers, 2 * KERNELS, ON_DEVICE)
+    else:
+        gain = gamma
+    scale = tl.sqrt(gain)
+
+    # load, compute, store
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    is_x = start_n < first_y
+    local = offs_n
+    z_ptr, count = x_ptr + problem * n * FEATURES, n
+    sample_weight_ptr = x_weight_ptr + problem * n
+    swept = (local >= x_start) & (local < x_start + x_rows)
+    equal = 1.0 / n64
+    if SAMPLES == 2:  # noqa: SIM102
+        if start_n >= first_y:
+            local = offs_n - first_y
+            z_ptr, count = y_ptr + problem * m * FEATURES, m
+            sample_weight_ptr = y_weight_ptr + problem * m
+            swept = (local >= y_start) & (local < y_start + y_rows)
+            equal = 1.0 / m64
+    mask_n = local < count
+    row_mask = offs_n < rows
+    own_row = problem * rows + offs_n
+    norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+    half = tl.zeros([BLOCK_N], dtype=dtype)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+        z = tl.load(z_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+        scaled = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64) * scale
+        scaled = tl.where(mask, scaled, 0.0).to(dtype)
+        offs = own_row[:, None] * D + offs_d[None, :]
+        inside = row_mask[:, None]
+        seen = scaled
+        if route == 0:
+            seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, MODE_0)
+        if MODE_1 >= 0:
+            if route == 1:
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, MODE_1)
+            if route == 2:
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, DIFFERENCES)
+        elif RADIAL:  # noqa: SIM102
+            if route == 1:
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, DIFFERENCES)
+        half -= 0.5 * tl.sum(seen * seen, 1)
+        if OWN != 0:
+            norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
+    if RADIAL:
+        half = tl.where(mask_n, half, padding)
+    else:
+        half = tl.zeros([BLOCK_N], dtype=dtype)
+    tl.store(half_ptr + own_row, half, mask=row_mask)
+    p = tl.where(mask_n, equal, 0.0)
+    if X_WEIGHTED or Y_WEIGHTED:
+        weight = _weight(sample_weight_ptr, local, mask_n, count, is_x, X_WEIGHTED, Y_WEIGHTED)
+        tl.store(weight_ptr + own_row, weight, mask=row_mask)
+        p = weight.to(tl.float64)
+    if OWN != 0:
+        value, _ = own_term(norm2, tl.where(swept, p, 0.0), shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
+        tl.store(own_ptr + problem * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
+
+    if start_n == 0:
+        plan_ptr += problem * PLAN_SIZE
+        table_ptr += problem * TABLE
+        weights_sum = tl.zeros([], dtype=tl.float64)
+        value_shift = tl.zeros([], dtype=tl.float64)
+        slope_shift = tl.zeros([], dtype=tl.float64)
+        prior = tl.zeros([], dtype=tl.float64)
+        energy = tl.zeros([], dtype=tl.float64)
+        for b in tl.static_range(KERNELS):
+            ratio = gamma_of(numbers, b, ON_DEVICE, FAMILY, FEATURES) / gamma
+            if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
+                ratio = tl.sqrt(ratio)
+            weight = number(numbers, KERNELS + b, ON_DEVICE)
+            energy += weight * ratio
+            weights_sum += weight
+            value_shift += shifts[b] * weight
+            if FAMILY == GAUSSIAN:
+                slope_shift += shifts[b] * weight * ratio
+            if OWN == NORMAL_PRIOR:
+                prior += weight * exp_minus(number(numbers, 2 * KERNELS + b, ON_DEVICE), shifts[b] > 0)
+            if b < BANDWIDTHS:
+                tl.store(table_ptr + b, ratio.to(dtype))
+                tl.store(table_ptr + (BANDWIDTHS + b), weight.to(dtype))
+                tl.store(table_ptr + (2 * BANDWIDTHS + b), (weight * ratio).to(dtype))
+        if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
+            tl.store(table_ptr + 3 * BANDWIDTHS, (-rounding * furthest * gain).to(dtype))
+        elif not RADIAL or FAMILY == QUADRATIC:
+            for k in tl.static_range(TABLE - 3 * BANDWIDTHS):
+                tl.store(table_ptr + (3 * BANDWIDTHS + k), number(numbers, 2 * KERNELS + k, ON_DEVICE).to(dtype))
+        left_out = tl.where(slope_shift == 0.0, 0.0, -4.0 * gamma * slope_shift)
+        diagonal = weights_sum - value_shift
+        unit = weights_sum * 0.0 + 1.0
+        if FAMILY == ENERGY:
+            unit = energy
+            value_shift *= 0.0
+            diagonal *= 0.0
+        elif not RADIAL:
+            value_shift *= 0.0
+            diagonal *= 0.0
+        elif KERNELS == 1:
+            unit = weights_sum
+            value_shift = shifts[0]
+            slope_shift = shifts[0]
+        if FAMILY != GAUSSIAN:
+            slope_shift *= 0.0
+        if UNBIASED:
+            diagonal *= 0.0
+        x_scale = unit * 0.0 + 1.0
+        y_scale = x_scale
+        x_mean = 1.0 / n64
+        y_mean = 1.0 / m64
+        if UNBIASED:
+            x_scale = 1.0 / (1.0 - (x_weights2 if (X_WEIGHTED or Y_WEIGHTED) else x_mean))
+            y_scale = 1.0 / (1.0 - (y_weights2 if (X_WEIGHTED or Y_WEIGHTED) else y_mean))
+        if X_WEIGHTED or Y_WEIGHTED:
+            x_mean = x_scale * 0.0 + 1.0
+            y_mean = x_mean
+        tl.store(plan_ptr + ROUTE, route.to(tl.float64))
+        tl.store(plan_ptr + SCALE, scale)
+        tl.store(plan_ptr + VALUE_SHIFT, value_shift)
+        tl.store(plan_ptr + SLOPE_SHIFT, slope_shift)
+        tl.store(plan_ptr + OWN_VALUE, x_scale * unit * x_mean + poison)
+        tl.store(plan_ptr + (OWN_VALUE + 1), y_scale * unit * y_mean + poison)
+        tl.store(plan_ptr + OTHER_VALUE, cross_x * unit * y_mean)
+        tl.store(plan_ptr + (OTHER_VALUE + 1), cross_y * unit * x_mean)
+        tl.store(plan_ptr + OWN_PULL, x_scale * x_mean)
+        tl.store(plan_ptr + (OWN_PULL + 1), y_scale * y_mean)
+        tl.store(plan_ptr + OTHER_PULL, -y_mean if SAMPLES == 2 else x_scale * x_mean)
+        tl.store(plan_ptr + (OTHER_PULL + 1), -x_mean)
+        if RADIAL:
+            gradient_scale = -4.0 * (gamma / scale) * unit
+            if FAMILY == LAPLACE:
+                gradient_scale *= LOG2_E
+        else:
+            gradient_scale = 2.0 * scale
+        tl.store(plan_ptr + GRADIENT_SCALE, gradient_scale + poison)
+        tl.store(plan_ptr + LEFT_OUT, left_out)
+        tl.store(plan_ptr + UNBIASED_SCALE, x_scale)
+        tl.store(plan_ptr + (UNBIASED_SCALE + 1), y_scale)
+        tl.store(plan_ptr + DIAGONAL, diagonal)
+        tl.store(plan_ptr + PRIOR, prior)
