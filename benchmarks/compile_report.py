@@ -19,14 +19,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, compile_kernel, is_matrix
-from fastvae.kernels import kernel_matmul, mmd, pairs, reparameterize_kl, total_correlation
+from fastvae.kernels import kernel_matmul, mmd, pairs, prepare, reparameterize_kl, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def symmetric(self) -> bool:
-        return self.within and not self.gradient and not self.weighted
+        return self.within and not self.gradient
 
     @property
     def name(self) -> str:
@@ -95,13 +95,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Differences:
-    """One variant of `mmd.differences_kernel`."""
+    """One variant of `mmd.sweep_kernel` by differences."""
 
     dtype: str
     dim: int
     gradient: bool
     bandwidths: int = 1
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    within: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -324,30 +325,35 @@ def products_of(kernel: Kernel, precision: str, finer: bool = False, self_pairs:
     return mode, pairs.products_of(mode, torch.float64 if precision == "float64" else torch.float32)
 
 
+def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architecture: int, mode: int, product: str, dim: int) -> Binary:
+    double = "float64" in variant.name or "fp64" in variant.name
+    names = mmd.sweep_kernel.arg_names
+    types = {name: "*fp64" if double else "*fp32" for name in names if name.endswith("_ptr")}
+    types |= {"hi_ptr": product, "lo_ptr": product, "plan_ptr": "*fp64"}
+    types |= {name: "i32" for name in names if name.islower() and not name.endswith("_ptr")}
+    ladder = variant.ladder if isinstance(variant, Sweep) else variant.kernel == RBF()
+    constants = {
+        "PLAN_SIZE": prepare.PLAN,
+        "TABLE": 3 * variant.bandwidths + pairs.parameter_count(variant.kernel),
+        "PASS": int(mode == pairs.DIFFERENCES.value or (isinstance(variant, Sweep) and variant.finer)),
+        "SAMPLES": 1 if variant.within else 2,
+        "BATCHED": isinstance(variant, Sweep) and variant.batched,
+        "GRADIENT": variant.gradient,
+        "WEIGHTED": isinstance(variant, Sweep) and variant.weighted,
+        "MODE": mode,
+        "FAMILY": pairs.family_of(variant.kernel),
+        "BANDWIDTHS": variant.bandwidths,
+        "SQUARINGS": pairs.pack_squarings((0, *[int(ladder)] * (variant.bandwidths - 1))),
+        "D": dim,
+    }
+    return compile_kernel(mmd.sweep_kernel, types, constants | config.launch(), architecture)
+
+
 def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     dim = padded_dim(variant.dim, config)
     mode, products = products_of(variant.kernel, variant.precision, finer=variant.finer)
     product = _POINTER[products]
-    scalar = "*fp64" if variant.precision == "float64" else "*fp32"
-    types = dict.fromkeys(("row_hi_ptr", "row_lo_ptr", "col_hi_ptr", "col_lo_ptr"), product)
-    types |= dict.fromkeys(
-        ("row_half_ptr", "col_half_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "value_ptr", "slope_ptr", "moments_ptr"), scalar
-    )
-    types |= {"route_ptr": "*i32"} | dict.fromkeys(("row_blocks", "M", "padding", "table_size"), "i32")
-    constants = {
-        "ROUTE": int(variant.finer),
-        "BATCHED": variant.batched,
-        "FAMILY": pairs.family_of(variant.kernel),
-        "WITHIN": variant.within,
-        "SYMMETRIC": variant.symmetric,
-        "GRADIENT": variant.gradient,
-        "WEIGHTED": variant.weighted,
-        "MODE": mode,
-        "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.ladder)] * (variant.bandwidths - 1))),
-        "D": dim,
-    }
-    binary = compile_kernel(mmd.sweep_kernel, types, constants | config.launch(), architecture, aligned=("M",))
+    binary = _compile_sweep(variant, config, architecture, mode, product, dim)
     ops = _inner_loop(binary, dim // config.block_k)
     work = _per_unit(ops, config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
@@ -367,26 +373,12 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
 
 def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
     dim = -(-variant.dim // 16) * 16
-    names = ("row_ptr", "col_ptr", "col_weight_ptr", "table_ptr", "shift_ptr", "scale_ptr", "value_ptr", "slope_ptr", "moments_ptr")
-    types = dict.fromkeys(names, f"*{variant.dtype}") | {"route_ptr": "*i32"}
-    types |= dict.fromkeys(("row_blocks", "columns", "M", "table_size"), "i32")
-    constants = {
-        "ROUTE": 1,
-        "BATCHED": False,
-        "FAMILY": pairs.family_of(variant.kernel),
-        "WITHIN": True,
-        "GRADIENT": variant.gradient,
-        "WEIGHTED": False,
-        "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
-        "D": dim,
-    }
-    binary = compile_kernel(mmd.differences_kernel, types, constants | config.launch(), architecture)
+    binary = _compile_sweep(variant, config, architecture, pairs.DIFFERENCES.value, f"*{variant.dtype}", dim)
     blocks = dim // config.block_d
-    work = _per_unit(_inner_loop(binary, dim // config.block_k), config.block_n * config.block_m / (32 * config.num_warps))
+    work = _per_unit(_inner_loop(binary, dim), config.block_n * config.block_m / (32 * config.num_warps))
     repeats = blocks if variant.gradient else 1
     units = {unit: repeats * cycles for unit, cycles in _cycles(work, GPUS[architecture].fp64).items()}
-    return "mmd.differences_kernel", binary, units, work
+    return "mmd.sweep_kernel", binary, units, work
 
 
 def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Described:

@@ -61,7 +61,7 @@ def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], ar
 
     Args:
         types: of each argument that is no constexpr, as Triton writes them: "*fp32", "i32". Pointers are aligned to 16 bytes.
-        constants: the constexprs, num_warps and num_stages.
+        constants: the constexprs, num_warps, num_stages and maxnreg.
         aligned: integer arguments that are multiples of 16.
     """
     binary = compile_for(GPUTarget("cuda", arch, 32), fn, types, constants, aligned)
@@ -79,7 +79,7 @@ def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], ar
 
 def compile_for(target: GPUTarget, fn: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
     """Triton's binary; arguments as of `compile_kernel`."""
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     missing = [name for name in fn.arg_names if name not in types and name not in constants]
     if missing:

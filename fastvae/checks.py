@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import numbers
 import os
@@ -371,14 +370,17 @@ def backend_device(backend: str | None, device: torch.device) -> None:
         raise RuntimeError("Triton must be installed for tensors on a CUDA device: pip install triton, or pass backend='reference'")
 
 
+# Looked up here, as the compiler can't trace it.
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def triton_interpreter() -> bool:
     """Whether Triton kernels run on CPU tensors in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
 
 
-@functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON
 
 
 def rows(name: str, x: object) -> None:

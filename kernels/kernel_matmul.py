@@ -108,7 +108,8 @@ def matmul_kernel(
         start = tl.cast(start_m, tl.int64) * C
         v_hi, v_lo = load_parts(v_hi_ptr + start + local_v, v_lo_ptr + start + local_v, MODE)
         value_hi, value_lo = split(value, MODE)
-        out = dot(value_hi, value_lo, v_hi, v_lo, out, MODE)
+        # From zero for each tile: a tensor core's accumulator truncates.
+        out += dot(value_hi, value_lo, v_hi, v_lo, tl.zeros_like(out), MODE)
 
     # store
     out_start = (tl.cast(part, tl.int64) * rows + start_n) * C
@@ -214,7 +215,7 @@ def gradient_kernel(
                 slope_acc += row_sums(slope)
             col_hi, col_lo = column_parts(col_hi, col_lo, col_hi_ptr, col_lo_ptr, start_m, d_out, MODE, D, BLOCK_M, BLOCK_K, BLOCK_D)
             slope_hi, slope_lo = split(slope, MODE)
-            moments = dot(slope_hi, slope_lo, col_hi, col_lo, moments, MODE)
+            moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), MODE)
 
     # store
     if d_out == 0:

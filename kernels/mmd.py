@@ -1,8 +1,8 @@
 """MMD² and its gradient on a GPU: prepare (`fastvae.kernels.prepare`), sweep, finish, with no copy to or from the host.
 
-The sweep takes a block of rows of z = [x; y] against all columns, tile by tile, its sums kept in registers: those over columns of formula
-(1) of `fastvae.reference.mmd` and of a row's gradient, Σ_j w_j·W_ij·(u_i − u_j), over scaled rows u. Each program owns its rows: no atomics,
-a fixed order, the same bits every time.
+The sweep takes a block of rows of z = [x; y] against the columns of one sample, tile by tile, its sums kept in registers: those of formula
+(1) of `fastvae.reference.mmd` and of a row's gradient, Σ_j w_j·W_ij·(u_i − u_j), over scaled rows u. Each program owns its sums: no
+atomics, a fixed order, the same bits every time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
+from fastvae.kernels.launch import key_of, launch
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
@@ -121,7 +123,21 @@ def _tile(
     return value_acc, slope_acc, moments
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_y", "rows", "x_start", "x_blocks", "y_start", "x_flags", "y_flags", "first_gradient", "gradient_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "n",
+        "m",
+        "first_y",
+        "rows",
+        "x_start",
+        "x_blocks",
+        "y_start",
+        "x_flags",
+        "y_flags",
+        "first_gradient",
+        "gradient_rows",
+    ]
+)
 def sweep_kernel(
     hi_ptr,  # (B, rows, D), operands of x, from `first_y` on of y; in DIFFERENCES mode rows as they came
     lo_ptr,
@@ -129,9 +145,9 @@ def sweep_kernel(
     weight_ptr,  # (B, rows)
     plan_ptr,  # (B, PLAN)
     table_ptr,  # (B, TABLE)
-    value_ptr,  # (SPLITS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²
-    slope_ptr,  # (SPLITS, B, rows with gradient), Σ_j w_j·(W − shift)
-    moments_ptr,  # (SPLITS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
+    value_ptr,  # (PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²
+    slope_ptr,  # (PARTS, B, rows with gradient), Σ_j w_j·(W − shift)
+    moments_ptr,  # (PARTS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
     n,
     m,
     first_y,
@@ -160,15 +176,13 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,  # features of a step of the exponent's product
     BLOCK_D: tl.constexpr,  # features of a block of moments
 ):
-    """Sums of a block of rows over a share of all columns, those of its own sample first.
+    """Sums of a block of rows over a share of the columns of its own or of the other sample.
 
-    Program 0 is the block of rows, program 1 the block of moments and the problem of a batch, program 2 the share.
+    Program 0 is the block of rows, program 1 the block of moments and the problem of a batch, program 2 the share, own and other in turn.
     """
     # where
     d_out = tl.program_id(1)
     blocks = tl.num_programs(0)
-    out_start = 0
-    gradient_start = 0
     batches = 1
     if BATCHED:
         # Bases of their own for the pointers take registers, which one problem is spared.
@@ -193,9 +207,17 @@ def sweep_kernel(
     block = tl.program_id(0)
     part = tl.program_id(2)
     is_y = block >= x_blocks
+    sample = is_y.to(tl.int32)
+    other = part % SAMPLES
     flags = tl.where(is_y, y_flags, x_flags)
-    if GRADIENT and D > BLOCK_D:
+    if GRADIENT and D > BLOCK_D:  # noqa: SIM102, one is known to the compiler and the other is not
         if (d_out > 0) & ((flags & _GRADIENT) == 0):
+            return
+    if SAMPLES == 2:  # noqa: SIM102
+        if (other == 1) & ((flags & _CROSS) == 0):
+            # Without a gradient.
+            out_ptr = value_ptr + (tl.cast(part, tl.int64) * batches * blocks + block) * BLOCK_N
+            tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
             return
     start_n = tl.where(is_y, first_y + y_start + (block - x_blocks) * BLOCK_N, x_start + block * BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -216,81 +238,74 @@ def sweep_kernel(
     slope_shift = tl.load(plan_ptr + SLOPE_SHIFT).to(dtype)
     table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
-    sample = is_y.to(tl.int32)
-    own_pull = tl.load(plan_ptr + (OWN_PULL + sample))
-    other_pull = tl.load(plan_ptr + (OTHER_PULL + sample))
+
+    # The columns of the own sample without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
+    # products would swamp small sums. Or those of the other sample, which has no such band.
+    in_y = sample + other == 1
+    first_m = tl.where(in_y, first_y, 0)
+    true_m = tl.where(in_y, first_y + m, n)
+    last_m = tl.where(in_y, first_y + tl.cdiv(m, BLOCK_N) * BLOCK_N, tl.cdiv(n, BLOCK_N) * BLOCK_N)
+    band = first_m
+    band_end = first_m
+    if other == 0:
+        band = tl.minimum(start_n // BLOCK_M * BLOCK_M, last_m)
+        band_end = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, last_m)
+    twice = ((flags & _SYMMETRIC) != 0) & (other == 0)
+    left = tl.where(twice, 0, band - first_m)
+    columns = left + (last_m - band_end)
+    share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2) // SAMPLES) * BLOCK_M
+    first = part // SAMPLES * share
+    last = tl.minimum(first + share, columns)
 
     # compute
-    total = tl.zeros([BLOCK_N], dtype=dtype)
-    slope_total = tl.zeros([BLOCK_N], dtype=dtype)
     value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
-    slope_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
+    slope_acc = value_acc
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
-    met = tl.where((flags & _CROSS) != 0, 2, 1) if SAMPLES == 2 else 1
-    for other in range(0, met):
-        # The columns of the own sample, without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
-        # products would swamp small sums. Then those of the other sample.
-        in_y = sample + other == 1
-        first_m = tl.where(in_y, first_y, 0)
-        true_m = tl.where(in_y, first_y + m, n)
-        last_m = tl.where(in_y, first_y + tl.cdiv(m, BLOCK_N) * BLOCK_N, tl.cdiv(n, BLOCK_N) * BLOCK_N)
-        band = tl.where(other == 0, tl.minimum(start_n // BLOCK_M * BLOCK_M, last_m), first_m)
-        band_end = tl.where(other == 0, tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M, last_m), first_m)
-        twice = ((flags & _SYMMETRIC) != 0) & (other == 0)
-        left = tl.where(twice, 0, band - first_m)
-        columns = left + (last_m - band_end)
-        share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-        first = part * share
-        last = tl.minimum(first + share, columns)
-        for offset in range(first, last, BLOCK_M):
-            start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
+    for offset in range(first, last, BLOCK_M):
+        start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
+        value_acc, slope_acc, moments = _tile(
+            row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
+            table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
+            False, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+    if twice:
+        value_acc += value_acc
+    if part < SAMPLES:
+        for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
             value_acc, slope_acc, moments = _tile(
                 row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
                 table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-                False, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+                True, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-        value_acc *= tl.where(twice, 2.0, 1.0).to(dtype)
-        if part == 0:
-            for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
-                value_acc, slope_acc, moments = _tile(
-                    row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-                    table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-                    True, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
-                )  # fmt: skip
-        value = tl.sum(value_acc, 1)
-        slope = tl.sum(slope_acc, 1) if SLOPES else value
-        if not WEIGHTED and MODE != DIFFERENCES:
-            # A padded column has added −shift. The first share takes it back, whichever has added it: the shares are summed.
-            in_band = tl.maximum(band_end - tl.maximum(true_m, band), 0)
-            padded = (last_m - true_m) - in_band
-            padded = tl.where(part == 0, in_band + tl.where(twice, 2 * padded, padded), 0)
-            value += padded * value_shift
-            slope += padded * slope_shift
-        factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
-        total += factor * value
-        value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
-        if GRADIENT:
-            pull = tl.where(other == 0, own_pull, other_pull).to(dtype)
-            slope_total += pull * slope
-            slope_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
-            moments *= tl.where(other == 0, own_pull / other_pull, 1.0).to(dtype)
+    value = tl.sum(value_acc, 1)
+    slope = tl.sum(slope_acc, 1) if SLOPES else value
+    if not WEIGHTED and MODE != DIFFERENCES:
+        # A padded column has added −shift. The first share takes it back, whichever has added it: the shares are summed.
+        in_band = tl.maximum(band_end - tl.maximum(true_m, band), 0)
+        padded = (last_m - true_m) - in_band
+        padded = tl.where(part < SAMPLES, in_band + tl.where(twice, 2 * padded, padded), 0)
+        value += padded * value_shift
+        slope += padded * slope_shift
 
     # store
+    out = tl.cast(part, tl.int64) * batches
     if d_out == 0:
-        tl.store(value_ptr + tl.cast(part, tl.int64) * batches * blocks * BLOCK_N + block * BLOCK_N + tl.arange(0, BLOCK_N), total)
-    if GRADIENT:
+        factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
+        tl.store(value_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
+    if GRADIENT:  # noqa: SIM102
         if (flags & _GRADIENT) != 0:
-            out = tl.cast(part, tl.int64) * batches * gradient_rows + (block - first_gradient) * BLOCK_N
+            factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_PULL, OTHER_PULL) + sample)).to(dtype)
+            out = out * gradient_rows + (block - first_gradient) * BLOCK_N
             if d_out == 0:
-                tl.store(slope_ptr + out + tl.arange(0, BLOCK_N), slope_total)
+                tl.store(slope_ptr + out + tl.arange(0, BLOCK_N), slope * factor)
             offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-            tl.store(moments_ptr + out * D + offs_out, moments * other_pull.to(dtype))
+            tl.store(moments_ptr + out * D + offs_out, moments * factor)
 
 
 @triton.jit(
     do_not_specialize=[
         "n", "m", "first_y", "rows", "x_start", "x_rows", "x_padded", "y_start", "y_rows", "y_padded", "first_gradient", "gradient_rows",
-        "own_terms", "splits",
+        "own_terms", "parts",
     ]
 )  # fmt: skip
 def finish_kernel(
@@ -326,10 +341,9 @@ def finish_kernel(
     first_gradient,  # row of the sweep at which the rows with gradient start
     gradient_rows,
     own_terms,
-    splits,
+    parts,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PADDED_CHUNKS: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     FAMILY: tl.constexpr,
     KERNELS: tl.constexpr,
@@ -369,7 +383,7 @@ def finish_kernel(
                 p = tl.load(weight_ptr + source, mask=mask, other=0.0).to(tl.float64)
             p = tl.where(mask, p, 0.0)
             value = tl.zeros([BLOCK_R], dtype=tl.float64)
-            for part in range(0, splits):
+            for part in range(0, parts):
                 offset = (tl.cast(part, tl.int64) * batches + problem) * padded
                 value += tl.load(value_ptr + offset + row, mask=mask, other=0.0).to(tl.float64)
             total += p * value
@@ -418,7 +432,7 @@ def finish_kernel(
         norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
         slope = tl.zeros([BLOCK_N], dtype=dtype)
         if FAMILY < POLYNOMIAL:
-            for part in range(0, splits):
+            for part in range(0, parts):
                 offset = (tl.cast(part, tl.int64) * batches + problem) * gradient_rows
                 slope += tl.load(slope_ptr + offset + out_row, mask=mask_n, other=0.0)
         if OWN != NO_OWN_TERM:
@@ -429,16 +443,15 @@ def finish_kernel(
                 norm2 += tl.sum(z * z, 1)
         squares = 0.0
         if OWN == NORMAL_PRIOR:
-            chunk = tl.arange(0, PADDED_CHUNKS)
             statistics = statistic_ptr + problem * (SAMPLES * CHUNKS * STATISTICS)
-            squares = tl.sum(tl.load(statistics + chunk * STATISTICS, mask=chunk < CHUNKS, other=0.0))
+            squares = tl.sum(tl.load(statistics + tl.arange(0, CHUNKS) * STATISTICS))
         shifts = shifts_of(squares / n.to(tl.float64) + FEATURES, numbers, ON_DEVICE, FAMILY, KERNELS, FEATURES)
         _, own_slope = own_term(norm2, p, shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
             moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
-            for part in range(0, splits):
+            for part in range(0, parts):
                 offset = (tl.cast(part, tl.int64) * batches + problem) * gradient_rows
                 moments += tl.load(moments_ptr + (offset + out_row)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
             pull = moments
@@ -458,9 +471,11 @@ def finish_kernel(
                 if left_out != 0.0:
                     # Σ_j w_j·(z_i − z_j) of each sample, times the constant that its pairs lack.
                     centred = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64)
-                    rest = own_scale * (centred - _mean(sums + tl.where(in_y, CHUNKS * D, 0), offs_d, tl.where(in_y, m, n), CHUNKS, D, BLOCK_D, WEIGHTED)[None, :])
+                    mean = _mean(sums + sample * (CHUNKS * D), offs_d, tl.where(in_y, m, n), CHUNKS, D, BLOCK_D, WEIGHTED)
+                    rest = own_scale * (centred - mean[None, :])
                     if CROSS:
-                        rest -= centred - _mean(sums + tl.where(in_y, 0, CHUNKS * D), offs_d, tl.where(in_y, n, m), CHUNKS, D, BLOCK_D, WEIGHTED)[None, :]
+                        mean = _mean(sums + (1 - sample) * (CHUNKS * D), offs_d, tl.where(in_y, n, m), CHUNKS, D, BLOCK_D, WEIGHTED)
+                        rest -= centred - mean[None, :]
                     gradient += (left_out * p[:, None] * rest).to(dtype)
             if OWN != NO_OWN_TERM:
                 gradient += own_slope.to(dtype)[:, None] * z
@@ -491,7 +506,7 @@ def _mean(sum_ptr, offs_d, count, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D
     return total if WEIGHTED else total / count.to(tl.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Static:
     """What a launch takes from the kernel, dtype and number of features alone."""
 
@@ -520,7 +535,14 @@ class _Static:
 
 @functools.lru_cache(maxsize=256)
 def _static(
-    kernel: Kernel, count: int, squarings: tuple[int, ...], dim: int, dtype: torch.dtype, precision: str, gradient: bool, device: torch.device
+    kernel: Kernel,
+    count: int,
+    squarings: tuple[int, ...],
+    dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    gradient: bool,
+    device: torch.device,
 ) -> _Static:
     double = dtype == torch.float64
     modes = modes_of(kernel, "ieee" if double else precision)
@@ -615,85 +637,114 @@ def mmd(
     elif not static.radial and not unbiased:
         own = POLYNOMIAL_DIAGONAL.value
 
-    # prepare
-    chunks = max(1, min(64, triton.cdiv(max(n, m), 64)))
+    # One number of chunks for all but small samples, as each is compiled for itself.
+    chunks = _CHUNKS if max(n, m) > 8 * _ROW_BLOCK else 1
     slots = len(samples) * chunks
+    two = len(samples) == 2
     empty = functools.partial(torch.empty, device=device)
-    doubles = empty(batch * (slots * (d + STATISTICS.value) + PLAN), dtype=torch.float64)
-    sums = doubles[: batch * slots * d]
-    statistics = doubles[batch * slots * d : batch * slots * (d + STATISTICS.value)]
-    plan = doubles[batch * slots * (d + STATISTICS.value) :]
+    own_blocks = triton.cdiv(rows, _ROW_BLOCK)
+    # All but the last are multiples of 16 bytes, as a launch takes it for granted.
+    sizes = (PLAN * batch, slots * d * batch, slots * STATISTICS.value * batch, own_blocks * batch if own else 0)
+    plan, sums, statistics, own_terms = empty(sum(sizes), dtype=torch.float64).split(sizes)
     centre = empty((batch, slots, d), dtype=dtype)
     hi = empty((batch, rows, d), dtype=dtype)
     lo = torch.empty_like(hi) if SPLIT.value in static.modes or SPLIT_TF32.value in static.modes else hi
     hi16, lo16 = (hi, lo) if dtype == torch.float64 else (hi.view(torch.bfloat16), lo.view(torch.bfloat16))
-    small = empty(batch * (rows * (2 if weighted else 1) + static.table), dtype=dtype)
-    half, table = small[: batch * rows], small[batch * rows : batch * (rows + static.table)]
-    column_weights = small[batch * (rows + static.table) :] if weighted else half
-    own_blocks = triton.cdiv(rows, _ROW_BLOCK)
-    own_terms = empty(batch * own_blocks, dtype=torch.float64) if own else plan
+    half, column_weights, table = empty(batch * (rows * (2 if weighted else 1) + static.table), dtype=dtype).split(
+        (batch * rows, batch * rows if weighted else 0, batch * static.table)
+    )
     xp, yp = samples[0].points, samples[-1].points
     xw, yw = (half if sample.weights is None else sample.weights for sample in (samples * 2)[:2])
     numbers = kernel.arguments
-    shape = {"SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d}
-    weights = {"X_WEIGHTED": x.weights is not None, "Y_WEIGHTED": y is not None and y.weights is not None}
-    padded_chunks = triton.next_power_of_2(chunks)
     on_device = isinstance(numbers, Tensor)
-    block_d = min(d & -d, 32)  # a power of two that divides the features
+    given = x.weights is not None, two and samples[1].weights is not None
+    key = (static, kernel.count, on_device, chunks, two, given, unbiased, own, batch > 1, key_of(xp, yp, xw, yw))
+
+    def constants(**others: Any) -> dict[str, Any]:
+        """Those of all kernels but the sweep's."""
+        return others | {
+            "SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d, "BLOCK_N": _ROW_BLOCK,
+            "BLOCK_D": min(d & -d, 32),  # a power of two that divides the features
+        }  # fmt: skip
+
+    def plan_constants(**others: Any) -> dict[str, Any]:
+        return constants(
+            ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own, PLAN_SIZE=PLAN, MODE_0=static.modes[0],
+            MODE_1=static.modes[1] if len(static.modes) > 1 else -1, **others,
+        )  # fmt: skip
+
     with torch.cuda.device(device) if points.is_cuda else contextlib.nullcontext():
-        statistics_kernel[(slots, batch)](
-            xp, yp, xw, yw, centre, sums, statistics, n, m,
-            RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, BLOCK_N=32, BLOCK_D=block_d, **shape, **weights,
+        # prepare
+        launch(
+            statistics_kernel, key, (slots, batch, 1), (xp, yp, xw, yw, centre, sums, statistics, n, m),
+            lambda: constants(
+                RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, X_WEIGHTED=given[0], Y_WEIGHTED=given[1]
+            ),
         )  # fmt: skip
         crowded = plan
         if static.rooted:
             furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
-            crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.int32)
-        operands_kernel[(own_blocks, batch)](
-            xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
-            n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
-            PADDED_CHUNKS=padded_chunks, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, BANDWIDTHS=static.bandwidths,
-            TABLE=static.table, CROWDED=static.rooted, MODE_0=static.modes[0], MODE_1=static.modes[1] if len(static.modes) > 1 else -1,
-            OWN=own, UNBIASED=unbiased, PLAN_SIZE=PLAN, BLOCK_N=_ROW_BLOCK, BLOCK_D=block_d, **shape, **weights,
+            crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
+        launch(
+            operands_kernel, key, (own_blocks, batch, 1),
+            (
+                xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
+                n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
+            ),
+            lambda: plan_constants(
+                BANDWIDTHS=static.bandwidths, TABLE=static.table, CROWDED=static.rooted, UNBIASED=unbiased, X_WEIGHTED=given[0],
+                Y_WEIGHTED=given[1],
+            ),
         )  # fmt: skip
 
         # sweep
         config = static.configs[0]
-        programs = batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
+        d_blocks = d // config.block_d if gradient else 1
+        programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * d_blocks
         tiles = triton.cdiv(max(n, m), config.block_m)
-        splits = column_splits(programs, tiles, device_limits(device).multiprocessors)
-        value = empty(splits * batch * (x_padded + y_padded), dtype=dtype)
-        slope = empty(splits * batch * gradient_rows, dtype=dtype) if gradient else value
-        moments = empty(splits * batch * gradient_rows * d, dtype=dtype) if gradient else value
+        parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
+        value = empty(parts * batch * (x_padded + y_padded), dtype=dtype)
+        slope, moments = value, value
+        if gradient:
+            slope, moments = empty(parts * batch * gradient_rows, dtype=dtype), empty(parts * batch * gradient_rows * d, dtype=dtype)
         for number, (mode, config) in enumerate(static.passes):
-            blocks = config.block_n
-            half_width = mode in (BF16.value, SPLIT.value)
-            sweep_kernel[((x_padded + y_padded) // blocks, batch * (d // config.block_d if gradient else 1), splits)](
-                hi16 if half_width else hi, lo16 if half_width else lo, half, column_weights, plan, table, value, slope, moments,
-                n, m, first_y, rows, x.start, x_padded // blocks, y_start, flags[0], flags[-1], first_gradient // blocks, gradient_rows,
-                PLAN_SIZE=PLAN, TABLE=static.table, PASS=number, SAMPLES=len(samples), BATCHED=batch > 1, GRADIENT=gradient,
-                WEIGHTED=weighted, MODE=mode, FAMILY=static.family, BANDWIDTHS=static.bandwidths, SQUARINGS=static.squarings, D=d,
-                **config.launch(),
+            narrow = mode in (BF16.value, SPLIT.value)
+            block = config.block_n
+            launch(
+                sweep_kernel, (key, number),
+                ((x_padded + y_padded) // block, batch * (d // config.block_d if gradient else 1), parts),
+                (
+                    hi16 if narrow else hi, lo16 if narrow else lo, half, column_weights, plan, table, value, slope, moments,
+                    n, m, first_y, rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block, gradient_rows,
+                ),
+                lambda number=number, mode=mode, config=config: {
+                    "PLAN_SIZE": PLAN, "TABLE": static.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
+                    "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "FAMILY": static.family, "BANDWIDTHS": static.bandwidths,
+                    "SQUARINGS": static.squarings, "D": d,
+                } | config.launch(),
             )  # fmt: skip
 
         # finish
         result = empty(batch, dtype=dtype)
-        grads = [torch.empty((batch, sample.rows, dim), dtype=dtype, device=device) if sample.gradient else None for sample in samples]
+        grads = [empty((batch, sample.rows, dim), dtype=dtype) if sample.gradient else None for sample in samples]
         grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
-        finish_kernel[(1 + gradient_rows // _GRADIENT_ROWS, batch)](
-            xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
-            result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
-            gradient_rows, own_blocks, splits,
-            PADDED_CHUNKS=padded_chunks, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own,
-            CROSS=len(samples) == 2, GRADIENT=gradient, WEIGHTED=weighted, MODE_0=static.modes[0],
-            MODE_1=static.modes[1] if len(static.modes) > 1 else -1, PLAN_SIZE=PLAN, BLOCK_R=1024, BLOCK_N=_GRADIENT_ROWS, BLOCK_D=block_d,
-            **shape,
+        launch(
+            finish_kernel, key, (1 + gradient_rows // _ROW_BLOCK, batch, 1),
+            (
+                xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
+                result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
+                gradient_rows, own_blocks, parts,
+            ),
+            lambda: plan_constants(CROSS=two, GRADIENT=gradient, WEIGHTED=weighted, BLOCK_R=1024),
         )  # fmt: skip
-    return result, grads[0], grads[1] if y is not None else None, centre[:, 0, :dim]
+    return result, grads[0], grads[1] if two else None, centre[:, 0, :dim]
 
 
-# Rows of a program of `operands_kernel` and `finish_kernel`; every block of a sweep holds whole ones.
-_ROW_BLOCK, _GRADIENT_ROWS = 32, 32
+# Programs that take the statistics of a sample.
+_CHUNKS = 64
+
+# Rows of a step of the statistics, and of a program of `operands_kernel` and `finish_kernel`; every block of a sweep holds whole ones.
+_ROW_BLOCK = 32
 
 
 def _padded(rows: int, block: int) -> int:

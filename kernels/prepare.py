@@ -23,8 +23,8 @@ from fastvae.kernels.pairs import (
     TF32,
 )
 
-# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw².
-STATISTICS = tl.constexpr(3)
+# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; and one that keeps multiples of 16 bytes.
+STATISTICS = tl.constexpr(4)
 
 # Entries of the plan of a problem, float64.
 ROUTE = tl.constexpr(0)  # number of the pass that runs
@@ -92,7 +92,7 @@ def statistics_kernel(
     n,
     m,
     SAMPLES: tl.constexpr,
-    CHUNKS: tl.constexpr,  # programs of a sample
+    CHUNKS: tl.constexpr,  # programs of a sample, a power of two
     RADIAL: tl.constexpr,  # of a kernel of x·y the centre is the origin
     SUMS: tl.constexpr,
     X_WEIGHTED: tl.constexpr,
@@ -189,14 +189,10 @@ def _weight(weight_ptr, offs_n, mask_n, rows, is_x, X_WEIGHTED: tl.constexpr, Y_
 
 
 @triton.jit
-def _statistics(statistic_ptr, CHUNKS: tl.constexpr, PADDED_CHUNKS: tl.constexpr):
+def _statistics(statistic_ptr, CHUNKS: tl.constexpr):
     """Those of a sample, from its programs'."""
-    offs = tl.arange(0, PADDED_CHUNKS)
-    mask = offs < CHUNKS
-    squares = tl.sum(tl.load(statistic_ptr + offs * STATISTICS, mask=mask, other=0.0))
-    furthest = tl.max(tl.load(statistic_ptr + offs * STATISTICS + 1, mask=mask, other=0.0))
-    weights2 = tl.sum(tl.load(statistic_ptr + offs * STATISTICS + 2, mask=mask, other=0.0))
-    return squares, furthest, weights2
+    offs = tl.arange(0, CHUNKS) * STATISTICS
+    return tl.sum(tl.load(statistic_ptr + offs)), tl.max(tl.load(statistic_ptr + offs + 1)), tl.sum(tl.load(statistic_ptr + offs + 2))
 
 
 @triton.jit
@@ -334,7 +330,6 @@ def operands_kernel(
     rounding,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PADDED_CHUNKS: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     FAMILY: tl.constexpr,
     KERNELS: tl.constexpr,  # bandwidths
@@ -364,12 +359,12 @@ def operands_kernel(
     n64, m64 = n.to(tl.float64), m.to(tl.float64)
 
     # the plan
-    x_squares, furthest, x_weights2 = _statistics(statistic_ptr, CHUNKS, PADDED_CHUNKS)
+    x_squares, furthest, x_weights2 = _statistics(statistic_ptr, CHUNKS)
     spread = x_squares / n64
     poison = x_squares * 0.0
     y_weights2 = x_weights2
     if SAMPLES == 2:
-        y_squares, y_furthest, y_weights2 = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS, PADDED_CHUNKS)
+        y_squares, y_furthest, y_weights2 = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS)
         spread += y_squares / m64
         poison += y_squares * 0.0
         furthest = tl.maximum(furthest, y_furthest)
@@ -450,9 +445,9 @@ def operands_kernel(
     tl.store(half_ptr + own_row, half, mask=row_mask)
     p = tl.where(mask_n, equal, 0.0)
     if X_WEIGHTED or Y_WEIGHTED:
-        weight = _weight(sample_weight_ptr, local, mask_n, count, is_x, X_WEIGHTED, Y_WEIGHTED)
-        tl.store(weight_ptr + own_row, weight, mask=row_mask)
-        p = weight.to(tl.float64)
+        row_weight = _weight(sample_weight_ptr, local, mask_n, count, is_x, X_WEIGHTED, Y_WEIGHTED)
+        tl.store(weight_ptr + own_row, row_weight, mask=row_mask)
+        p = row_weight.to(tl.float64)
     if OWN != 0:
         value, _ = own_term(norm2, tl.where(swept, p, 0.0), shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
         tl.store(own_ptr + problem * tl.num_programs(0) + tl.program_id(0), tl.sum(value))

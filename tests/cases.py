@@ -15,6 +15,7 @@ from fastvae.radial import EXPONENT_ERROR, KERNELS, RBF, Kernel, Polynomial, Rat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason='tests backend="cpu" on the tensors of the other backends, which are on a GPU here')
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its interpreter, or a CUDA device")
 
 

@@ -20,6 +20,7 @@ from tests.cases import (
     assert_close,
     evaluate,
     expected,
+    needs_cpu,
     needs_triton,
     one_thread,
     peak_bytes,
@@ -206,7 +207,8 @@ def test_triton_takes_differences_where_products_lose_the_direction_of_many_pair
     y[0] = x[0]
     actual = evaluate(fastvae.mmd, x, y, bandwidth=20.0, kernel=kernel, backend="triton")
     exact = evaluate(reference.mmd, x.double(), y.double(), bandwidth=20.0, kernel=kernel)
-    assert_close(actual, exact, TRITON_TOLERANCE["ieee"], 60)
+    # |k| of two rows on the two sides is 400/20 with the energy kernel.
+    assert_close(actual, exact, TRITON_TOLERANCE["ieee"], 60, 20.0 if kernel == "energy" else 1.0)
 
 
 @needs_triton
@@ -252,7 +254,7 @@ def test_same_sample_has_no_mmd():
 
 
 ALL_KERNELS = [*KERNELS.values(), RationalQuadratic(0.5), RationalQuadratic(2.3), Polynomial(1), Polynomial(2, coef0=0.5)]
-BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 
 
 @pytest.mark.usefixtures("interpreter_warnings")
@@ -260,7 +262,7 @@ BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pyt
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "y"])
 def test_a_value_that_is_not_finite_gives_nan(backend, value, where):
-    points = {"x": torch.randn(9, 3), "y": torch.randn(8, 3)}
+    points = {"x": torch.randn(9, 3, device=DEVICE), "y": torch.randn(8, 3, device=DEVICE)}
     points[where][4, 1] = value
     result, *grads = evaluate(fastvae.mmd, points["x"], points["y"], backend=backend)
     assert result.isnan()
@@ -287,7 +289,7 @@ def test_gradcheck_by_differences():
         for rows in (4, 3)
     )
     x, y = x.requires_grad_(), y.requires_grad_()
-    for backend in ("cpu", "triton"):
+    for backend in ("cpu", "triton") if DEVICE == "cpu" else ("triton",):
         assert torch.autograd.gradcheck(lambda x, y, backend=backend: fastvae.mmd(x, y, bandwidth=0.2, backend=backend), (x, y))
 
 

@@ -9,7 +9,7 @@ import fastvae
 from fastvae import reference
 from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.radial import KERNELS
-from tests.cases import DEVICE, evaluate, needs_triton
+from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -109,6 +109,7 @@ def test_small_groups_are_excluded_and_reported(estimator):
     torch.testing.assert_close(result.mean(), expected)
 
 
+@needs_cpu
 def test_a_uniform_upstream_costs_no_second_sweep(monkeypatch):
     from fastvae.ops import quadratic_form as op
 

@@ -14,7 +14,7 @@ from fastvae.cpu import memory
 from fastvae.cpu.memory import new_empty
 from fastvae.kernels.config import RowConfig
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
-from tests.cases import DEVICE, needs_triton
+from tests.cases import DEVICE, needs_cpu, needs_triton
 
 try:
     import triton
@@ -22,7 +22,7 @@ try:
 except ImportError:
     triton = None
 
-BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 SHAPES = [(1, 1), (1, 7), (7, 5), (130, 33), (3, 3000), (2, 3, 4)]
 # Some roundings of a term; the output's own rounding for bfloat16 and float16.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -9,10 +9,10 @@ import torch
 import fastvae
 from fastvae import reference
 from fastvae.reference.total_correlation import log_weights
-from tests.cases import DEVICE, needs_triton, peak_bytes
+from tests.cases import DEVICE, needs_cpu, needs_triton, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
-BACKENDS = [pytest.param("cpu"), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 ESTIMATORS = ["minibatch_weighted", "minibatch_stratified"]
 TERMS = (1.0, 3.0, -0.7)
 SHAPES = [(2, 1), (7, 3), (20, 11), (130, 5), (20, 33)]
@@ -133,6 +133,7 @@ def test_one_row(backend):
     assert actual[0][0].item() == pytest.approx(0)
 
 
+@needs_cpu
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(1100, 3), (600, 40), (150, 300), (1030, 1)], ids=str)
 def test_several_tiles(shape, estimator):
@@ -228,6 +229,7 @@ def test_some_gradients(backend, wanted):
         torch.testing.assert_close(grad, every[n])
 
 
+@needs_cpu
 def test_only_the_wanted_work(monkeypatch):
     from fastvae.ops import total_correlation as op
 
@@ -355,6 +357,7 @@ def test_gradients_are_contiguous():
     assert all(grad.is_contiguous() for grad in grads)
 
 
+@needs_cpu
 def test_memory_grows_with_n_and_not_with_its_square():
     """Peak bytes of tensors that a step allocates, counted by the profiler at two sizes; of N×N×D the second would take 256 MiB."""
 

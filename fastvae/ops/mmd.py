@@ -15,7 +15,16 @@ from torch import Tensor
 from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
-from fastvae.radial import KernelNumbers, KernelSum, Polynomial, Sweep, kernel_of, middle, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import (
+    KernelNumbers,
+    KernelSum,
+    Polynomial,
+    Sweep,
+    kernel_of,
+    middle,
+    rbf_normal_mean_exponent,
+    rbf_normal_self_exponent,
+)
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "

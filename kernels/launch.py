@@ -1,0 +1,38 @@
+"""Launches that find their compiled kernel by a key of the caller's, without a look at every argument.
+
+Triton's own launcher binds, classifies and hashes each argument and compares every global constant of a kernel, at each call: for a small
+sample that takes longer than all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
+
+
+def launch(fn: Any, key: Hashable, grid: tuple[int, int, int], args: Sequence[Any], constants: Callable[[], dict[str, Any]]) -> None:
+    """fn[grid](*args, **constants()) on the current device.
+
+    `args` come before the constexprs in the signature of `fn`, which specialises on none of its integers. `key` tells apart all that
+    Triton compiles apart: the constants, the types of the arguments, and which pointers are multiples of 16 bytes.
+    """
+    key = fn, key
+    known = _compiled.get(key)
+    if known is not None:
+        kernel, rest = known
+        kernel[grid](*args, *rest)
+        return
+    named = constants()
+    kernel = fn[grid](*args, **named)
+    if isinstance(kernel, CompiledKernel):  # and not the interpreter's
+        _compiled[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :])
+
+
+def key_of(*tensors: Tensor) -> Hashable:
+    """What Triton compiles apart of tensors, and their device."""
+    return tensors[0].device, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
