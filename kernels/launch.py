@@ -9,19 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 
 
-def launch(fn: Any, key: Hashable, grid: tuple[int, int, int], args: Sequence[Any], constants: Callable[[], dict[str, Any]]) -> None:
-    """fn[grid](*args, **constants()) on the current device.
+def launch(
+    fn: Any, key: Hashable, device: torch.device, grid: tuple[int, int, int], args: Sequence[Any], constants: Callable[[], dict[str, Any]]
+) -> None:
+    """fn[grid](*args, **constants()) on `device`.
 
-    `args` come before the constexprs in the signature of `fn`, which specialises on none of its integers. `key` tells apart all that
-    Triton compiles apart: the constants, the types of the arguments, and which pointers are multiples of 16 bytes.
+    `args` come before the constexprs in the signature of `fn`. `key` tells apart all that Triton compiles apart on one device: the
+    constants, the types of the arguments, which pointers are multiples of 16 bytes, and the `integer_key` of what `fn` specialises on.
     """
-    key = fn, key
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(fn, key, device, grid, args, constants)
+        return
+    key = fn, device, key
     known = _compiled.get(key)
     if known is not None:
         kernel, rest = known
@@ -33,6 +40,11 @@ def launch(fn: Any, key: Hashable, grid: tuple[int, int, int], args: Sequence[An
         _compiled[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :])
 
 
-def key_of(*tensors: Tensor) -> Hashable:
-    """What Triton compiles apart of tensors, and their device."""
-    return tensors[0].device, *((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+def tensor_key(*tensors: Tensor) -> Hashable:
+    """What Triton compiles apart of tensors."""
+    return tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+
+
+def integer_key(*numbers: int) -> Hashable:
+    """What Triton compiles apart of integers."""
+    return tuple((n == 1, n % 16 == 0, n >= 1 << 31) for n in numbers)

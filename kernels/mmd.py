@@ -7,7 +7,6 @@ atomics, a fixed order, the same bits every time.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
-from fastvae.kernels.launch import key_of, launch
+from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
@@ -658,7 +657,7 @@ def mmd(
     numbers = kernel.arguments
     on_device = isinstance(numbers, Tensor)
     given = x.weights is not None, two and samples[1].weights is not None
-    key = (static, kernel.count, on_device, chunks, two, given, unbiased, own, batch > 1, key_of(xp, yp, xw, yw))
+    key = (static, kernel.count, on_device, chunks, two, given, unbiased, own, batch > 1, tensor_key(xp, yp, xw, yw))
 
     def constants(**others: Any) -> dict[str, Any]:
         """Those of all kernels but the sweep's."""
@@ -673,70 +672,69 @@ def mmd(
             MODE_1=static.modes[1] if len(static.modes) > 1 else -1, **others,
         )  # fmt: skip
 
-    with torch.cuda.device(device) if points.is_cuda else contextlib.nullcontext():
-        # prepare
+    # prepare
+    launch(
+        statistics_kernel, key, device, (slots, batch, 1), (xp, yp, xw, yw, centre, sums, statistics, n, m),
+        lambda: constants(
+            RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, X_WEIGHTED=given[0], Y_WEIGHTED=given[1]
+        ),
+    )  # fmt: skip
+    crowded = plan
+    if static.rooted:
+        furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
+        crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
+    launch(
+        operands_kernel, key, device, (own_blocks, batch, 1),
+        (
+            xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
+            n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
+        ),
+        lambda: plan_constants(
+            BANDWIDTHS=static.bandwidths, TABLE=static.table, CROWDED=static.rooted, UNBIASED=unbiased, X_WEIGHTED=given[0],
+            Y_WEIGHTED=given[1],
+        ),
+    )  # fmt: skip
+
+    # sweep
+    config = static.configs[0]
+    d_blocks = d // config.block_d if gradient else 1
+    programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * d_blocks
+    tiles = triton.cdiv(max(n, m), config.block_m)
+    parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
+    value = empty(parts * batch * (x_padded + y_padded), dtype=dtype)
+    slope, moments = value, value
+    if gradient:
+        slope, moments = empty(parts * batch * gradient_rows, dtype=dtype), empty(parts * batch * gradient_rows * d, dtype=dtype)
+    for number, (mode, config) in enumerate(static.passes):
+        narrow = mode in (BF16.value, SPLIT.value)
+        block = config.block_n
         launch(
-            statistics_kernel, key, (slots, batch, 1), (xp, yp, xw, yw, centre, sums, statistics, n, m),
-            lambda: constants(
-                RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, X_WEIGHTED=given[0], Y_WEIGHTED=given[1]
-            ),
-        )  # fmt: skip
-        crowded = plan
-        if static.rooted:
-            furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
-            crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
-        launch(
-            operands_kernel, key, (own_blocks, batch, 1),
+            sweep_kernel, (key, number), device,
+            ((x_padded + y_padded) // block, batch * (d // config.block_d if gradient else 1), parts),
             (
-                xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
-                n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
+                hi16 if narrow else hi, lo16 if narrow else lo, half, column_weights, plan, table, value, slope, moments,
+                n, m, first_y, rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block, gradient_rows,
             ),
-            lambda: plan_constants(
-                BANDWIDTHS=static.bandwidths, TABLE=static.table, CROWDED=static.rooted, UNBIASED=unbiased, X_WEIGHTED=given[0],
-                Y_WEIGHTED=given[1],
-            ),
+            lambda number=number, mode=mode, config=config: {
+                "PLAN_SIZE": PLAN, "TABLE": static.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
+                "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "FAMILY": static.family, "BANDWIDTHS": static.bandwidths,
+                "SQUARINGS": static.squarings, "D": d,
+            } | config.launch(),
         )  # fmt: skip
 
-        # sweep
-        config = static.configs[0]
-        d_blocks = d // config.block_d if gradient else 1
-        programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * d_blocks
-        tiles = triton.cdiv(max(n, m), config.block_m)
-        parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
-        value = empty(parts * batch * (x_padded + y_padded), dtype=dtype)
-        slope, moments = value, value
-        if gradient:
-            slope, moments = empty(parts * batch * gradient_rows, dtype=dtype), empty(parts * batch * gradient_rows * d, dtype=dtype)
-        for number, (mode, config) in enumerate(static.passes):
-            narrow = mode in (BF16.value, SPLIT.value)
-            block = config.block_n
-            launch(
-                sweep_kernel, (key, number),
-                ((x_padded + y_padded) // block, batch * (d // config.block_d if gradient else 1), parts),
-                (
-                    hi16 if narrow else hi, lo16 if narrow else lo, half, column_weights, plan, table, value, slope, moments,
-                    n, m, first_y, rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block, gradient_rows,
-                ),
-                lambda number=number, mode=mode, config=config: {
-                    "PLAN_SIZE": PLAN, "TABLE": static.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
-                    "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "FAMILY": static.family, "BANDWIDTHS": static.bandwidths,
-                    "SQUARINGS": static.squarings, "D": d,
-                } | config.launch(),
-            )  # fmt: skip
-
-        # finish
-        result = empty(batch, dtype=dtype)
-        grads = [empty((batch, sample.rows, dim), dtype=dtype) if sample.gradient else None for sample in samples]
-        grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
-        launch(
-            finish_kernel, key, (1 + gradient_rows // _ROW_BLOCK, batch, 1),
-            (
-                xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
-                result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
-                gradient_rows, own_blocks, parts,
-            ),
-            lambda: plan_constants(CROSS=two, GRADIENT=gradient, WEIGHTED=weighted, BLOCK_R=1024),
-        )  # fmt: skip
+    # finish
+    result = empty(batch, dtype=dtype)
+    grads = [empty((batch, sample.rows, dim), dtype=dtype) if sample.gradient else None for sample in samples]
+    grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
+    launch(
+        finish_kernel, key, device, (1 + gradient_rows // _ROW_BLOCK, batch, 1),
+        (
+            xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
+            result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
+            gradient_rows, own_blocks, parts,
+        ),
+        lambda: plan_constants(CROSS=two, GRADIENT=gradient, WEIGHTED=weighted, BLOCK_R=1024),
+    )  # fmt: skip
     return result, grads[0], grads[1] if two else None, centre[:, 0, :dim]
 
 

@@ -5,11 +5,14 @@ The noise is read, or made from a seed wherever it is needed, so that it never i
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import RowConfig, row_config
+from fastvae.kernels.launch import integer_key, launch, tensor_key
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -167,21 +170,31 @@ def forward(mu: Tensor, logvar: Tensor, noise: Tensor, z: Tensor, kl: Tensor) ->
     """Fill z (N, D) and kl, (N,) or (N, D), from μ and logvar (N, D), features contiguous, and ε (N, D) or its seed (1,)."""
     n, d = mu.shape
     config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
-    forward_kernel[(triton.cdiv(n, config.block_n),)](
-        mu, logvar, noise, z, kl, *_units(config, mu, logvar), n, SEEDED=not noise.is_floating_point(), PER_DIMENSION=kl.ndim == 2,
-        **config.launch(),
-    )  # fmt: skip
+    _launch(forward_kernel, (triton.cdiv(n, config.block_n), 1, 1), config, (mu, logvar, noise, z, kl), mu, logvar, noise, kl.ndim == 2)
 
 
 def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, grad_mu: Tensor, grad_logvar: Tensor) -> None:
     """Fill dμ and dlogvar (N, D) from contiguous dz (N, D) and dKL, (N,) or (N, D), and the inputs of `forward`."""
     n, d = mu.shape
     config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
-    backward_kernel[triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)](
-        grad_z, grad_kl, mu, logvar, noise, grad_mu, grad_logvar, *_units(config, mu, logvar), n, SEEDED=not noise.is_floating_point(),
-        PER_DIMENSION=grad_kl.ndim == 2, **config.launch(),
+    grid = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d), 1
+    tensors = (grad_z, grad_kl, mu, logvar, noise, grad_mu, grad_logvar)
+    _launch(backward_kernel, grid, config, tensors, mu, logvar, noise, grad_kl.ndim == 2)
+
+
+def _launch(
+    fn: Any,
+    grid: tuple[int, int, int],
+    config: RowConfig,
+    tensors: tuple[Tensor, ...],
+    mu: Tensor,
+    logvar: Tensor,
+    noise: Tensor,
+    per_dimension: bool,
+) -> None:
+    units = mu.shape[1] // config.vector, mu.stride(0) // config.vector, logvar.stride(0) // config.vector
+    key = config, per_dimension, tensor_key(*tensors), integer_key(*units), mu.shape[0] >= 1 << 31
+    launch(
+        fn, key, mu.device, grid, (*tensors, *units, mu.shape[0]),
+        lambda: {"SEEDED": not noise.is_floating_point(), "PER_DIMENSION": per_dimension, **config.launch()},
     )  # fmt: skip
-
-
-def _units(config: RowConfig, mu: Tensor, logvar: Tensor) -> tuple[int, int, int]:
-    return mu.shape[1] // config.vector, mu.stride(0) // config.vector, logvar.stride(0) // config.vector
