@@ -290,6 +290,7 @@ def row(variant: Variant, architecture: int) -> dict[str, Any]:
         "spill_instructions": binary.local,
         "shared_bytes": binary.shared,
         "shared_limit": SHARED_MEMORY[architecture] << 10,
+        "blocks": _blocks(binary, config.num_warps, architecture),
         "per": per,
         **work,
         "cycles": {unit: round(cycles, 4) for unit, cycles in units.items()},
@@ -298,6 +299,15 @@ def row(variant: Variant, architecture: int) -> dict[str, Any]:
         "predicted_ms": round(_count(variant) * units[bound] / (gpu.multiprocessors * gpu.ghz * 1e6), 3),
         "triton": triton.__version__,
     }
+
+
+def _blocks(binary: Binary, num_warps: int, architecture: int) -> int:
+    """Blocks that a multiprocessor holds at once, by their registers, shared memory and warps."""
+    registers = 65_536 // (32 * num_warps * -(-max(binary.registers, 1) // 8) * 8)
+    # A kibibyte of each block is the system's.
+    shared = (SHARED_MEMORY[architecture] + 1 << 10) // (binary.shared + 1024)
+    warps = 48 if architecture in (86, 89, 120) else 64
+    return min(registers, shared, warps // num_warps, 32)
 
 
 def _count(variant: Variant) -> float:
@@ -466,6 +476,7 @@ def _per_unit(ops: collections.Counter[str], count: float) -> dict[str, float]:
     matrix = round(sum(n for op, n in ops.items() if is_matrix(op)) / count, 3)
     return {
         "instructions": total,
+        "spills": instructions("LDL", "STL"),
         "exponential": exponential,
         "matrix": matrix,
         "double": instructions("DFMA", "DADD", "DMUL", "DSETP", "DMNMX"),
@@ -492,7 +503,7 @@ def format_row(row: dict[str, Any]) -> str:
         f"{row['arch']:6} {row['kernel'].split('.')[0]}.{row['kernel'].split('.')[1]:20} {row['variant']:52} {config:11} "
         f"{row['config']['num_warps']} warps, {row['registers']:3} registers, {row['shared_bytes']:6} B shared{over}{spill}; "
         f"{row['instructions']:6.2f} instructions/{row['per']} ({row['exponential']:.2f} exponential, {row['matrix']:.2f} matrix); "
-        f"{row['bound']} bound, {row['predicted_ms']} ms on {row['gpu']}"
+        f"{row['spills']:g} of spills; {row['blocks']} blocks a multiprocessor; {row['bound']} bound, {row['predicted_ms']} ms on {row['gpu']}"
     )
 
 

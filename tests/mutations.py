@@ -38,7 +38,7 @@ FAULTS = [
     Fault(
         "Triton: every problem of a batch reads the columns of the first",
         "kernels/mmd.py",
-        "        col_hi_ptr += first_column * D\n",
+        "        hi_ptr += problem * rows * D\n",
         "",
         ("tests/test_mmd.py", "-k", "one_launch and rbf"),
     ),
@@ -247,10 +247,17 @@ FAULTS = [
     ),
     Fault(
         "Triton: tf32 products of points that are not rounded, as their norms are not",
-        "kernels/pairs.py",
-        "    if mode in (TF32.value, SPLIT_TF32.value):\n",
-        "    if mode == SPLIT_TF32.value:\n",
+        "kernels/prepare.py",
+        "        hi = _round_tf32(scaled)\n",
+        "        hi = scaled\n",
         ("tests/test_mmd.py", "-k", "equal_rows"),
+    ),
+    Fault(
+        "Triton: the gradient of the other sample's columns has the wrong sign",
+        "kernels/prepare.py",
+        "        tl.store(plan_ptr + (OTHER_PULL + 1), -x_mean)\n",
+        "        tl.store(plan_ptr + (OTHER_PULL + 1), x_mean)\n",
+        MMD_TRITON,
     ),
     Fault(
         "CPU: the rows of a tile stay those of the one before",

@@ -219,15 +219,14 @@ def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepne
     from fastvae.kernels import mmd as kernels
     from fastvae.kernels.prepare import ROUTE
 
-    plans = []
-    original = kernels.operands_kernel
-    position = original.arg_names.index("plan_ptr")
+    plans, original = [], kernels.launch
 
-    class Recorded:
-        def __getitem__(self, grid):
-            return lambda *args, **options: plans.append(args[position]) or original[grid](*args, **options)
+    def recorded(fn, key, device, grid, args, constants):
+        if fn is kernels.operands_kernel:
+            plans.append(args[fn.arg_names.index("plan_ptr")])
+        original(fn, key, device, grid, args, constants)
 
-    monkeypatch.setattr(kernels, "operands_kernel", Recorded())
+    monkeypatch.setattr(kernels, "launch", recorded)
     x, y = (torch.randn(60, 4, device=DEVICE) for _ in range(2))
     # Near pairs, so that a small bandwidth has something to see.
     y[:30] = x[:30] + 0.2 * torch.randn(30, 4, device=DEVICE)
@@ -378,6 +377,82 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, monkeypatch
     gradients = torch.autograd.grad(values.sum(), (x, y))
     for actual, parts in zip((values.detach(), *gradients), zip(*singles, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(parts), rtol=0, atol=0)
+
+
+# PyTorch operations that launch nothing on a GPU.
+VIEWS = {"view", "expand", "select", "slice", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view", "empty", "new_empty", "empty_like"}
+VIEWS |= {"split_with_sizes", "as_strided", "reshape", "_reshape_alias"}
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what PyTorch launches; numbers that stay on the CPU, float64 of one dimension here, are not on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if name not in VIEWS and isinstance(out, torch.Tensor) and not (out.dtype == torch.float64 and out.ndim == 1):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "options", "gradient", "most"),
+    [
+        ("mmd", {}, True, 7),
+        ("mmd", {"bandwidth": (1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0), "estimator": "unbiased"}, True, 7),
+        ("mmd", {"batch": True}, True, 7),
+        ("mmd", {}, False, 6),
+        ("mmd_to_normal", {}, True, 7),
+        ("mmd_to_normal", {}, False, 6),
+    ],
+)
+def test_triton_launches_of_a_step(monkeypatch, name, options, gradient, most):
+    """PyTorch's and ours, of value, gradient and what autograd does: on a GPU they are the time of a small batch."""
+    from fastvae.kernels import mmd as kernels
+
+    launches = []
+    monkeypatch.setattr(kernels, "launch", lambda fn, *_: launches.append(fn.__name__))
+    shape = (3, 40, 5) if options.pop("batch", False) else (40, 5)
+    points = [torch.randn(shape, device=DEVICE) for _ in range(2 if name == "mmd" else 1)]
+    points[0].requires_grad_(gradient)
+    upstream = torch.ones(shape[:-2], device=DEVICE)
+    with Operations() as operations:
+        value = getattr(fastvae, name)(*points, **options, backend="triton")
+        if gradient:
+            torch.autograd.grad(value, points[0], upstream)
+    assert 5 <= len(launches) <= 6
+    assert len(launches) + len(operations.found) <= most, operations.found
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("kernel", "bandwidth"), [("rbf", 1.5), ("rbf", 15.0), ("laplace", 1.5), ("polynomial", 1.5)])
+def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
+    """The share of a rank, whose rows start and end within a tile of the samples of all."""
+    x, y = torch.randn(150, 5, dtype=torch.float64, device=DEVICE), torch.randn(101, 5, dtype=torch.float64, device=DEVICE) + 0.2
+    p, q = torch.rand(150, dtype=torch.float64, device=DEVICE), torch.rand(101, dtype=torch.float64, device=DEVICE)
+    whole = (p / p.sum(), q / q.sum()) if weighted else (None, None)
+    h = torch.tensor([bandwidth], dtype=torch.float64)
+    parameters = {"polynomial": [3.0, 1.0]}.get(kernel, [])
+    total, gradients = 0.0, []
+    for rows_x, rows_y in ((slice(0, 33), slice(0, 70)), (slice(33, 150), slice(70, 101))):
+        own = (whole[0][rows_x], whole[1][rows_y]) if weighted else (None, None)
+        arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, h, torch.ones_like(h))
+        value, *grads, _ = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, False)
+        total, gradients = total + value, [*gradients, grads]
+    options = {"bandwidth": bandwidth, "kernel": kernel, "estimator": "unbiased"}
+    weights = {"x_weights": whole[0], "y_weights": whole[1]} if weighted else {}
+    actual = total, *(torch.cat(parts) for parts in zip(*gradients, strict=True))
+    exact = evaluate(reference.mmd, x, y, **options, **weights)
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.usefixtures("interpreter_warnings")

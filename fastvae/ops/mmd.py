@@ -117,7 +117,7 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
     grad_bandwidth = value.new_empty(0, dtype=torch.float64)
     if problem.bandwidth_grad:
         h = problem.bandwidth.to(device)
-        own = [(problem.x, grad_x), (problem.y, grad_y)][: 1 if prior else 2]
+        own = [(problem.x, grad_x)] if problem.y is None else [(problem.x, grad_x), (problem.y, grad_y)]
         grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / h
         if prior:
             of_x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
@@ -372,10 +372,12 @@ class MMD(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        # Else backward is handed zeros in their place, a launch each.
+        ctx.set_materialize_grads(False)
         _setup_context(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *grads)
 
 
@@ -385,11 +387,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.save_for_backward(*sources, *output[1:])
 
 
-def _backward(ctx: Any, grad_value: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     # Unpacked once: activation checkpointing allows no more.
     tensors = ctx.saved_tensors
     sources, saved = tensors[:3], tensors[3:]
     grads: list[Tensor | None] = [None] * len(Problem._fields)
+    if grad_value is None:
+        return tuple(grads)
     for n, source, grad in zip(_DIFFERENTIABLE, sources, saved, strict=True):
         if not ctx.needs_input_grad[n]:
             continue
