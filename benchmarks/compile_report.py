@@ -503,7 +503,8 @@ def format_row(row: dict[str, Any]) -> str:
         f"{row['arch']:6} {row['kernel'].split('.')[0]}.{row['kernel'].split('.')[1]:20} {row['variant']:52} {config:11} "
         f"{row['config']['num_warps']} warps, {row['registers']:3} registers, {row['shared_bytes']:6} B shared{over}{spill}; "
         f"{row['instructions']:6.2f} instructions/{row['per']} ({row['exponential']:.2f} exponential, {row['matrix']:.2f} matrix); "
-        f"{row['spills']:g} of spills; {row['blocks']} blocks a multiprocessor; {row['bound']} bound, {row['predicted_ms']} ms on {row['gpu']}"
+        f"{row['spills']:g} of spills; {row['blocks']} blocks a multiprocessor; "
+        f"{row['bound']} bound, {row['predicted_ms']} ms on {row['gpu']}"
     )
 
 

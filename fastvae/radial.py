@@ -285,6 +285,10 @@ class KernelNumbers:
     squarings: tuple[int, ...]
     arguments: tuple[float, ...] | Tensor
 
+    @property
+    def numbers(self) -> int:
+        return self.arguments.numel() if isinstance(self.arguments, Tensor) else len(self.arguments) // 3
+
     @staticmethod
     def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
         if bandwidth.device.type == "cpu" and bandwidth_weights.device.type == "cpu":

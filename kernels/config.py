@@ -116,9 +116,9 @@ _WGMMA, _TCGEN05 = (90,), (100, 103)
 
 @dataclass(frozen=True)
 class _Rule:
-    """The tile for up to `dim` features and `bandwidths` bandwidths. Each spills nothing in its inner loop and fits its architectures' shared
-    memory, as `benchmarks/results/compile_report.jsonl` shows, and is the fastest measured, or else the one with the fewest cycles of its
-    slowest unit."""
+    """The tile for up to `dim` features and `bandwidths` bandwidths. Each spills nothing in its inner loop and fits its architectures'
+    shared memory, as `benchmarks/results/compile_report.jsonl` shows, and is the fastest measured, or else the one with the fewest cycles
+    of its slowest unit."""
 
     dim: float
     bandwidths: float
@@ -155,7 +155,8 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
         _Rule(_ANY, _ANY, SweepConfig(128, 64, 64, 64, 4, 1)),
     ),
     ("tcgen05", True): (
-        _Rule(64, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 1)),
+        _Rule(64, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 1)),
+        _Rule(64, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 1)),
         _Rule(128, 1, SweepConfig(64, 32, _ALL, _ALL, 4, 1)),
         _Rule(_ANY, _ANY, SweepConfig(64, 32, 64, 128, 4, 1)),
     ),
@@ -168,7 +169,6 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     ),
     ("mma", True): (
         _Rule(32, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
-        _Rule(64, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
         _Rule(64, _ANY, SweepConfig(128, 32, _ALL, _ALL, 8, 2)),
         _Rule(128, 1, SweepConfig(64, 32, _ALL, _ALL, 4, 1)),
         _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),

@@ -65,6 +65,8 @@ from fastvae.kernels.prepare import (
     STATISTICS,
     UNBIASED_SCALE,
     VALUE_SHIFT,
+    gammas_of,
+    load_numbers,
     operands_kernel,
     own_term,
     shifts_of,
@@ -343,6 +345,7 @@ def finish_kernel(
     parts,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     FAMILY: tl.constexpr,
     KERNELS: tl.constexpr,
@@ -440,12 +443,14 @@ def finish_kernel(
                 mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
                 z = tl.load(z_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
                 norm2 += tl.sum(z * z, 1)
+        values = load_numbers(numbers, NUMBERS, ON_DEVICE)
+        gammas = gammas_of(values, FAMILY, KERNELS, FEATURES)
         squares = 0.0
         if OWN == NORMAL_PRIOR:
             statistics = statistic_ptr + problem * (SAMPLES * CHUNKS * STATISTICS)
             squares = tl.sum(tl.load(statistics + tl.arange(0, CHUNKS) * STATISTICS))
-        shifts = shifts_of(squares / n.to(tl.float64) + FEATURES, numbers, ON_DEVICE, FAMILY, KERNELS, FEATURES)
-        _, own_slope = own_term(norm2, p, shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
+        shifts = shifts_of(squares / n.to(tl.float64) + FEATURES, gammas, FAMILY, KERNELS)
+        _, own_slope = own_term(norm2, p, shifts, values, gammas, OWN, FAMILY, KERNELS)
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
@@ -568,7 +573,7 @@ def _static(
         padding=padding_of(kernel),
         rounding=rounding_of(double),
         features=max(padded_dim(dim, config) for config in configs[: len(modes)]),
-        block_n=max(config.block_n for config in configs),
+        block_n=max(_ROW_BLOCK, *(config.block_n for config in configs)),
     )
 
 
@@ -668,8 +673,8 @@ def mmd(
 
     def plan_constants(**others: Any) -> dict[str, Any]:
         return constants(
-            ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own, PLAN_SIZE=PLAN, MODE_0=static.modes[0],
-            MODE_1=static.modes[1] if len(static.modes) > 1 else -1, **others,
+            NUMBERS=kernel.numbers, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own, PLAN_SIZE=PLAN,
+            MODE_0=static.modes[0], MODE_1=static.modes[1] if len(static.modes) > 1 else -1, num_warps=8, **others,
         )  # fmt: skip
 
     # prepare
@@ -742,7 +747,7 @@ def mmd(
 _CHUNKS = 64
 
 # Rows of a step of the statistics, and of a program of `operands_kernel` and `finish_kernel`; every block of a sweep holds whole ones.
-_ROW_BLOCK = 32
+_ROW_BLOCK = 64
 
 
 def _padded(rows: int, block: int) -> int:

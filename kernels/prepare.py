@@ -52,20 +52,27 @@ NO_OWN_TERM, NORMAL_PRIOR, POLYNOMIAL_DIAGONAL = tl.constexpr(0), tl.constexpr(1
 
 
 @triton.jit
-def number(numbers, n: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """The n-th number in float64, from a tensor or from three float32 that sum to it."""
-    if ON_DEVICE:
-        return tl.load(numbers + n)
-    else:
-        return tl.cast(numbers[3 * n], tl.float64) + tl.cast(numbers[3 * n + 1], tl.float64) + tl.cast(numbers[3 * n + 2], tl.float64)
+def load_numbers(numbers, COUNT: tl.constexpr, ON_DEVICE: tl.constexpr):
+    """`fastvae.radial.KernelNumbers` in float64, from a tensor or from three float32 that sum to each."""
+    values = ()
+    for n in tl.static_range(COUNT):
+        if ON_DEVICE:
+            values += (tl.load(numbers + n),)
+        else:
+            high, middle, low = numbers[3 * n], numbers[3 * n + 1], numbers[3 * n + 2]
+            values += (tl.cast(high, tl.float64) + tl.cast(middle, tl.float64) + tl.cast(low, tl.float64),)
+    return values
 
 
 @triton.jit
-def gamma_of(numbers, b: tl.constexpr, ON_DEVICE: tl.constexpr, FAMILY: tl.constexpr, FEATURES: tl.constexpr):
-    """γ of the b-th bandwidth, nan where that is not positive."""
-    h = number(numbers, b, ON_DEVICE)
-    gamma = 0.5 / (h * h) if FAMILY < POLYNOMIAL else 1.0 / (FEATURES * (h * h))
-    return tl.where(h > 0, gamma, float("nan"))
+def gammas_of(values, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.constexpr):
+    """γ of each bandwidth, nan where that is not positive."""
+    gammas = ()
+    for b in tl.static_range(KERNELS):
+        h2 = values[b] * values[b]
+        gamma = 0.5 / h2 if FAMILY < POLYNOMIAL else 1.0 / (FEATURES * h2)
+        gammas += (tl.where(values[b] > 0, gamma, float("nan")),)
+    return gammas
 
 
 @triton.jit
@@ -207,10 +214,7 @@ def exp_minus(t, shifted):
 
 
 @triton.jit
-def own_term(
-    norm2, p, shifts, numbers,
-    ON_DEVICE: tl.constexpr, OWN: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
+def own_term(norm2, p, shifts, values, gammas, OWN: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
     """What a row of squared norm `norm2` and weight p adds to MMD² by itself, and s of its gradient s·z, in float64.
 
     Against N(0, I), −2·p·Σ_b a_b·E_y k_b(z, y); of a polynomial p²·(k(z, z) − k(0, 0)).
@@ -219,19 +223,19 @@ def own_term(
     slope = tl.zeros_like(norm2)
     if OWN == NORMAL_PRIOR:
         for b in tl.static_range(KERNELS):
-            weight = number(numbers, KERNELS + b, ON_DEVICE)
-            steepness = number(numbers, 4 * KERNELS + b, ON_DEVICE)
-            exponent = number(numbers, 3 * KERNELS + b, ON_DEVICE) - 0.5 * steepness * norm2
+            weight = values[KERNELS + b]
+            steepness = values[4 * KERNELS + b]
+            exponent = values[3 * KERNELS + b] - 0.5 * steepness * norm2
             value -= weight * exp_minus(exponent, shifts[b] > 0)
             slope += weight * steepness * tl.exp(exponent)
         value *= 2 * p
         slope *= 2 * p
     elif OWN == POLYNOMIAL_DIAGONAL:
-        gamma = gamma_of(numbers, 0, ON_DEVICE, FAMILY, FEATURES)
+        gamma = gammas[0]
         t = gamma * norm2
         for n in tl.static_range(FAMILY - POLYNOMIAL):
             slope = slope * t + value
-            value = value * t + number(numbers, 2 * KERNELS + n, ON_DEVICE)
+            value = value * t + values[2 * KERNELS + n]
         # Horner's scheme of Σ c_n·t^n ends with the power 0, which this lacks.
         slope = slope * t + value
         value = value * t
@@ -241,11 +245,11 @@ def own_term(
 
 
 @triton.jit
-def shifts_of(spread, numbers, ON_DEVICE: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.constexpr):
+def shifts_of(spread, gammas, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
     """1 for each bandwidth of which k − φ(0) is summed, else 0."""
     shifts = ()
     for b in tl.static_range(KERNELS):
-        t = gamma_of(numbers, b, ON_DEVICE, FAMILY, FEATURES) * spread
+        t = gammas[b] * spread
         if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109, Triton has no `in`
             t = tl.sqrt(2.0 * t)
         shifts += (tl.where(t < _SHIFT_BELOW, 1.0, 0.0).to(tl.float64),)
@@ -330,6 +334,7 @@ def operands_kernel(
     rounding,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     FAMILY: tl.constexpr,
     KERNELS: tl.constexpr,  # bandwidths
@@ -370,11 +375,13 @@ def operands_kernel(
         furthest = tl.maximum(furthest, y_furthest)
     else:
         spread += FEATURES
-    gamma = gamma_of(numbers, 0, ON_DEVICE, FAMILY, FEATURES)
+    values = load_numbers(numbers, NUMBERS, ON_DEVICE)
+    gammas = gammas_of(values, FAMILY, KERNELS, FEATURES)
+    gamma = gammas[0]
     route = tl.zeros([], dtype=tl.int32)
-    shifts = shifts_of(spread, numbers, ON_DEVICE, FAMILY, KERNELS, FEATURES)
+    shifts = shifts_of(spread, gammas, FAMILY, KERNELS)
     if RADIAL:
-        steepness = gamma_of(numbers, KERNELS - 1, ON_DEVICE, FAMILY, FEATURES) * furthest
+        steepness = gammas[KERNELS - 1] * furthest
         route = (steepness > limit_0).to(tl.int32)
         if MODE_1 >= 0:
             route += (steepness > limit_1).to(tl.int32)
@@ -391,7 +398,7 @@ def operands_kernel(
     elif RADIAL and FAMILY != QUADRATIC:
         gain = gamma * 4
     elif FAMILY == QUADRATIC:
-        gain = gamma * 2 / number(numbers, 2 * KERNELS, ON_DEVICE)
+        gain = gamma * 2 / values[2 * KERNELS]
     else:
         gain = gamma
     scale = tl.sqrt(gain)
@@ -449,7 +456,7 @@ def operands_kernel(
         tl.store(weight_ptr + own_row, row_weight, mask=row_mask)
         p = row_weight.to(tl.float64)
     if OWN != 0:
-        value, _ = own_term(norm2, tl.where(swept, p, 0.0), shifts, numbers, ON_DEVICE, OWN, FAMILY, KERNELS, FEATURES)
+        value, _ = own_term(norm2, tl.where(swept, p, 0.0), shifts, values, gammas, OWN, FAMILY, KERNELS)
         tl.store(own_ptr + problem * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
 
     if start_n == 0:
@@ -461,17 +468,17 @@ def operands_kernel(
         prior = tl.zeros([], dtype=tl.float64)
         energy = tl.zeros([], dtype=tl.float64)
         for b in tl.static_range(KERNELS):
-            ratio = gamma_of(numbers, b, ON_DEVICE, FAMILY, FEATURES) / gamma
+            ratio = gammas[b] / gamma
             if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
                 ratio = tl.sqrt(ratio)
-            weight = number(numbers, KERNELS + b, ON_DEVICE)
+            weight = values[KERNELS + b]
             energy += weight * ratio
             weights_sum += weight
             value_shift += shifts[b] * weight
             if FAMILY == GAUSSIAN:
                 slope_shift += shifts[b] * weight * ratio
             if OWN == NORMAL_PRIOR:
-                prior += weight * exp_minus(number(numbers, 2 * KERNELS + b, ON_DEVICE), shifts[b] > 0)
+                prior += weight * exp_minus(values[2 * KERNELS + b], shifts[b] > 0)
             if b < BANDWIDTHS:
                 tl.store(table_ptr + b, ratio.to(dtype))
                 tl.store(table_ptr + (BANDWIDTHS + b), weight.to(dtype))
@@ -480,7 +487,7 @@ def operands_kernel(
             tl.store(table_ptr + 3 * BANDWIDTHS, (-rounding * furthest * gain).to(dtype))
         elif not RADIAL or FAMILY == QUADRATIC:
             for k in tl.static_range(TABLE - 3 * BANDWIDTHS):
-                tl.store(table_ptr + (3 * BANDWIDTHS + k), number(numbers, 2 * KERNELS + k, ON_DEVICE).to(dtype))
+                tl.store(table_ptr + (3 * BANDWIDTHS + k), values[2 * KERNELS + k].to(dtype))
         left_out = tl.where(slope_shift == 0.0, 0.0, -4.0 * gamma * slope_shift)
         diagonal = weights_sum - value_shift
         unit = weights_sum * 0.0 + 1.0

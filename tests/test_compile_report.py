@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not here: no spill, no tile over the shared memory, no instruction more than committed."""
+"""The kernels compiled for GPUs that are not here: no spill in a loop, no tile that does not fit, no instruction more than committed."""
 
 import dataclasses
 import os
@@ -29,10 +29,20 @@ def test_committed_rows_are_of_these_configurations(committed):
             assert row["config"] == dataclasses.asdict(report.config_of(variant, architecture)), variant
 
 
+# Instructions that save and restore registers around the inner loop, once for each block of rows: at D 128 and 256 of one bandwidth, where
+# tiles without them take twice the time (benchmarks/results/gpu.jsonl).
+AROUND_THE_LOOP = 64
+
+
+def assert_fits(key, row):
+    assert row["spills"] == 0, key
+    assert row["spill_instructions"] <= (AROUND_THE_LOOP if row["kernel"] == "mmd.sweep_kernel" else 0), key
+    assert row["shared_bytes"] <= row["shared_limit"], key
+
+
 def test_committed_rows_neither_spill_nor_overflow(committed):
     for key, row in committed.items():
-        assert row["stack_bytes"] == row["spill_instructions"] == 0, key
-        assert row["shared_bytes"] <= row["shared_limit"], key
+        assert_fits(key, row)
 
 
 @pytest.mark.slow
@@ -45,8 +55,7 @@ def test_compiled_anew(committed, tmp_path):
     rows = report.load(output)
     assert rows
     for key, row in rows.items():
-        assert row["stack_bytes"] == row["spill_instructions"] == 0, key
-        assert row["shared_bytes"] <= row["shared_limit"], key
+        assert_fits(key, row)
         if row["triton"] == committed[key]["triton"]:
             assert row["instructions"] <= committed[key]["instructions"] + RISE, key
 
