@@ -56,11 +56,12 @@ class Loop:
         return self.body + collections.Counter({op: n * trips for op, n in self.nested.items()})
 
 
-def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], arch: int, aligned: tuple[str, ...] = ()) -> Binary:
+def compile_kernel(fn: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, aligned: tuple[str, ...] = ()) -> Binary:
     """Compile for compute capability arch / 10.
 
     Args:
-        types: of each argument that is no constexpr, as Triton writes them: "*fp32", "i32". Pointers are aligned to 16 bytes.
+        types: of each argument that is no constexpr, as Triton writes them: "*fp32", "i32", or a tuple of such. Pointers are aligned to
+            16 bytes.
         constants: the constexprs, num_warps, num_stages and maxnreg.
         aligned: integer arguments that are multiples of 16.
     """
@@ -77,14 +78,15 @@ def compile_kernel(fn: Any, types: dict[str, str], constants: dict[str, Any], ar
     return Binary(int(found[1]), int(found[2]), binary.metadata.shared, local, ops, _loops(code, labels))
 
 
-def compile_for(target: GPUTarget, fn: Any, types: dict[str, str], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
+def compile_for(target: GPUTarget, fn: Any, types: dict[str, Any], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
     """Triton's binary; arguments as of `compile_kernel`."""
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     missing = [name for name in fn.arg_names if name not in types and name not in constants]
     if missing:
         raise ValueError(f"{fn.__name__} must have a type or a value for each argument, got none for {', '.join(missing)}")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in aligned or signature[name].startswith("*")}
+    pointers = {name for name, kind in signature.items() if isinstance(kind, str) and kind.startswith("*")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in pointers.union(aligned)}
     source = ASTSource(fn=fn, signature=signature, constexprs={k: v for k, v in constants.items() if k in fn.arg_names}, attrs=attrs)
     return triton.compile(source, target=target, options=options)
 

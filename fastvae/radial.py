@@ -293,8 +293,11 @@ class KernelNumbers:
     def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
         if bandwidth.device.type == "cpu" and bandwidth_weights.device.type == "cpu":
             return _kernel_numbers(kernel, tuple(bandwidth.tolist()), tuple(bandwidth_weights.tolist()), dim, prior, device)
-        h, order = bandwidth.to(device).sort(descending=True)
-        a = bandwidth_weights.to(device)[order]
+        bandwidth, bandwidth_weights = (
+            _constant(tuple(t.tolist()), device) if t.device.type == "cpu" else t for t in (bandwidth, bandwidth_weights)
+        )
+        h, order = bandwidth.sort(descending=True)
+        a = bandwidth_weights[order]
         numbers = [h, a]
         if isinstance(kernel, RationalQuadratic):
             numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
@@ -311,7 +314,7 @@ class KernelNumbers:
 def _kernel_numbers(
     kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool, device: torch.device
 ) -> KernelNumbers:
-    pairs = sorted(zip(bandwidth, weights, strict=True), key=lambda pair: -pair[0])
+    pairs = sorted(((h if h > 0 else math.nan, a) for h, a in zip(bandwidth, weights, strict=True)), key=lambda pair: -pair[0])
     h, a = ([pair[n] for pair in pairs] for n in range(2))
     numbers = [*h, *a]
     if isinstance(kernel, RationalQuadratic):

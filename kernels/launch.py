@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
+# A parameter that changes at each step makes new keys for old kernels.
+_MOST = 4096
 
 
 def launch(
@@ -36,7 +38,10 @@ def launch(
         return
     named = constants()
     kernel = fn[grid](*args, **named)
-    if isinstance(kernel, CompiledKernel):  # and not the interpreter's
+    # Not the interpreter's; on an AMD GPU Triton compiles large tensors apart too.
+    if isinstance(kernel, CompiledKernel) and torch.version.hip is None:
+        if len(_compiled) >= _MOST:
+            _compiled.clear()
         _compiled[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :])
 
 

@@ -193,8 +193,10 @@ def sweep_kernel(
         batches = tl.num_programs(1) // d_blocks
         plan_ptr += problem * PLAN_SIZE
         table_ptr += problem * TABLE
-        hi_ptr += problem * rows * D
-        lo_ptr += problem * rows * D
+        # A problem has the same bytes in every pass.
+        halves: tl.constexpr = 2 if MODE == BF16 or MODE == SPLIT else 1  # noqa: SIM109, Triton has no `in`
+        hi_ptr += problem * rows * (halves * D)
+        lo_ptr += problem * rows * (halves * D)
         half_ptr += problem * rows
         weight_ptr += problem * rows
         value_ptr += problem * blocks * BLOCK_N
@@ -461,12 +463,13 @@ def finish_kernel(
             pull = moments
             if FAMILY < POLYNOMIAL:
                 offs = operand_row[:, None] * D + offs_d[None, :]
+                offs16 = offs + problem * rows * D
                 seen = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
                 if route == 0:
-                    seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype, MODE_0)
+                    seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_0)
                 if MODE_1 >= 0:  # noqa: SIM102
                     if route == 1:
-                        seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype, MODE_1)
+                        seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_1)
                 # Sums of differences need no row beside them: there `seen` is zero.
                 pull = slope[:, None] * seen - moments
             gradient = p.to(dtype)[:, None] * (scale * pull)
@@ -487,12 +490,12 @@ def finish_kernel(
 
 
 @triton.jit
-def _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, dtype: tl.constexpr, MODE: tl.constexpr):
+def _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype: tl.constexpr, MODE: tl.constexpr):
     """Rows as the products of a pass saw them."""
     if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
-        seen = tl.load(hi16_ptr + offs, mask=mask, other=0.0).to(dtype)
+        seen = tl.load(hi16_ptr + offs16, mask=mask, other=0.0).to(dtype)
         if MODE == SPLIT:
-            seen += tl.load(lo16_ptr + offs, mask=mask, other=0.0).to(dtype)
+            seen += tl.load(lo16_ptr + offs16, mask=mask, other=0.0).to(dtype)
         return seen
     else:
         seen = tl.load(hi_ptr + offs, mask=mask, other=0.0)
@@ -601,8 +604,8 @@ class Sample:
 
 def mmd(
     x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, prior: bool, precision: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """(MMD² (B,), its gradients to x and y, the centre (B, D) they were seen from), in the accumulation dtype.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """(MMD² (B,), its gradients to x and y, the centre (B, D) they were seen from, the shift of the one bandwidth (B,) in float64).
 
     Without y, of the terms over pairs of x alone, or with `prior` against N(0, I).
     """
@@ -624,9 +627,11 @@ def mmd(
     padded = [_padded(sample.rows, block) for sample in samples]
     x_padded, y_padded = (padded * 2)[:2] if y is not None else (padded[0], 0)
     y_start, y_rows = (0, 0) if y is None else (y.start, y.rows)
-    # Rows with a gradient meet the other sample, and else those of x for the value.
-    crosses = [len(samples) == 2 and (sample.gradient or (k == 0 and not samples[1].gradient)) for k, sample in enumerate(samples)]
-    counts = (-2.0, 0.0) if crosses[0] else (0.0, -2.0)
+    # Rows with a gradient meet the other sample. The value takes those of x, as every rank does whatever its gradients, or those of y where
+    # they alone are swept so.
+    counted = x.gradient or shares or not samples[-1].gradient
+    crosses = [len(samples) == 2 and (counted, samples[-1].gradient)[k] for k in range(len(samples))]
+    counts = (-2.0, 0.0) if counted else (0.0, -2.0)
     flags = [
         (_GRADIENT.value if sample.gradient else 0)
         | (_CROSS.value if cross else 0)
@@ -740,7 +745,7 @@ def mmd(
         ),
         lambda: plan_constants(CROSS=two, GRADIENT=gradient, WEIGHTED=weighted, BLOCK_R=1024),
     )  # fmt: skip
-    return result, grads[0], grads[1] if two else None, centre[:, 0, :dim]
+    return result, grads[0], grads[1] if two else None, centre[:, 0, :dim], plan.view(batch, PLAN)[:, VALUE_SHIFT.value]
 
 
 # Programs that take the statistics of a sample.

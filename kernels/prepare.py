@@ -23,7 +23,7 @@ from fastvae.kernels.pairs import (
     TF32,
 )
 
-# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; and one that keeps multiples of 16 bytes.
+# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; and 0, or nan if a number is not finite.
 STATISTICS = tl.constexpr(4)
 
 # Entries of the plan of a problem, float64.
@@ -76,14 +76,14 @@ def gammas_of(values, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.
 
 
 @triton.jit
-def _mean_of_some_rows(z_ptr, rows, offs_d, mask_d, FEATURES: tl.constexpr, dtype: tl.constexpr):
+def _mean_of_some_rows(z_ptr, rows, offs_d, mask_d, FEATURES: tl.constexpr):
     """The mean of up to `_CENTRE_ROWS` rows, exact where they are equal."""
     count = tl.minimum(rows, _CENTRE_ROWS)
     offs = tl.arange(0, _CENTRE_ROWS)
     row = (offs.to(tl.int64) * rows) // count
     mask = (offs < count)[:, None] & mask_d[None, :]
-    first = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0).to(dtype)
-    z = tl.load(z_ptr + row[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
+    first = tl.load(z_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float64)
+    z = tl.load(z_ptr + row[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
     return first + tl.sum(tl.where(mask, z - first[None, :], 0.0), 0) / count
 
 
@@ -122,12 +122,12 @@ def statistics_kernel(
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < FEATURES
-        centre = tl.zeros([BLOCK_D], dtype=dtype)
+        centre = tl.zeros([BLOCK_D], dtype=tl.float64)
         if RADIAL:
-            centre = _mean_of_some_rows(x_ptr, n, offs_d, mask_d, FEATURES, dtype)
+            centre = _mean_of_some_rows(x_ptr, n, offs_d, mask_d, FEATURES)
             if SAMPLES == 2:
-                centre = 0.5 * (centre + _mean_of_some_rows(y_ptr, m, offs_d, mask_d, FEATURES, dtype))
-        tl.store(centre_ptr + offs_d, centre)
+                centre = 0.5 * (centre + _mean_of_some_rows(y_ptr, m, offs_d, mask_d, FEATURES))
+        tl.store(centre_ptr + offs_d, centre.to(dtype))
     # The threads of a program read each other's part of the centre.
     tl.debug_barrier()
     z_ptr, rows, weight_ptr = x_ptr, n, x_weight_ptr + problem * n
@@ -142,6 +142,7 @@ def statistics_kernel(
     squares = tl.zeros([BLOCK_N], dtype=tl.float64)
     furthest = tl.zeros([BLOCK_N], dtype=tl.float64)
     weights2 = tl.zeros([BLOCK_N], dtype=tl.float64)
+    not_finite = tl.zeros([BLOCK_N], dtype=tl.float64)
     for start_n in range(first, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < last
@@ -150,11 +151,12 @@ def statistics_kernel(
         for start_d in range(0, D, BLOCK_D):
             offs_d = start_d + tl.arange(0, BLOCK_D)
             mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
-            z = tl.load(z_ptr + offs_n.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-            difference = tl.where(mask, z - tl.load(centre_ptr + offs_d)[None, :], 0.0).to(tl.float64)
+            z = tl.load(z_ptr + offs_n.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
+            difference = tl.where(mask, z - tl.load(centre_ptr + offs_d).to(tl.float64)[None, :], 0.0)
             distance2 += tl.sum(difference * difference, 1)
+            not_finite += tl.sum(z * 0.0, 1)
             if SAMPLES == 1:
-                norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
+                norm2 += tl.sum(z * z, 1)
         squares += norm2 if SAMPLES == 1 else distance2
         furthest = tl.maximum(furthest, distance2)
         if X_WEIGHTED or Y_WEIGHTED:
@@ -182,6 +184,7 @@ def statistics_kernel(
     tl.store(statistic_ptr, tl.sum(squares))
     tl.store(statistic_ptr + 1, tl.max(furthest))
     tl.store(statistic_ptr + 2, tl.sum(weights2))
+    tl.store(statistic_ptr + 3, tl.sum(not_finite))
 
 
 @triton.jit
@@ -199,7 +202,8 @@ def _weight(weight_ptr, offs_n, mask_n, rows, is_x, X_WEIGHTED: tl.constexpr, Y_
 def _statistics(statistic_ptr, CHUNKS: tl.constexpr):
     """Those of a sample, from its programs'."""
     offs = tl.arange(0, CHUNKS) * STATISTICS
-    return tl.sum(tl.load(statistic_ptr + offs)), tl.max(tl.load(statistic_ptr + offs + 1)), tl.sum(tl.load(statistic_ptr + offs + 2))
+    squares, weights2 = tl.sum(tl.load(statistic_ptr + offs)), tl.sum(tl.load(statistic_ptr + offs + 2))
+    return squares, tl.max(tl.load(statistic_ptr + offs + 1)), weights2, tl.sum(tl.load(statistic_ptr + offs + 3))
 
 
 @triton.jit
@@ -272,14 +276,14 @@ def _round_bf16(z):
 
 
 @triton.jit
-def _store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, mask, MODE: tl.constexpr):
+def _store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, MODE: tl.constexpr):
     """The operands of one pass; returns the points as its products see them."""
     if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
         seen = _round_bf16(scaled)
-        tl.store(hi16_ptr + offs, seen.to(tl.bfloat16), mask=mask)
+        tl.store(hi16_ptr + offs16, seen.to(tl.bfloat16), mask=mask)
         if MODE == SPLIT:
             lo = _round_bf16(scaled - seen)
-            tl.store(lo16_ptr + offs, lo.to(tl.bfloat16), mask=mask)
+            tl.store(lo16_ptr + offs16, lo.to(tl.bfloat16), mask=mask)
             seen += lo
         return seen
     elif MODE == TF32 or MODE == SPLIT_TF32:  # noqa: SIM109
@@ -364,14 +368,13 @@ def operands_kernel(
     n64, m64 = n.to(tl.float64), m.to(tl.float64)
 
     # the plan
-    x_squares, furthest, x_weights2 = _statistics(statistic_ptr, CHUNKS)
+    x_squares, furthest, x_weights2, poison = _statistics(statistic_ptr, CHUNKS)
     spread = x_squares / n64
-    poison = x_squares * 0.0
     y_weights2 = x_weights2
     if SAMPLES == 2:
-        y_squares, y_furthest, y_weights2 = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS)
+        y_squares, y_furthest, y_weights2, y_poison = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS)
         spread += y_squares / m64
-        poison += y_squares * 0.0
+        poison += y_poison
         furthest = tl.maximum(furthest, y_furthest)
     else:
         spread += FEATURES
@@ -430,18 +433,20 @@ def operands_kernel(
         scaled = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64) * scale
         scaled = tl.where(mask, scaled, 0.0).to(dtype)
         offs = own_row[:, None] * D + offs_d[None, :]
+        # A problem has the same bytes in every pass, as each of a batch takes its own.
+        offs16 = offs + problem * rows * D
         inside = row_mask[:, None]
         seen = scaled
         if route == 0:
-            seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, MODE_0)
+            seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_0)
         if MODE_1 >= 0:
             if route == 1:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, MODE_1)
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_1)
             if route == 2:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, DIFFERENCES)
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
         elif RADIAL:  # noqa: SIM102
             if route == 1:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, inside, DIFFERENCES)
+                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
         half -= 0.5 * tl.sum(seen * seen, 1)
         if OWN != 0:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)

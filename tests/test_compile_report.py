@@ -60,6 +60,56 @@ def test_compiled_anew(committed, tmp_path):
             assert row["instructions"] <= committed[key]["instructions"] + RISE, key
 
 
+_AROUND_THE_SWEEP = """
+from benchmarks.sass import compile_kernel
+from fastvae.kernels import mmd, pairs, prepare
+
+SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
+FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding"}
+FLOAT64 = {"plan_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr"}
+
+# family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
+for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
+    (pairs.GAUSSIAN.value, 0, 1, 2, False, False, False, False, 0, SPLIT, SPLIT_TF32),
+    (pairs.GAUSSIAN.value, 0, 5, 2, True, False, False, True, 0, SPLIT, SPLIT_TF32),
+    (pairs.GAUSSIAN.value, 0, 2, 1, True, False, True, False, 1, pairs.IEEE.value, NONE),
+    (pairs.QUADRATIC.value, 1, 2, 2, False, True, False, False, 0, pairs.TF32.value, NONE),
+    (pairs.LAPLACE.value, 1, 2, 2, True, True, False, False, 0, SPLIT_TF32, NONE),
+    (pairs.ENERGY.value, 1, 1, 2, False, False, False, False, 0, pairs.BF16.value, NONE),
+    (pairs.POLYNOMIAL.value + 3, 3, 2, 2, True, True, False, False, 2, SPLIT, NONE),
+):
+    numbers = 2 * count + parameters + (3 * count if own == 1 else 0)
+    bandwidths = 1 if family in (pairs.ENERGY.value, pairs.POLYNOMIAL.value + 3) else count
+    constants = {
+        "SAMPLES": samples, "CHUNKS": 64, "FEATURES": 60, "D": 64, "BLOCK_N": 64, "BLOCK_D": 32, "RADIAL": family < 16,
+        "SUMS": family == 0,
+        "X_WEIGHTED": x_weighted, "Y_WEIGHTED": y_weighted, "WEIGHTED": x_weighted or y_weighted, "NUMBERS": numbers,
+        "ON_DEVICE": on_device,
+        "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 3 * bandwidths + parameters, "OWN": own, "MODE_0": first,
+        "MODE_1": second, "CROWDED": family in (4, 5), "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN, "CROSS": samples == 2,
+        "GRADIENT": True, "BLOCK_R": 1024,
+    }
+    for kernel, warps in ((prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8)):
+        scalar = "*fp64" if double else "*fp32"
+        types = {name: scalar if name.endswith("_ptr") else "i32" for name in kernel.arg_names if name.islower()}
+        types |= {name: "*fp64" if name in FLOAT64 else "fp32" for name in types if name in FLOAT64 | FLOATS}
+        if not double:
+            types |= {name: "*bf16" for name in types if "16_ptr" in name}
+        if "numbers" in types:
+            types["numbers"] = "*fp64" if on_device else ("fp32",) * (3 * numbers)
+        own_constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"num_warps": warps}
+        binary = compile_kernel(kernel, types, own_constants, 90)
+        assert binary.stack == binary.local == 0, (kernel, family, binary.registers)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_around_the_sweep_compile_without_spills():
+    """The interpreter takes what the compiler refuses, such as a name of two types."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", _AROUND_THE_SWEEP], check=True, cwd=Path(__file__).parents[1], env=env)
+
+
 _FOR_AMD = """
 import torch
 torch.version.hip = "6.4"  # what tells PyTorch's build for AMD from others

@@ -355,14 +355,15 @@ def test_batch_dimensions():
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
+@pytest.mark.parametrize("scales", [(1e-3, 1.0, 30.0), (30.0, 1.0, 1e-3)])
 @pytest.mark.parametrize(("kernel", "weighted"), [("rbf", False), ("laplace", True), ("polynomial", False)])
-def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, monkeypatch):
+def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, monkeypatch):
     """Problems of different scales, so that each has its own shifts, its own pass and its own coincident pairs."""
     from fastvae.kernels import mmd as kernels
 
     launches = []
     monkeypatch.setattr(kernels, "column_splits", lambda programs, *_: launches.append(programs) or 1)
-    scale = torch.tensor([1e-3, 1.0, 30.0], device=DEVICE)[:, None, None]
+    scale = torch.tensor(scales, device=DEVICE)[:, None, None]
     rows = 128 if weighted else 140
     x, y = torch.randn(3, rows, 5, device=DEVICE) * scale + scale, torch.randn(3, 70, 5, device=DEVICE) * scale
     p = torch.rand(128, 3, device=DEVICE).T if weighted else None  # not contiguous, and no row is padding
@@ -447,6 +448,10 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
         arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, h, torch.ones_like(h))
         value, *grads, _ = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, False)
         total, gradients = total + value, [*gradients, grads]
+        # The shares are of one sum, whatever gradients a rank wants.
+        for flags in ((False, True, False), (True, False, False), (False, False, False)):
+            other = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", *flags)[0]
+            torch.testing.assert_close(other, value, rtol=1e-10, atol=1e-13)
     options = {"bandwidth": bandwidth, "kernel": kernel, "estimator": "unbiased"}
     weights = {"x_weights": whole[0], "y_weights": whole[1]} if weighted else {}
     actual = total, *(torch.cat(parts) for parts in zip(*gradients, strict=True))
@@ -616,6 +621,29 @@ def test_one_outlier(dtype, outlier, where):
     actual = evaluate(fastvae.mmd, points["x"], points["y"], bandwidth=(0.7, 1.0), backend="cpu")
     exact = evaluate(reference.mmd, points["x"].double(), points["y"].double(), bandwidth=(0.7, 1.0))
     assert_close(actual, exact, TOLERANCE[dtype], 90, 2.0)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize(("dtype", "outliers"), [(torch.float64, (1e200, 0.0)), (torch.float32, (1e38, -1e38))])
+def test_triton_outliers_whose_squares_overflow(dtype, outliers):
+    x, y = torch.randn(40, 3, dtype=dtype, device=DEVICE), torch.randn(30, 3, dtype=dtype, device=DEVICE)
+    x[0], x[1] = outliers
+    actual = evaluate(fastvae.mmd, x, y, backend="triton")
+    assert_close(actual, evaluate(reference.mmd, x.double(), y.double()), TRITON_TOLERANCE["ieee"], 30)
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_triton_pairs_and_the_closed_form_shift_the_same_bandwidths():
+    """A bandwidth at the very edge of being shifted, with a gradient, for which the closed form is added to the pairs."""
+    x = torch.randn(40, 5, device=DEVICE)
+    spread = x.double().square().sum(1).mean().item() + 5
+    for rounding in (-1e-8, 0.0, 1e-8):
+        h = torch.tensor((0.5 * spread * (1 + rounding) / 0.2) ** 0.5, dtype=torch.float64, requires_grad=True)
+        exact = reference.mmd_to_normal(x.double(), bandwidth=h.item()).item()
+        assert fastvae.mmd_to_normal(x, bandwidth=h, backend="triton").item() == pytest.approx(exact, abs=1e-6)
 
 
 def test_a_ladder_of_many_squarings():

@@ -6,6 +6,7 @@ The op returns the value and the gradients that the call asks for, all from one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -113,16 +114,16 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
     # With a gradient to the bandwidth the closed form comes after the pairs, whose derivative Euler's theorem gives.
     closed_form = prior and not problem.bandwidth_grad
     numbers = KernelNumbers.of(family, problem.bandwidth, problem.bandwidth_weights, problem.x.shape[2], closed_form, device)
-    value, grad_x, grad_y, centre = kernels.mmd(x, y, numbers, problem.unbiased, closed_form, precision)
+    value, grad_x, grad_y, centre, shift = kernels.mmd(x, y, numbers, problem.unbiased, closed_form, precision)
     grad_bandwidth = value.new_empty(0, dtype=torch.float64)
     if problem.bandwidth_grad:
-        h = problem.bandwidth.to(device)
+        h = problem.bandwidth.item() if problem.bandwidth.device.type == "cpu" else problem.bandwidth
         own = [(problem.x, grad_x)] if problem.y is None else [(problem.x, grad_x), (problem.y, grad_y)]
         grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / h
         if prior:
             of_x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
-            spread = x.points.to(dtype).square().sum(2, dtype=torch.float64).mean(1) + x.points.shape[2]
-            kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, x.points.shape[2], device, spread)
+            kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, x.points.shape[2], device, None)
+            kernel = replace(kernel, shifts=shift[:, None])
             more, gradient, bandwidth_gradient = _prior(_Sample.of(*of_x, problem.unbiased, True), kernel)
             value, grad_x = (value + more).to(dtype), grad_x + gradient
             grad_bandwidth = grad_bandwidth + bandwidth_gradient
