@@ -1,6 +1,9 @@
 """The benchmark suite itself: what it checks before it times, and what it says of a peer that is not there."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +57,19 @@ def test_the_largest_samples_are_held_to_their_population(monkeypatch):
     assert run.verdict_by_part(fused, x, y, h) == "ok"
     forgets_rows = providers.Provider("wrong", lambda x, y, h: fastvae.mmd(x[:1000], y[:2000] + (len(x) > 50) * 0.1, bandwidth=h))
     assert run.verdict_by_part(forgets_rows, x, y, h).startswith("wrong value")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["accuracy", "speed"])
+def test_the_gpu_suite_runs_to_its_end(stage, tmp_path):
+    """In Triton's interpreter, with tiny samples: on a GPU it has to work the first time."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stage", stage, "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert result.stdout.splitlines()[-1] == "end"
+    found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert found
+    assert all(row.get("status", "ok") == "ok" for row in found)
 
 
 def test_a_missing_peer_is_said(monkeypatch):
