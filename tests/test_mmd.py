@@ -708,6 +708,13 @@ def test_options_reach_the_kernels(monkeypatch, name):
     fastvae.MMDLoss(backend="triton", precision="high")(*points)
     getattr(fastvae, name)(*points, backend="triton")
     assert seen == ["ieee", "high", "highest"]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        getattr(fastvae, name)(*points, backend="triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert seen[-1] == "high"
 
 
 def test_loss_module_passes_its_options_on():

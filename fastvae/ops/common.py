@@ -18,6 +18,17 @@ def zero_if_finite(*tensors: Tensor) -> Tensor:
     return torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).sum() * 0
 
 
+def matmul_precision(precision: str) -> str:
+    """`precision`, or where it is empty what PyTorch's own switch says of float32 products on a GPU."""
+    if precision:
+        return precision
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Of PyTorch where its newer switch was used, and says something else than the older one.
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, zero_if_finite
 from fastvae.radial import KernelSum, kernel_of, middle
 
 ARGUMENTS = (
@@ -94,7 +94,7 @@ def _forward(problem: Problem) -> Tensor:
         if problem.backend == "triton":
             from fastvae.kernels import kernel_matmul as kernels
 
-            precision = problem.precision or torch.get_float32_matmul_precision()
+            precision = matmul_precision(problem.precision)
             out = kernels.kernel_matmul(kernel, x, y, v, centre, precision)
         else:
             out = cpu.kernel_matmul(kernel, x, y, v, centre)
@@ -112,7 +112,7 @@ def _backward_sweep(grad: Tensor, problem: Problem, x_grad: bool, y_grad: bool, 
         if problem.backend == "triton":
             from fastvae.kernels import kernel_matmul as kernels
 
-            precision = problem.precision or torch.get_float32_matmul_precision()
+            precision = matmul_precision(problem.precision)
             pulls = kernels.kernel_matmul_backward(*arguments, precision)
         else:
             pulls = cpu.kernel_matmul_backward(*arguments)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, needs_grad
 from fastvae.radial import (
     KernelNumbers,
     KernelSum,
@@ -84,7 +84,7 @@ def mmd_op(*args: Any) -> Result:
 
 def _triton(*args: Any) -> Result:
     problem = Problem(*args)
-    precision = problem.precision or torch.get_float32_matmul_precision()
+    precision = matmul_precision(problem.precision)
     with torch.autocast(problem.x.device.type, enabled=False):
         batched = problem.x.ndim == 3
         if not batched:

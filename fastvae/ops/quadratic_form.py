@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import quadratic_form as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, needs_grad
 from fastvae.radial import KernelSum, kernel_of, middle
 
 ARGUMENTS = (
@@ -105,7 +105,7 @@ def _sweep(
         if problem.backend == "triton":
             from fastvae.kernels import quadratic_form as kernels
 
-            precision = problem.precision or torch.get_float32_matmul_precision()
+            precision = matmul_precision(problem.precision)
             total, pull = kernels.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, precision)
         else:
             total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
