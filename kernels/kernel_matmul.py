@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, difference_products, matmul_config
+from fastvae.kernels.launch import on_device
 from fastvae.kernels.pairs import (
     DIFFERENCES,
     POLYNOMIAL,
@@ -322,6 +323,7 @@ class Product:
         return unit.to(self.scale.dtype) if isinstance(unit, Tensor) else unit
 
 
+@on_device
 def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Tensor, precision: str) -> Tensor:
     """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C)."""
     product = Product(kernel, [x, y], centre, precision, v.shape[1])
@@ -329,6 +331,7 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
     return (out + product.evaluation.constant * v.sum(0)).contiguous()
 
 
+@on_device
 def kernel_matmul_backward(
     kernel: KernelSum,
     x: Tensor,

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fastvae.kernels.kernel_matmul import Product
+from fastvae.kernels.launch import on_device
 from fastvae.radial import KernelSum
 
 
+@on_device
 def quadratic_form(
     kernel: KernelSum,
     z: Tensor,

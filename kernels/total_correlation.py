@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
+from fastvae.kernels.launch import on_device
 from fastvae.radial import LOG2_E
 
 HALF_LOG2_2PI = 0.5 * math.log2(2 * math.pi)
@@ -367,6 +368,7 @@ class _Operands:
         return column_splits(programs, swept // self.config.block_m, self.multiprocessors)
 
 
+@on_device
 def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int) -> tuple[Tensor, Tensor]:
     """log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
     x = _Operands.of(z, mu, logvar, weights, offset, gradient=False)
@@ -389,6 +391,7 @@ def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int) ->
     return log_joint.to(x.z.dtype), log_marginals.T.to(x.z.dtype).contiguous()
 
 
+@on_device
 def backward(
     grad_joint: Tensor,
     grad_marginals: Tensor,

@@ -147,3 +147,39 @@ def test_nan_in_nan_out(backend):
     x, y, v = problem(5, 4, 3, 2)
     y[1, 1] = float("nan")
     assert fastvae.kernel_matmul(x, y, v, backend=backend).isnan().all()
+
+
+@needs_triton
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Else on a second GPU they read the memory of the first."""
+    from fastvae.kernels import launch
+
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(launch.torch.cuda, "device", Device)
+    monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 1 if entered else 0)
+    launch.on_device(lambda t: entered.append("ran"))(torch.empty(1).as_subclass(OnSecondDevice))
+    assert entered == [torch.device("cuda", 1), "ran", "left"]
+    entered.clear()
+    kernel = {(4, 5, 6): lambda *args: entered.append(args)}
+    monkeypatch.setitem(launch._compiled, ("kernel", torch.device("cuda", 1), "key"), (kernel, ("constant",)))
+    launch.launch("kernel", "key", torch.device("cuda", 1), (4, 5, 6), ("argument",), dict)
+    assert entered == [torch.device("cuda", 1), ("argument", "constant"), "left"]
+
+
+class OnSecondDevice(torch.Tensor):
+    """One that says it is on a second GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda", 1)
