@@ -38,7 +38,7 @@ FAULTS = [
     Fault(
         "Triton: every problem of a batch reads the columns of the first",
         "kernels/mmd.py",
-        "        hi_ptr += problem * rows * D\n",
+        "        hi_ptr += problem * rows * (halves * D)\n",
         "",
         ("tests/test_mmd.py", "-k", "one_launch and rbf"),
     ),
