@@ -25,7 +25,7 @@ EXPONENT_ERROR = {torch.float32: 6e-5, torch.float64: 1e-11}
 
 # A bandwidth whose mean exponent γ·d² is under this has k near one: sums of k − 1, by expm1, are then more exact than sums of k. Above it
 # they are as good, and exp2 is four times faster than expm1.
-_SHIFT_BELOW = 0.2
+SHIFT_BELOW = 0.2
 
 # k_b is a square of k_{b−1} only where the ratio of their γ is two to rounding.
 _POWER_OF_TWO = 1e-12
@@ -251,7 +251,7 @@ class KernelSum:
         shifts = torch.zeros_like(gamma)
         if mean_squared_distance is not None and kernel.radial:
             t = gamma * mean_squared_distance[..., None]
-            shifts = (((2 * t).sqrt() if kernel.rooted else t) < _SHIFT_BELOW).to(torch.float64)
+            shifts = (((2 * t).sqrt() if kernel.rooted else t) < SHIFT_BELOW).to(torch.float64)
         elif mean_squared_distance is not None:
             # A polynomial without its constant takes no more work than with it.
             shifts = torch.ones_like(gamma * mean_squared_distance[..., None])
@@ -296,40 +296,35 @@ class KernelNumbers:
         bandwidth, bandwidth_weights = (
             _constant(tuple(t.tolist()), device) if t.device.type == "cpu" else t for t in (bandwidth, bandwidth_weights)
         )
-        h, order = bandwidth.sort(descending=True)
-        a = bandwidth_weights[order]
-        numbers = [h, a]
-        if isinstance(kernel, RationalQuadratic):
-            numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
-        if isinstance(kernel, Polynomial):
-            ratios = (h[0] / h).square()
-            numbers += [c * (a * ratios**n).sum().reshape(1) for n, c in kernel.powers]
-        if prior:
-            h2 = h.square()
-            numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
-        return KernelNumbers(kernel, h.numel(), (0,) * h.numel(), torch.cat(numbers))
+        numbers = _numbers(kernel, bandwidth, bandwidth_weights, dim, prior)
+        return KernelNumbers(kernel, bandwidth.numel(), (0,) * bandwidth.numel(), numbers)
+
+
+def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool) -> Tensor:
+    """`KernelNumbers.arguments` as a tensor."""
+    h, order = bandwidth.sort(descending=True)
+    a, h2 = bandwidth_weights[order], h.square()
+    numbers = [h, a]
+    if isinstance(kernel, RationalQuadratic):
+        numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
+    if isinstance(kernel, Polynomial):
+        numbers += [c * (a * (h[0] / h) ** (2 * n)).sum().reshape(1) for n, c in kernel.powers]
+    if prior:
+        numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
+    return torch.cat(numbers)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel_numbers(
     kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool, device: torch.device
 ) -> KernelNumbers:
-    pairs = sorted(((h if h > 0 else math.nan, a) for h, a in zip(bandwidth, weights, strict=True)), key=lambda pair: -pair[0])
-    h, a = ([pair[n] for pair in pairs] for n in range(2))
-    numbers = [*h, *a]
-    if isinstance(kernel, RationalQuadratic):
-        numbers.append(float(kernel.alpha))
-    if isinstance(kernel, Polynomial):
-        numbers += [c * math.fsum(w * (h[0] / b) ** (2 * n) for w, b in zip(a, h, strict=True)) for n, c in kernel.powers]
-    if prior:
-        numbers += [-0.5 * dim * math.log1p(2 / b**2) for b in h]
-        numbers += [-0.5 * dim * math.log1p(1 / b**2) for b in h]
-        numbers += [1 / (b**2 + 1) for b in h]
-    squarings = _squarings(h) if isinstance(kernel, RBF) else (0,) * len(h)
+    h, a = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (bandwidth, weights))
+    numbers = _numbers(kernel, h, a, dim, prior).tolist()
+    squarings = _squarings(sorted(bandwidth, reverse=True)) if isinstance(kernel, RBF) else (0,) * len(bandwidth)
     if len(numbers) > _MOST_ARGUMENTS or any(number != 0 and not 1e-30 <= abs(number) <= 1e38 for number in numbers):
         # Too many, or no float32: a copy, which a GPU waits for once.
-        return KernelNumbers(kernel, len(h), squarings, _constant(tuple(numbers), device))
-    return KernelNumbers(kernel, len(h), squarings, tuple(part for number in numbers for part in _parts(number)))
+        return KernelNumbers(kernel, len(bandwidth), squarings, _constant(tuple(numbers), device))
+    return KernelNumbers(kernel, len(bandwidth), squarings, tuple(part for number in numbers for part in _parts(number)))
 
 
 # Numbers that a kernel takes as arguments.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastvae import radial
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
@@ -39,10 +40,8 @@ DIAGONAL = tl.constexpr(16)  # k(z, z) without its shift
 PRIOR = tl.constexpr(17)  # E k(y, y') without its shift
 PLAN = 18
 
-# A bandwidth whose mean exponent γ·d² is below this has k near one, and sums of k − 1 keep more digits: as `fastvae.radial._SHIFT_BELOW`.
-_SHIFT_BELOW = tl.constexpr(0.2)
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+_SHIFT_BELOW = tl.constexpr(radial.SHIFT_BELOW)
+LOG2_E = tl.constexpr(radial.LOG2_E)
 
 # Rows of each sample whose mean is the centre.
 _CENTRE_ROWS = tl.constexpr(128)
