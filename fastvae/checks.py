@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import numbers
 import os
 from collections.abc import Iterable, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fastvae.radial import KERNELS, RBF, Kernel
+from fastvae.radial import KERNELS, RBF, Kernel, Numbers
 
 BACKENDS = (None, "cpu", "triton", "reference")
 MMD_BACKENDS = (*BACKENDS, "inductor")
@@ -223,27 +225,27 @@ def enough_pairs(z: Tensor) -> None:
         raise ValueError(f"a rule for the bandwidth must have at least two rows to take distances of, got {z.shape[-2]}")
 
 
-def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """The bandwidths h_b and their weights a_b as float64 vectors of one length, for data on `device` (any, if None).
+def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Numbers, Numbers]:
+    """The bandwidths h_b and as many weights a_b, numbers or vectors of float64, for data on `device` (any, if None).
 
     Numbers are checked here. A tensor stays on its device, its values unread: the operations turn a value that is not positive into nan.
     The name of a rule gives nan, in place of which the caller puts what the rule finds.
     """
     if isinstance(bandwidth, str):
         bandwidth_rule(bandwidth)
-        return torch.full((1,), torch.nan, dtype=torch.float64), bandwidths(1.0, weights, device)[1]
+        return [math.nan], bandwidths(1.0, weights, device)[1]
     h = _vector("bandwidth", bandwidth, device, positive=True)
-    if h.numel() == 0:
+    if len(h) == 0:
         raise ValueError("bandwidth must hold at least one value, got none")
     if weights is None:
-        return h, torch.ones_like(h)
+        return h, [1.0] * len(h)
     a = _vector("bandwidth_weights", weights, device, positive=False)
-    if a.shape != h.shape:
-        raise ValueError(f"bandwidth_weights must have one value for each bandwidth, got {a.numel()} for {h.numel()}")
+    if len(a) != len(h):
+        raise ValueError(f"bandwidth_weights must have one value for each bandwidth, got {len(a)} for {len(h)}")
     return h, a
 
 
-def _vector(name: str, value: object, device: torch.device | None, *, positive: bool) -> Tensor:
+def _vector(name: str, value: object, device: torch.device | None, *, positive: bool) -> Numbers:
     if isinstance(value, Tensor):
         floating_tensor(name, value)
         if value.ndim > 1:
@@ -256,7 +258,11 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return torch.tensor(_bandwidth_numbers(name, values, positive), dtype=torch.float64, device="cpu")
+    found = _bandwidth_numbers(name, values, positive)
+    if torch.compiler.is_compiling() and not all(statically_known_true(number != 0) for number in found):
+        # One that changes from call to call: as an argument of an op each would be compiled anew.
+        return torch.cat([torch.full((1,), number, dtype=torch.float64, device=device) for number in found])
+    return found
 
 
 def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> list[float]:
@@ -401,9 +407,13 @@ def columns(name: str, v: object, y_name: str, y: Tensor) -> None:
         raise ValueError(f"{name} must have shape ({y.shape[0]},) or ({y.shape[0]}, columns), the rows of {y_name}, got {tuple(v.shape)}")
 
 
-def constant(name: str, value: Tensor) -> None:
-    if value.requires_grad and torch.is_grad_enabled():
+def constant(name: str, value: Numbers) -> None:
+    if requires_grad(value) and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as it is taken as a constant: pass {name}.detach()")
+
+
+def requires_grad(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def groups(value: object, num_groups: object, z: Tensor) -> int:

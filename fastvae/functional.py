@@ -11,13 +11,13 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.distributed import Heard, gather_rows, sum_shares
-from fastvae.ops.common import accumulation_dtype, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, kernel_arguments, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from fastvae.ops.total_correlation import apply_total_correlation
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, Numbers, as_vector
 from fastvae.reference.total_correlation import KLDecomposition, decompose
 
 if TYPE_CHECKING:
@@ -185,28 +185,27 @@ def _mmd(
     x_weights, y_weights = given
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
-    family, factor = family.canonical()
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
-    arguments = (family.name, family.parameters, estimator == "unbiased", precision or "", backend or "")
-    value = _over_bandwidths(lambda h, a: apply_mmd(*tensors, *whole, *starts, h, a, *arguments), factor * h, a)
+    arguments = (estimator == "unbiased", precision or "", backend or "")
+    value = _over_bandwidths(lambda h, a: apply_mmd(*tensors, *whole, *starts, *kernel_arguments(family, h, a), *arguments), h, a)
     return value.reshape(x.shape[:-2]) if process_group is None else sum_shares(value, process_group)
 
 
-def _over_bandwidths(apply: Callable[[Tensor, Tensor], Tensor], h: Tensor, a: Tensor) -> Tensor:
+def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:
     """`apply` of the bandwidths and their weights; one bandwidth at a time where they are to have a gradient."""
-    if not (torch.is_grad_enabled() and (h.requires_grad or a.requires_grad)):
+    if not torch.is_grad_enabled() or not (checks.requires_grad(h) or checks.requires_grad(a)):
         return apply(h, a)
     # The result is linear in the kernel, and the derivative to one bandwidth comes with the gradient to the points.
-    parts = [apply(h[n : n + 1], torch.ones_like(h[:1])) for n in range(h.numel())]
-    return torch.stack(parts, -1) @ a.to(parts[0])
+    parts = torch.stack([apply(h[n : n + 1], [1.0]) for n in range(len(h))], -1)
+    return parts @ as_vector(a, parts.device).to(parts)
 
 
 def _dense_mmd(
     x: Tensor,
     y: Tensor | None,
-    bandwidth: Tensor,
-    bandwidth_weights: Tensor,
+    bandwidth: Numbers,
+    bandwidth_weights: Numbers,
     kernel: Kernel,
     estimator: str,
     x_weights: Tensor | None,
@@ -215,7 +214,7 @@ def _dense_mmd(
     dtype = accumulation_dtype(x.dtype)
     x = x.to(dtype)
     y, p, q = (None if t is None else t.to(dtype) for t in (y, x_weights, y_weights))
-    h, a = bandwidth.to(x), bandwidth_weights.to(x)
+    h, a = (as_vector(numbers, x.device).to(x) for numbers in (bandwidth, bandwidth_weights))
     with torch.autocast(x.device.type, enabled=False):
         if y is None:
             return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=p)
@@ -271,14 +270,13 @@ def kernel_matmul(
     columns = v if v.ndim == 2 else v[:, None]
     if backend == "reference":
         dtype = accumulation_dtype(x.dtype)
-        x, y, columns, h, a = (t.to(x.device, dtype) for t in (x, y, columns, h, a))
+        x, y, columns, h, a = (t.to(x.device, dtype) for t in (x, y, columns, as_vector(h, x.device), as_vector(a, x.device)))
         with torch.autocast(x.device.type, enabled=False):
             out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
             out = out + zero_if_finite(x, y, columns).to(dtype)
     else:
-        family, factor = family.canonical()
-        options = (family.name, family.parameters, precision or "", backend or "")
-        out = _over_bandwidths(lambda h, a: apply_kernel_matmul(x, y, columns, h, a, *options), factor * h, a)
+        options = (precision or "", backend or "")
+        out = _over_bandwidths(lambda h, a: apply_kernel_matmul(x, y, columns, *kernel_arguments(family, h, a), *options), h, a)
     return out if v.ndim == 2 else out[:, 0]
 
 
@@ -428,11 +426,10 @@ def group_mmd(
 
     v = rounded[start : start + z.shape[0]]
     if backend == "reference":
-        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family).double()
+        bandwidths, weights = (as_vector(numbers, z.device).to(z) for numbers in (h, a))
+        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=bandwidths, bandwidth_weights=weights, kernel=family).double()
     else:
-        canonical, factor = family.canonical()
-        options = (canonical.name, canonical.parameters, precision or "", backend or "")
-        sums = apply_quadratic_form(z, v, factor * h, a, *options, expected=expected)
+        sums = apply_quadratic_form(z, v, *kernel_arguments(family, h, a), precision or "", backend or "", expected=expected)
     if process_group is not None:
         # This rank's rows against the others': half of what the sum over the ranks has of them, and all of its gradient to these rows.
         place = torch.arange(all_z.shape[0], device=z.device)
@@ -446,12 +443,13 @@ def group_mmd(
     sums = sums / (total[:, None] * total)
     with_self = sums
     if not family.radial:
-        own = family.phi(z.double().square().sum(1, keepdim=True) * family.gamma(h.to(z.device), z.shape[1])) @ a.to(z.device)
+        gamma = family.gamma(as_vector(h, z.device), z.shape[1])
+        own = family.phi(z.double().square().sum(1, keepdim=True) * gamma) @ as_vector(a, z.device)
         with_self = sums + (v.double() / total).T @ (v.double() / total * own[:, None])
     if process_group is not None:
         sums, with_self = sum_shares(torch.stack([sums, with_self]), process_group).unbind()
     if family.radial:
-        with_self = with_self + self_weights * family.at_zero * a.to(z.device).sum()
+        with_self = with_self + self_weights * family.at_zero * (a.to(z.device).sum() if isinstance(a, Tensor) else sum(a))
     within = scale * (sums if estimator == "unbiased" else with_self).diagonal()
     values = torch.where(wanted, within[:, None] + within - with_self - with_self.T, 0).to(dtype)
     if index is None:

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Bandwidths, or their weights: numbers, or a vector of float64.
+Numbers = Tensor | Sequence[float]
+
 LOG2_E = math.log2(math.e)
 
 # Error allowed in the exponent of a pair. ‖x‖² + ‖y‖² − 2x·y is off by about eps·‖x‖²: where that is more, a sweep computes distances
@@ -236,17 +239,14 @@ class KernelSum:
 
     @staticmethod
     def of(
-        kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, device: torch.device, mean_squared_distance: Tensor | None
+        kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, dim: int, device: torch.device, mean_squared_distance: Tensor | None
     ) -> KernelSum:
         """For rows of `dim` features; without their mean squared distance (...) nothing is shifted."""
-        squarings = (0,) * bandwidth.numel()
-        if bandwidth.device.type == "cpu":
-            if isinstance(kernel, RBF):
-                squarings = _squarings(sorted(bandwidth.tolist(), reverse=True))
-            bandwidth = _constant(tuple(bandwidth.tolist()), device)
-        if bandwidth_weights.device.type == "cpu":
-            bandwidth_weights = _constant(tuple(bandwidth_weights.tolist()), device)
-        h, order = bandwidth.sort(descending=True)
+        bandwidth, bandwidth_weights = read(bandwidth), read(bandwidth_weights)
+        squarings = (0,) * len(bandwidth)
+        if isinstance(kernel, RBF) and not isinstance(bandwidth, Tensor):
+            squarings = _squarings(sorted(bandwidth, reverse=True))
+        h, order = as_vector(bandwidth, device).sort(descending=True)
         gamma = torch.where(h > 0, kernel.gamma(h, dim), math.nan)
         shifts = torch.zeros_like(gamma)
         if mean_squared_distance is not None and kernel.radial:
@@ -255,7 +255,7 @@ class KernelSum:
         elif mean_squared_distance is not None:
             # A polynomial without its constant takes no more work than with it.
             shifts = torch.ones_like(gamma * mean_squared_distance[..., None])
-        return KernelSum(kernel, h, bandwidth_weights[order], gamma, shifts, squarings)
+        return KernelSum(kernel, h, as_vector(bandwidth_weights, device)[order], gamma, shifts, squarings)
 
     @property
     def ratios(self) -> Tensor:
@@ -290,14 +290,24 @@ class KernelNumbers:
         return self.arguments.numel() if isinstance(self.arguments, Tensor) else len(self.arguments) // 3
 
     @staticmethod
-    def of(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
-        if bandwidth.device.type == "cpu" and bandwidth_weights.device.type == "cpu":
-            return _kernel_numbers(kernel, tuple(bandwidth.tolist()), tuple(bandwidth_weights.tolist()), dim, prior, device)
-        bandwidth, bandwidth_weights = (
-            _constant(tuple(t.tolist()), device) if t.device.type == "cpu" else t for t in (bandwidth, bandwidth_weights)
-        )
-        numbers = _numbers(kernel, bandwidth, bandwidth_weights, dim, prior)
-        return KernelNumbers(kernel, bandwidth.numel(), (0,) * bandwidth.numel(), numbers)
+    def of(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
+        h, a = read(bandwidth), read(bandwidth_weights)
+        if not isinstance(h, Tensor) and not isinstance(a, Tensor):
+            return _kernel_numbers(kernel, h, a, dim, prior, device)
+        numbers = _numbers(kernel, as_vector(h, device), as_vector(a, device), dim, prior)
+        return KernelNumbers(kernel, len(h), (0,) * len(h), numbers)
+
+
+def read(numbers: Numbers) -> tuple[float, ...] | Tensor:
+    """As numbers, unless they are on a device that the host would have to wait for."""
+    if isinstance(numbers, Tensor):
+        return tuple(numbers.tolist()) if numbers.device.type == "cpu" else numbers
+    return tuple(numbers)
+
+
+def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
+    """As a vector on `device`."""
+    return numbers if isinstance(numbers, Tensor) else _constant(tuple(numbers), device)
 
 
 def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
-from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_values
 from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
@@ -145,7 +145,8 @@ def two_sample_test(
         h, a = checks.bandwidths("median" if bandwidth is None else bandwidth, bandwidth_weights, x.device)
         if bandwidth is None or isinstance(bandwidth, str):
             h = resolve(bandwidth or "median", x, y)
-        members = [(families[0], h.detach(), a.detach())]
+        h, a = (torch.as_tensor(numbers, dtype=torch.float64).detach() for numbers in (h, a))
+        members = [(families[0], h, a)]
     else:
         members = [(family, h, torch.ones_like(h)) for family in families for h in _collection(aggregate, bandwidth, x, y).reshape(-1, 1)]
     v = data.columns(2 * count if aggregate == "agg" else count, generator)
@@ -242,9 +243,8 @@ class _Data(NamedTuple):
         if self.backend == "reference":
             z = self.z.to(v)
             return reference.quadratic_form(z, v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family, diagonal=True).double()
-        family, factor = family.canonical()
-        arguments = (self.z, v, factor * h, a, family.name, family.parameters, self.precision, self.backend)
-        return quadratic_form_values(*arguments, diagonal=True, progress=progress)
+        arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
+        return quadratic_form_values(self.z, v, *arguments, diagonal=True, progress=progress)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """Σ_{j≠i} k(z_i, z_j), float64."""
@@ -254,10 +254,8 @@ class _Data(NamedTuple):
             ones = torch.ones_like(z[:, :1])
             sums = reference.kernel_matmul(z, z, ones, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family)
         else:
-            family, factor = family.canonical()
-            sums = apply_kernel_matmul(
-                z, z, torch.ones_like(z[:, :1]), factor * h, a, family.name, family.parameters, self.precision, self.backend
-            )
+            arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
+            sums = apply_kernel_matmul(z, z, torch.ones_like(z[:, :1]), *arguments)
         return sums[:, 0].double() - own
 
     def fuse(self, values: Tensor, ties: Tensor, members: list[tuple[Kernel, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -296,7 +294,7 @@ def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tenso
     """The bandwidths of a set, (B,)."""
     if bandwidth is not None:
         h, _ = checks.bandwidths(bandwidth, None, x.device)
-        return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else h.detach()
+        return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else torch.as_tensor(h, dtype=torch.float64).detach()
     if aggregate == "agg":
         return median_bandwidth(x, y) * torch.tensor([2.0**power for power in _AGG_POWERS], dtype=torch.float64, device=x.device)
     z = pooled(x, y)

@@ -111,7 +111,7 @@ def test_witness_is_the_difference_of_mean_embeddings_and_averages_to_mmd():
 def test_opcheck_and_compile():
     x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
     h = torch.ones(1, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.fastvae.kernel_matmul.default, (x, y, v, h, h, "rbf", [], "", ""))
+    torch.library.opcheck(torch.ops.fastvae.kernel_matmul.default, (x, y, v, h, h, [], [], "rbf", [], "", ""))
     torch.library.opcheck(
         torch.ops.fastvae.kernel_matmul_backward.default,
         (
@@ -119,6 +119,8 @@ def test_opcheck_and_compile():
             *(t.detach() for t in (x, y, v)),
             h,
             h,
+            [],
+            [],
             "rbf",
             [],
             "",

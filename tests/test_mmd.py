@@ -440,12 +440,11 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
     x, y = torch.randn(150, 5, dtype=torch.float64, device=DEVICE), torch.randn(101, 5, dtype=torch.float64, device=DEVICE) + 0.2
     p, q = torch.rand(150, dtype=torch.float64, device=DEVICE), torch.rand(101, dtype=torch.float64, device=DEVICE)
     whole = (p / p.sum(), q / q.sum()) if weighted else (None, None)
-    h = torch.tensor([bandwidth], dtype=torch.float64)
     parameters = {"polynomial": [3.0, 1.0]}.get(kernel, [])
     total, gradients = 0.0, []
     for rows_x, rows_y in ((slice(0, 33), slice(0, 70)), (slice(33, 150), slice(70, 101))):
         own = (whole[0][rows_x], whole[1][rows_y]) if weighted else (None, None)
-        arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, h, torch.ones_like(h))
+        arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, None, None, [bandwidth], [1.0])
         value, *grads, _ = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, False)
         total, gradients = total + value, [*gradients, grads]
         # The shares are of one sum, whatever gradients a rank wants.
@@ -496,14 +495,14 @@ def test_opcheck(y):
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     y = None if y is None else y.requires_grad_()
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.fastvae.mmd.default, (x, y, *[None] * 6, 0, 0, h, h, "rbf", [], False, "", "", True, y is not None, False)
-    )
+    for kernel in ((h, h, [], []), (None, None, [1.0, 2.0], [0.5, 1.0])):
+        arguments = (x, y, *[None] * 6, 0, 0, *kernel, "rbf", [], False, "", "", True, y is not None, False)
+        torch.library.opcheck(torch.ops.fastvae.mmd.default, arguments)
 
 
 def test_op_called_without_its_gradient_says_so():
-    x, h = torch.randn(5, 2, requires_grad=True), torch.ones(1, dtype=torch.float64)
-    value, *_ = torch.ops.fastvae.mmd(x, *[None] * 7, 0, 0, h, h, "rbf", [], False, "", "", False, False, False)
+    x = torch.randn(5, 2, requires_grad=True)
+    value, *_ = torch.ops.fastvae.mmd(x, *[None] * 7, 0, 0, None, None, [1.0], [1.0], "rbf", [], False, "", "", False, False, False)
     with pytest.raises(RuntimeError, match="without the gradient that backward needs"):
         value.backward()
 
@@ -523,6 +522,30 @@ def test_compiles_whole_and_once_for_all_sizes():
         x, y = torch.randn(rows, 4, requires_grad=True), torch.randn(rows + 3, 4)
         torch.testing.assert_close(compiled(x, y), loss(x, y))
     assert len(compilations) == 1
+
+
+def test_numbers_are_no_tensors_of_a_compiled_graph():
+    """A node on the CPU would switch CUDA graphs off. A bandwidth that changes from step to step becomes a tensor, filled on the device."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    x, y = torch.randn(9, 2, device=DEVICE), torch.randn(7, 2, device=DEVICE)
+    for function in (
+        lambda h: fastvae.mmd(x, y, bandwidth=[h, 2 * h], bandwidth_weights=[0.5, 2.0]),
+        lambda h: fastvae.kernel_matmul(x, y, y, bandwidth=h).sum(),
+        lambda h: fastvae.group_mmd(x, (x > 0).float(), bandwidth=h).mean(),
+    ):
+        graphs.clear()
+        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        for step in range(4):
+            torch.testing.assert_close(compiled(1.0 + step), function(1.0 + step))
+        assert len(graphs) == 2
+        assert not any(node.target in (torch.tensor, torch.as_tensor, torch.full) for node in graphs[0])
+        assert all(node.kwargs["device"] == x.device for node in graphs[1] if node.target is torch.full)
 
 
 def test_compiled_gradient():
@@ -591,9 +614,9 @@ def test_forward_mode_is_refused_and_not_zero():
 
 def test_gradients_are_contiguous():
     """As the fake says: the compiler builds on it."""
-    h = torch.ones(1, dtype=torch.float64)
     x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
-    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, *[None] * 6, 0, 0, h, h, "rbf", [], False, "", "", True, True, False)
+    arguments = (*[None] * 6, 0, 0, None, None, [1.0], [1.0], "rbf", [], False, "", "", True, True, False)
+    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, *arguments)
     assert grad_x.is_contiguous()
     assert grad_y.is_contiguous()
 

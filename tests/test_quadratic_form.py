@@ -7,6 +7,7 @@ import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.radial import KERNELS
 from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
@@ -131,21 +132,18 @@ def test_a_uniform_upstream_costs_no_second_sweep(monkeypatch):
 def test_quadratic_form(kernel, backend):
     z, _ = groups_of_rows(40)
     v, h = torch.randn(40, 3, dtype=torch.float64, device=DEVICE), torch.tensor([1.3, 50.0], dtype=torch.float64)
-    family, factor = KERNELS[kernel].canonical()
     for diagonal in (False, True):
 
         def form(z, diagonal=diagonal):
-            return apply_quadratic_form(
-                z, v, factor * h, torch.ones_like(h), family.name, family.parameters, "", backend or "", diagonal=diagonal
-            )
+            return apply_quadratic_form(z, v, *kernel_arguments(KERNELS[kernel], h, [1.0, 1.0]), "", backend or "", diagonal=diagonal)
 
         torch.testing.assert_close(form(z), reference.quadratic_form(z, v, bandwidth=h, kernel=kernel, diagonal=diagonal))
 
 
 def test_opcheck():
     z, labels = groups_of_rows(8)
-    v, h = torch.randn(8, 3, dtype=torch.float64, device=DEVICE), torch.ones(1, dtype=torch.float64)
-    arguments = (z.requires_grad_(), v, h, h, "rbf", [], "", "")
+    v = torch.randn(8, 3, dtype=torch.float64, device=DEVICE)
+    arguments = (z.requires_grad_(), v, *kernel_arguments(KERNELS["rbf"], [1.0], [1.0]), "", "")
     torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, False, torch.eye(3, dtype=torch.float64, device=DEVICE)))
     torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, True, None))
     compiled = torch.compile(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), fullgraph=True, backend="aot_eager")

@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from fastvae.radial import Kernel, Numbers, kernel_of
+
+# How the schema of an op describes a kernel: bandwidths and weights either as a tensor or as numbers, which are no tensors of a graph.
+KERNEL_SCHEMA = (
+    "Tensor? bandwidth, Tensor? bandwidth_weights, float[] bandwidth_numbers, float[] weight_numbers, str kernel, float[] kernel_parameters"
+)
+
+
+class KernelArguments(Protocol):
+    """The arguments of `KERNEL_SCHEMA`, among those of an op."""
+
+    @property
+    def bandwidth(self) -> Tensor | None: ...
+    @property
+    def bandwidth_weights(self) -> Tensor | None: ...
+    @property
+    def bandwidth_numbers(self) -> list[float]: ...
+    @property
+    def weight_numbers(self) -> list[float]: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def kernel_parameters(self) -> list[float]: ...
+
+
+def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> tuple[Any, ...]:
+    """The arguments of `KERNEL_SCHEMA`."""
+    kernel, factor = kernel.canonical()
+    h = factor * bandwidth if isinstance(bandwidth, Tensor) else [factor * number for number in bandwidth]
+    tensors = (t if isinstance(t, Tensor) else None for t in (h, weights))
+    numbers = ([] if isinstance(t, Tensor) else list(t) for t in (h, weights))
+    return (*tensors, *numbers, kernel.name, kernel.parameters)
+
+
+def kernel_numbers(problem: KernelArguments) -> tuple[Kernel, Numbers, Numbers]:
+    """The kernel, its bandwidths and their weights."""
+    h: Numbers = problem.bandwidth_numbers if problem.bandwidth is None else problem.bandwidth
+    a: Numbers = problem.weight_numbers if problem.bandwidth_weights is None else problem.bandwidth_weights
+    return kernel_of(problem.kernel, problem.kernel_parameters), h, a
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, zero_if_finite
-from fastvae.radial import KernelSum, kernel_of, middle
-
-ARGUMENTS = (
-    "Tensor x, Tensor y, Tensor v, Tensor bandwidth, Tensor bandwidth_weights, str kernel, float[] kernel_parameters, "
-    "str precision, str backend"
+from fastvae.ops.common import (
+    KERNEL_SCHEMA,
+    accumulation_dtype,
+    forbid_second_derivative,
+    kernel_numbers,
+    matmul_precision,
+    zero_if_finite,
 )
+from fastvae.radial import KernelSum, middle
+
+ARGUMENTS = f"Tensor x, Tensor y, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
 
 class Problem(NamedTuple):
@@ -23,8 +27,10 @@ class Problem(NamedTuple):
     x: Tensor
     y: Tensor
     v: Tensor
-    bandwidth: Tensor
-    bandwidth_weights: Tensor
+    bandwidth: Tensor | None
+    bandwidth_weights: Tensor | None
+    bandwidth_numbers: list[float]
+    weight_numbers: list[float]
     kernel: str
     kernel_parameters: list[float]
     precision: str
@@ -34,12 +40,12 @@ class Problem(NamedTuple):
         """The kernel, x, y and v in the accumulation dtype, and the point to see x and y from."""
         dtype = accumulation_dtype(self.x.dtype)
         x, y, v = (t.to(dtype) for t in (self.x, self.y, self.v))
-        family = kernel_of(self.kernel, self.kernel_parameters)
+        family, bandwidth, weights = kernel_numbers(self)
         centre = 0.5 * (middle(x) + middle(y)) if family.radial else torch.zeros_like(x[0])
         distance = None
         if shifted:
             distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()
-        kernel = KernelSum.of(family, self.bandwidth, self.bandwidth_weights, x.shape[1], x.device, distance)
+        kernel = KernelSum.of(family, bandwidth, weights, x.shape[1], x.device, distance)
         return kernel, x, y, v, centre
 
 

@@ -15,22 +15,29 @@ from torch import Tensor
 
 from fastvae.cpu import compiled
 from fastvae.cpu import mmd as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, needs_grad
+from fastvae.ops.common import (
+    KERNEL_SCHEMA,
+    accumulation_dtype,
+    forbid_second_derivative,
+    kernel_numbers,
+    matmul_precision,
+    needs_grad,
+)
 from fastvae.radial import (
     KernelNumbers,
     KernelSum,
     Polynomial,
     Sweep,
-    kernel_of,
     middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
+    read,
 )
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
-    "Tensor? all_y_weights, SymInt x_start, SymInt y_start, Tensor bandwidth, Tensor bandwidth_weights, "
-    "str kernel, float[] kernel_parameters, bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
+    f"Tensor? all_y_weights, SymInt x_start, SymInt y_start, {KERNEL_SCHEMA}, "
+    "bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -52,8 +59,10 @@ class Problem(NamedTuple):
     all_y_weights: Tensor | None
     x_start: int
     y_start: int
-    bandwidth: Tensor
-    bandwidth_weights: Tensor
+    bandwidth: Tensor | None
+    bandwidth_weights: Tensor | None
+    bandwidth_numbers: list[float]
+    weight_numbers: list[float]
     kernel: str
     kernel_parameters: list[float]
     unbiased: bool
@@ -98,7 +107,7 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
     """Of B problems, each tensor with a batch dimension."""
     from fastvae.kernels import mmd as kernels
 
-    family, device = kernel_of(problem.kernel, problem.kernel_parameters), problem.x.device
+    device, (family, h, a) = problem.x.device, kernel_numbers(problem)
     prior = problem.y is None
     dtype = accumulation_dtype(problem.x.dtype)
 
@@ -113,16 +122,15 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
         y = sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
     # With a gradient to the bandwidth the closed form comes after the pairs, whose derivative Euler's theorem gives.
     closed_form = prior and not problem.bandwidth_grad
-    numbers = KernelNumbers.of(family, problem.bandwidth, problem.bandwidth_weights, problem.x.shape[2], closed_form, device)
+    numbers = KernelNumbers.of(family, h, a, problem.x.shape[2], closed_form, device)
     value, grad_x, grad_y, centre, shift = kernels.mmd(x, y, numbers, problem.unbiased, closed_form, precision)
     grad_bandwidth = value.new_empty(0, dtype=torch.float64)
     if problem.bandwidth_grad:
-        h = problem.bandwidth.item() if problem.bandwidth.device.type == "cpu" else problem.bandwidth
         own = [(problem.x, grad_x)] if problem.y is None else [(problem.x, grad_x), (problem.y, grad_y)]
-        grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / h
+        grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / read(h)[0]
         if prior:
             of_x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
-            kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, x.points.shape[2], device, None)
+            kernel = KernelSum.of(family, h, a, x.points.shape[2], device, None)
             kernel = replace(kernel, shifts=shift[:, None])
             more, gradient, bandwidth_gradient = _prior(_Sample.of(*of_x, problem.unbiased, True), kernel)
             value, grad_x = (value + more).to(dtype), grad_x + gradient
@@ -200,7 +208,7 @@ def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Probl
 def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     """Of B problems, each tensor with a batch dimension."""
     unbiased, bandwidth_grad = problem.unbiased, problem.bandwidth_grad
-    family = kernel_of(problem.kernel, problem.kernel_parameters)
+    family, h, a = kernel_numbers(problem)
     x_part = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
     samples = [_Sample.of(*x_part, unbiased, problem.x_grad or bandwidth_grad)]
     if problem.y is not None:
@@ -213,9 +221,7 @@ def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Resul
     distances = [(sample.whole - origin[:, None]).square().sum(2, dtype=torch.float64).mean(1) for sample in samples]
     spread = torch.stack(distances).sum(0)
     dim = mean.shape[1]
-    kernel = KernelSum.of(
-        family, problem.bandwidth, problem.bandwidth_weights, dim, mean.device, spread if problem.y is not None else spread + dim
-    )
+    kernel = KernelSum.of(family, h, a, dim, mean.device, spread if problem.y is not None else spread + dim)
 
     sweep = make_sweep(kernel, [sample.whole for sample in samples], centre, any(sample.gradient for sample in samples))
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]

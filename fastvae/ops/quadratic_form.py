@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import quadratic_form as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, matmul_precision, needs_grad
-from fastvae.radial import KernelSum, kernel_of, middle
-
-ARGUMENTS = (
-    "Tensor z, Tensor v, Tensor bandwidth, Tensor bandwidth_weights, str kernel, float[] kernel_parameters, str precision, str backend"
+from fastvae.ops.common import (
+    KERNEL_SCHEMA,
+    accumulation_dtype,
+    forbid_second_derivative,
+    kernel_numbers,
+    matmul_precision,
+    needs_grad,
 )
+from fastvae.radial import KernelSum, middle
+
+ARGUMENTS = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
 
 class Problem(NamedTuple):
@@ -26,8 +31,10 @@ class Problem(NamedTuple):
 
     z: Tensor
     v: Tensor
-    bandwidth: Tensor
-    bandwidth_weights: Tensor
+    bandwidth: Tensor | None
+    bandwidth_weights: Tensor | None
+    bandwidth_numbers: list[float]
+    weight_numbers: list[float]
     kernel: str
     kernel_parameters: list[float]
     precision: str
@@ -98,10 +105,10 @@ def _sweep(
     with torch.autocast(problem.z.device.type, enabled=False):
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
-        family = kernel_of(problem.kernel, problem.kernel_parameters)
+        family, bandwidth, weights = kernel_numbers(problem)
         centre = middle(z) if family.radial else torch.zeros_like(z[0])
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
-        kernel = KernelSum.of(family, problem.bandwidth, problem.bandwidth_weights, z.shape[1], z.device, distance)
+        kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
         if problem.backend == "triton":
             from fastvae.kernels import quadratic_form as kernels
 
@@ -162,8 +169,7 @@ class QuadraticForm(torch.autograd.Function):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], inputs[-1], output[1])
-    ctx.options = inputs[4:8]
-    ctx.diagonal = inputs[8]
+    *ctx.options, ctx.diagonal, _ = inputs[4:]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,7 +177,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     upstream = torch.diag(grad) if ctx.diagonal else 0.5 * (grad + grad.T)
     gradient = quadratic_form_backward_op(*tensors, *ctx.options, upstream, expected, expected_grad)
     gradient = forbid_second_derivative("quadratic_form", gradient.to(tensors[0].dtype), grad, tensors[0])
-    return (gradient, *[None] * 9)
+    return (gradient, *[None] * (len(Problem._fields) + 1))
 
 
 quadratic_form_op.register_autograd(_backward, setup_context=_setup_context)
