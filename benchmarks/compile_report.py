@@ -401,9 +401,10 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
         mode, products = pairs.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
     scalar = "*fp64" if variant.precision == "float64" else "*fp32"
     types = {name: scalar for name in fn.arg_names if name.endswith("_ptr")}
-    types |= {name: _POINTER[products] for name in types if name.endswith(("_hi_ptr", "_lo_ptr"))} | {"route_ptr": "*i32", "M": "i32"}
+    types |= {name: _POINTER[products] for name in types if name.endswith(("hi_ptr", "lo_ptr"))} | {"plan_ptr": "*fp64"}
+    types |= {name: "i32" for name in ("M", "first_y", "rows", "first_block") if name in fn.arg_names}
     constants = {
-        "ROUTE": int(variant.differences),
+        "PASS": int(variant.differences),
         "WITHIN": False,
         "MODE": mode,
         "FAMILY": pairs.family_of(variant.kernel),
@@ -412,7 +413,7 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
         "D": dim,
         "C": columns,
     }
-    binary = compile_kernel(fn, types, constants | config.launch(moments=backward), architecture, aligned=("M",))
+    binary = compile_kernel(fn, types, constants | config.launch(moments=backward), architecture)
     steps = dim if variant.differences else dim // config.block_k
     work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]

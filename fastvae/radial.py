@@ -318,7 +318,7 @@ def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: 
     if isinstance(kernel, RationalQuadratic):
         numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
     if isinstance(kernel, Polynomial):
-        numbers += [c * (a * (h[0] / h) ** (2 * n)).sum().reshape(1) for n, c in kernel.powers]
+        numbers += [c * (a * (h[0] / h) ** (2 * n)).sum().reshape(1) for n, c in [*kernel.powers, (0, kernel.at_zero)]]
     if prior:
         numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
     return torch.cat(numbers)

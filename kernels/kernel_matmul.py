@@ -1,11 +1,12 @@
 """K(x, y)·v and its gradient on a GPU: formulas (1) and (2) of `fastvae.reference.kernel_matmul`, tile by tile, without K.
 
-A block of rows goes over all columns, as in `fastvae.kernels.mmd`. Forward keeps Σ_j k_ij·v_j; the gradient to the rows is a sweep in which
-the weight of a pair, w_j there, is g_i·v_j, a product of its own.
+Prepare (`fastvae.kernels.prepare`), sweep, finish, as in `fastvae.kernels.mmd`: a block of rows goes over all columns. Forward keeps
+Σ_j k_ij·v_j; the gradient to the rows is a sweep in which the weight of a pair is g_i·v_j, a product of its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, difference_products, matmul_config
-from fastvae.kernels.launch import on_device
+from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.pairs import (
     DIFFERENCES,
     POLYNOMIAL,
-    Evaluation,
-    Operands,
     column_exponent,
     column_parts,
     difference_exponent,
@@ -28,16 +27,101 @@ from fastvae.kernels.pairs import (
     load_parameters,
     load_parts,
     load_table,
-    parts,
     products_of,
     radial,
     row_sums,
     split,
 )
-from fastvae.radial import KernelSum, RationalQuadratic
+from fastvae.kernels.prepare import (
+    CONSTANT,
+    GRADIENT_SCALE,
+    ROUTE,
+    ROW_BLOCK,
+    SCALE,
+    UNIT,
+    VALUE_SHIFT,
+    Evaluation,
+    Sample,
+    block_of,
+    evaluation_of,
+    is_narrow,
+    padded,
+    part_buffers,
+    prepare,
+    seen_rows,
+    store_parts,
+)
+from fastvae.radial import KernelNumbers, RationalQuadratic
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_y", "rows"])
+def factors_kernel(
+    g_ptr,  # (n, COLUMNS)
+    v_ptr,  # (m, COLUMNS)
+    plan_ptr,
+    hi_ptr,  # (rows, C), g, from `first_y` on v, as the products of the pass that runs take them
+    lo_ptr,
+    hi16_ptr,
+    lo16_ptr,
+    sum_ptr,  # (programs, C), float64, sums over the rows of a program
+    poison_ptr,  # (programs, C / BLOCK_C), float64, 0, or nan if a number is not finite
+    n,
+    m,
+    first_y,
+    rows,
+    CHUNKS: tl.constexpr,  # programs for each of g and v
+    COLUMNS: tl.constexpr,
+    C: tl.constexpr,  # columns with their padding
+    MODE: tl.constexpr,
+    RADIAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The factors of a share of the rows in a block of columns."""
+    # where
+    program = tl.program_id(0)
+    dtype: tl.constexpr = hi_ptr.dtype.element_ty
+    is_v = program >= CHUNKS
+    start, end = tl.where(is_v, first_y, 0), tl.where(is_v, rows, first_y)
+    source_ptr, count = g_ptr, n
+    if is_v:
+        source_ptr, count = v_ptr, m
+    share = tl.cdiv(tl.cdiv(end - start, BLOCK_N), CHUNKS) * BLOCK_N
+    first = (program % CHUNKS) * share
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    route = tl.load(plan_ptr + ROUTE)
+
+    # load, compute, store
+    total = tl.zeros([BLOCK_C], dtype=tl.float64)
+    for start_n in range(first, tl.minimum(first + share, end - start), BLOCK_N):
+        local = start_n + tl.arange(0, BLOCK_N)
+        mask = (local < count)[:, None] & (offs_c < COLUMNS)[None, :]
+        factor = tl.load(source_ptr + local.to(tl.int64)[:, None] * COLUMNS + offs_c[None, :], mask=mask, other=0.0).to(dtype)
+        total += tl.sum(factor.to(tl.float64), 0)
+        offs = (start + local).to(tl.int64)[:, None] * C + offs_c[None, :]
+        inside = (local < end - start)[:, None] & (offs_c < C)[None, :]
+        if RADIAL:
+            if route == 0:
+                store_parts(factor, factor, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs, inside, MODE)
+            else:
+                store_parts(factor, factor, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs, inside, DIFFERENCES)
+        else:
+            store_parts(factor, factor, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs, inside, MODE)
+    tl.store(sum_ptr + program.to(tl.int64) * C + offs_c, total)
+    tl.store(poison_ptr + program * tl.num_programs(1) + tl.program_id(1), tl.sum(total * 0.0))
 
 
 @triton.jit
+def _poison(poison_ptr, count, BLOCK: tl.constexpr):
+    """0, or nan if a factor is not finite."""
+    poison = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, count, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        poison += tl.load(poison_ptr + offs, mask=offs < count, other=0.0)
+    return tl.sum(poison)
+
+
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     row_hi_ptr,  # (N, D), scaled rows, in a split mode with their low parts; in DIFFERENCES mode rows as they came
     row_lo_ptr,
@@ -47,13 +131,11 @@ def matmul_kernel(
     col_half_ptr,  # (M,), of a padded column what makes its k 0
     v_hi_ptr,  # (M, C), 0 in the padding
     v_lo_ptr,
+    plan_ptr,  # (PLAN,), of `fastvae.kernels.prepare`
     table_ptr,
-    shift_ptr,
-    scale_ptr,  # (1,), of the scaled rows
-    route_ptr,
     out_ptr,  # (SPLITS, N, C), Σ_j (k − shift)·v_j
     M,  # columns with their padding
-    ROUTE: tl.constexpr,
+    PASS: tl.constexpr,
     WITHIN: tl.constexpr,  # rows and columns are the same sample, whose diagonal is left out
     MODE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -67,7 +149,7 @@ def matmul_kernel(
     BLOCK_C: tl.constexpr,  # columns of v of a program
 ):
     """A block of rows of K·v over a share of the columns of K; program 1 is the block of columns of v, program 2 the share."""
-    if tl.load(route_ptr) != ROUTE:
+    if tl.load(plan_ptr + ROUTE) != PASS:
         return
     # where
     start_n = tl.program_id(0) * BLOCK_N
@@ -84,8 +166,8 @@ def matmul_kernel(
     row_hi_ptrs = row_hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_lo_ptrs = row_lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, MODE)
-    value_shift = tl.load(shift_ptr)
-    scale = tl.load(scale_ptr)
+    value_shift = tl.load(plan_ptr + VALUE_SHIFT).to(row_half.dtype)
+    scale = tl.load(plan_ptr + SCALE).to(row_half.dtype)
     table = load_table(table_ptr, False, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
 
@@ -117,27 +199,22 @@ def matmul_kernel(
     tl.store(out_ptr + out_start + (tl.arange(0, BLOCK_N)[:, None] * C + offs_c[None, :]), out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_y", "rows", "first_block"])
 def gradient_kernel(
-    row_hi_ptr,  # as in `matmul_kernel`
-    row_lo_ptr,
-    row_half_ptr,
-    col_hi_ptr,
-    col_lo_ptr,
-    col_half_ptr,
-    g_hi_ptr,  # (N, C)
-    g_lo_ptr,
-    v_hi_ptr,  # (M, C), 0 in the padding
-    v_lo_ptr,
+    hi_ptr,  # (rows, D), scaled rows of x, from `first_y` on of y, in a split mode with their low parts; in DIFFERENCES mode as they came
+    lo_ptr,
+    half_ptr,  # (rows,)
+    factor_hi_ptr,  # (rows, C), g of the rows of x, v of those of y, 0 in the padding
+    factor_lo_ptr,
+    plan_ptr,
     table_ptr,
-    shift_ptr,
-    scale_ptr,
-    route_ptr,
-    slope_ptr,  # (SPLITS, N), Σ_j (g_i·v_j)·(W − shift)
-    moments_ptr,  # (SPLITS, N, D), Σ_j (g_i·v_j)·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
-    M,
-    ROUTE: tl.constexpr,
-    WITHIN: tl.constexpr,
+    slope_ptr,  # (SPLITS, swept rows), Σ_j (g_i·v_j)·W
+    moments_ptr,  # (SPLITS, swept rows, D), Σ_j (g_i·v_j)·W·u_j, in DIFFERENCES mode of u_j − u_i
+    first_y,
+    rows,
+    first_block,  # of the rows that are swept
+    PASS: tl.constexpr,
+    WITHIN: tl.constexpr,  # rows of x against themselves, without the pairs i = i, v after g among the factors
     MODE: tl.constexpr,
     FAMILY: tl.constexpr,
     BANDWIDTHS: tl.constexpr,
@@ -150,205 +227,373 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,  # features of a block of moments
     BLOCK_C: tl.constexpr,  # columns of v of a step of the product with g
 ):
-    """The pull on a block of rows from a share of the columns; program 1 is the block of moments, program 2 the share."""
-    if tl.load(route_ptr) != ROUTE:
+    """The gradient sums of a block of rows over a share of the columns; program 1 is the block of moments, program 2 the share."""
+    if tl.load(plan_ptr + ROUTE) != PASS:
         return
     # where
-    start_n = tl.program_id(0) * BLOCK_N
+    start_n = (first_block + tl.program_id(0)) * BLOCK_N
     d_out = tl.program_id(1)
     part = tl.program_id(2)
-    rows = tl.num_programs(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
     row_start = tl.cast(start_n, tl.int64) * D
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
-    g_ptrs = tl.cast(start_n, tl.int64) * C + (tl.arange(0, BLOCK_N)[:, None] * C + tl.arange(0, BLOCK_C)[None, :])
+    row_factor = tl.cast(start_n, tl.int64) * C + (tl.arange(0, BLOCK_N)[:, None] * C + tl.arange(0, BLOCK_C)[None, :])
     local_v = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
+    is_x = start_n < first_y
+    first_m = 0 if WITHIN else tl.where(is_x, first_y, 0)
+    last_m = first_y if WITHIN else tl.where(is_x, rows, first_y)
 
     # load
-    row_half = tl.load(row_half_ptr + offs_n)
-    row_hi_ptrs = row_hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
-    row_lo_ptrs = row_lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
+    row_half = tl.load(half_ptr + offs_n)
+    row_hi_ptrs = hi_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
+    row_lo_ptrs = lo_ptr + row_start + (local_n + tl.arange(0, BLOCK_K)[None, :])
     row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, MODE)
-    g_hi, g_lo = load_parts(g_hi_ptr + g_ptrs, g_lo_ptr + g_ptrs, MODE)
-    value_shift = tl.load(shift_ptr)
-    slope_shift = tl.load(shift_ptr + 1)
-    scale = tl.load(scale_ptr)
+    g_hi, g_lo = load_parts(factor_hi_ptr + row_factor, factor_lo_ptr + row_factor, MODE)
+    scale = tl.load(plan_ptr + SCALE).to(row_half.dtype)
     table = load_table(table_ptr, True, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
     if MODE == DIFFERENCES:
-        row_out = tl.load(row_hi_ptr + row_start + (local_n + offs_d[None, :]))
+        row_out = tl.load(hi_ptr + row_start + (local_n + offs_d[None, :]))
 
     # compute
     slope_acc = tl.zeros([BLOCK_N, 8], dtype=row_half.dtype)
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=row_half.dtype)
-    share = tl.cdiv(tl.cdiv(M, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-    first = part * share
-    last = tl.minimum(first + share, M)
+    share = tl.cdiv(tl.cdiv(last_m - first_m, BLOCK_M), tl.num_programs(2)) * BLOCK_M
+    first = first_m + part * share
+    last = tl.minimum(first + share, last_m)
     for start_m in range(first, last, BLOCK_M):
+        start_m = tl.multiple_of(start_m, BLOCK_M)
         if MODE == DIFFERENCES:
-            exponent = difference_exponent(row_hi_ptr, col_hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
+            exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
         else:
             exponent, col_hi, col_lo = column_exponent(
-                row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, col_hi_ptr, col_lo_ptr, col_half_ptr, start_m,
+                row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, hi_ptr, lo_ptr, half_ptr, start_m,
                 FAMILY, MODE, D, BLOCK_M, BLOCK_K,
             )  # fmt: skip
-        _, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, True, BANDWIDTHS, SQUARINGS)
+        _, slope = radial(exponent, table, table_ptr, parameters, 0.0, 0.0, FAMILY, True, BANDWIDTHS, SQUARINGS)
         coefficient = tl.zeros([BLOCK_N, BLOCK_M], dtype=row_half.dtype)
-        start = tl.cast(start_m, tl.int64) * C
+        start = tl.cast(start_m + first_y if WITHIN else start_m, tl.int64) * C
         if C == BLOCK_C:
-            v_hi, v_lo = load_parts(v_hi_ptr + start + local_v, v_lo_ptr + start + local_v, MODE)
+            v_hi, v_lo = load_parts(factor_hi_ptr + start + local_v, factor_lo_ptr + start + local_v, MODE)
             coefficient = dot(g_hi, g_lo, tl.trans(v_hi), tl.trans(v_lo), coefficient, MODE)
         else:
             for start_c in range(0, C, BLOCK_C):
-                left_hi, left_lo = load_parts(g_hi_ptr + g_ptrs + start_c, g_lo_ptr + g_ptrs + start_c, MODE)
-                v_hi, v_lo = load_parts(v_hi_ptr + start + local_v + start_c, v_lo_ptr + start + local_v + start_c, MODE)
+                row_ptrs = row_factor + start_c
+                column_ptrs = start + local_v + start_c
+                left_hi, left_lo = load_parts(factor_hi_ptr + row_ptrs, factor_lo_ptr + row_ptrs, MODE)
+                v_hi, v_lo = load_parts(factor_hi_ptr + column_ptrs, factor_lo_ptr + column_ptrs, MODE)
                 coefficient = dot(left_hi, left_lo, tl.trans(v_hi), tl.trans(v_lo), coefficient, MODE)
         slope = slope * coefficient
         if WITHIN:
             offs_m = start_m + tl.arange(0, BLOCK_M)
             slope = tl.where(offs_n[:, None] != offs_m[None, :], slope, 0.0)
         if MODE == DIFFERENCES:
-            col = tl.load(col_hi_ptr + tl.cast(start_m, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + offs_d[None, :]))
+            col = tl.load(hi_ptr + tl.cast(start_m, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + offs_d[None, :]))
             moments += tl.sum(slope[:, :, None] * ((col[None, :, :] - row_out[:, None, :]) * scale), 1)
         else:
             if FAMILY < POLYNOMIAL:
                 slope_acc += row_sums(slope)
-            col_hi, col_lo = column_parts(col_hi, col_lo, col_hi_ptr, col_lo_ptr, start_m, d_out, MODE, D, BLOCK_M, BLOCK_K, BLOCK_D)
+            col_hi, col_lo = column_parts(col_hi, col_lo, hi_ptr, lo_ptr, start_m, d_out, MODE, D, BLOCK_M, BLOCK_K, BLOCK_D)
             slope_hi, slope_lo = split(slope, MODE)
             moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), MODE)
 
     # store
+    out = tl.cast(part, tl.int64) * tl.num_programs(0) + tl.program_id(0)
     if d_out == 0:
-        tl.store(slope_ptr + tl.cast(part, tl.int64) * rows + offs_n, tl.sum(slope_acc, 1))
-    tl.store(moments_ptr + (tl.cast(part, tl.int64) * rows * D + row_start) + (local_n + offs_d[None, :]), moments)
+        tl.store(slope_ptr + out * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(slope_acc, 1))
+    tl.store(moments_ptr + out * BLOCK_N * D + (local_n + offs_d[None, :]), moments)
 
 
-@dataclass
-class _Factor:
-    """v or g, padded, as the products read it."""
+@triton.jit(do_not_specialize=["n", "rows", "splits", "poisons"])
+def matmul_finish_kernel(
+    sums_ptr,  # (SPLITS, rows, C), of `matmul_kernel`
+    v_ptr,  # (n, COLUMNS), of a sample against itself
+    total_ptr,  # (CHUNKS, C), of `factors_kernel`
+    poison_ptr,
+    plan_ptr,
+    out_ptr,  # (n, COLUMNS)
+    n,
+    rows,
+    splits,
+    poisons,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+    WITHIN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """K·v of a block of rows in a block of columns: the sums of all shares, and what the shift leaves out of each pair."""
+    # where
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (offs_n < n)[:, None] & (offs_c < COLUMNS)[None, :]
+    offs_out = offs_n.to(tl.int64)[:, None] * COLUMNS + offs_c[None, :]
 
-    exact: Tensor  # (N, C)
-    hi: Tensor
-    lo: Tensor
+    # load and compute
+    total = tl.zeros([BLOCK_C], dtype=tl.float64)
+    for chunk in range(CHUNKS):
+        total += tl.load(total_ptr + chunk * C + offs_c)
+    paired = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64) + total[None, :]
+    if WITHIN:
+        paired -= tl.load(v_ptr + offs_out, mask=mask, other=0.0).to(tl.float64)
+    out = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
+    for split_n in range(0, splits):
+        row = tl.cast(split_n, tl.int64) * rows + offs_n
+        out += tl.load(sums_ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float64)
+    out = out * tl.load(plan_ptr + UNIT) + paired * tl.load(plan_ptr + CONSTANT) + _poison(poison_ptr, poisons, 1024)
 
-    @staticmethod
-    def of(v: Tensor, mode: int, rows: int, columns: int) -> _Factor:
-        v = torch.nn.functional.pad(v, (0, columns - v.shape[1], 0, rows - v.shape[0])).contiguous()
-        return _Factor(v, *parts(v, mode))
+    # store
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_y", "first_row", "swept", "splits", "poisons"])
+def gradient_finish_kernel(
+    hi_ptr,
+    lo_ptr,
+    hi16_ptr,
+    lo16_ptr,
+    slope_ptr,
+    moments_ptr,
+    poison_ptr,
+    plan_ptr,
+    grad_x_ptr,  # (n, FEATURES)
+    grad_y_ptr,
+    n,
+    m,
+    first_y,
+    first_row,  # of the rows that are swept
+    swept,
+    splits,
+    poisons,
+    RADIAL: tl.constexpr,
+    MODE: tl.constexpr,
+    FEATURES: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient of a block of rows in a block of features."""
+    # where
+    out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = first_row + out_row
+    grad_ptr, local, count = grad_x_ptr, row, n
+    if first_row + tl.program_id(0) * BLOCK_N >= first_y:
+        grad_ptr, local, count = grad_y_ptr, row - first_y, m
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = local < count
+    mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
+    dtype: tl.constexpr = slope_ptr.dtype.element_ty
+
+    # load and compute
+    scale = 0.5 * tl.load(plan_ptr + GRADIENT_SCALE) + _poison(poison_ptr, poisons, 1024)
+    slope = tl.zeros([BLOCK_N], dtype=dtype)
+    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
+    for part in range(0, splits):
+        source = tl.cast(part, tl.int64) * swept + out_row
+        if RADIAL:
+            slope += tl.load(slope_ptr + source, mask=mask_n, other=0.0)
+        moments += tl.load(moments_ptr + source[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    pull = moments
+    if RADIAL:
+        pull = -moments
+        # Sums of differences need no row beside them.
+        if tl.load(plan_ptr + ROUTE) == 0:
+            offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
+            pull += slope[:, None] * seen_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs, mask, dtype, MODE)
+
+    # store
+    tl.store(grad_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], scale.to(dtype) * pull, mask=mask)
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What a launch takes from the kernel, dtype and numbers of features and columns alone; configs by whether it is the gradient's."""
+
+    evaluation: Evaluation
+    configs: dict[bool, tuple[MatmulConfig, ...]]  # of each pass
+    features: int
+    columns: int
+    block: int  # rows
+
+
+@functools.lru_cache(maxsize=256)
+def _choice(evaluation: Evaluation, dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> _Choice:
+    architecture, powers = device_limits(device).architecture, isinstance(evaluation.kernel, RationalQuadratic)
+    configs = {}
+    for gradient in (False, True):
+        names = (
+            difference_products(dtype.itemsize) if mode == DIFFERENCES.value else products_of(mode, dtype) for mode in evaluation.modes
+        )
+        configs[gradient] = tuple(
+            matmul_config(dim, columns, name, gradient, evaluation.bandwidths, architecture, powers) for name in names
+        )
+    every = [*configs[False], *configs[True]]
+    return _Choice(
+        evaluation,
+        configs,
+        features=max(config.padded(dim, config.block_k, config.block_d) for config in every),
+        columns=max(config.padded(columns, config.block_c) for config in every),
+        block=max(ROW_BLOCK, *(max(config.block_n, config.block_m) for config in every)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """g and v, as `factors_kernel` writes them."""
+
+    buffers: tuple[Tensor, Tensor, Tensor, Tensor]
+    sums: Tensor
+    poison: Tensor
+
+    def parts(self, mode: int) -> tuple[Tensor, Tensor]:
+        hi, lo, hi16, lo16 = self.buffers
+        return (hi16, lo16) if is_narrow(mode) else (hi, lo)
 
 
 class Product:
-    """Sums over the columns of K of `kernel` on `samples`."""
+    """Sums over the columns of K, of one or two samples."""
 
-    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, precision: str, columns: int) -> None:
-        dtype, dim = samples[0].dtype, samples[0].shape[1]
-        self.evaluation = Evaluation.of(kernel, samples, centre, precision, self_pairs=True)
-        self.device = device_limits(centre.device)
-        self.scale = self.evaluation.scale.to(dtype)
-        (self.mode,) = self.evaluation.modes
-        products, powers = products_of(self.mode, dtype), isinstance(kernel.kernel, RationalQuadratic)
-        bandwidths, architecture = self.evaluation.bandwidths, self.device.architecture
-        self.configs = {
-            gradient: matmul_config(dim, columns, products, gradient, bandwidths, architecture, powers) for gradient in (False, True)
-        }
-        self.difference_configs = {
-            gradient: matmul_config(dim, columns, difference_products(dtype.itemsize), gradient, bandwidths, architecture)
-            for gradient in (False, True)
-        }
-        self.features = max(config.padded(dim, config.block_k, config.block_d) for config in self._all())
-        self.columns = max(config.padded(columns, config.block_c) for config in self._all())
+    def __init__(self, kernel: KernelNumbers, samples: Sequence[Tensor], columns: int, precision: str) -> None:
+        self.device, self.count, self.dim = samples[0].device, columns, samples[0].shape[1]
+        self.dtype = torch.float64 if samples[0].dtype == torch.float64 else torch.float32
+        evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, self.dtype, precision, self_pairs=True)
+        self.choice = _choice(evaluation, self.dim, columns, self.dtype, self.device)
+        self.evaluation, self.sizes = evaluation, [z.shape[0] for z in samples]
+        self.operands = prepare([Sample.of(z) for z in samples], kernel, evaluation, self.choice.features, self.choice.block)
+        self.first_y, self.rows = self.operands.first_y, self.operands.rows
 
-    def _all(self) -> list[MatmulConfig]:
-        return [*self.configs.values(), *self.difference_configs.values()]
+    @property
+    def centre(self) -> Tensor:
+        return self.operands.centre[0, 0, : self.dim]
 
-    def points(self, z: Tensor) -> Operands:
-        (operands,) = Operands.of(z, self.evaluation, [self.mode], self._rows(z), self.features)
-        return operands
+    def factors(self, *given: Tensor) -> _Factors:
+        """Of g (N, C) and v (M, C), or of one alone."""
+        choice, given = self.choice, tuple(t.contiguous() for t in given)
+        g, v = given[0], given[-1]
+        first_y = padded(g.shape[0], choice.block)
+        rows = first_y + (padded(v.shape[0], choice.block) if len(given) == 2 else 0)
+        c, chunks = choice.columns, _CHUNKS if rows > 8 * ROW_BLOCK else 1
+        block_c, programs = block_of(c), len(given) * chunks
+        sums, poison = torch.empty(programs * (c + c // block_c), dtype=torch.float64, device=self.device).split(
+            (programs * c, programs * (c // block_c))
+        )
+        buffers = part_buffers((rows, c), self.dtype, self.evaluation.modes, self.device)
+        launch(
+            factors_kernel, (self.operands.key, self.count, chunks, tensor_key(g, v)), self.device, (programs, c // block_c, 1),
+            (g, v, self.operands.plan, *buffers, sums, poison, g.shape[0], v.shape[0], first_y, rows),
+            lambda: {
+                "CHUNKS": chunks, "COLUMNS": self.count, "C": c, "MODE": self.evaluation.modes[0],
+                "RADIAL": self.evaluation.kernel.radial, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
+            },
+        )  # fmt: skip
+        return _Factors(buffers, sums.view(len(given), chunks, c), poison)
 
-    def factor(self, v: Tensor) -> _Factor:
-        return _Factor.of(v, self.mode, self._rows(v), self.columns)
-
-    def _rows(self, z: Tensor) -> int:
-        return z.shape[0] + -z.shape[0] % max(max(config.block_n, config.block_m) for config in self._all())
-
-    def matmul(self, a: Operands, b: Operands, v: _Factor, within: bool = False) -> Tensor:
-        """Σ_j (k(a_i, b_j) − shift)·v_j, padded, of which (i, i) are left out if `within`."""
-        (n, d), m = a.points.shape, b.points.shape[0]
-        config = self.configs[False]
-        blocks = (n // config.block_n, self.columns // config.block_c)
-        splits = column_splits(blocks[0] * blocks[1], m // config.block_m, self.device.multiprocessors)
-        out = a.points.new_empty(splits, n, self.columns)
-        for number, config in self._passes(False):
-            rows, columns, factor = self._operands(number, a, b, v)
-            matmul_kernel[(n // config.block_n, self.columns // config.block_c, splits)](
-                *rows, *columns, *factor, *self._plan(), out, m, ROUTE=number, WITHIN=within, D=d, C=self.columns,
-                **self._constants(number), **config.launch(moments=False),
+    def matmul(self, factors: _Factors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
+        """K·v (N, C), or if `transposed` Kᵀ·g; with `within` this v, and the rows against themselves without the pairs i = i."""
+        d, c, configs = self.choice.features, self.choice.columns, self.choice.configs[False]
+        # The factors are those of the columns, or g before v.
+        x, y = slice(0, self.first_y), slice(self.first_y, self.rows)
+        if within is not None:
+            y = x
+        if transposed:
+            x, y = y, x
+        n, m = x.stop - x.start, y.stop - y.start
+        programs, tiles = (n // configs[0].block_n) * (c // configs[0].block_c), m // configs[0].block_m
+        splits = column_splits(programs, tiles, device_limits(self.device).multiprocessors)
+        sums = torch.empty(splits * n * c, dtype=self.dtype, device=self.device)
+        key, half = (self.operands.key, self.count, within is not None), self.operands.half
+        for number, (mode, config) in enumerate(zip(self.evaluation.modes, configs, strict=True)):
+            hi, lo = (part[0] for part in self.operands.parts(mode))
+            launch(
+                matmul_kernel, (key, number), self.device, (n // config.block_n, c // config.block_c, splits),
+                (
+                    hi[x], lo[x], half[x], hi[y], lo[y], half[y], *factors.parts(mode), self.operands.plan, self.operands.table, sums, m,
+                ),
+                lambda number=number, mode=mode, config=config: {
+                    "PASS": number, "WITHIN": within is not None, "MODE": mode, "D": d, "C": c,
+                } | self.evaluation.constants | config.launch(moments=False),
             )  # fmt: skip
-        return out.sum(0) * self._unit(self.evaluation.value_unit)
+        size = self.sizes[-1] if transposed else self.sizes[0]
+        out = torch.empty((size, self.count), dtype=dtype, device=self.device)
+        own, block_c, chunks = out if within is None else within, block_of(c), factors.sums.shape[1]
+        launch(
+            matmul_finish_kernel, (key, dtype, chunks, tensor_key(own)), self.device, (triton.cdiv(size, ROW_BLOCK), c // block_c, 1),
+            (sums, own, factors.sums, factors.poison, self.operands.plan, out, size, n, splits, factors.poison.numel()),
+            lambda: {
+                "CHUNKS": chunks, "COLUMNS": self.count, "C": c, "WITHIN": within is not None, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c
+            },
+        )  # fmt: skip
+        return out
 
-    def pull(self, a: Operands, b: Operands, g: _Factor, v: _Factor, within: bool = False) -> Tensor:
-        """The pull of b on a with g_i·v_j in place of w_j, (N, D)."""
-        (n, d), m = a.points.shape, b.points.shape[0]
-        config = self.configs[True]
-        blocks = (n // config.block_n, d // config.block_d)
-        splits = column_splits(blocks[0] * blocks[1], m // config.block_m, self.device.multiprocessors)
-        slope, moments = a.points.new_empty(splits, n), a.points.new_empty(splits, n, d)
-        for number, config in self._passes(True):
-            rows, columns, factor = self._operands(number, a, b, v)
-            upstream = (g.exact, g.exact) if number else (g.hi, g.lo)
-            gradient_kernel[(n // config.block_n, d // config.block_d, splits)](
-                *rows, *columns, *upstream, *factor, *self._plan(), slope, moments, m, ROUTE=number, WITHIN=within, D=d, C=self.columns,
-                **self._constants(number), **config.launch(moments=True),
+    def gradients(self, factors: _Factors, *, x: bool, y: bool, within: bool = False) -> list[Tensor | None]:
+        """Σ_j g_i·v_j·∂k_ij/∂x_i (N, D) and the same of y (M, D), those wanted; with `within` of x against itself, without j = i."""
+        d, configs = self.choice.features, self.choice.configs[True]
+        first_row, swept = 0 if x else self.first_y, (self.first_y if x else 0) + (self.rows - self.first_y if y else 0)
+        programs = (swept // configs[0].block_n) * (d // configs[0].block_d)
+        columns = self.first_y if within or not x else self.rows - self.first_y
+        splits = column_splits(programs, columns // configs[0].block_m, device_limits(self.device).multiprocessors)
+        slope, moments = torch.empty(splits * swept * (1 + d), dtype=self.dtype, device=self.device).split(
+            (splits * swept, splits * swept * d)
+        )
+        key, operands = (self.operands.key, self.count, within), self.operands
+        for number, (mode, config) in enumerate(zip(self.evaluation.modes, configs, strict=True)):
+            launch(
+                gradient_kernel, (key, number), self.device, (swept // config.block_n, d // config.block_d, splits),
+                (
+                    *operands.parts(mode), operands.half, *factors.parts(mode), operands.plan, operands.table, slope, moments,
+                    self.first_y, self.rows, first_row // config.block_n,
+                ),
+                lambda number=number, mode=mode, config=config: {
+                    "PASS": number, "WITHIN": within, "MODE": mode, "D": d, "C": self.choice.columns,
+                } | self.evaluation.constants | config.launch(moments=True),
             )  # fmt: skip
-        return self.evaluation.pull(moments.sum(0), slope.sum(0), [a])
-
-    def _passes(self, gradient: bool) -> list[tuple[int, MatmulConfig]]:
-        passes = [(0, self.configs[gradient])]
-        return passes if self.evaluation.by_differences is None else [*passes, (1, self.difference_configs[gradient])]
-
-    @staticmethod
-    def _operands(number: int, a: Operands, b: Operands, v: _Factor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if number:
-            return (a.points, a.points, a.half), (b.points, b.points, b.half), (v.exact, v.exact)
-        return (a.hi, a.lo, a.half), (b.hi, b.lo, b.half), (v.hi, v.lo)
-
-    def _plan(self) -> tuple[Tensor, ...]:
-        return self.evaluation.table, self.evaluation.shifts, self.scale, self.evaluation.route
-
-    def _constants(self, number: int) -> dict[str, int]:
-        return self.evaluation.constants | {"MODE": DIFFERENCES.value if number else self.mode}
-
-    def _unit(self, unit: Tensor | float) -> Tensor | float:
-        return unit.to(self.scale.dtype) if isinstance(unit, Tensor) else unit
+        grads = [
+            torch.empty((size, self.dim), dtype=self.dtype, device=self.device) if wanted else None
+            for size, wanted in zip((self.sizes * 2)[:2], (x, y), strict=True)
+        ]
+        grad_x, grad_y = (slope if grad is None else grad for grad in grads)
+        block_d = block_of(d)
+        launch(
+            gradient_finish_kernel, key, self.device, (swept // ROW_BLOCK, d // block_d, 1),
+            (
+                *operands.buffers, slope, moments, factors.poison, operands.plan, grad_x, grad_y, self.sizes[0], self.sizes[-1],
+                self.first_y, first_row, swept, splits, factors.poison.numel(),
+            ),
+            lambda: {
+                "RADIAL": self.evaluation.kernel.radial, "MODE": self.evaluation.modes[0], "FEATURES": self.dim, "D": d,
+                "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_d,
+            },
+        )  # fmt: skip
+        return grads
 
 
-@on_device
-def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Tensor, precision: str) -> Tensor:
-    """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C)."""
-    product = Product(kernel, [x, y], centre, precision, v.shape[1])
-    out = product.matmul(product.points(x), product.points(y), product.factor(v))[: x.shape[0], : v.shape[1]]
-    return (out + product.evaluation.constant * v.sum(0)).contiguous()
+# Programs that write each of the factors.
+_CHUNKS = 64
 
 
-@on_device
+def kernel_matmul(kernel: KernelNumbers, x: Tensor, y: Tensor, v: Tensor, precision: str) -> Tensor:
+    """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C), in the accumulation dtype."""
+    product = Product(kernel, [x, y], v.shape[1], precision)
+    return product.matmul(product.factors(v), product.dtype)
+
+
 def kernel_matmul_backward(
-    kernel: KernelSum,
+    kernel: KernelNumbers,
     x: Tensor,
     y: Tensor,
     v: Tensor,
     grad: Tensor,
-    centre: Tensor,
     x_grad: bool,
     y_grad: bool,
     v_grad: bool,
     precision: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The pulls of `fastvae.radial.Sweep` on x and y with w_j·W_ij replaced by (grad_i·v_j)·W_ij, and Kᵀ·grad; those wanted."""
-    product = Product(kernel, [x, y], centre, precision, v.shape[1])
-    a, b, g, f = product.points(x), product.points(y), product.factor(grad), product.factor(v)
-    out = None
-    if v_grad:
-        out = product.matmul(b, a, g)[: y.shape[0], : v.shape[1]]
-        out = (out + product.evaluation.constant * grad.sum(0)).contiguous()
-    return product.pull(a, b, g, f) if x_grad else None, product.pull(b, a, f, g) if y_grad else None, out
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x, y and v, those wanted, and the point that x and y were seen from."""
+    product = Product(kernel, [x, y], v.shape[1], precision)
+    factors = product.factors(grad, v)
+    grads: list[Tensor | None] = [None, None]
+    if x_grad or y_grad:
+        grads = product.gradients(factors, x=x_grad, y=y_grad)
+    return grads[0], grads[1], product.matmul(factors, product.dtype, transposed=True) if v_grad else None, product.centre

@@ -8,9 +8,7 @@ atomics, a fixed order, the same bits every time.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,31 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
-from fastvae.kernels.launch import launch, tensor_key
+from fastvae.kernels.launch import launch
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
     GAUSSIAN,
     POLYNOMIAL,
     SPLIT,
-    SPLIT_TF32,
     column_exponent,
     column_parts,
     difference_exponent,
     dot,
-    family_of,
-    is_crowded,
-    limits_of,
     load_parameters,
     load_parts,
     load_table,
-    modes_of,
-    pack_squarings,
-    padding_of,
-    parameter_count,
     products_of,
     radial,
-    rounding_of,
     row_sums,
     split,
 )
@@ -60,19 +49,24 @@ from fastvae.kernels.prepare import (
     POLYNOMIAL_DIAGONAL,
     PRIOR,
     ROUTE,
+    ROW_BLOCK,
     SCALE,
     SLOPE_SHIFT,
     STATISTICS,
     UNBIASED_SCALE,
     VALUE_SHIFT,
+    Evaluation,
+    Sample,
+    evaluation_of,
     gammas_of,
     load_numbers,
-    operands_kernel,
     own_term,
+    padded,
+    prepare,
+    seen_rows,
     shifts_of,
-    statistics_kernel,
 )
-from fastvae.radial import Energy, Kernel, KernelNumbers, Polynomial, RationalQuadratic
+from fastvae.radial import KernelNumbers, RationalQuadratic
 
 # Bits of the flags of a sample: the gradient of its rows is wanted, they meet the other sample, each pair within it is met once.
 _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
@@ -466,10 +460,10 @@ def finish_kernel(
                 offs16 = offs + problem * rows * D
                 seen = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
                 if route == 0:
-                    seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_0)
+                    seen = seen_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_0)
                 if MODE_1 >= 0:  # noqa: SIM102
                     if route == 1:
-                        seen = _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_1)
+                        seen = seen_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, MODE_1)
                 # Sums of differences need no row beside them: there `seen` is zero.
                 pull = slope[:, None] * seen - moments
             gradient = p.to(dtype)[:, None] * (scale * pull)
@@ -490,21 +484,6 @@ def finish_kernel(
 
 
 @triton.jit
-def _seen(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype: tl.constexpr, MODE: tl.constexpr):
-    """Rows as the products of a pass saw them."""
-    if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
-        seen = tl.load(hi16_ptr + offs16, mask=mask, other=0.0).to(dtype)
-        if MODE == SPLIT:
-            seen += tl.load(lo16_ptr + offs16, mask=mask, other=0.0).to(dtype)
-        return seen
-    else:
-        seen = tl.load(hi_ptr + offs, mask=mask, other=0.0)
-        if MODE == SPLIT_TF32:
-            seen += tl.load(lo_ptr + offs, mask=mask, other=0.0)
-        return seen
-
-
-@triton.jit
 def _mean(sum_ptr, offs_d, count, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr):
     """Σ_j w_j·(z_j − c) over a sample, from the sums of its programs."""
     total = tl.zeros([BLOCK_D], dtype=tl.float64)
@@ -514,92 +493,27 @@ def _mean(sum_ptr, offs_d, count, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D
 
 
 @dataclass(frozen=True, eq=False)
-class _Static:
+class _Choice:
     """What a launch takes from the kernel, dtype and number of features alone."""
 
-    family: int
-    bandwidths: int
-    squarings: int
-    modes: tuple[int, ...]
-    configs: tuple[SweepConfig, ...]
-    limits: tuple[float, float]
-    parameters: int
-    radial: bool
-    rooted: bool
-    padding: float
-    rounding: float
+    evaluation: Evaluation
+    configs: tuple[SweepConfig, ...]  # of each pass
     features: int
-    block_n: int
-
-    @property
-    def passes(self) -> list[tuple[int, SweepConfig]]:
-        return list(zip((*self.modes, DIFFERENCES.value), self.configs, strict=False))
-
-    @property
-    def table(self) -> int:
-        return 3 * self.bandwidths + self.parameters
+    block: int  # rows
 
 
 @functools.lru_cache(maxsize=256)
-def _static(
-    kernel: Kernel,
-    count: int,
-    squarings: tuple[int, ...],
-    dim: int,
-    dtype: torch.dtype,
-    precision: str,
-    gradient: bool,
-    device: torch.device,
-) -> _Static:
-    double = dtype == torch.float64
-    modes = modes_of(kernel, "ieee" if double else precision)
-    # A sum of energy or polynomial kernels is one of them.
-    bandwidths = 1 if isinstance(kernel, (Energy, Polynomial)) else count
-    architecture = device_limits(device).architecture
+def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, device: torch.device) -> _Choice:
+    architecture, powers = device_limits(device).architecture, isinstance(evaluation.kernel, RationalQuadratic)
     configs = [
-        sweep_config(dim, products_of(mode, dtype), gradient, bandwidths, architecture, isinstance(kernel, RationalQuadratic))
-        for mode in modes
+        difference_config(dtype.itemsize)
+        if mode == DIFFERENCES.value
+        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths, architecture, powers)
+        for mode in evaluation.modes
     ]
-    if kernel.radial:
-        configs.append(difference_config(dtype.itemsize))
-    limits = [*limits_of(kernel, modes, dtype), math.inf]
-    return _Static(
-        family=family_of(kernel),
-        bandwidths=bandwidths,
-        squarings=pack_squarings(squarings),
-        modes=modes,
-        configs=tuple(configs),
-        limits=(limits[0], limits[1]),
-        parameters=parameter_count(kernel),
-        radial=kernel.radial,
-        rooted=kernel.rooted,
-        padding=padding_of(kernel),
-        rounding=rounding_of(double),
-        features=max(padded_dim(dim, config) for config in configs[: len(modes)]),
-        block_n=max(_ROW_BLOCK, *(config.block_n for config in configs)),
-    )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample of each of B problems.
-
-    Attributes:
-        points: (B, N, D).
-        weights: (B, N) in the accumulation dtype, or None for 1/N each.
-        start, rows: the rows that are swept; all, but for data parallelism.
-        gradient: whether their gradient is wanted.
-    """
-
-    points: Tensor
-    weights: Tensor | None
-    start: int
-    rows: int
-    gradient: bool
-
-    @property
-    def whole(self) -> bool:
-        return self.rows == self.points.shape[1]
+    products = [config for mode, config in zip(evaluation.modes, configs, strict=True) if mode != DIFFERENCES.value]
+    features = max(padded_dim(dim, config) for config in products)
+    return _Choice(evaluation, tuple(configs), features, max(ROW_BLOCK, *(config.block_n for config in configs)))
 
 
 def mmd(
@@ -610,28 +524,23 @@ def mmd(
     Without y, of the terms over pairs of x alone, or with `prior` against N(0, I).
     """
     samples = [x] if y is None else [x, y]
-    batch, _, dim = x.points.shape
-    points = x.points
-    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    batch, n, dim = x.points.shape
+    m, two, device = samples[-1].points.shape[1], len(samples) == 2, x.points.device
+    dtype = torch.float64 if x.points.dtype == torch.float64 else torch.float32
     gradient = any(sample.gradient for sample in samples)
     weighted = any(sample.weights is not None for sample in samples)
-    device = points.device
-    static = _static(kernel.kernel, kernel.count, kernel.squarings, dim, dtype, precision, gradient, device)
-    d, block = static.features, static.block_n
+    evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, dtype, precision)
+    choice = _choice(evaluation, dim, dtype, gradient, device)
+    d = choice.features
 
-    # where the samples are
-    n, m = (sample.points.shape[1] for sample in (samples * 2)[:2])
-    shares = not all(sample.whole for sample in samples)
-    first_y = _padded(n, block) + (block if shares else 0)
-    rows = first_y + (_padded(m, block) + (block if shares else 0) if y is not None else 0)
-    padded = [_padded(sample.rows, block) for sample in samples]
-    x_padded, y_padded = (padded * 2)[:2] if y is not None else (padded[0], 0)
+    # The rows that are swept, and what of them.
+    sizes = [padded(sample.rows, choice.block) for sample in samples]
+    x_padded, y_padded = (*sizes, 0)[:2]
     y_start, y_rows = (0, 0) if y is None else (y.start, y.rows)
     # Rows with a gradient meet the other sample. The value takes those of x, as every rank does whatever its gradients, or those of y where
     # they alone are swept so.
-    counted = x.gradient or shares or not samples[-1].gradient
-    crosses = [len(samples) == 2 and (counted, samples[-1].gradient)[k] for k in range(len(samples))]
-    counts = (-2.0, 0.0) if counted else (0.0, -2.0)
+    counted = x.gradient or not all(sample.whole for sample in samples) or not samples[-1].gradient
+    crosses = [two and (counted, samples[-1].gradient)[k] for k in range(len(samples))]
     flags = [
         (_GRADIENT.value if sample.gradient else 0)
         | (_CROSS.value if cross else 0)
@@ -639,121 +548,52 @@ def mmd(
         for sample, cross in zip(samples, crosses, strict=True)
     ]
     first_gradient = 0 if x.gradient else x_padded
-    gradient_rows = sum(size for sample, size in zip(samples, padded, strict=True) if sample.gradient)
-    own = NO_OWN_TERM.value
-    if prior:
-        own = NORMAL_PRIOR.value
-    elif not static.radial and not unbiased:
-        own = POLYNOMIAL_DIAGONAL.value
+    gradient_rows = sum(size for sample, size in zip(samples, sizes, strict=True) if sample.gradient)
+    own = NORMAL_PRIOR if prior else NO_OWN_TERM if kernel.kernel.radial or unbiased else POLYNOMIAL_DIAGONAL
 
-    # One number of chunks for all but small samples, as each is compiled for itself.
-    chunks = _CHUNKS if max(n, m) > 8 * _ROW_BLOCK else 1
-    slots = len(samples) * chunks
-    two = len(samples) == 2
-    empty = functools.partial(torch.empty, device=device)
-    own_blocks = triton.cdiv(rows, _ROW_BLOCK)
-    # All but the last are multiples of 16 bytes, as a launch takes it for granted.
-    sizes = (PLAN * batch, slots * d * batch, slots * STATISTICS.value * batch, own_blocks * batch if own else 0)
-    plan, sums, statistics, own_terms = empty(sum(sizes), dtype=torch.float64).split(sizes)
-    centre = empty((batch, slots, d), dtype=dtype)
-    hi = empty((batch, rows, d), dtype=dtype)
-    lo = torch.empty_like(hi) if SPLIT.value in static.modes or SPLIT_TF32.value in static.modes else hi
-    hi16, lo16 = (hi, lo) if dtype == torch.float64 else (hi.view(torch.bfloat16), lo.view(torch.bfloat16))
-    half, column_weights, table = empty(batch * (rows * (2 if weighted else 1) + static.table), dtype=dtype).split(
-        (batch * rows, batch * rows if weighted else 0, batch * static.table)
-    )
-    xp, yp = samples[0].points, samples[-1].points
-    xw, yw = (half if sample.weights is None else sample.weights for sample in (samples * 2)[:2])
-    numbers = kernel.arguments
-    on_device = isinstance(numbers, Tensor)
-    given = x.weights is not None, two and samples[1].weights is not None
-    key = (static, kernel.count, on_device, chunks, two, given, unbiased, own, batch > 1, tensor_key(xp, yp, xw, yw))
-
-    def constants(**others: Any) -> dict[str, Any]:
-        """Those of all kernels but the sweep's."""
-        return others | {
-            "SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d, "BLOCK_N": _ROW_BLOCK,
-            "BLOCK_D": min(d & -d, 32),  # a power of two that divides the features
-        }  # fmt: skip
-
-    def plan_constants(**others: Any) -> dict[str, Any]:
-        return constants(
-            NUMBERS=kernel.numbers, ON_DEVICE=on_device, FAMILY=static.family, KERNELS=kernel.count, OWN=own, PLAN_SIZE=PLAN,
-            MODE_0=static.modes[0], MODE_1=static.modes[1] if len(static.modes) > 1 else -1, num_warps=8, **others,
-        )  # fmt: skip
-
-    # prepare
-    launch(
-        statistics_kernel, key, device, (slots, batch, 1), (xp, yp, xw, yw, centre, sums, statistics, n, m),
-        lambda: constants(
-            RADIAL=static.radial, SUMS=gradient and static.family == GAUSSIAN.value, X_WEIGHTED=given[0], Y_WEIGHTED=given[1]
-        ),
-    )  # fmt: skip
-    crowded = plan
-    if static.rooted:
-        furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
-        crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
-    launch(
-        operands_kernel, key, device, (own_blocks, batch, 1),
-        (
-            xp, yp, xw, yw, centre, statistics, numbers, crowded, hi, lo, hi16, lo16, half, column_weights, plan, table, own_terms,
-            n, m, first_y, rows, x.start, x.rows, y_start, y_rows, *static.limits, *counts, static.padding, static.rounding,
-        ),
-        lambda: plan_constants(
-            BANDWIDTHS=static.bandwidths, TABLE=static.table, CROWDED=static.rooted, UNBIASED=unbiased, X_WEIGHTED=given[0],
-            Y_WEIGHTED=given[1],
-        ),
+    operands = prepare(
+        samples, kernel, evaluation, d, choice.block, sums=gradient and evaluation.family == GAUSSIAN.value, normal=y is None,
+        unbiased=unbiased, own=own.value, counts=(-2.0, 0.0) if counted else (0.0, -2.0),
     )  # fmt: skip
 
     # sweep
-    config = static.configs[0]
-    d_blocks = d // config.block_d if gradient else 1
-    programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * d_blocks
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
+    config = choice.configs[0]
+    programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
     tiles = triton.cdiv(max(n, m), config.block_m)
     parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
-    value = empty(parts * batch * (x_padded + y_padded), dtype=dtype)
+    value = empty(parts * batch * (x_padded + y_padded))
     slope, moments = value, value
     if gradient:
-        slope, moments = empty(parts * batch * gradient_rows, dtype=dtype), empty(parts * batch * gradient_rows * d, dtype=dtype)
-    for number, (mode, config) in enumerate(static.passes):
-        narrow = mode in (BF16.value, SPLIT.value)
+        slope, moments = empty(parts * batch * gradient_rows), empty(parts * batch * gradient_rows * d)
+    key = operands.key, gradient
+    for number, (mode, config) in enumerate(zip(evaluation.modes, choice.configs, strict=True)):
         block = config.block_n
         launch(
             sweep_kernel, (key, number), device,
             ((x_padded + y_padded) // block, batch * (d // config.block_d if gradient else 1), parts),
             (
-                hi16 if narrow else hi, lo16 if narrow else lo, half, column_weights, plan, table, value, slope, moments,
-                n, m, first_y, rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block, gradient_rows,
+                *operands.parts(mode), operands.half, operands.weights, operands.plan, operands.table, value, slope, moments, n, m,
+                operands.first_y, operands.rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block,
+                gradient_rows,
             ),
             lambda number=number, mode=mode, config=config: {
-                "PLAN_SIZE": PLAN, "TABLE": static.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
-                "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "FAMILY": static.family, "BANDWIDTHS": static.bandwidths,
-                "SQUARINGS": static.squarings, "D": d,
-            } | config.launch(),
+                "PLAN_SIZE": PLAN, "TABLE": evaluation.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
+                "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "D": d,
+            } | evaluation.constants | config.launch(),
         )  # fmt: skip
 
     # finish
-    result = empty(batch, dtype=dtype)
-    grads = [empty((batch, sample.rows, dim), dtype=dtype) if sample.gradient else None for sample in samples]
+    result = empty(batch)
+    grads = [empty((batch, sample.rows, dim)) if sample.gradient else None for sample in samples]
     grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
     launch(
-        finish_kernel, key, device, (1 + gradient_rows // _ROW_BLOCK, batch, 1),
+        finish_kernel, key, device, (1 + gradient_rows // ROW_BLOCK, batch, 1),
         (
-            xp, yp, centre, sums, statistics, numbers, hi, lo, hi16, lo16, column_weights, plan, own_terms, value, slope, moments,
-            result, grad_x, grad_y, n, m, first_y, rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient,
-            gradient_rows, own_blocks, parts,
+            *operands.inputs[:2], operands.centre, operands.sums, operands.statistics, operands.numbers, *operands.buffers,
+            operands.weights, operands.plan, operands.own_terms, value, slope, moments, result, grad_x, grad_y, n, m, operands.first_y,
+            operands.rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient, gradient_rows, operands.blocks, parts,
         ),
-        lambda: plan_constants(CROSS=two, GRADIENT=gradient, WEIGHTED=weighted, BLOCK_R=1024),
+        lambda: operands.plan_constants | {"CROSS": two, "GRADIENT": gradient, "WEIGHTED": weighted, "BLOCK_R": 1024},
     )  # fmt: skip
-    return result, grads[0], grads[1] if two else None, centre[:, 0, :dim], plan.view(batch, PLAN)[:, VALUE_SHIFT.value]
-
-
-# Programs that take the statistics of a sample.
-_CHUNKS = 64
-
-# Rows of a step of the statistics, and of a program of `operands_kernel` and `finish_kernel`; every block of a sweep holds whole ones.
-_ROW_BLOCK = 64
-
-
-def _padded(rows: int, block: int) -> int:
-    return rows + -rows % block
+    return result, grads[0], grads[1] if two else None, operands.centre[:, 0, :dim], operands.plan.view(batch, PLAN)[:, VALUE_SHIFT.value]

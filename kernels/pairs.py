@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, KernelSum, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import EXPONENT_ERROR, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 # How products are taken. The last takes no product for the exponent: it sums squares of differences, feature by feature.
 IEEE = tl.constexpr(0)
@@ -332,115 +331,6 @@ def family_of(kernel: Kernel) -> int:
     return POLYNOMIAL.value + int(kernel.degree)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How kernels evaluate a `KernelSum` on some samples; all but the constexprs are tensors, which no one waits for.
-
-    For a batch of problems, those of table, shifts, slope_shift, route and constant have its dimension before the shape given here.
-
-    Attributes:
-        family, bandwidths, squarings: constexprs.
-        modes: how the products of the first pass are taken, of the second, …; a pass runs where its number is `route`.
-        scale: of the rows.
-        table: ratios, weights, slopes, (3, bandwidths), then the parameters of the family.
-        shifts: what leaves the value and the slope of each pair, (2,).
-        slope_shift: what leaves W.
-        value_unit, slope_unit: factors of the sums that the kernels leave out.
-        route: number of the pass, of `len(modes)` that by differences, (1,) int32.
-        constant: what a polynomial's sums leave out of each pair beyond its shift.
-        padding: half of a padded column, with which it counts as zero.
-    """
-
-    kernel: Kernel
-    family: int
-    bandwidths: int
-    squarings: int
-    modes: tuple[int, ...]
-    centre: Tensor
-    scale: Tensor
-    table: Tensor
-    shifts: Tensor
-    slope_shift: Tensor
-    value_unit: Tensor | float
-    slope_unit: Tensor | float
-    route: Tensor
-    constant: Tensor
-    padding: float
-
-    @staticmethod
-    def of(kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, precision: str, self_pairs: bool = False) -> Evaluation:
-        """Of pairs of rows of `samples`; `self_pairs` says that some may be of a row with itself."""
-        family, phi, dtype = family_of(kernel.kernel), kernel.kernel, samples[0].dtype
-        double = dtype == torch.float64
-        modes = modes_of(phi, "ieee" if double else precision, self_pairs)
-        gamma, ratios, weights = kernel.gamma[0], kernel.ratios, kernel.weights
-        slopes, slope_unit = weights * ratios, 1.0
-        if isinstance(phi, RBF):
-            factor = 2 * LOG2_E
-        elif isinstance(phi, RationalQuadratic):
-            factor = 2 / float(phi.alpha)
-        elif isinstance(phi, Polynomial):
-            factor = 1.0
-        else:
-            root = LOG2_E if isinstance(phi, Laplace) else 1.0
-            factor, slope_unit, ratios = 4 * root * root, root, ratios.sqrt()
-            slopes = weights * ratios
-        scale = (gamma * factor).sqrt()
-        shifts = torch.stack([kernel.shifts @ weights * phi.at_zero, kernel.slope_shifts @ slopes], -1)
-        slope_shift = shifts[..., 1]
-        unit: Tensor | float = 1.0
-        bandwidths = weights.numel()
-        if isinstance(phi, (Energy, Polynomial)):
-            # A sum of them is one of them: −d·Σ_b a_b/h_b, and coefficients that take the weights in.
-            bandwidths, unit = 1, weights @ ratios if phi.rooted else 1.0
-        elif bandwidths == 1:
-            unit, shifts = weights[0], torch.stack([kernel.shifts[..., 0] * phi.at_zero, kernel.slope_shifts[..., 0]], -1)
-        if not phi.radial:
-            # Horner's scheme leaves φ(0) out by itself.
-            shifts = torch.zeros_like(shifts)
-        radius2 = torch.stack([(z - centre[..., None, :]).square().sum(-1).amax(-1) for z in samples]).amax(0)
-        route = route_of(kernel, samples, radius2, modes) if phi.radial else torch.zeros_like(radius2, dtype=torch.int32)
-        parameters = _parameters(kernel, radius2.double() * scale.square(), double)
-        table = torch.stack([ratios, weights, slopes])[:, :bandwidths].reshape(-1).expand(*radius2.shape, -1)
-        return Evaluation(
-            kernel=phi,
-            family=family,
-            bandwidths=bandwidths,
-            squarings=pack_squarings(kernel.squarings) if isinstance(phi, RBF) else 0,
-            modes=modes,
-            centre=centre,
-            scale=scale,
-            table=torch.cat([table, parameters], -1).to(dtype),
-            shifts=shifts.to(dtype).contiguous(),
-            slope_shift=slope_shift.to(dtype),
-            value_unit=unit,
-            slope_unit=unit * slope_unit,
-            route=route,
-            constant=((1 - kernel.shifts) @ kernel.weights * phi.at_zero * (not phi.radial)).to(dtype),
-            padding=padding_of(phi),
-        )
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"FAMILY": self.family, "BANDWIDTHS": self.bandwidths, "SQUARINGS": self.squarings}
-
-    @property
-    def by_differences(self) -> int | None:
-        """The number of the pass by differences, None where no data need it."""
-        return len(self.modes) if self.kernel.radial else None
-
-    def pull(self, moments: Tensor, slope: Tensor, operands: Sequence[Operands]) -> Tensor:
-        """The pull (N, D) on rows, of which a sweep kept Σ_j w_j·W_ij·u_j (N, D) and, but for a polynomial, Σ_j w_j·W_ij (N,)."""
-        rows, dim = operands[0].rows, operands[0].dim
-        scale = (self.slope_unit / self.scale).to(moments.dtype)
-        if not self.kernel.radial:
-            return moments[..., :rows, :dim] * (-0.5 * scale)
-        product = operands[0].product()
-        for number, other in enumerate(operands[1:], 1):
-            product = torch.where((self.route == number)[..., None, None], other.product(), product)
-        return torch.addcmul(moments.neg_(), slope[..., None], product)[..., :rows, :dim] * scale
-
-
 def products_of(mode: int, dtype: torch.dtype) -> str:
     """What `config` calls the products of this mode."""
     names = {SPLIT_TF32.value: "tf32x3"} | {value: name for name, value in PRECISION.items()}
@@ -455,31 +345,6 @@ def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[
     if precision == "highest" and kernel.radial:
         return (SPLIT.value, SPLIT_TF32.value)
     return (PRECISION[precision],)
-
-
-def _parameters(kernel: KernelSum, radius2: Tensor, double: bool) -> Tensor:
-    phi = kernel.kernel
-    if phi.rooted:
-        return -rounding_of(double) * radius2[..., None]
-    if isinstance(phi, RationalQuadratic):
-        return torch.full_like(radius2[..., None], float(phi.alpha))
-    if isinstance(phi, Polynomial):
-        degree = int(phi.degree)
-        coefficients = [c * (kernel.weights @ kernel.ratios**n) for c, n in zip(phi.coefficients, range(degree, 0, -1), strict=True)]
-        return torch.stack(coefficients).expand(*radius2.shape, -1)
-    return radius2.new_empty(*radius2.shape, 0)
-
-
-def route_of(kernel: KernelSum, samples: Sequence[Tensor], radius2: Tensor, modes: tuple[int, ...]) -> Tensor:
-    """The first pass whose products are exact enough, or that by differences."""
-    dtype = samples[0].dtype
-    steepness = kernel.gamma[-1] * radius2
-    # Where it is nan no pass is better than another.
-    limits = limits_of(kernel.kernel, modes, dtype)
-    route = sum(((steepness > limit).to(torch.int32) for limit in limits), start=torch.zeros_like(steepness, dtype=torch.int32))
-    if kernel.kernel.rooted:
-        route = torch.where(is_crowded(samples, radius2, dtype), 1, route)
-    return route.to(torch.int32)
 
 
 def limits_of(kernel: Kernel, modes: tuple[int, ...], dtype: torch.dtype) -> list[float]:
@@ -519,55 +384,3 @@ def _share_near(rows: Tensor, limit: Tensor) -> Tensor:
     distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     near = (distance.square() < limit[..., None, None]).sum((-2, -1)) - rows.shape[-2]
     return near > _NEAR_SHARE * rows.shape[-2] ** 2
-
-
-@dataclass
-class Operands:
-    """One sample as the kernels read it: padded to whole blocks with rows of weight zero and features that are zero."""
-
-    points: Tensor  # (..., N, D), as they came
-    hi: Tensor  # (..., N, D), centred and scaled, in the dtype of the products
-    lo: Tensor
-    half: Tensor  # (..., N), `Evaluation.padding` in the padding
-    rows: int
-    dim: int
-
-    def product(self) -> Tensor:
-        """The rows as the products see them."""
-        product = self.hi.to(self.points.dtype)
-        return product if self.hi is self.lo else product + self.lo
-
-    @staticmethod
-    def of(z: Tensor, evaluation: Evaluation, modes: Sequence[int], rows: int, features: int) -> list[Operands]:
-        """Of z (..., N, D), padded to `rows` and `features`, for each mode."""
-        n, dim = z.shape[-2:]
-        blocks = (0, features - dim, 0, rows - n)
-        # Each product in float64, but not an array of them.
-        scaled = torch.mul(z - evaluation.centre[..., None, :], evaluation.scale.reshape(1), out=torch.empty_like(z))
-        points, scaled = (torch.nn.functional.pad(t, blocks).contiguous() for t in (z, scaled))
-        found = []
-        for mode in modes:
-            hi, lo = parts(scaled, mode)
-            half = torch.full_like(scaled[..., 0], evaluation.padding)
-            operands = Operands(points, hi, lo, half, n, dim)
-            # Norms of what the products see, so that a point stays at distance zero from itself.
-            half[..., :n] = operands.product()[..., :n, :].square().sum(-1).mul_(-0.5) if evaluation.kernel.radial else 0
-            found.append(operands)
-        return found
-
-
-def parts(z: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """z as the two operands that `dot` takes in this mode, the same one twice in all but the split ones."""
-    if mode in (TF32.value, SPLIT_TF32.value):
-        # Tensor cores truncate: norms would then be of other points than the products.
-        hi = _round_tf32(z)
-        return hi, _round_tf32(z - hi) if mode == SPLIT_TF32.value else hi
-    if mode in (BF16.value, SPLIT.value):
-        hi = z.to(torch.bfloat16)
-        return hi, (z - hi).to(torch.bfloat16) if mode == SPLIT.value else hi
-    return z, z
-
-
-def _round_tf32(z: Tensor) -> Tensor:
-    # The sum of bits carries out of a nan.
-    return torch.where(z.isfinite(), ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32), z)

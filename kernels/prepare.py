@@ -6,10 +6,19 @@ and numbers of the caller, such as a bandwidth, are arguments of the kernels and
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvae import radial
+from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
@@ -22,7 +31,16 @@ from fastvae.kernels.pairs import (
     SPLIT,
     SPLIT_TF32,
     TF32,
+    family_of,
+    is_crowded,
+    limits_of,
+    modes_of,
+    pack_squarings,
+    padding_of,
+    parameter_count,
+    rounding_of,
 )
+from fastvae.radial import Energy, Kernel, KernelNumbers, Polynomial
 
 # Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; and 0, or nan if a number is not finite.
 STATISTICS = tl.constexpr(4)
@@ -38,7 +56,9 @@ LEFT_OUT = tl.constexpr(13)  # factor of what SLOPE_SHIFT leaves out of the grad
 UNBIASED_SCALE = tl.constexpr(14)  # 1/(1 − Σp²), or 1; x, then y
 DIAGONAL = tl.constexpr(16)  # k(z, z) without its shift
 PRIOR = tl.constexpr(17)  # E k(y, y') without its shift
-PLAN = 18
+UNIT = tl.constexpr(18)  # factor of a sum of kernels
+CONSTANT = tl.constexpr(19)  # what each pair lacks of the kernel after it
+PLAN = 20
 
 _SHIFT_BELOW = tl.constexpr(radial.SHIFT_BELOW)
 LOG2_E = tl.constexpr(radial.LOG2_E)
@@ -99,6 +119,7 @@ def statistics_kernel(
     m,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,  # programs of a sample, a power of two
+    NORMAL: tl.constexpr,  # against N(0, I)
     RADIAL: tl.constexpr,  # of a kernel of x·y the centre is the origin
     SUMS: tl.constexpr,
     X_WEIGHTED: tl.constexpr,
@@ -154,9 +175,9 @@ def statistics_kernel(
             difference = tl.where(mask, z - tl.load(centre_ptr + offs_d).to(tl.float64)[None, :], 0.0)
             distance2 += tl.sum(difference * difference, 1)
             not_finite += tl.sum(z * 0.0, 1)
-            if SAMPLES == 1:
+            if NORMAL:
                 norm2 += tl.sum(z * z, 1)
-        squares += norm2 if SAMPLES == 1 else distance2
+        squares += norm2 if NORMAL else distance2
         furthest = tl.maximum(furthest, distance2)
         if X_WEIGHTED or Y_WEIGHTED:
             weight = _weight(weight_ptr, offs_n, mask_n, rows, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED).to(tl.float64)
@@ -275,7 +296,7 @@ def _round_bf16(z):
 
 
 @triton.jit
-def _store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, MODE: tl.constexpr):
+def store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, MODE: tl.constexpr):
     """The operands of one pass; returns the points as its products see them."""
     if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
         seen = _round_bf16(scaled)
@@ -337,6 +358,7 @@ def operands_kernel(
     rounding,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
+    NORMAL: tl.constexpr,
     NUMBERS: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -375,8 +397,10 @@ def operands_kernel(
         spread += y_squares / m64
         poison += y_poison
         furthest = tl.maximum(furthest, y_furthest)
-    else:
+    elif NORMAL:
         spread += FEATURES
+    else:
+        spread += spread
     values = load_numbers(numbers, NUMBERS, ON_DEVICE)
     gammas = gammas_of(values, FAMILY, KERNELS, FEATURES)
     gamma = gammas[0]
@@ -437,15 +461,15 @@ def operands_kernel(
         inside = row_mask[:, None]
         seen = scaled
         if route == 0:
-            seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_0)
+            seen = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_0)
         if MODE_1 >= 0:
             if route == 1:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_1)
+                seen = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, MODE_1)
             if route == 2:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
+                seen = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
         elif RADIAL:  # noqa: SIM102
             if route == 1:
-                seen = _store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
+                seen = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
         half -= 0.5 * tl.sum(seen * seen, 1)
         if OWN != 0:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
@@ -495,12 +519,15 @@ def operands_kernel(
         left_out = tl.where(slope_shift == 0.0, 0.0, -4.0 * gamma * slope_shift)
         diagonal = weights_sum - value_shift
         unit = weights_sum * 0.0 + 1.0
+        constant = value_shift
         if FAMILY == ENERGY:
             unit = energy
             value_shift *= 0.0
+            constant = value_shift
             diagonal *= 0.0
         elif not RADIAL:
             value_shift *= 0.0
+            constant = values[2 * KERNELS + (FAMILY - POLYNOMIAL)]
             diagonal *= 0.0
         elif KERNELS == 1:
             unit = weights_sum
@@ -544,3 +571,251 @@ def operands_kernel(
         tl.store(plan_ptr + (UNBIASED_SCALE + 1), y_scale)
         tl.store(plan_ptr + DIAGONAL, diagonal)
         tl.store(plan_ptr + PRIOR, prior)
+        tl.store(plan_ptr + UNIT, unit + poison)
+        tl.store(plan_ptr + CONSTANT, constant)
+
+
+@triton.jit
+def seen_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype: tl.constexpr, MODE: tl.constexpr):
+    """Rows as the products of a pass saw them."""
+    if MODE == BF16 or MODE == SPLIT:  # noqa: SIM109
+        seen = tl.load(hi16_ptr + offs16, mask=mask, other=0.0).to(dtype)
+        if MODE == SPLIT:
+            seen += tl.load(lo16_ptr + offs16, mask=mask, other=0.0).to(dtype)
+        return seen
+    else:
+        seen = tl.load(hi_ptr + offs, mask=mask, other=0.0)
+        if MODE == SPLIT_TF32:
+            seen += tl.load(lo_ptr + offs, mask=mask, other=0.0)
+        return seen
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How kernels evaluate a sum of kernels: what follows from these, the dtype and the precision alone.
+
+    Attributes:
+        family, bandwidths, squarings: constexprs.
+        modes: how the products of each pass are taken; a pass runs where its number is the plan's ROUTE.
+        limits: the steepest γ·‖z−c‖² for the products of the first passes.
+        table: entries of the table of a problem.
+        padding: half of a padded column, with which it counts as zero.
+        rounding: of ‖u_i − u_j‖² by products, relative to the largest ‖u‖².
+    """
+
+    kernel: Kernel
+    family: int
+    bandwidths: int
+    squarings: int
+    modes: tuple[int, ...]
+    limits: tuple[float, float]
+    table: int
+    padding: float
+    rounding: float
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"FAMILY": self.family, "BANDWIDTHS": self.bandwidths, "SQUARINGS": self.squarings}
+
+
+@functools.lru_cache(maxsize=256)
+def evaluation_of(
+    kernel: Kernel, count: int, squarings: tuple[int, ...], dtype: torch.dtype, precision: str, self_pairs: bool = False
+) -> Evaluation:
+    """Of `count` bandwidths; `self_pairs` says that some pairs may be of a row with itself."""
+    double = dtype == torch.float64
+    modes = modes_of(kernel, "ieee" if double else precision, self_pairs)
+    limits = [*limits_of(kernel, modes, dtype), math.inf]
+    # A sum of energy or polynomial kernels is one of them.
+    bandwidths = 1 if isinstance(kernel, (Energy, Polynomial)) else count
+    return Evaluation(
+        kernel=kernel,
+        family=family_of(kernel),
+        bandwidths=bandwidths,
+        squarings=pack_squarings(squarings),
+        modes=(*modes, DIFFERENCES.value) if kernel.radial else modes,
+        limits=(limits[0], limits[1]),
+        table=3 * bandwidths + parameter_count(kernel),
+        padding=padding_of(kernel),
+        rounding=rounding_of(double),
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of each of B problems.
+
+    Attributes:
+        points: (B, N, D).
+        weights: (B, N) in the accumulation dtype, or None for 1/N each.
+        start, rows: the rows that are swept; all, but for data parallelism.
+        gradient: whether their gradient is wanted.
+    """
+
+    points: Tensor
+    weights: Tensor | None
+    start: int
+    rows: int
+    gradient: bool
+
+    @staticmethod
+    def of(points: Tensor) -> Sample:
+        """All of one problem's, (N, D)."""
+        return Sample(points.contiguous()[None], None, 0, points.shape[0], False)
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == self.points.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """What the kernels of one call read, as `operands_kernel` writes it.
+
+    Attributes:
+        key: of `launch`, for what depends on the samples and on the kernel.
+        constants, plan_constants: constexprs of every kernel around a sweep, and of those that read the numbers of the kernel.
+        first_y, rows: the row at which y starts, and all of them, with their padding.
+        blocks: programs of a problem that wrote them.
+        inputs: both samples, x twice for one, and their weights.
+    """
+
+    key: Hashable
+    constants: dict[str, Any]
+    plan_constants: dict[str, Any]
+    first_y: int
+    rows: int
+    blocks: int
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    numbers: tuple[float, ...] | Tensor
+    centre: Tensor
+    sums: Tensor
+    statistics: Tensor
+    hi: Tensor
+    lo: Tensor
+    hi16: Tensor
+    lo16: Tensor
+    half: Tensor
+    weights: Tensor
+    plan: Tensor
+    table: Tensor
+    own_terms: Tensor
+
+    def parts(self, mode: int) -> tuple[Tensor, Tensor]:
+        """Those of a pass, in the dtype of its products."""
+        return (self.hi16, self.lo16) if is_narrow(mode) else (self.hi, self.lo)
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.hi, self.lo, self.hi16, self.lo16
+
+
+def prepare(
+    samples: Sequence[Sample],
+    kernel: KernelNumbers,
+    evaluation: Evaluation,
+    d: int,
+    block: int,
+    *,
+    sums: bool = False,
+    normal: bool = False,
+    unbiased: bool = False,
+    own: int = NO_OWN_TERM.value,
+    counts: tuple[float, float] = (0.0, 0.0),
+) -> Operands:
+    """Statistics and operands of one or two samples, padded to `d` features and whole blocks of `block` rows.
+
+    `sums` asks for the sums of the rows, `normal` says that a sample stands against N(0, I), `own` which closed form a row adds, `counts`
+    with what factor a sweep over each sample takes the mean over the pairs of both.
+    """
+    two = len(samples) == 2
+    x, y = samples[0], samples[-1]
+    points = x.points
+    (batch, n, dim), m, device = points.shape, y.points.shape[1], points.device
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    # Rows of a share may start within a block.
+    first_y, y_rows = (padded(z.points.shape[1], block) + (0 if x.whole and y.whole else block) for z in (x, y))
+    rows = first_y + (y_rows if two else 0)
+    # One number of chunks for all but small samples, as each is compiled for itself.
+    chunks = _CHUNKS if max(n, m) > 8 * ROW_BLOCK else 1
+    slots, blocks = len(samples) * chunks, triton.cdiv(rows, ROW_BLOCK)
+    empty = functools.partial(torch.empty, device=device)
+    # All but the last are multiples of 16 bytes, as a launch takes it for granted.
+    sizes = (PLAN * batch, slots * d * batch, slots * STATISTICS.value * batch, blocks * batch if own else 0)
+    plan, sums_of_rows, statistics, own_terms = empty(sum(sizes), dtype=torch.float64).split(sizes)
+    centre = empty((batch, slots, d), dtype=dtype)
+    hi, lo, hi16, lo16 = part_buffers((batch, rows, d), dtype, evaluation.modes, device)
+    weighted = any(sample.weights is not None for sample in samples)
+    half, weights, table = empty(batch * (rows * (2 if weighted else 1) + evaluation.table), dtype=dtype).split(
+        (batch * rows, batch * rows if weighted else 0, batch * evaluation.table)
+    )
+    given = x.weights is not None, two and y.weights is not None
+    inputs = (points, y.points, *(half if sample.weights is None else sample.weights for sample in (x, y)))
+    on_device = isinstance(kernel.arguments, Tensor)
+    key = (
+        evaluation, kernel.count, on_device, chunks, two, given, sums, normal, unbiased, own, batch > 1, dim, d, tensor_key(*inputs)
+    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d, "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_of(d)
+    }  # fmt: skip
+    modes = (*evaluation.modes, -1)
+    plan_constants: dict[str, Any] = constants | {
+        "NUMBERS": kernel.numbers, "ON_DEVICE": on_device, "FAMILY": evaluation.family, "KERNELS": kernel.count, "OWN": own,
+        "PLAN_SIZE": PLAN, "MODE_0": modes[0], "MODE_1": modes[1] if modes[1] != DIFFERENCES.value else -1, "num_warps": 8,
+    }  # fmt: skip
+    launch(
+        statistics_kernel, key, device, (slots, batch, 1), (*inputs, centre, sums_of_rows, statistics, n, m),
+        lambda: constants | {
+            "NORMAL": normal, "RADIAL": evaluation.kernel.radial, "SUMS": sums, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1]
+        },
+    )  # fmt: skip
+    crowded = plan
+    if evaluation.kernel.rooted:
+        furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
+        crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
+    y_share = (y.start, y.rows) if two else (0, 0)
+    launch(
+        operands_kernel, key, device, (blocks, batch, 1),
+        (
+            *inputs, centre, statistics, kernel.arguments, crowded, hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
+            n, m, first_y, rows, x.start, x.rows, *y_share, *evaluation.limits, *counts, evaluation.padding, evaluation.rounding,
+        ),
+        lambda: plan_constants | {
+            "NORMAL": normal, "BANDWIDTHS": evaluation.bandwidths, "TABLE": evaluation.table, "CROWDED": evaluation.kernel.rooted,
+            "UNBIASED": unbiased, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1],
+        },
+    )  # fmt: skip
+    return Operands(
+        key, constants, plan_constants, first_y, rows, blocks, inputs, kernel.arguments, centre, sums_of_rows, statistics,
+        hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
+    )  # fmt: skip
+
+
+def part_buffers(
+    shape: tuple[int, ...], dtype: torch.dtype, modes: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hi and lo for `dot` in any of these modes, one buffer for both where none of them splits, and the same memory as bfloat16."""
+    hi = torch.empty(shape, dtype=dtype, device=device)
+    lo = torch.empty_like(hi) if SPLIT.value in modes or SPLIT_TF32.value in modes else hi
+    return (hi, lo, hi, lo) if dtype == torch.float64 else (hi, lo, hi.view(torch.bfloat16), lo.view(torch.bfloat16))
+
+
+def is_narrow(mode: int) -> bool:
+    """Whether the products of this mode are of bfloat16."""
+    return mode in (BF16.value, SPLIT.value)
+
+
+def padded(rows: int, block: int) -> int:
+    return rows + -rows % block
+
+
+def block_of(size: int) -> int:
+    """A power of two that divides `size`, at most 32."""
+    return min(size & -size, 32)
+
+
+# Programs that take the statistics of a sample.
+_CHUNKS = 64
+
+# Rows of a step of the statistics, and of a program of the kernels around a sweep; every block of a sweep holds whole ones.
+ROW_BLOCK = 64

@@ -62,11 +62,11 @@ def test_compiled_anew(committed, tmp_path):
 
 _AROUND_THE_SWEEP = """
 from benchmarks.sass import compile_kernel
-from fastvae.kernels import mmd, pairs, prepare
+from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
 
 SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
 FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding"}
-FLOAT64 = {"plan_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr"}
+FLOAT64 = {"plan_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr", "poison_ptr", "total_ptr"}
 
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
 for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
@@ -78,7 +78,7 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
     (pairs.ENERGY.value, 1, 1, 2, False, False, False, False, 0, pairs.BF16.value, NONE),
     (pairs.POLYNOMIAL.value + 3, 3, 2, 2, True, True, False, False, 2, SPLIT, NONE),
 ):
-    numbers = 2 * count + parameters + (3 * count if own == 1 else 0)
+    numbers = 2 * count + parameters + (3 * count if own == 1 else 0) + (family > 16)
     bandwidths = 1 if family in (pairs.ENERGY.value, pairs.POLYNOMIAL.value + 3) else count
     constants = {
         "SAMPLES": samples, "CHUNKS": 64, "FEATURES": 60, "D": 64, "BLOCK_N": 64, "BLOCK_D": 32, "RADIAL": family < 16,
@@ -87,9 +87,12 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         "ON_DEVICE": on_device,
         "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 3 * bandwidths + parameters, "OWN": own, "MODE_0": first,
         "MODE_1": second, "CROWDED": family in (4, 5), "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN, "CROSS": samples == 2,
-        "GRADIENT": True, "BLOCK_R": 1024,
+        "GRADIENT": True, "BLOCK_R": 1024, "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
     }
-    for kernel, warps in ((prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8)):
+    for kernel, warps in (
+        (prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
+        (kernel_matmul.factors_kernel, 4), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
+    ):
         scalar = "*fp64" if double else "*fp32"
         types = {name: scalar if name.endswith("_ptr") else "i32" for name in kernel.arg_names if name.islower()}
         types |= {name: "*fp64" if name in FLOAT64 else "fp32" for name in types if name in FLOAT64 | FLOATS}

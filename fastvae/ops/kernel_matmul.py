@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +17,7 @@ from fastvae.ops.common import (
     matmul_precision,
     zero_if_finite,
 )
-from fastvae.radial import KernelSum, middle
+from fastvae.radial import KernelNumbers, KernelSum, as_vector, middle
 
 ARGUMENTS = f"Tensor x, Tensor y, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
     backend: str
 
     def plan(self, shifted: bool) -> tuple[KernelSum, Tensor, Tensor, Tensor, Tensor]:
-        """The kernel, x, y and v in the accumulation dtype, and the point to see x and y from."""
+        """For the CPU: the kernel, x, y and v in the accumulation dtype, and the point to see x and y from."""
         dtype = accumulation_dtype(self.x.dtype)
         x, y, v = (t.to(dtype) for t in (self.x, self.y, self.v))
         family, bandwidth, weights = kernel_numbers(self)
@@ -48,6 +49,10 @@ class Problem(NamedTuple):
         kernel = KernelSum.of(family, bandwidth, weights, x.shape[1], x.device, distance)
         return kernel, x, y, v, centre
 
+    def numbers(self) -> KernelNumbers:
+        """For the kernels."""
+        return KernelNumbers.of(*kernel_numbers(self), self.x.shape[1], False, self.x.device)
+
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -55,7 +60,15 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op("fastvae::kernel_matmul", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
 def kernel_matmul_op(*args: Any) -> Tensor:
     """K(x, y)·v (N, C) in the accumulation dtype."""
-    return _forward(Problem(*args))
+    problem = Problem(*args)
+    if problem.backend == "triton":
+        return _triton(*args)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        kernel, x, y, v, centre = problem.plan(shifted=True)
+        out = cpu.kernel_matmul(kernel, x, y, v, centre)
+        # What the shifts leave out of each k, in closed form. A row that no v reaches would not show that it is not finite.
+        left_out = v.sum(0, dtype=torch.float64) * kernel.kernel.at_zero * (kernel.weights @ kernel.shifts)
+        return (out + left_out + zero_if_finite(x, y, v)).to(x.dtype).contiguous()
 
 
 @torch.library.custom_op(
@@ -65,19 +78,41 @@ def kernel_matmul_op(*args: Any) -> Tensor:
 )
 def kernel_matmul_backward_op(grad: Tensor, *args: Any) -> Gradients:
     """The gradients to x, y and v in the accumulation dtype, and to the one bandwidth in float64. One not asked for is empty."""
-    return _backward_sweep(grad, Problem(*args[:-4]), *args[-4:])
+    problem, x_grad, y_grad, v_grad, bandwidth_grad = Problem(*args[:-4]), *args[-4:]
+    if problem.backend == "triton":
+        return _triton_backward(grad, *args)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        kernel, x, y, v, centre = problem.plan(shifted=False)
+        grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
+        pulls = cpu.kernel_matmul_backward(kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
+        # ∂k/∂x is −2γ times what the pull sums.
+        scale = -2 * kernel.gamma[0]
+        gradients = [None if pull is None else (pull * scale.to(pull.dtype)).contiguous() for pull in pulls[:2]]
+        return _wanted(problem, [*gradients, pulls[2]], centre, args[-4:])
 
 
-def _cuda_forward(*args: Any) -> Tensor:
-    return _forward(Problem(*args)._replace(backend="triton"))
+def _triton(*args: Any) -> Tensor:
+    from fastvae.kernels import kernel_matmul as kernels
+
+    problem = Problem(*args)
+    with torch.autocast(problem.x.device.type, enabled=False):
+        return cast(Tensor, kernels.kernel_matmul(problem.numbers(), problem.x, problem.y, problem.v, matmul_precision(problem.precision)))
 
 
-def _cuda_backward(grad: Tensor, *args: Any) -> Gradients:
-    return _backward_sweep(grad, Problem(*args[:-4])._replace(backend="triton"), *args[-4:])
+def _triton_backward(grad: Tensor, *args: Any) -> Gradients:
+    from fastvae.kernels import kernel_matmul as kernels
+
+    problem, x_grad, y_grad, v_grad, bandwidth_grad = Problem(*args[:-4]), *args[-4:]
+    flags = x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad
+    with torch.autocast(problem.x.device.type, enabled=False):
+        precision = matmul_precision(problem.precision)
+        arguments = (problem.numbers(), problem.x, problem.y, problem.v, grad, *flags, precision)
+        *grads, centre = kernels.kernel_matmul_backward(*arguments)
+        return _wanted(problem, grads, centre, args[-4:])
 
 
-kernel_matmul_op.register_kernel("cuda")(_cuda_forward)
-kernel_matmul_backward_op.register_kernel("cuda")(_cuda_backward)
+kernel_matmul_op.register_kernel("cuda")(_triton)
+kernel_matmul_backward_op.register_kernel("cuda")(_triton_backward)
 
 
 @kernel_matmul_op.register_fake
@@ -94,45 +129,16 @@ def _backward_fake(grad: Tensor, *args: Any) -> Gradients:
     return x, y, v, problem.x.new_empty(1 if wanted[3] else 0, dtype=torch.float64)
 
 
-def _forward(problem: Problem) -> Tensor:
-    with torch.autocast(problem.x.device.type, enabled=False):
-        kernel, x, y, v, centre = problem.plan(shifted=True)
-        if problem.backend == "triton":
-            from fastvae.kernels import kernel_matmul as kernels
-
-            precision = matmul_precision(problem.precision)
-            out = kernels.kernel_matmul(kernel, x, y, v, centre, precision)
-        else:
-            out = cpu.kernel_matmul(kernel, x, y, v, centre)
-        # A row that no v reaches would not show that it is not finite.
-        # What the shifts leave out of each k, in closed form.
-        left_out = v.sum(0, dtype=torch.float64) * kernel.kernel.at_zero * (kernel.weights @ kernel.shifts)
-        return cast(Tensor, (out + left_out + zero_if_finite(x, y, v)).to(x.dtype).contiguous())
-
-
-def _backward_sweep(grad: Tensor, problem: Problem, x_grad: bool, y_grad: bool, v_grad: bool, bandwidth_grad: bool) -> Gradients:
-    with torch.autocast(problem.x.device.type, enabled=False):
-        kernel, x, y, v, centre = problem.plan(shifted=False)
-        grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
-        arguments = (kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
-        if problem.backend == "triton":
-            from fastvae.kernels import kernel_matmul as kernels
-
-            precision = matmul_precision(problem.precision)
-            pulls = kernels.kernel_matmul_backward(*arguments, precision)
-        else:
-            pulls = cpu.kernel_matmul_backward(*arguments)
-        # ∂k/∂x is −2γ times what the pull sums.
-        scale = -2 * kernel.gamma[0]
-        gradients = [None if pull is None else (pull * scale.to(pull.dtype)).contiguous() for pull in pulls[:2]]
-        grad_bandwidth = x.new_empty(0, dtype=torch.float64)
-        if bandwidth_grad:
-            # As in `fastvae.ops.mmd`, by Euler's theorem.
-            radial = [((z - centre).double() * g).sum() for z, g in zip((x, y), gradients, strict=True) if g is not None]
-            grad_bandwidth = -torch.stack(radial).sum() / kernel.bandwidth[:1]
-        wanted = zip((*gradients, pulls[2]), (x_grad, y_grad, v_grad), strict=True)
-        grad_x, grad_y, grad_v = (x.new_empty(0) if g is None or not want else g for g, want in wanted)
-        return grad_x, grad_y, grad_v, grad_bandwidth
+def _wanted(problem: Problem, grads: Sequence[Tensor | None], centre: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+    empty = problem.x.new_empty(0, dtype=accumulation_dtype(problem.x.dtype))
+    grad_bandwidth = empty.new_empty(0, dtype=torch.float64)
+    if wanted[3]:
+        # As in `fastvae.ops.mmd`, by Euler's theorem.
+        radial = [((z - centre).double() * g).sum() for z, g in zip((problem.x, problem.y), grads, strict=False) if g is not None]
+        h = as_vector(kernel_numbers(problem)[1], empty.device)
+        grad_bandwidth = -torch.stack(radial).sum() / h[:1]
+    found = (empty.new_empty(0) if g is None or not want else g for g, want in zip(grads, wanted, strict=False))
+    return cast(Gradients, (*found, grad_bandwidth))
 
 
 def apply_kernel_matmul(*args: Any) -> Tensor:

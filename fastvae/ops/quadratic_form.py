@@ -21,7 +21,7 @@ from fastvae.ops.common import (
     matmul_precision,
     needs_grad,
 )
-from fastvae.radial import KernelSum, middle
+from fastvae.radial import KernelNumbers, KernelSum, middle
 
 ARGUMENTS = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 def quadratic_form_op(*args: Any) -> tuple[Tensor, Tensor]:
     """S (C, C) or its diagonal (C,), float64, and the gradient to z from the expected upstream (C, C), empty without one."""
     *problem, diagonal, expected = args
-    return _sweep(Problem(*problem), expected, diagonal=diagonal)
+    return _evaluate(Problem(*problem), expected, diagonal=diagonal)
 
 
 @torch.library.custom_op(
@@ -64,17 +64,17 @@ def quadratic_form_backward_op(*args: Any) -> Tensor:
         rounding = 32 * torch.finfo(expected_grad.dtype).eps
         if torch.allclose(upstream, ratio * expected, rtol=rounding, atol=0):
             return cast(Tensor, (ratio * expected_grad).to(expected_grad.dtype))
-    return _sweep(Problem(*problem), upstream, values=False)[1]
+    return _evaluate(Problem(*problem), upstream, values=False)[1]
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
     *problem, diagonal, _ = args
-    return _sweep(Problem(*problem)._replace(backend="triton"), None, diagonal=diagonal)
+    return _triton(Problem(*problem), None, True, diagonal)
 
 
 def _cuda_backward(*args: Any) -> Tensor:
     *problem, upstream, _, _ = args
-    return _sweep(Problem(*problem)._replace(backend="triton"), upstream, values=False)[1]
+    return _triton(Problem(*problem), upstream, False, False)[1]
 
 
 quadratic_form_op.register_kernel("cuda")(_cuda)
@@ -95,13 +95,26 @@ def _backward_fake(*args: Any) -> Tensor:
     return cast(Tensor, args[0].new_empty(args[0].shape, dtype=accumulation_dtype(args[0].dtype)))
 
 
-def _sweep(
+def _triton(problem: Problem, upstream: Tensor | None, values: bool, diagonal: bool) -> tuple[Tensor, Tensor]:
+    from fastvae.kernels import quadratic_form as kernels
+
+    z, dtype = problem.z, accumulation_dtype(problem.z.dtype)
+    with torch.autocast(z.device.type, enabled=False):
+        numbers = KernelNumbers.of(*kernel_numbers(problem), z.shape[1], False, z.device)
+        precision = matmul_precision(problem.precision)
+        total, gradient = kernels.quadratic_form(numbers, z, problem.v.to(dtype), upstream, values, diagonal, precision)
+        return total, z.new_empty(0, dtype=dtype) if gradient is None else gradient
+
+
+def _evaluate(
     problem: Problem,
     upstream: Tensor | None,
     values: bool = True,
     diagonal: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if problem.backend == "triton":
+        return _triton(problem, upstream, values, diagonal)
     with torch.autocast(problem.z.device.type, enabled=False):
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
@@ -109,13 +122,7 @@ def _sweep(
         centre = middle(z) if family.radial else torch.zeros_like(z[0])
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
         kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
-        if problem.backend == "triton":
-            from fastvae.kernels import quadratic_form as kernels
-
-            precision = matmul_precision(problem.precision)
-            total, pull = kernels.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, precision)
-        else:
-            total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
+        total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
         # What the shifts leave out of each pair, in closed form.
         exact = v.double()
         column_sums = exact.sum(0)
@@ -147,7 +154,7 @@ def quadratic_form_values(*args: Any, diagonal: bool = False, progress: Callable
     problem = Problem(*args)
     backend = "triton" if problem.z.device.type == "cuda" else problem.backend
     with torch.no_grad():
-        return _sweep(problem._replace(backend=backend), None, diagonal=diagonal, progress=progress)[0]
+        return _evaluate(problem._replace(backend=backend), None, diagonal=diagonal, progress=progress)[0]
 
 
 class QuadraticForm(torch.autograd.Function):
