@@ -397,8 +397,8 @@ def group_mmd(
         index = None if pairs is None else checks.pairs(pairs, size).to(z.device)
     dtype = accumulation_dtype(z.dtype)
     labels = None if groups.is_floating_point() else groups.long()
-    groups = groups.detach()
-    if labels is not None:
+    groups = groups.detach() if labels is None else labels
+    if labels is not None and z.device.type == "cpu":
         # Sorted, as a tile of rows then meets few groups.
         groups, order = labels.sort(stable=True)
         z = z[order]
@@ -410,20 +410,14 @@ def group_mmd(
     counted = (all_groups if labels is None else torch.nn.functional.one_hot(all_groups, size)).double()
     valid = (counted != 0).sum(0) >= 2
     # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
-    rounded = torch.where(valid, counted / counted.sum(0), 0).to(dtype)
-    total = rounded.double().sum(0).where(valid, 1)
-    p = rounded.double() / total
-    self_weights = p.T @ p
-    scale = 1 / (1 - self_weights.diagonal().where(valid, 0)) if estimator == "unbiased" else torch.ones_like(self_weights[0])
+    rounded = (counted / counted.sum(0).where(valid, 1)).to(dtype)
+    exact = rounded.double()
+    total = exact.sum(0).where(valid, 1)
+    norm, products = total[:, None] * total, exact.T @ exact
+    scale = 1 / (1 - (products / norm).diagonal().where(valid, 0)) if estimator == "unbiased" else None
 
     wanted = valid[:, None] & valid & ~torch.eye(size, dtype=torch.bool, device=z.device)
-    if index is not None:
-        # How often each pair counts in the sum over the given ones.
-        counts = torch.zeros_like(self_weights).index_put_((index[:, 0], index[:, 1]), torch.ones_like(p[:1, 0]), accumulate=True) * wanted
-    else:
-        counts = wanted.double()
-    expected = torch.diag(scale * (counts.sum(0) + counts.sum(1))) - 2 * counts
-
+    expected = _expected_upstream(wanted, index, scale) if z.device.type == "cpu" else None
     v = rounded[start : start + z.shape[0]]
     if backend == "reference":
         bandwidths, weights = (as_vector(numbers, z.device).to(z) for numbers in (h, a))
@@ -440,21 +434,32 @@ def group_mmd(
         across = v.double().T @ kernel_matmul(z.to(fine), all_z.to(fine), others.to(fine), bandwidth=h, **kernel_options).double()
         across = across + across.T
         sums = sums + across - 0.5 * across.detach()
-    sums = sums / (total[:, None] * total)
     with_self = sums
     if not family.radial:
         gamma = family.gamma(as_vector(h, z.device), z.shape[1])
         own = family.phi(z.double().square().sum(1, keepdim=True) * gamma) @ as_vector(a, z.device)
-        with_self = sums + (v.double() / total).T @ (v.double() / total * own[:, None])
+        with_self = sums + v.double().T @ (v.double() * own[:, None])
     if process_group is not None:
         sums, with_self = sum_shares(torch.stack([sums, with_self]), process_group).unbind()
     if family.radial:
-        with_self = with_self + self_weights * family.at_zero * (a.to(z.device).sum() if isinstance(a, Tensor) else sum(a))
-    within = scale * (sums if estimator == "unbiased" else with_self).diagonal()
+        with_self = with_self + products * family.at_zero * (a.to(z.device).sum() if isinstance(a, Tensor) else sum(a))
+    with_self = with_self / norm
+    within = with_self.diagonal() if scale is None else scale * (sums / norm).diagonal()
     values = torch.where(wanted, within[:, None] + within - with_self - with_self.T, 0).to(dtype)
     if index is None:
         return GroupMMD(values, valid, wanted)
     return GroupMMD(values[index[:, 0], index[:, 1]], valid, wanted[index[:, 0], index[:, 1]])
+
+
+def _expected_upstream(wanted: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
+    """The gradient of the sum over the given pairs to the sums S of a sweep, up to a factor."""
+    counts = wanted.double()
+    if index is not None:
+        # How often each pair counts.
+        ones = torch.ones_like(index[:, 0], dtype=torch.float64)
+        counts = torch.zeros_like(counts).index_put_((index[:, 0], index[:, 1]), ones, accumulate=True) * wanted
+    per_group = counts.sum(0) + counts.sum(1)
+    return torch.diag(per_group if scale is None else scale * per_group) - 2 * counts
 
 
 def reparameterize_kl(

@@ -414,10 +414,11 @@ class Operations(torch.utils._python_dispatch.TorchDispatchMode):
 )
 def test_triton_launches_of_a_step(monkeypatch, name, options, gradient, most):
     """PyTorch's and ours, of value, gradient and what autograd does: on a GPU they are the time of a small batch."""
-    from fastvae.kernels import mmd as kernels
+    from fastvae.kernels import mmd, prepare
 
     launches = []
-    monkeypatch.setattr(kernels, "launch", lambda fn, *_: launches.append(fn.__name__))
+    for module in (prepare, mmd):
+        monkeypatch.setattr(module, "launch", lambda fn, *_: launches.append(fn.__name__))
     shape = (3, 40, 5) if options.pop("batch", False) else (40, 5)
     points = [torch.randn(shape, device=DEVICE) for _ in range(2 if name == "mmd" else 1)]
     points[0].requires_grad_(gradient)
