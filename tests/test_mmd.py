@@ -215,8 +215,7 @@ def test_triton_takes_differences_where_products_lose_the_direction_of_many_pair
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize(("steepness", "route"), [(11.0, 0), (13.0, 1), (250.0, 1), (260.0, 2)])
 def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepness, route):
-    from fastvae.kernels import mmd as kernels
-    from fastvae.kernels.prepare import ROUTE
+    from fastvae.kernels import prepare as kernels
 
     plans, original = [], kernels.launch
 
@@ -233,7 +232,7 @@ def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepne
     radius2 = max((z - centre).square().sum(1).max().item() for z in (x, y))
     bandwidth = (radius2 / (2 * steepness)) ** 0.5
     actual = evaluate(fastvae.mmd, x, y, bandwidth=bandwidth, backend="triton", precision="highest")
-    assert plans[0][ROUTE.value].item() == route
+    assert plans[0][kernels.ROUTE.value].item() == route
     exact = evaluate(reference.mmd, x.double(), y.double(), bandwidth=bandwidth)
     assert_close(actual, exact, TRITON_TOLERANCE["highest"], 1000)
 
