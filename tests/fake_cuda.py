@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 # Operations besides views that launch nothing.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
