@@ -26,7 +26,7 @@ from fastvae.kernels.pairs import (
     GAUSSIAN,
     LAPLACE,
     POLYNOMIAL,
-    QUADRATIC,
+    QUADRATIC_HALF,
     QUADRATIC_ONE,
     SPLIT,
     SPLIT_TF32,
@@ -421,9 +421,9 @@ def operands_kernel(
         gain = gamma * 4
     elif FAMILY == QUADRATIC_ONE:
         gain = gamma * 2
-    elif RADIAL and FAMILY != QUADRATIC:
+    elif FAMILY == QUADRATIC_HALF:
         gain = gamma * 4
-    elif FAMILY == QUADRATIC:
+    elif RADIAL:
         gain = gamma * 2 / values[2 * KERNELS]
     else:
         gain = gamma
@@ -513,7 +513,7 @@ def operands_kernel(
                 tl.store(table_ptr + (2 * BANDWIDTHS + b), (weight * ratio).to(dtype))
         if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
             tl.store(table_ptr + 3 * BANDWIDTHS, (-rounding * furthest * gain).to(dtype))
-        elif not RADIAL or FAMILY == QUADRATIC:
+        else:
             for k in tl.static_range(TABLE - 3 * BANDWIDTHS):
                 tl.store(table_ptr + (3 * BANDWIDTHS + k), values[2 * KERNELS + k].to(dtype))
         left_out = tl.where(slope_shift == 0.0, 0.0, -4.0 * gamma * slope_shift)

@@ -149,3 +149,31 @@ def test_compiles_for_an_amd_gpu():
     """The MI300 (gfx942), with the configurations of sm_80, which are those of an unknown GPU: within its 64 KiB of shared memory."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", _FOR_AMD], check=True, cwd=Path(__file__).parents[1], env=env)
+
+
+_LOGARITHMS = """
+from triton.backends.compiler import GPUTarget
+from benchmarks import compile_report as report, sass
+from fastvae.radial import RationalQuadratic
+
+class Compiled(Exception):
+    pass
+
+def compile_to_ptx(fn, types, constants, architecture, aligned=()):
+    raise Compiled(sass.compile_for(GPUTarget("cuda", architecture, 32), fn, types, constants, aligned).asm["ptx"])
+
+report.compile_kernel = compile_to_ptx
+for alpha, fast in ((2.0, True), (100.0, False)):
+    try:
+        report.row(report.Sweep("highest", 16, True, True, kernel=RationalQuadratic(alpha)), 90)
+    except Compiled as compiled:
+        assert ("lg2.approx" in compiled.args[0]) == fast, alpha
+    else:
+        raise AssertionError(alpha)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_alpha_does_not_multiply_the_error_of_the_fast_logarithm():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", _LOGARITHMS], check=True, cwd=Path(__file__).parents[1], env=env)

@@ -89,6 +89,17 @@ def test_triton_precision(case, precision):
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("alpha", [100.0, 1000.0])
+def test_triton_rational_quadratic_of_large_alpha(alpha):
+    """α multiplies every error of the logarithm, also what 1 + d²/(2αh²) has rounded away of d²."""
+    case = Case("steep", kernel=RationalQuadratic(alpha))
+    actual, reference_values, _ = run(case, "mmd", backend="triton", precision="ieee")
+    assert_close(actual, reference_values, (1e-6, 1e-6, 0.0), *size(case))
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("precision", ["highest", "high", "medium", "ieee"])
 def test_triton_equal_rows_are_at_distance_zero(precision):
     """Norms and products are of the same points, whatever the products round: else k of equal rows is not 1."""
