@@ -38,7 +38,7 @@ ENERGY = tl.constexpr(5)
 QUADRATIC_STEEP = tl.constexpr(6)
 POLYNOMIAL = tl.constexpr(16)
 
-# Largest α of (1 − t)^−α with the fast logarithm, whose error of up to 2⁻²¹ is then one of 5e-6 in the value, as is that of 1 − t rounded.
+# Largest α of (1 − t)^−α by the fast logarithm of 1 − t rounded: their errors, 2⁻²¹ and 2⁻²⁴, are then together one of 6e-6 in the value.
 _FAST_ALPHA = 16.0
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -184,7 +184,7 @@ def _log2_of_one_minus(t, FAMILY: tl.constexpr):
     if t.dtype == tl.float64:
         return tl.log2(1.0 - t)
     elif FAMILY == QUADRATIC_STEEP:
-        # A padded column's t is −∞, which has no difference to what is left of it; a nan passes.
+        # Not −∞, as of a padded column, from which nothing can be subtracted; a nan passes.
         t = tl.where(t < -1e30, -1e30, t)
         base = 1.0 - t
         return tl.log2(base) + ((1.0 - base) - t) * _LOG2_E / base
