@@ -16,9 +16,8 @@ from fastvae import checks
 CAPACITY = 1 << 24
 # Up to so many pairs all are kept. Of more, one in _SHARE, but no more than _SAMPLE, is drawn to tell where to look.
 _ALL, _SHARE, _SAMPLE = 1 << 17, 512, 1 << 18
-# Rows of a tile of float64 distances; on a CPU it is to stay in the second-level cache.
-_TILE = {"cpu": 256}
-_GPU_TILE = 4096
+# Rows of a tile of float64 distances, which is to stay in the second-level cache.
+_TILE = 256
 # Of ‖x‖² + ‖y‖² − 2x·y below this share of the norms fewer than eight digits are left in float64.
 _NEAR = 1e-7
 # Numbers of a block of differences.
@@ -31,7 +30,8 @@ def median_bandwidth(
     """h = √(½·median d²) over the pairs i < j of the rows of x and y together, which makes exp(−d²/2h²) = 1/e at the median.
 
     Exact, in memory O((N + M)·D), in the time of about one sweep over all pairs; or of some random pairs. Of an even number of pairs the
-    median is the lower of the two in the middle, as with `torch.median`; `numpy.median` takes their mean. On a GPU the call waits for it.
+    median is the lower of the two in the middle, as with `torch.median`; `numpy.median` takes their mean. On a GPU it is found in three
+    sweeps by differences in float64, which is slow on a GPU made for graphics, and the call does not wait for it.
 
     Args:
         x: (..., N, D), floating point. With batch dimensions the pairs within all items are taken together: one bandwidth a call.
@@ -45,7 +45,7 @@ def median_bandwidth(
 
     Raises:
         TypeError, ValueError: x or y as in `fastvae.mmd`; fewer than two rows in all; pairs less than one; a median of 0, as of data that
-            are mostly duplicates.
+            are mostly duplicates, where it can be read without waiting (elsewhere it is nan).
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 8; the convention is that of alibi-detect's `sigma_median`.
     """
@@ -61,7 +61,7 @@ def median_bandwidth(
     else:
         checks.integer("pairs", pairs, at_least=1)
         drawn = _random_squared_distances(z, pairs, generator, self_pairs)
-        squared = drawn.kthvalue((pairs + 1) // 2).values
+        squared = _ranked(drawn, (pairs - 1) // 2)
     return checks.positive_distance("median", (0.5 * squared).sqrt())
 
 
@@ -113,6 +113,27 @@ def _ranked_op(*args: Any) -> Tensor:
     return _select(*args)
 
 
+@_ranked_op.register_kernel("cuda")
+def _select_on_gpu(z: Tensor, rank: int) -> Tensor:
+    """The bits of the answer, from three histograms of all pairs; nothing that the host does depends on them."""
+    from fastvae.kernels.ranked_squared_distance import BITS, BLOCK, histogram
+
+    items, rows, dim = z.shape
+    points = z.new_zeros(items, dim, -(-rows // BLOCK) * BLOCK, dtype=torch.float64)
+    points[..., :rows] = z.mT
+    known = torch.zeros(1, dtype=torch.int64, device=z.device)
+    below = torch.full_like(known, rank)
+    counts = known.new_empty(1 << BITS)
+    for shift in (2 * BITS, BITS, 0) if rank >= 0 else ():
+        histogram(points, rows, known, shift, counts.zero_())
+        up_to = counts.cumsum(0)
+        # None of rows that are not finite need be counted.
+        digit = torch.searchsorted(up_to, below, right=True).clamp(max=len(counts) - 1)
+        below = below - (up_to - counts).index_select(0, digit)
+        known = known << BITS | digit
+    return torch.where(z.isfinite().all(), known.view(torch.float64)[0], torch.nan)
+
+
 @_ranked_op.register_fake
 def _fake(z: Tensor, rank: int) -> Tensor:
     return z.new_empty((), dtype=torch.float64)
@@ -134,7 +155,7 @@ def _select(z: Tensor, rank: int) -> Tensor:
     n = z.shape[1]
     total = z.shape[0] * (n * (n - 1) // 2)
     # Of its own, as the result depends on no random number.
-    generator = torch.Generator(z.device).manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     low, high = 0.0, torch.inf
     if total > _ALL:
         sample = _random_squared_distances(z, min(total // _SHARE, _SAMPLE), generator, False)
@@ -174,8 +195,6 @@ def _within(d2: Tensor, low: float, high: float) -> tuple[int, Tensor]:
     """How many values are below `low`, and those from it to `high`."""
     if low <= 0 and high == torch.inf:
         return 0, d2.flatten().clone()
-    if d2.device.type != "cpu":
-        return int((d2 < low).count_nonzero()), d2[(d2 >= low) & (d2 <= high)]
     # numpy compares and selects eight times faster than PyTorch does.
     values = d2.numpy()
     under = values < low
@@ -185,7 +204,7 @@ def _within(d2: Tensor, low: float, high: float) -> tuple[int, Tensor]:
 def _thin(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
     if share == 1:
         return values
-    return values[torch.rand(len(values), device=values.device, generator=generator) < share]
+    return values[torch.rand(len(values), device="cpu", generator=generator) < share]
 
 
 def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[float, float]:
@@ -199,14 +218,13 @@ def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[
 
 def _squared_distances(z: Tensor) -> Iterator[Tensor]:
     """d² of all pairs i < j within the items of z (items, rows, D), a tile in each; the next one reuses its memory."""
-    size = _TILE.get(z.device.type, _GPU_TILE)
-    buffer = z.new_empty(min(size, z.shape[1]) ** 2)
+    buffer = z.new_empty(min(_TILE, z.shape[1]) ** 2)
     for rows in z:
         # In the order of their norms, so that far rows share tiles.
         norm, order = rows.square().sum(1, keepdim=True).sort(0)
         rows, one = rows[order[:, 0]], torch.ones_like(norm)
         left, right = torch.cat([-2 * rows, norm, one], 1), torch.cat([rows, one, norm], 1).T.contiguous()
-        tiles = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        tiles = [slice(start, min(start + _TILE, len(rows))) for start in range(0, len(rows), _TILE)]
         largest = norm[[tile.stop - 1 for tile in tiles], 0].tolist()
         for (i, most), (j, more) in itertools.combinations_with_replacement(zip(tiles, largest, strict=True), 2):
             a, b = left[i], right[:, j]
@@ -216,7 +234,7 @@ def _squared_distances(z: Tensor) -> Iterator[Tensor]:
             # A d² so small beside the norms has lost its digits: duplicates, or near pairs that are far from the others.
             if float(d2.amin()) < _NEAR * (most + more):
                 d2 = torch.cdist(rows[i], rows[j], compute_mode="donot_use_mm_for_euclid_dist").square_()
-            yield d2[tuple(torch.triu_indices(row=len(d2), col=len(d2), offset=1, device=d2.device))] if i == j else d2
+            yield d2[tuple(torch.triu_indices(row=len(d2), col=len(d2), offset=1, device="cpu"))] if i == j else d2
 
 
 def _random_squared_distances(z: Tensor, pairs: int, generator: torch.Generator | None, self_pairs: bool) -> Tensor:
@@ -235,6 +253,11 @@ def _random_squared_distances(z: Tensor, pairs: int, generator: torch.Generator 
             j = j + (j >= i)
         parts.append((z[item, i] - z[item, j]).square().sum(1))
     return torch.cat(parts)
+
+
+def _ranked(values: Tensor, rank: int) -> Tensor:
+    """The value of this rank, from 0. On a GPU `kthvalue` is no deterministic algorithm."""
+    return values.kthvalue(rank + 1).values if values.device.type == "cpu" else values.sort().values[rank]
 
 
 def _centred(z: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import bandwidths, mean_bandwidth, median_bandwidth, reference
-from tests.cases import DEVICE
+from tests.cases import DEVICE, needs_cpu, needs_triton
 
 
 def squared_distances(z):
@@ -86,12 +88,69 @@ def test_a_missed_bracket_is_widened(monkeypatch, wrong):
     assert median_bandwidth(z).item() == pytest.approx(expected, rel=1e-9)
 
 
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("values", ["continuous", "few", "two clusters", "batch", "bfloat16", "equal"])
+def test_selection_on_a_gpu(values):
+    """Any rank, to the bit: sums of squared differences in float64 of so few features are those of numpy."""
+    z = {
+        "continuous": lambda: rows(150, 2)[None],
+        "few": lambda: (2 * rows(70, 2)).round()[None],
+        "two clusters": lambda: torch.cat([rows(50, 1), rows(30, 1) + 1e18])[None],
+        "batch": lambda: rows(3 * 65, 2).reshape(3, 65, 2),
+        "bfloat16": lambda: rows(64, 2, dtype=torch.bfloat16)[None],
+        "equal": lambda: rows(1, 2).expand(9, 2)[None],
+    }[values]()
+    ordered = np.sort(np.concatenate([squared_distances(item)[np.triu_indices(z.shape[1], 1)] for item in z]))
+    for rank in (0, 1, len(ordered) // 3, (len(ordered) - 1) // 2, len(ordered) - 1):
+        assert bandwidths._select_on_gpu(z, rank).item() == ordered[rank]
+    assert bandwidths._select_on_gpu(z, -1).item() == 0
+    for bad in (torch.nan, torch.inf):
+        assert bandwidths._select_on_gpu(torch.cat([z, torch.full_like(z[:, :1], bad)], 1), 0).isnan()
+
+
+# Beside what reads a value, which a fake tensor does not have: without a deterministic algorithm, or waiting for sizes.
+NOT_ON_A_GPU = {"kthvalue", "median", "histc", "bincount", "put_", "nonzero", "masked_select", "unique_dim", "_unique2"}
+
+
+class OnGPU(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name.removeprefix("aten::") not in NOT_ON_A_GPU
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+def test_selection_on_a_gpu_waits_for_nothing(monkeypatch):
+    from fastvae.kernels import ranked_squared_distance
+
+    monkeypatch.setattr(ranked_squared_distance, "histogram", lambda *_: None)
+    with FakeTensorMode(), OnGPU():
+        bandwidths._select_on_gpu(torch.empty(2, 9, 3), 5)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU to wait for")
+@pytest.mark.parametrize("options", [{}, {"self_pairs": True}, {"pairs": 100}])
+def test_rules_do_not_wait_for_a_gpu(options):
+    x, y = rows(700), rows(300, seed=6)
+    expected = median_bandwidth(x.cpu(), y.cpu(), **{k: v for k, v in options.items() if k != "pairs"}).item()
+    torch.cuda.set_sync_debug_mode("error")
+    torch.use_deterministic_algorithms(True)
+    try:
+        h = median_bandwidth(x, y, **options)
+        mean_bandwidth(x, y)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.cuda.set_sync_debug_mode("default")
+    assert h.item() == pytest.approx(expected, rel=0.3 if "pairs" in options else 1e-12)
+
+
+@needs_cpu
 def test_no_array_of_all_pairs(monkeypatch):
     """What a sweep keeps is bounded, as is each of its tiles."""
     monkeypatch.setattr(bandwidths, "CAPACITY", 5000)
     monkeypatch.setattr(bandwidths, "_ALL", 5000)
-    monkeypatch.setattr(bandwidths, "_TILE", {"cpu": 64})
-    monkeypatch.setattr(bandwidths, "_GPU_TILE", 64)
+    monkeypatch.setattr(bandwidths, "_TILE", 64)
     kept, original = [], bandwidths._sweep
     monkeypatch.setattr(bandwidths, "_sweep", lambda *args: kept.append(original(*args)) or kept[-1])
     median_bandwidth(rows(600))
@@ -186,6 +245,9 @@ def test_not_finite(rule, bad):
 def test_duplicates(pairs):
     z = rows(1).expand(40, 3).clone() + 1e3
     z[:5] += rows(5)
+    if DEVICE != "cpu":
+        assert median_bandwidth(z, pairs=pairs).isnan()
+        return
     with pytest.raises(ValueError, match=r"^the median distance between rows must be greater than 0 for bandwidth='median', got 0"):
         median_bandwidth(z, pairs=pairs)
     with pytest.raises(ValueError, match=r"median distance"):

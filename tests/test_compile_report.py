@@ -151,6 +151,24 @@ def test_compiles_for_an_amd_gpu():
     subprocess.run([sys.executable, "-c", _FOR_AMD], check=True, cwd=Path(__file__).parents[1], env=env)
 
 
+_HISTOGRAM = """
+from benchmarks.sass import compile_kernel
+from fastvae.kernels import ranked_squared_distance as kernels
+
+types = {"z_ptr": "*fp64", "known_ptr": "*i64", "counts_ptr": "*i64", "N": "i32", "blocks": "i32", "D": "i32", "shift": "i32"}
+for architecture in (80, 90, 120):
+    constants = {"BITS": kernels.BITS, "BLOCK": kernels.BLOCK, "num_warps": kernels.WARPS}
+    binary = compile_kernel(kernels.histogram_kernel, types, constants, architecture)
+    assert binary.stack == binary.local == 0, (architecture, binary.registers)
+"""
+
+
+@pytest.mark.slow
+def test_the_histogram_of_distances_compiles_without_spills():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", _HISTOGRAM], check=True, cwd=Path(__file__).parents[1], env=env)
+
+
 _LOGARITHMS = """
 from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report as report, sass
