@@ -91,7 +91,7 @@ def _gather_op(name: str, tensors: Sequence[Tensor], group: str, estimator: str)
     shares = _exchange([tensors[0].shape[0], *own[0], *own[1]], process_group)
     checks.same_on_ranks(name, [[(f, DTYPES[d]) for f, d in (share[1:3], share[3:5]) if f >= 0] for share in shares])
     counts = [share[0] for share in shares]
-    rows = [torch.cat([part[:n] for part, n in zip(_padded(t, max(counts), process_group), counts, strict=True)]) for t in tensors]
+    rows = [_gathered(t, counts, process_group) for t in tensors]
     checks.enough_rows(name, rows[0], estimator)
     return rows, sum(counts[: dist.get_rank(process_group)])
 
@@ -122,23 +122,36 @@ def _named(group: str) -> dist.ProcessGroup:
 
 
 def _exchange(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """What each rank tells the others before it gathers: its rows, and of two tensors features and dtype."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    told = [torch.empty(len(own), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(told, torch.tensor(own, device=device), group=group)
-    shares = torch.stack(told).tolist()
+    """What each rank tells the others before it gathers: its rows, and of two tensors features and dtype.
+
+    A group whose only backend is NCCL waits for the GPU here, once, as no array has a size before; one with Gloo for the CPU does not.
+    """
+    on_gpu = dist.get_backend(group) == "nccl"
+    told = torch.tensor(own, device="cpu", pin_memory=on_gpu).to("cuda" if on_gpu else "cpu", non_blocking=True)
+    shares = _all_gather(told[None], dist.get_world_size(group), group).tolist()
     if own[0] != REFUSED:
         checks.none_refused([rank for rank, share in enumerate(shares) if share[0] == REFUSED])
     return shares
 
 
-def _padded(t: Tensor, rows: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors of all ranks, of as many rows each, as collectives want one shape."""
-    padded = t.new_zeros(rows, *t.shape[1:])
+def _gathered(t: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, as many as `counts` says; padded on their way where these differ, as collectives want one shape."""
+    most = max(counts)
+    if min(counts) == most:
+        return _all_gather(t.contiguous(), len(counts), group)
+    padded = t.new_empty(most, *t.shape[1:])
     padded[: t.shape[0]] = t
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, padded, group=group)
-    return parts
+    parts = _all_gather(padded, len(counts), group).reshape(len(counts), *padded.shape)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+def _all_gather(t: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
+    """The rows of equally many on each rank, written to where they stay."""
+    rows = t.new_empty(ranks * t.shape[0], *t.shape[1:])
+    # Its name in PyTorch before 2.13.
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(rows, t, group=group)
+    return rows
 
 
 class _SumShares(torch.autograd.Function):

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
+from fastvae import distributed
 from fastvae.distributed import gather, gather_rows
 from tests.ranks import run_on_ranks
 
@@ -252,6 +254,24 @@ def lose_a_rank(rank, folder):
     os._exit(0)
 
 
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def gathering_is_one_write(rank, world):
+    whole = torch.arange(6.0 * world).reshape(-1, 3)
+    with Operations() as operations:
+        rows = distributed._gathered(whole[2 * rank : 2 * rank + 2], [2] * world, dist.group.WORLD)
+    assert torch.equal(rows, whole)
+    assert not operations.names & {"aten::cat", "aten::stack", "aten::copy_", "aten::clone"}
+
+
 def gathering(rank, world):
     whole = torch.arange(3.0 * sum(ROWS[world])).reshape(-1, 3)
     (rows,), first = gather_rows("x", own(rank, world, whole), dist.group.WORLD)
@@ -266,7 +286,7 @@ def gathering(rank, world):
 @pytest.mark.parametrize("world", ROWS)
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
-    checks = gathering, losses, gradients_that_average_to_the_whole, fully_sharded
+    checks = gathering, gathering_is_one_write, losses, gradients_that_average_to_the_whole, fully_sharded
     run_on_ranks(checks, world, tmp_path)
 
 
