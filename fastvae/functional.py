@@ -18,7 +18,7 @@ from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.radial import Kernel, Numbers, as_vector
-from fastvae.reference.total_correlation import KLDecomposition, decompose
+from fastvae.reference.total_correlation import KLDecomposition
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -579,15 +579,14 @@ def total_correlation(
     checks.dataset_size(dataset_size, z, estimator)
     checks.option("backend", backend, checks.BACKENDS)
     checks.backend_device(backend, z.device)
-    dtype = accumulation_dtype(z.dtype)
     with torch.autocast(z.device.type, enabled=False):
         if backend == "reference":
+            dtype = accumulation_dtype(z.dtype)
             inputs = [t.to(dtype) for t in (z, mu, logvar)]
             terms = reference.total_correlation(*inputs, dataset_size=dataset_size, estimator=estimator)
             zero = zero_if_finite(*inputs).to(dtype)
             return KLDecomposition(*(term + zero for term in terms))
-        densities = apply_total_correlation(z, mu, logvar, dataset_size, 0, estimator == "minibatch_stratified", backend or "")
-        return decompose(z.to(dtype), mu.to(dtype), logvar.to(dtype), *densities)
+        return apply_total_correlation(z, mu, logvar, dataset_size, estimator == "minibatch_stratified", backend or "")
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -334,14 +334,14 @@ def _kernel_numbers(
     if len(numbers) > _MOST_ARGUMENTS or any(number != 0 and not 1e-30 <= abs(number) <= 1e38 for number in numbers):
         # Too many, or no float32: a copy, which a GPU waits for once.
         return KernelNumbers(kernel, len(bandwidth), squarings, _constant(tuple(numbers), device))
-    return KernelNumbers(kernel, len(bandwidth), squarings, tuple(part for number in numbers for part in _parts(number)))
+    return KernelNumbers(kernel, len(bandwidth), squarings, tuple(part for number in numbers for part in float32_parts(number)))
 
 
 # Numbers that a kernel takes as arguments.
 _MOST_ARGUMENTS = 64
 
 
-def _parts(number: float) -> tuple[float, float, float]:
+def float32_parts(number: float) -> tuple[float, float, float]:
     """Three float32 that sum to a float64."""
     high = float(np.float32(number))
     middle = float(np.float32(number - high))

@@ -1,13 +1,16 @@
-"""Log densities under a batch of posteriors on a GPU: formulas (1) and (5) of `fastvae.reference.total_correlation`.
+"""Log densities under a batch of posteriors on a GPU: formulas (1), (4) and (5) of `fastvae.reference.total_correlation`.
 
-Operands are transposed, dimensions first, and in units of log 2: with u = (z − μ)·k and k = √(½·log₂e)/σ an exponent is c − u² ≤ 0.
-A program owns rows (or posteriors) and sweeps posteriors (or rows), which are axis 0 of its tiles: each thread owns columns of a tile and
-sums them without an exchange. No atomics, a fixed order, the same bits every time.
+Forward and backward are prepare, two sweeps and finish, with no copy to or from the host. A sweep's operands are transposed, dimensions
+first, and in units of log 2: with u = (z − μ)·k and k = √(½·log₂e)/σ an exponent is c − u². A program owns rows (or posteriors) and sweeps
+posteriors (or rows), which are axis 0 of its tiles: each thread owns columns of a tile and sums them without an exchange. No atomics, a
+fixed order, the same bits every time.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +19,172 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae import radial
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
-from fastvae.kernels.launch import on_device
-from fastvae.radial import LOG2_E
+from fastvae.kernels.launch import integer_key, launch, tensor_key
+from fastvae.kernels.prepare import load_numbers
 
-HALF_LOG2_2PI = 0.5 * math.log2(2 * math.pi)
+LOG2_E = tl.constexpr(radial.LOG2_E)
+HALF_LOG2_2PI = tl.constexpr(0.5 * math.log2(2 * math.pi))
 # u² = ½·log₂e·(z − μ)²/σ²
-KAPPA2 = 0.5 * LOG2_E
+KAPPA2 = 0.5 * radial.LOG2_E
+_KAPPA = tl.constexpr(KAPPA2**0.5)
+_KAPPA2 = tl.constexpr(KAPPA2)
+_UNIT = tl.constexpr(1 / KAPPA2)
 
 # A sum of densities over this has lost nothing to underflow.
 LEAST_SUM = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
+
+# The highest density of so many posteriors is what exponents leave out: of all, a program would read them all.
+_BOUND_ROWS = tl.constexpr(128)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "z_stride", "z_step", "mu_stride", "mu_step", "logvar_stride", "logvar_step", "rows", "columns", "N", "M", "D", "BLOCKED_D",
+        "given",
+    ]
+)  # fmt: skip
+def prepare_kernel(
+    z_in_ptr,  # (N, D), a row every `z_stride` elements, a dimension every `z_step`
+    mu_in_ptr,  # (M, D)
+    logvar_in_ptr,
+    joint_in_ptr,  # (N,), log q(z_i)
+    marginal_in_ptr,  # (N, D), log q(z_id)
+    grad_0_ptr,  # gradients of the three terms, or of log q(z_i) and log q(z_id)
+    grad_1_ptr,
+    grad_2_ptr,
+    z_ptr,  # (D, rows), here and below with zeros for padding, but where another number is named
+    mu_ptr,  # (D, columns)
+    k_ptr,
+    c_ptr,  # −∞
+    c_sum_ptr,  # (columns,), −∞
+    joint_ptr,  # (rows,), +∞, of a pair's exponent
+    marginal_ptr,  # (D, rows), +∞
+    a_ptr,  # (rows,), the gradient to log q(z_i)
+    b_ptr,  # (D, rows), the gradient to log q(z_id)
+    weight_ptr,  # (2,)
+    constant_ptr,  # (D + 1,), float64, what the exponents of a dimension leave out of log2 of a density, and the joint ones
+    part_ptr,  # (programs, 3), float64: 0, or nan if a number is not finite; Σ log2 q(z_i|n_i); Σ log2 p(z_i)
+    numbers,  # log2 of the weights of i and of i + 1 over that of the others, and that: each as three of float32
+    z_stride,
+    z_step,
+    mu_stride,
+    mu_step,
+    logvar_stride,
+    logvar_step,
+    rows,
+    columns,
+    N,
+    M,
+    D,
+    BLOCKED_D,  # D with its padding
+    given,  # bits of the terms that have a gradient
+    GRADIENT: tl.constexpr,
+    TERMS: tl.constexpr,  # gradients are those of the three terms
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The operands of a block of rows and of posteriors; forward their shares of (4), backward the gradients of (1) from those of (4)."""
+    # where
+    start_n = tl.program_id(0) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    row = offs_n.to(tl.int64)[:, None]
+    first = tl.arange(0, _BOUND_ROWS)
+    mask_z = offs_n < N
+    mask_mu = offs_n < M
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    own, following, other = load_numbers(numbers, 3, False)
+    if TERMS:
+        information, correlation, divergence = load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N)
+
+    c_sum = tl.zeros([BLOCK_N], dtype=tl.float64)
+    bounds = tl.zeros([], dtype=tl.float64)
+    not_finite = tl.zeros([BLOCK_N], dtype=tl.float64)
+    conditional = tl.zeros([BLOCK_N], dtype=tl.float64)
+    prior = tl.zeros([BLOCK_N], dtype=tl.float64)
+    for start_d in range(0, BLOCKED_D, BLOCK_D):
+        # load
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        column = offs_d.to(tl.int64)[None, :]
+        mask_d = (offs_d < D)[None, :]
+        in_z = mask_z[:, None] & mask_d
+        in_mu = mask_mu[:, None] & mask_d
+        z = tl.load(z_in_ptr + row * z_stride + column * z_step, mask=in_z, other=0.0).to(dtype)
+        mu = tl.load(mu_in_ptr + row * mu_stride + column * mu_step, mask=in_mu, other=0.0).to(dtype)
+        logvar = tl.load(logvar_in_ptr + row * logvar_stride + column * logvar_step, mask=in_mu, other=0.0).to(dtype)
+        in_first = (first < M)[:, None] & mask_d
+        some = tl.load(logvar_in_ptr + first.to(tl.int64)[:, None] * logvar_stride + column * logvar_step, mask=in_first, other=0.0)
+        bound = tl.max(tl.where(in_first, some.to(dtype) * (-0.5 * LOG2_E), float("-inf")), 0)
+        bound = tl.where(offs_d < D, bound, 0.0)
+
+        # compute
+        c = logvar * (-0.5 * LOG2_E)
+        k = tl.where(in_mu, tl.exp2(c) * _KAPPA, 0.0)
+        relative = c - bound[None, :]
+        c_sum += tl.sum(tl.where(mask_d, relative, 0.0).to(tl.float64), 1)
+        bounds += tl.sum(bound.to(tl.float64))
+        constant = bound.to(tl.float64) + (other - HALF_LOG2_2PI)
+
+        # store
+        out = column * rows + row
+        blocked = (offs_d < BLOCKED_D)[None, :]
+        mask_row = (offs_n < rows)[:, None] & blocked
+        tl.store(z_ptr + out, z, mask=mask_row)
+        if GRADIENT:
+            marginal = tl.load(marginal_in_ptr + row * D + column, mask=in_z, other=0.0).to(tl.float64)
+            marginal = (marginal * LOG2_E - constant[None, :]).to(dtype)
+            tl.store(marginal_ptr + out, tl.where(in_z, marginal, float("inf")), mask=mask_row)
+            if TERMS:
+                b = tl.where(in_z, divergence - correlation, 0.0).to(dtype)
+            else:
+                b = tl.load(grad_1_ptr + row * D + column, mask=in_z, other=0.0).to(dtype)
+            tl.store(b_ptr + out, b, mask=mask_row)
+        else:
+            both = in_z & in_mu
+            u = (z - mu) * k
+            conditional += tl.sum(tl.where(both, c - u * u - HALF_LOG2_2PI, 0.0).to(tl.float64), 1)
+            prior += tl.sum(tl.where(both, z * z * -_KAPPA2 - HALF_LOG2_2PI, 0.0).to(tl.float64), 1)
+            not_finite += tl.sum((z * 0.0 + mu * 0.0 + logvar * 0.0).to(tl.float64), 1)
+            if start_n == 0:
+                tl.store(constant_ptr + offs_d, constant, mask=offs_d < BLOCKED_D)
+        out = column * columns + row
+        mask_column = (offs_n < columns)[:, None] & blocked
+        tl.store(mu_ptr + out, mu, mask=mask_column)
+        tl.store(k_ptr + out, k, mask=mask_column)
+        tl.store(c_ptr + out, tl.where(in_mu, relative, float("-inf")), mask=mask_column)
+
+    tl.store(c_sum_ptr + offs_n, tl.where(mask_mu, c_sum, float("-inf")).to(dtype), mask=offs_n < columns)
+    joint_constant = bounds + (other - D.to(tl.float64) * HALF_LOG2_2PI)
+    if GRADIENT:
+        joint = tl.load(joint_in_ptr + offs_n, mask=mask_z, other=0.0).to(tl.float64)
+        joint = (joint * LOG2_E - joint_constant).to(dtype)
+        tl.store(joint_ptr + offs_n, tl.where(mask_z, joint, float("inf")), mask=offs_n < rows)
+        if TERMS:
+            a = tl.where(mask_z, correlation - information, 0.0).to(dtype)
+        else:
+            a = tl.load(grad_0_ptr + offs_n, mask=mask_z, other=0.0).to(dtype)
+        tl.store(a_ptr + offs_n, a, mask=offs_n < rows)
+    else:
+        part_ptr += tl.program_id(0) * 3
+        tl.store(part_ptr, tl.sum(not_finite))
+        tl.store(part_ptr + 1, tl.sum(conditional))
+        tl.store(part_ptr + 2, tl.sum(prior))
+        if start_n == 0:
+            tl.store(constant_ptr + BLOCKED_D, joint_constant)
+    if start_n == 0:
+        tl.store(weight_ptr, own.to(dtype))
+        tl.store(weight_ptr + 1, following.to(dtype))
+
+
+@triton.jit
+def load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N):
+    """Of the three terms, which are means over N rows."""
+    information = tl.load(grad_0_ptr, mask=(given & 1) != 0, other=0.0).to(tl.float64)
+    correlation = tl.load(grad_1_ptr, mask=(given & 2) != 0, other=0.0).to(tl.float64)
+    divergence = tl.load(grad_2_ptr, mask=(given & 4) != 0, other=0.0).to(tl.float64)
+    n = N.to(tl.float64)
+    return information / n, correlation / n, divergence / n
 
 
 @triton.jit
@@ -77,6 +236,7 @@ def marginal_kernel(
     k_ptr,
     c_ptr,  # (D, columns), −inf in the padding
     marginal_ptr,  # (D, rows), log2 Σ_j exp2(exponent)
+    sum_ptr,  # (D, blocks), float64, sums of those over a block of rows
     weight_ptr,  # (2,), log2 of the weights of i and of i + 1 over that of the others
     rows,
     columns,
@@ -107,8 +267,8 @@ def marginal_kernel(
     for start_m in range(0, columns, BLOCK_M):
         exponent = _marginal_exponent(z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED, BLOCK_M)
         total += tl.sum(tl.exp2(exponent), 0)
-    if tl.min(tl.where(offs_n < N, total, 1.0)) < LEAST_SUM:
-        # Far from every posterior: relative to the nearest one.
+    if (tl.min(tl.where(offs_n < N, total, 1.0)) < LEAST_SUM) | (tl.max(total) == float("inf")):
+        # Far from every posterior, or near one that is far sharper than those that `c` is relative to: relative to the nearest one.
         reference += float("-inf")
         for start_m in range(0, columns, BLOCK_M):
             exponent = _marginal_exponent(z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED, BLOCK_M)
@@ -119,7 +279,9 @@ def marginal_kernel(
             total += tl.sum(tl.exp2(exponent - reference[None, :]), 0)
 
     # store
-    tl.store(marginal_ptr + d * rows + offs_n, tl.log2(total) + reference)
+    marginal = tl.log2(total) + reference
+    tl.store(marginal_ptr + d * rows + offs_n, marginal)
+    tl.store(sum_ptr + d * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(offs_n < N, marginal, 0.0).to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["M", "offset"])
@@ -312,89 +474,293 @@ def columns_kernel(
     tl.store(stretch_ptr + out, stretch)
 
 
-@dataclass
-class _Operands:
-    """Transposed, padded to whole blocks: rows and posteriors to block_n, dimensions to block_d."""
+@triton.jit(do_not_specialize=["rows", "N", "D", "BLOCKED_D", "parts", "blocks", "splits"])
+def finish_kernel(
+    joint_in_ptr,  # (splits, rows), what `joint_kernel` stored
+    marginal_in_ptr,  # (D, rows), what `marginal_kernel` did
+    sum_ptr,
+    constant_ptr,
+    part_ptr,
+    joint_ptr,  # (N,), log q(z_i)
+    marginal_ptr,  # (N, D), log q(z_id)
+    information_ptr,  # (), the terms of (4)
+    correlation_ptr,
+    divergence_ptr,
+    rows,
+    N,
+    D,
+    BLOCKED_D,
+    parts,
+    blocks,
+    splits,
+    BLOCK_R: tl.constexpr,  # numbers of a step of a sum
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(4) by program 0, in float64 and a fixed order; by each other (1) of a block of rows, in nats."""
+    dtype: tl.constexpr = joint_ptr.dtype.element_ty
+    not_finite = _sum_of_parts(part_ptr, parts, BLOCK_R)
+    joint_constant = tl.load(constant_ptr + BLOCKED_D)
+    if tl.program_id(0) == 0:
+        joints = tl.zeros([BLOCK_R], dtype=tl.float64)
+        for start_n in range(0, N, BLOCK_R):
+            offs_n = start_n + tl.arange(0, BLOCK_R)
+            joints += tl.where(offs_n < N, _joint(joint_in_ptr, offs_n, rows, splits), 0.0)
+        marginals = tl.zeros([BLOCK_R], dtype=tl.float64)
+        for start in range(0, D * blocks, BLOCK_R):
+            offs = start + tl.arange(0, BLOCK_R)
+            marginals += tl.load(sum_ptr + offs, mask=offs < D * blocks, other=0.0)
+        constants = tl.zeros([BLOCK_R], dtype=tl.float64)
+        for start in range(0, D, BLOCK_R):
+            offs = start + tl.arange(0, BLOCK_R)
+            constants += tl.load(constant_ptr + offs, mask=offs < D, other=0.0)
+        n = N.to(tl.float64)
+        joint = tl.sum(joints) / n + joint_constant
+        marginal = tl.sum(marginals) / n + tl.sum(constants)
+        conditional = _sum_of_parts(part_ptr + 1, parts, BLOCK_R) / n
+        prior = _sum_of_parts(part_ptr + 2, parts, BLOCK_R) / n
+        tl.store(information_ptr, ((conditional - joint) / LOG2_E + not_finite).to(dtype))
+        tl.store(correlation_ptr, ((joint - marginal) / LOG2_E + not_finite).to(dtype))
+        tl.store(divergence_ptr, ((marginal - prior) / LOG2_E + not_finite).to(dtype))
+        return
+    # where
+    offs_n = (tl.program_id(0) - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = offs_n.to(tl.int64)[None, :]
+    mask_n = offs_n < N
 
-    z: Tensor  # (D, rows)
-    mu: Tensor  # (D, columns)
-    k: Tensor
-    c: Tensor
-    c_sum: Tensor  # (columns,)
-    bound: Tensor  # (D,), log2 of the highest density, which c lacks
-    weights: Tensor  # (2,)
-    other: float  # log2 of the weight of the pairs that have none in `weights`
-    stratified: bool
-    n: int
-    m: int
-    dim: int
+    # load, compute, store
+    joint = (_joint(joint_in_ptr, offs_n, rows, splits) + joint_constant) / LOG2_E + not_finite
+    tl.store(joint_ptr + offs_n, joint.to(dtype), mask=mask_n)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        column = offs_d.to(tl.int64)[:, None]
+        mask = (offs_d < D)[:, None] & mask_n[None, :]
+        marginal = tl.load(marginal_in_ptr + column * rows + row, mask=mask, other=0.0).to(tl.float64)
+        constant = tl.load(constant_ptr + offs_d, mask=offs_d < D, other=0.0)
+        marginal = (marginal + constant[:, None]) / LOG2_E + not_finite
+        tl.store(marginal_ptr + row * D + column, marginal.to(dtype), mask=mask)
+
+
+@triton.jit
+def _sum_of_parts(part_ptr, parts, BLOCK_R: tl.constexpr):
+    total = tl.zeros([BLOCK_R], dtype=tl.float64)
+    for start in range(0, parts, BLOCK_R):
+        offs = start + tl.arange(0, BLOCK_R)
+        total += tl.load(part_ptr + offs * 3, mask=offs < parts, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _joint(joint_ptr, offs_n, rows, splits):
+    """log2 of the sum over all shares of the posteriors, float64."""
+    mask = offs_n < rows
+    most = tl.load(joint_ptr + offs_n, mask=mask, other=0.0).to(tl.float64)
+    for split in range(1, splits):
+        most = tl.maximum(most, tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64))
+    total = tl.zeros_like(most)
+    for split in range(0, splits):
+        total += tl.exp2(tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64) - most)
+    return tl.log2(total) + most
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "BLOCKED_D", "row_splits", "column_splits", "given"])
+def gradients_kernel(
+    z_ptr,  # operands
+    mu_ptr,
+    k_ptr,
+    z_pull_ptr,  # (row_splits, D, rows), what `rows_kernel` stored
+    pull_ptr,  # (column_splits, D, columns), what `columns_kernel` did
+    stretch_ptr,
+    grad_0_ptr,  # as of `prepare_kernel`
+    grad_1_ptr,
+    grad_2_ptr,
+    grad_z_ptr,  # (N, D)
+    grad_mu_ptr,  # (M, D)
+    grad_logvar_ptr,
+    rows,
+    columns,
+    N,
+    M,
+    D,
+    BLOCKED_D,
+    row_splits,
+    column_splits,
+    given,
+    Z_GRAD: tl.constexpr,
+    POSTERIOR_GRAD: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(5) of a block of rows and of posteriors in a block of dimensions, to which (4) adds what it has of z, μ and logvar itself."""
+    # where
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = offs_n.to(tl.int64)[None, :]
+    column = offs_d.to(tl.int64)[:, None]
+    mask_d = (offs_d < D)[:, None]
+    mask_z = mask_d & (offs_n < N)[None, :]
+    mask_mu = mask_d & (offs_n < M)[None, :]
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    out = row * D + column
+
+    # load: q(z_i|n_i) pulls as a pair of weight `information`
+    z = tl.load(z_ptr + column * rows + row, mask=mask_z, other=0.0)
+    k = tl.load(k_ptr + column * columns + row, mask=mask_mu, other=0.0)
+    u = tl.zeros_like(z)
+    information = tl.zeros([], dtype=dtype)
+    divergence = tl.zeros([], dtype=dtype)
+    if TERMS:
+        u = (z - tl.load(mu_ptr + column * columns + row, mask=mask_mu, other=0.0)) * k
+        information, _, divergence = load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N)
+        information = information.to(dtype)
+        divergence = divergence.to(dtype)
+
+    # compute, store
+    if Z_GRAD:
+        pull = information * (u * k)
+        for split in range(0, row_splits):
+            pull += tl.load(z_pull_ptr + (tl.cast(split, tl.int64) * BLOCKED_D + column) * rows + row, mask=mask_z, other=0.0)
+        tl.store(grad_z_ptr + out, (divergence * z - pull * _UNIT).to(grad_z_ptr.dtype.element_ty), mask=mask_z)
+    if POSTERIOR_GRAD:
+        pull = information * u
+        stretch = information * ((u * u) * _UNIT - 1)
+        for split in range(0, column_splits):
+            part = (tl.cast(split, tl.int64) * BLOCKED_D + column) * columns + row
+            pull += tl.load(pull_ptr + part, mask=mask_mu, other=0.0)
+            stretch += tl.load(stretch_ptr + part, mask=mask_mu, other=0.0)
+        tl.store(grad_mu_ptr + out, (pull * k * _UNIT).to(grad_mu_ptr.dtype.element_ty), mask=mask_mu)
+        tl.store(grad_logvar_ptr + out, (0.5 * stretch).to(grad_logvar_ptr.dtype.element_ty), mask=mask_mu)
+
+
+# Rows of a program around the sweeps; every block of a sweep holds whole ones.
+_ROW_BLOCK = 64
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(weights: Any) -> tuple[float, ...]:
+    """`numbers` of `prepare_kernel`."""
+    logs = weights.own - weights.other, weights.next - weights.other, weights.other
+    return tuple(part for weight in logs for part in radial.float32_parts(weight * radial.LOG2_E))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Inputs, and the sizes of their operands: rows and posteriors are padded to block_n, dimensions to block_d."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    weights: Any
     offset: int
+    dtype: torch.dtype
     config: DensityConfig
-    multiprocessors: int
+    rows: int
+    columns: int
+    dim: int
+    blocked_dim: int
+    key: Hashable
 
     @staticmethod
-    def of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int, gradient: bool) -> _Operands:
-        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    def of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int, gradient: bool) -> _Problem:
         (n, dim), m = z.shape, mu.shape[0]
-        device = device_limits(z.device)
+        double = z.dtype == torch.float64
         stratified = weights.own != weights.other
-        config = density_config(dim, dtype == torch.float64, gradient, stratified, device.architecture)
+        config = density_config(dim, double, gradient, stratified, device_limits(z.device).architecture)
+        rows, columns, blocked_dim = (
+            size + -size % block for size, block in ((n, config.block_n), (m, config.block_n), (dim, config.block_d))
+        )
+        sizes = rows, columns, offset, *z.stride(), *mu.stride(), *logvar.stride()
+        key = config, stratified, tensor_key(z, mu, logvar), integer_key(dim, blocked_dim), tuple(size >= 1 << 31 for size in sizes)
+        dtype = torch.float64 if double else torch.float32
+        return _Problem((z, mu, logvar), weights, offset, dtype, config, rows, columns, dim, blocked_dim, key)
 
-        def pad(t: Tensor, value: float) -> Tensor:
-            blocks = (0, -t.shape[1] % config.block_n, 0, -dim % config.block_d)
-            return torch.nn.functional.pad(t, blocks, value=value).contiguous()
+    @property
+    def n(self) -> int:
+        return self.inputs[0].shape[0]
 
-        z, mu, logvar = (t.T.to(dtype) for t in (z, mu, logvar))
-        k = (logvar * (-0.5 * LOG2_E)).exp2() * KAPPA2**0.5
-        c = logvar * (-0.5 * LOG2_E)
-        bound = c.amax(1)
-        c = c - bound[:, None]
-        c_sum = torch.nn.functional.pad(c.sum(0), (0, -m % config.block_n), value=-math.inf)
-        # Filled and not copied: a copy to a GPU would wait for it.
-        relative = torch.empty(2, dtype=dtype, device=z.device)
-        for entry, w in zip(relative, (weights.own, weights.next), strict=True):
-            entry.fill_((w - weights.other) * LOG2_E)
-        return _Operands(
-            pad(z, 0.0), pad(mu, 0.0), pad(k, 0.0), pad(c, -math.inf), c_sum, bound, relative, weights.other * LOG2_E,
-            stratified, n, m, dim, offset, config, device.multiprocessors,
-        )  # fmt: skip
+    @property
+    def m(self) -> int:
+        return self.inputs[1].shape[0]
 
-    def constants(self) -> tuple[Tensor, Tensor]:
-        """What a log density lacks in units of log 2, joint () and by dimension (D, 1), in float64."""
-        bound = self.bound.double()
-        return bound.sum() + (self.other - self.dim * HALF_LOG2_2PI), bound[:, None] + (self.other - HALF_LOG2_2PI)
+    @property
+    def programs(self) -> int:
+        return max(self.rows, self.columns) // _ROW_BLOCK
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.inputs[0].device)
 
     def splits(self, programs: int, swept: int) -> int:
-        return column_splits(programs, swept // self.config.block_m, self.multiprocessors)
+        return column_splits(programs, swept // self.config.block_m, device_limits(self.inputs[0].device).multiprocessors)
+
+    def launch(self, fn: Any, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], **constants: Any) -> None:
+        launch(fn, (self.key, key), self.inputs[0].device, grid, args, lambda: constants)
+
+    def around(self, **constants: Any) -> dict[str, Any]:
+        """Constants of a kernel before or after the sweeps."""
+        return constants | {"BLOCK_N": _ROW_BLOCK, "BLOCK_D": min(32, triton.next_power_of_2(self.dim)), "num_warps": 4}
+
+    def sweep(self, *without: str, **constants: Any) -> dict[str, Any]:
+        """Constants of a sweep."""
+        stratified = self.weights.own != self.weights.other
+        blocks = {name: value for name, value in self.config.launch().items() if name not in without}
+        return constants | {"STRATIFIED": stratified} | blocks
+
+    def prepare(
+        self, upstream: tuple[Tensor, ...], given: int, constants: Tensor, parts: Tensor, key: Hashable, terms: bool
+    ) -> list[Tensor]:
+        """The operands and relative weights; `upstream` is log q(z_i), log q(z_id) and three gradients, or empty."""
+        gradient = bool(upstream)
+        n, m, d = self.rows, self.columns, self.blocked_dim
+        sizes = [d * n, d * m, d * m, d * m, m, *(size * gradient for size in (n, d * n, n, d * n)), 2]
+        operands = self.empty(sum(sizes)).split(sizes)
+        strides = [stride for t in self.inputs for stride in t.stride()]
+        self.launch(
+            prepare_kernel, (key, gradient), (self.programs, 1, 1),
+            (
+                *self.inputs, *(upstream or [operands[0]] * 5), *operands, constants, parts, _numbers(self.weights), *strides,
+                n, m, self.n, self.m, self.dim, d, given,
+            ),
+            **self.around(GRADIENT=gradient, TERMS=terms),
+        )  # fmt: skip
+        return list(operands)
 
 
-@on_device
-def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int) -> tuple[Tensor, Tensor]:
-    """log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
-    x = _Operands.of(z, mu, logvar, weights, offset, gradient=False)
-    config, rows, columns = x.config, x.z.shape[1], x.mu.shape[1]
-    blocks = rows // config.block_n
-    marginals = x.z.new_empty(x.dim, rows)
-    launch = {"STRATIFIED": x.stratified, **config.launch()}
-    del launch["BLOCK_D"]
-    marginal_kernel[(blocks, x.dim)](
-        x.z, x.mu, x.k, x.c, marginals, x.weights, rows, columns, x.n, x.m, offset, LEAST_SUM=LEAST_SUM[x.z.dtype], **launch
-    )
-    splits = x.splits(blocks, columns)
-    joint = x.z.new_empty(splits, rows)
-    joint_kernel[(blocks, splits)](
-        x.z, x.mu, x.k, x.c_sum, joint, x.weights, rows, columns, x.m, offset, x.dim, LOWEST=torch.finfo(x.z.dtype).min, **launch
-    )
-    joint_constant, constants = x.constants()
-    log_joint = torch.logsumexp(joint[:, : x.n].double() / LOG2_E, 0) + joint_constant / LOG2_E
-    log_marginals = (marginals[:, : x.n].double() + constants) / LOG2_E
-    return log_joint.to(x.z.dtype), log_marginals.T.to(x.z.dtype).contiguous()
+def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The terms of (4), and log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D).
+
+    Row i is drawn from posterior offset + i; the terms are those of offset 0 and N = M. nan if an input is not finite.
+    """
+    x = _Problem.of(z, mu, logvar, weights, offset, gradient=False)
+    blocks = x.rows // x.config.block_n
+    # All but the last are multiples of 16 bytes, as a launch takes it for granted.
+    sizes = 3 * x.programs, x.dim + 1 + (x.dim + 1) % 2, x.dim * blocks
+    parts, constants, sums = x.empty(sum(sizes), dtype=torch.float64).split(sizes)
+    zt, mut, k, c, c_sum, *_, relative = x.prepare((), 0, constants, parts, (), terms=False)
+    marginals = x.empty(x.dim, x.rows)
+    x.launch(
+        marginal_kernel, (), (blocks, x.dim, 1),
+        (zt, mut, k, c, marginals, sums, relative, x.rows, x.columns, x.n, x.m, offset),
+        **x.sweep("BLOCK_D", LEAST_SUM=LEAST_SUM[x.dtype]),
+    )  # fmt: skip
+    splits = x.splits(blocks, x.columns)
+    joint = x.empty(splits, x.rows)
+    x.launch(
+        joint_kernel, (), (blocks, splits, 1), (zt, mut, k, c_sum, joint, relative, x.rows, x.columns, x.m, offset, x.dim),
+        **x.sweep("BLOCK_D", LOWEST=torch.finfo(x.dtype).min),
+    )  # fmt: skip
+    log_joint, log_marginals, terms = x.empty(x.n), x.empty(x.n, x.dim), [x.empty() for _ in range(3)]
+    x.launch(
+        finish_kernel, (), (1 + triton.cdiv(x.n, _ROW_BLOCK), 1, 1),
+        (
+            joint, marginals, sums, constants, parts, log_joint, log_marginals, *terms,
+            x.rows, x.n, x.dim, x.blocked_dim, x.programs, blocks, splits,
+        ),
+        **x.around(BLOCK_R=1024),
+    )  # fmt: skip
+    return *terms, log_joint, log_marginals
 
 
-@on_device
 def backward(
-    grad_joint: Tensor,
-    grad_marginals: Tensor,
+    grads: Sequence[Tensor | None],
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
@@ -405,33 +771,42 @@ def backward(
     z_grad: bool,
     posterior_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dz (N, D), dμ and dlogvar (M, D) in the dtype of the sweep, from the gradients of what `forward` returned and its values."""
-    x = _Operands.of(z, mu, logvar, weights, offset, gradient=True)
-    config, dtype = x.config, x.z.dtype
-    (blocked_dim, rows), columns = x.z.shape, x.mu.shape[1]
-    joint_constant, constants = x.constants()
-    row_padding, dim_padding = rows - x.n, blocked_dim - x.dim
-    joint2 = torch.nn.functional.pad((joint.double() * LOG2_E - joint_constant).to(dtype), (0, row_padding), value=math.inf)
-    marginals2 = (marginals.T.double() * LOG2_E - constants).to(dtype)
-    marginals2 = torch.nn.functional.pad(marginals2, (0, row_padding, 0, dim_padding), value=math.inf).contiguous()
-    a = torch.nn.functional.pad(grad_joint.to(dtype), (0, row_padding))
-    b = torch.nn.functional.pad(grad_marginals.T.to(dtype), (0, row_padding, 0, dim_padding)).contiguous()
-    operands = (x.z, x.mu, x.k, x.c, x.c_sum, joint2, marginals2, a, b)
-    sizes = (x.weights, rows, columns, x.m, offset, x.dim, blocked_dim)
-    launch = {"STRATIFIED": x.stratified, **config.launch()}
-    grad_z = grad_mu = grad_logvar = None
+    """dz (N, D), dμ and dlogvar (M, D) in the dtype of z, from the densities that `forward` returned and the gradients of its three terms,
+    None for zero, or of the two densities."""
+    x = _Problem.of(z, mu, logvar, weights, offset, gradient=True)
+    config, terms = x.config, len(grads) == 3
+    given = sum(1 << bit for bit, grad in enumerate(grads) if grad is not None)
+    joint, marginals = joint.contiguous(), marginals.contiguous()
+    upstream = [joint if grad is None else grad.contiguous() for grad in (*grads, None)[:3]]
+    key = terms, tensor_key(joint, marginals, *upstream)
+    *operands, relative = x.prepare((joint, marginals, *upstream), given, joint, joint, key, terms)
+    zt, mut, k = operands[:3]
+    sizes = relative, x.rows, x.columns, x.m, offset, x.dim, x.blocked_dim
+
+    def grid_of(owned: int, swept: int) -> tuple[int, int, int]:
+        blocks = owned // config.block_n, x.blocked_dim // config.block_d
+        return *blocks, x.splits(blocks[0] * blocks[1], swept)
+
+    z_pull = pull = stretch = zt
+    grad_z = grad_mu = grad_logvar = zt
+    row_splits = column_splits = 0
     if z_grad:
-        blocks = (rows // config.block_n, blocked_dim // config.block_d)
-        splits = x.splits(blocks[0] * blocks[1], columns)
-        pull = x.z.new_empty(splits, blocked_dim, rows)
-        rows_kernel[(*blocks, splits)](*operands, pull, *sizes, **launch)
-        grad_z = (pull.sum(0)[: x.dim, : x.n] * (-1 / KAPPA2)).T.contiguous()
+        grid = grid_of(x.rows, x.columns)
+        row_splits, z_pull, grad_z = grid[2], x.empty(grid[2], x.blocked_dim, x.rows), x.empty(x.n, x.dim, dtype=z.dtype)
+        x.launch(rows_kernel, (), grid, (*operands, z_pull, *sizes), **x.sweep())
     if posterior_grad:
-        blocks = (columns // config.block_n, blocked_dim // config.block_d)
-        splits = x.splits(blocks[0] * blocks[1], rows)
-        pull = x.z.new_empty(splits, blocked_dim, columns)
-        stretch = torch.empty_like(pull)
-        columns_kernel[(*blocks, splits)](*operands, pull, stretch, *sizes, UNIT=1 / KAPPA2, **launch)
-        grad_mu = ((pull.sum(0) * x.k)[: x.dim, : x.m] * (1 / KAPPA2)).T.contiguous()
-        grad_logvar = (stretch.sum(0)[: x.dim, : x.m] * 0.5).T.contiguous()
-    return grad_z, grad_mu, grad_logvar
+        grid = grid_of(x.columns, x.rows)
+        column_splits = grid[2]
+        pull, stretch = (x.empty(column_splits, x.blocked_dim, x.columns) for _ in range(2))
+        grad_mu, grad_logvar = (x.empty(x.m, x.dim, dtype=z.dtype) for _ in range(2))
+        x.launch(columns_kernel, (), grid, (*operands, pull, stretch, *sizes), **x.sweep(UNIT=1 / KAPPA2))
+    constants = x.around(Z_GRAD=z_grad, POSTERIOR_GRAD=posterior_grad, TERMS=terms)
+    x.launch(
+        gradients_kernel, (key, z_grad, posterior_grad), (x.programs, triton.cdiv(x.dim, constants["BLOCK_D"]), 1),
+        (
+            zt, mut, k, z_pull, pull, stretch, *upstream, grad_z, grad_mu, grad_logvar,
+            x.rows, x.columns, x.n, x.m, x.dim, x.blocked_dim, row_splits, column_splits, given,
+        ),
+        **constants,
+    )  # fmt: skip
+    return grad_z if z_grad else None, grad_mu if posterior_grad else None, grad_logvar if posterior_grad else None

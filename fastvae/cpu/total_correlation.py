@@ -7,7 +7,7 @@ The exponents come from differences z − μ: expanded into matrix products they
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,33 @@ def backward(
         return grad_z, None, None
     grad_mu = (moments[1] * sweep.unit).T.contiguous()
     grad_logvar = (0.5 * (sweep.unit * moments[2] - moments[0])).T.contiguous()
+    return grad_z, grad_mu, grad_logvar
+
+
+def terms_backward(
+    grads: Sequence[Tensor | None],
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginals: Tensor,
+    weights: LogWeights,
+    z_grad: bool,
+    posterior_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `backward`, from the gradients of the three terms of (4), None for zero."""
+    information, correlation, divergence = (joint.new_zeros(()) if grad is None else grad / z.shape[0] for grad in grads)
+    a, b = (correlation - information).expand_as(joint), (divergence - correlation).expand_as(marginals)
+    grad_z, grad_mu, grad_logvar = backward(a, b, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad)
+    # What log q(z_i|n_i) and log p(z_i) have of z, μ and logvar themselves.
+    z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
+    difference = z - mu
+    pull = difference * (-logvar).exp_() * information
+    if grad_z is not None:
+        grad_z.add_(divergence * z).sub_(pull)
+    if grad_mu is not None and grad_logvar is not None:
+        grad_mu.add_(pull)
+        grad_logvar.add_(pull.mul_(difference).sub_(information), alpha=0.5)
     return grad_z, grad_mu, grad_logvar
 
 

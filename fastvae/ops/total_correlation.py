@@ -1,6 +1,6 @@
-"""The custom ops and the autograd.Function of β-TC-VAE's log densities: formulas (1) to (5) of `fastvae.reference.total_correlation`.
+"""The custom ops and the autograd.Function of β-TC-VAE's terms: formulas (1) to (5) of `fastvae.reference.total_correlation`.
 
-The op returns log q(z_i) and log q(z_id), which are also all that backward needs besides the inputs: it sweeps the pairs a second time.
+Each op returns log q(z_i) and log q(z_id), which are also all that backward needs besides the inputs: it sweeps the pairs a second time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.cpu import total_correlation as cpu
 from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, zero_if_finite
-from fastvae.reference.total_correlation import log_weights
+from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
     "(Tensor z, Tensor mu, Tensor logvar, SymInt dataset_size, SymInt offset, bool stratified, str backend) -> (Tensor, Tensor)"
@@ -21,8 +21,17 @@ BACKWARD_SCHEMA = (
     "(Tensor grad_joint, Tensor grad_marginals, Tensor z, Tensor mu, Tensor logvar, Tensor joint, Tensor marginals, "
     "SymInt dataset_size, SymInt offset, bool stratified, str backend, bool z_grad, bool posterior_grad) -> (Tensor, Tensor, Tensor)"
 )
+TERMS_SCHEMA = (
+    "(Tensor z, Tensor mu, Tensor logvar, SymInt dataset_size, bool stratified, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+TERMS_BACKWARD_SCHEMA = (
+    "(Tensor? grad_mutual_information, Tensor? grad_total_correlation, Tensor? grad_dimensionwise_kl, Tensor z, Tensor mu, Tensor logvar, "
+    "Tensor joint, Tensor marginals, SymInt dataset_size, bool stratified, str backend, bool z_grad, bool posterior_grad) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 Densities = tuple[Tensor, Tensor]
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -34,21 +43,18 @@ def forward_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset:
     """
     if backend == "triton":
         return cast(Densities, _triton_forward(z, mu, logvar, dataset_size, offset, stratified, backend))
-    return _forward(cpu, z, mu, logvar, dataset_size, offset, stratified)
+    with torch.autocast(z.device.type, enabled=False):
+        joint, marginals = cpu.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
+        zero = zero_if_finite(z, mu, logvar).to(joint.dtype)
+        return joint.add_(zero), marginals.add_(zero)
 
 
 @forward_op.register_kernel("cuda")
 def _triton_forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
     from fastvae.kernels import total_correlation as kernels
 
-    return _forward(kernels, z, mu, logvar, dataset_size, offset, stratified)
-
-
-def _forward(module: Any, z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool) -> Densities:
-    with torch.autocast(z.device.type, enabled=False):
-        joint, marginals = module.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
-        zero = zero_if_finite(z, mu, logvar).to(joint.dtype)
-        return joint.add_(zero), marginals.add_(zero)
+    *_, joint, marginals = kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
+    return joint, marginals
 
 
 @forward_op.register_fake
@@ -62,54 +68,35 @@ def backward_op(*args: Any) -> Gradients:
     """dz (N, D), dμ and dlogvar (M, D), in the dtype of z; a gradient not asked for is empty."""
     if args[-3] == "triton":
         return cast(Gradients, _triton_backward(*args))
-    return _backward_by(cpu, *args)
+    *tensors, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
+    z, mu = tensors[2:4]
+    with torch.autocast(z.device.type, enabled=False):
+        options = log_weights(mu.shape[0], dataset_size, stratified), offset, z_grad, posterior_grad
+        return _wanted(z, cpu.backward(*tensors, *options))
 
 
 @backward_op.register_kernel("cuda")
 def _triton_backward(*args: Any) -> Gradients:
     from fastvae.kernels import total_correlation as kernels
 
-    return _backward_by(kernels, *args)
+    grad_joint, grad_marginals, *tensors, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
+    weights = log_weights(tensors[1].shape[0], dataset_size, stratified)
+    return _wanted(tensors[0], kernels.backward((grad_joint, grad_marginals), *tensors, weights, offset, z_grad, posterior_grad))
 
 
-def _backward_by(module: Any, *args: Any) -> Gradients:
-    *tensors, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
-    z, mu = tensors[2:4]
-    with torch.autocast(z.device.type, enabled=False):
-        grads = module.backward(*tensors, log_weights(mu.shape[0], dataset_size, stratified), offset, z_grad, posterior_grad)
-        found = tuple(z.new_empty(0) if grad is None else grad.to(z.dtype) for grad in grads)
-        return cast(Gradients, found)
+def _wanted(z: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:
+    return cast(Gradients, tuple(z.new_empty(0) if grad is None else grad.to(z.dtype) for grad in grads))
 
 
 @backward_op.register_fake
 def _fake_backward(*args: Any) -> Gradients:
     z, mu, z_grad, posterior_grad = args[2], args[3], args[-2], args[-1]
+    return _fake_gradients(z, mu, z_grad, posterior_grad)
+
+
+def _fake_gradients(z: Tensor, mu: Tensor, z_grad: bool, posterior_grad: bool) -> Gradients:
     posterior = mu.shape if posterior_grad else (0,)
     return z.new_empty(z.shape if z_grad else (0,)), z.new_empty(posterior), z.new_empty(posterior)
-
-
-def apply_total_correlation(*args: Any) -> Densities:
-    """log q(z_i) and log q(z_id), differentiable; arguments of `torch.ops.fastvae.total_correlation`."""
-    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if not needs_grad(*args[:3]) and torch.compiler.is_compiling():
-        return cast(Densities, forward_op(*args))
-    return cast(Densities, TotalCorrelation.apply(*args))  # type: ignore[no-untyped-call]
-
-
-class TotalCorrelation(torch.autograd.Function):
-    """log q(z_i) and log q(z_id); arguments of `torch.ops.fastvae.total_correlation`."""
-
-    @staticmethod
-    def forward(*args: Any) -> Densities:
-        return cast(Densities, forward_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Densities) -> None:
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Densities) -> None:
@@ -118,18 +105,107 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Densities) -> None
 
 
 def _backward(ctx: Any, grad_joint: Tensor, grad_marginals: Tensor) -> tuple[Tensor | None, ...]:
-    z, mu, logvar, joint, marginals = ctx.saved_tensors
+    args = (grad_joint, grad_marginals), ctx, (ctx.dataset_size, ctx.offset, ctx.stratified, ctx.backend)
+    return *_gradients(backward_op, *args), None, None, None, None
+
+
+def _gradients(op: Any, upstream: tuple[Tensor | None, ...], ctx: Any, options: tuple[Any, ...]) -> list[Tensor | None]:
     z_grad, mu_grad, logvar_grad = ctx.needs_input_grad[:3]
     with torch.no_grad():
-        grads = backward_op(
-            grad_joint, grad_marginals, z, mu, logvar, joint, marginals,
-            ctx.dataset_size, ctx.offset, ctx.stratified, ctx.backend, z_grad, mu_grad or logvar_grad,
-        )  # fmt: skip
-    found: list[Tensor | None] = []
-    for grad, needed in zip(grads, (z_grad, mu_grad, logvar_grad), strict=True):
-        sources = (grad_joint, grad_marginals, z, mu, logvar)
-        found.append(forbid_second_derivative("total_correlation", grad, *sources) if needed else None)
-    return *found, None, None, None, None
+        grads = op(*upstream, *ctx.saved_tensors, *options, z_grad, mu_grad or logvar_grad)
+    sources = *upstream, *ctx.saved_tensors[:3]
+    return [
+        forbid_second_derivative("total_correlation", grad, *sources) if needed else None
+        for grad, needed in zip(grads, (z_grad, mu_grad, logvar_grad), strict=True)
+    ]
 
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fastvae::kl_decomposition", mutates_args=(), schema=TERMS_SCHEMA)
+def terms_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
+    """The terms of (4), of z, μ and logvar (N, D), and what `forward_op` returns of them, which is no output to differentiate."""
+    if backend == "triton":
+        return cast(Terms, _triton_terms(z, mu, logvar, dataset_size, stratified, backend))
+    joint, marginals = forward_op(z, mu, logvar, dataset_size, 0, stratified, backend)
+    with torch.autocast(z.device.type, enabled=False):
+        z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
+        return *decompose(z, mu, logvar, joint, marginals), joint, marginals
+
+
+@terms_op.register_kernel("cuda")
+def _triton_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
+    from fastvae.kernels import total_correlation as kernels
+
+    return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
+
+
+@terms_op.register_fake
+def _fake_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
+    joint, marginals = _fake_forward(z, mu, logvar, dataset_size, 0, stratified, backend)
+    return joint.new_empty(()), joint.new_empty(()), joint.new_empty(()), joint, marginals
+
+
+@torch.library.custom_op("fastvae::kl_decomposition_backward", mutates_args=(), schema=TERMS_BACKWARD_SCHEMA)
+def terms_backward_op(*args: Any) -> Gradients:
+    """dz, dμ and dlogvar (N, D), in the dtype of z; a gradient not asked for is empty. A term without a gradient has None."""
+    if args[-3] == "triton":
+        return cast(Gradients, _triton_terms_backward(*args))
+    *grads, z, mu, logvar, joint, marginals, dataset_size, stratified, _, z_grad, posterior_grad = args
+    with torch.autocast(z.device.type, enabled=False):
+        weights = log_weights(z.shape[0], dataset_size, stratified)
+        return _wanted(z, cpu.terms_backward(grads, z, mu, logvar, joint, marginals, weights, z_grad, posterior_grad))
+
+
+@terms_backward_op.register_kernel("cuda")
+def _triton_terms_backward(*args: Any) -> Gradients:
+    from fastvae.kernels import total_correlation as kernels
+
+    *tensors, dataset_size, stratified, _, z_grad, posterior_grad = args
+    weights = log_weights(tensors[3].shape[0], dataset_size, stratified)
+    return _wanted(tensors[3], kernels.backward(tensors[:3], *tensors[3:], weights, 0, z_grad, posterior_grad))
+
+
+@terms_backward_op.register_fake
+def _fake_terms_backward(*args: Any) -> Gradients:
+    z, mu, z_grad, posterior_grad = args[3], args[4], args[-2], args[-1]
+    return _fake_gradients(z, mu, z_grad, posterior_grad)
+
+
+def apply_total_correlation(*args: Any) -> KLDecomposition:
+    """The terms, differentiable; arguments of `torch.ops.fastvae.kl_decomposition`."""
+    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
+    if not needs_grad(*args[:3]) and torch.compiler.is_compiling():
+        return KLDecomposition(*terms_op(*args)[:3])
+    return KLDecomposition(*TotalCorrelation.apply(*args)[:3])  # type: ignore[no-untyped-call]
+
+
+class TotalCorrelation(torch.autograd.Function):
+    """The terms and their densities; arguments of `torch.ops.fastvae.kl_decomposition`."""
+
+    @staticmethod
+    def forward(*args: Any) -> Terms:
+        return cast(Terms, terms_op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
+        _setup_terms(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _terms_backward(ctx, *grads)
+
+
+def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
+    *tensors, ctx.dataset_size, ctx.stratified, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+def _terms_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_gradients(terms_backward_op, grads[:3], ctx, (ctx.dataset_size, ctx.stratified, ctx.backend)), None, None, None
+
+
+terms_op.register_autograd(_terms_backward, setup_context=_setup_terms)
