@@ -445,6 +445,7 @@ def _density(variant: Density, config: DensityConfig, architecture: int) -> Desc
     fn = getattr(total_correlation, f"{variant.direction}_kernel")
     sizes = ("rows", "columns", "N", "M", "offset", "D", "BLOCKED_D")
     types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")} | {n: "i32" for n in sizes if n in fn.arg_names}
+    types |= {name: "*fp64" for name in types if name == "sum_ptr"}
     dtype = torch.float64 if variant.dtype == "fp64" else torch.float32
     constants = {
         "STRATIFIED": variant.stratified,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fastvae.radial import EXPONENT_ERROR, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 # How products are taken. The last takes no product for the exponent: it sums squares of differences, feature by feature.
 IEEE = tl.constexpr(0)

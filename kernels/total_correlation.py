@@ -122,7 +122,7 @@ def prepare_kernel(
         c = logvar * (-0.5 * LOG2_E)
         k = tl.where(in_mu, tl.exp2(c) * _KAPPA, 0.0)
         relative = c - bound[None, :]
-        c_sum += tl.sum(tl.where(mask_d, relative, 0.0).to(tl.float64), 1)
+        c_sum += tl.sum(tl.where(mask_d, relative, 0.0), 1).to(tl.float64)
         bounds += tl.sum(bound.to(tl.float64))
         constant = bound.to(tl.float64) + (other - HALF_LOG2_2PI)
 
@@ -143,9 +143,9 @@ def prepare_kernel(
         else:
             both = in_z & in_mu
             u = (z - mu) * k
-            conditional += tl.sum(tl.where(both, c - u * u - HALF_LOG2_2PI, 0.0).to(tl.float64), 1)
-            prior += tl.sum(tl.where(both, z * z * -_KAPPA2 - HALF_LOG2_2PI, 0.0).to(tl.float64), 1)
-            not_finite += tl.sum((z * 0.0 + mu * 0.0 + logvar * 0.0).to(tl.float64), 1)
+            conditional += tl.sum(tl.where(both, c - u * u - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
+            prior += tl.sum(tl.where(both, z * z * -_KAPPA2 - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
+            not_finite += tl.sum(z * 0.0 + mu * 0.0 + logvar * 0.0, 1).to(tl.float64)
             if start_n == 0:
                 tl.store(constant_ptr + offs_d, constant, mask=offs_d < BLOCKED_D)
         out = column * columns + row

@@ -106,11 +106,37 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
 """
 
 
+_AROUND_THE_DENSITIES = """
+from benchmarks.sass import compile_kernel
+from fastvae.kernels import total_correlation as kernels
+
+FLOAT64 = {"constant_ptr", "part_ptr", "sum_ptr"}
+INPUTS = {"z_in_ptr", "mu_in_ptr", "logvar_in_ptr", "grad_z_ptr", "grad_mu_ptr", "grad_logvar_ptr"}
+
+def assert_fits(fn, dtype, scalar, **constants):
+    types = {name: scalar if name.endswith("_ptr") else "i32" for name in fn.arg_names if name.islower() or name in ("N", "M", "D")}
+    types |= {name: "*fp64" if name in FLOAT64 else dtype for name in types if name in FLOAT64 | INPUTS}
+    types |= {"BLOCKED_D": "i32"} | {name: ("fp32",) * 9 for name in types if name == "numbers"}
+    if fn is kernels.finish_kernel:
+        types |= {name: scalar for name in ("joint_in_ptr", "marginal_in_ptr")}
+    binary = compile_kernel(fn, types, constants | {"BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4}, 90)
+    assert binary.stack == binary.local == 0, (fn, dtype, constants, binary.registers)
+
+for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")):
+    for gradient, terms in ((False, False), (True, False), (True, True)):
+        assert_fits(kernels.prepare_kernel, dtype, scalar, GRADIENT=gradient, TERMS=terms)
+    assert_fits(kernels.finish_kernel, dtype, scalar, BLOCK_R=1024)
+    for z, posterior, terms in ((True, True, True), (True, False, False), (False, True, True)):
+        assert_fits(kernels.gradients_kernel, dtype, scalar, Z_GRAD=z, POSTERIOR_GRAD=posterior, TERMS=terms)
+"""
+
+
 @pytest.mark.slow
-def test_kernels_around_the_sweep_compile_without_spills():
+@pytest.mark.parametrize("code", [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES], ids=["mmd", "total_correlation"])
+def test_kernels_around_the_sweep_compile_without_spills(code):
     """The interpreter takes what the compiler refuses, such as a name of two types."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", _AROUND_THE_SWEEP], check=True, cwd=Path(__file__).parents[1], env=env)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=env)
 
 
 _FOR_AMD = """

@@ -68,11 +68,10 @@ def backward_op(*args: Any) -> Gradients:
     """dz (N, D), dμ and dlogvar (M, D), in the dtype of z; a gradient not asked for is empty."""
     if args[-3] == "triton":
         return cast(Gradients, _triton_backward(*args))
-    *tensors, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
-    z, mu = tensors[2:4]
+    a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
     with torch.autocast(z.device.type, enabled=False):
-        options = log_weights(mu.shape[0], dataset_size, stratified), offset, z_grad, posterior_grad
-        return _wanted(z, cpu.backward(*tensors, *options))
+        weights = log_weights(mu.shape[0], dataset_size, stratified)
+        return _wanted(z, cpu.backward(a, b, z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
 
 
 @backward_op.register_kernel("cuda")
