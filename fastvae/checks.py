@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fastvae.ops.common import rounding_of_sum
 from fastvae.radial import KERNELS, RBF, Kernel, Numbers
 
 BACKENDS = (None, "cpu", "triton", "reference")
@@ -339,9 +340,7 @@ def sum_of_weights(name: str, weights: Tensor) -> None:
 
 def sum_to_one(weights: Tensor) -> Tensor:
     """Whether they do but for rounding, over the last dimension."""
-    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
-    few = weights.dtype in (torch.bfloat16, torch.float16)
-    return (weights.double().sum(-1) - 1).abs() <= (1 if few else 16) * torch.finfo(weights.dtype).eps
+    return (weights.double().sum(-1) - 1).abs() <= rounding_of_sum(weights.dtype)
 
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.distributed import Heard, gather_rows, sum_shares
-from fastvae.ops.common import accumulation_dtype, kernel_arguments, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_quadratic_form
@@ -159,7 +159,6 @@ def _mmd(
             checks.distributed(x, estimator, backend, process_group)
     whole: list[Tensor | None] = [None] * 4
     starts = [0, 0]
-    given = [x_weights, y_weights]
     if process_group is not None:
         for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
             if points is not None:
@@ -178,11 +177,6 @@ def _mmd(
         entire = weights if all_weights is None else all_weights
         checks.sum_of_weights(f"{name}_weights", entire)
         checks.enough_weights(f"{name}_weights", entire, estimator)
-        # In float64 first, as weights of fewer digits sum to one only roughly; nan where that could not be an error.
-        total = torch.where(checks.sum_to_one(entire), entire.double().sum(-1), torch.nan)[..., None]
-        given[n] = (weights.double() / total).to(accumulation_dtype(points.dtype))
-        whole[n + 2] = None if all_weights is None else (all_weights.double() / total).to(accumulation_dtype(points.dtype))
-    x_weights, y_weights = given
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
@@ -213,7 +207,8 @@ def _dense_mmd(
 ) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     x = x.to(dtype)
-    y, p, q = (None if t is None else t.to(dtype) for t in (y, x_weights, y_weights))
+    y = None if y is None else y.to(dtype)
+    p, q = (None if weights is None else unit_weights(weights, None, dtype) for weights in (x_weights, y_weights))
     h, a = (as_vector(numbers, x.device).to(x) for numbers in (bandwidth, bandwidth_weights))
     with torch.autocast(x.device.type, enabled=False):
         if y is None:

@@ -293,9 +293,10 @@ class KernelNumbers:
     def of(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
         h, a = read(bandwidth), read(bandwidth_weights)
         if not isinstance(h, Tensor) and not isinstance(a, Tensor):
-            return _kernel_numbers(kernel, h, a, dim, prior, device)
-        numbers = _numbers(kernel, as_vector(h, device), as_vector(a, device), dim, prior)
-        return KernelNumbers(kernel, len(h), (0,) * len(h), numbers)
+            squarings, numbers, parts = _kernel_numbers(kernel, h, a, dim, prior)
+            return KernelNumbers(kernel, len(h), squarings, parts or as_vector(numbers, device))
+        on_device = _numbers(kernel, as_vector(h, device), as_vector(a, device), dim, prior)
+        return KernelNumbers(kernel, len(h), (0,) * len(h), on_device)
 
 
 def read(numbers: Numbers) -> tuple[float, ...] | Tensor:
@@ -306,8 +307,15 @@ def read(numbers: Numbers) -> tuple[float, ...] | Tensor:
 
 
 def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
-    """As a vector on `device`."""
-    return numbers if isinstance(numbers, Tensor) else _constant(tuple(numbers), device)
+    """As a vector on `device`, on a GPU by fills: a copy would wait, and can't be captured in a CUDA graph."""
+    if isinstance(numbers, Tensor):
+        return numbers.to(device)
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=torch.float64)
+    fill = functools.partial(torch.full, dtype=torch.float64, device=device)
+    if len(set(numbers)) == 1:
+        return fill((len(numbers),), numbers[0])
+    return torch.cat([fill((1,), number) for number in numbers])
 
 
 def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool) -> Tensor:
@@ -326,15 +334,14 @@ def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: 
 
 @functools.lru_cache(maxsize=256)
 def _kernel_numbers(
-    kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool, device: torch.device
-) -> KernelNumbers:
+    kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool
+) -> tuple[tuple[int, ...], list[float], tuple[float, ...]]:
+    """Squarings, numbers, and their parts as arguments of a GPU kernel: none where they are too many or no float32."""
     h, a = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (bandwidth, weights))
     numbers = _numbers(kernel, h, a, dim, prior).tolist()
     squarings = _squarings(sorted(bandwidth, reverse=True)) if isinstance(kernel, RBF) else (0,) * len(bandwidth)
-    if len(numbers) > _MOST_ARGUMENTS or any(number != 0 and not 1e-30 <= abs(number) <= 1e38 for number in numbers):
-        # Too many, or no float32: a copy, which a GPU waits for once.
-        return KernelNumbers(kernel, len(bandwidth), squarings, _constant(tuple(numbers), device))
-    return KernelNumbers(kernel, len(bandwidth), squarings, tuple(part for number in numbers for part in float32_parts(number)))
+    fit = len(numbers) <= _MOST_ARGUMENTS and all(number == 0 or 1e-30 <= abs(number) <= 1e38 for number in numbers)
+    return squarings, numbers, tuple(part for number in numbers for part in float32_parts(number)) if fit else ()
 
 
 # Numbers that a kernel takes as arguments.
@@ -346,12 +353,6 @@ def float32_parts(number: float) -> tuple[float, float, float]:
     high = float(np.float32(number))
     middle = float(np.float32(number - high))
     return high, middle, float(np.float32(number - high - middle))
-
-
-@functools.lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A copy to a GPU waits for it, and can't be captured in a CUDA graph: each set of numbers is copied once."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _squarings(bandwidths: list[float]) -> tuple[int, ...]:

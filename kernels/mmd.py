@@ -53,6 +53,7 @@ from fastvae.kernels.prepare import (
     SCALE,
     SLOPE_SHIFT,
     STATISTICS,
+    TOTAL,
     UNBIASED_SCALE,
     VALUE_SHIFT,
     Evaluation,
@@ -472,10 +473,11 @@ def finish_kernel(
                 if left_out != 0.0:
                     # Σ_j w_j·(z_i − z_j) of each sample, times the constant that its pairs lack.
                     centred = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64)
-                    mean = _mean(sums + sample * (CHUNKS * D), offs_d, tl.where(in_y, m, n), CHUNKS, D, BLOCK_D, WEIGHTED)
+                    mean = _sum(sums + sample * (CHUNKS * D), offs_d, CHUNKS, D, BLOCK_D) / tl.load(plan_ptr + (TOTAL + sample))
                     rest = own_scale * (centred - mean[None, :])
                     if CROSS:
-                        mean = _mean(sums + (1 - sample) * (CHUNKS * D), offs_d, tl.where(in_y, n, m), CHUNKS, D, BLOCK_D, WEIGHTED)
+                        total = _sum(sums + (1 - sample) * (CHUNKS * D), offs_d, CHUNKS, D, BLOCK_D)
+                        mean = total / tl.load(plan_ptr + (TOTAL + 1 - sample))
                         rest -= centred - mean[None, :]
                     gradient += (left_out * p[:, None] * rest).to(dtype)
             if OWN != NO_OWN_TERM:
@@ -484,12 +486,12 @@ def finish_kernel(
 
 
 @triton.jit
-def _mean(sum_ptr, offs_d, count, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WEIGHTED: tl.constexpr):
+def _sum(sum_ptr, offs_d, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Σ_j w_j·(z_j − c) over a sample, from the sums of its programs."""
     total = tl.zeros([BLOCK_D], dtype=tl.float64)
     for chunk in range(CHUNKS):
         total += tl.load(sum_ptr + chunk * D + offs_d)
-    return total if WEIGHTED else total / count.to(tl.float64)
+    return total
 
 
 @dataclass(frozen=True, eq=False)

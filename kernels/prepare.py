@@ -42,8 +42,9 @@ from fastvae.kernels.pairs import (
 )
 from fastvae.radial import Energy, Kernel, KernelNumbers, Polynomial
 
-# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; and 0, or nan if a number is not finite.
-STATISTICS = tl.constexpr(4)
+# Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; 0, or nan if a number is not finite;
+# and Σw. The sixth place fills 16 bytes.
+STATISTICS = tl.constexpr(6)
 
 # Entries of the plan of a problem, float64.
 ROUTE = tl.constexpr(0)  # number of the pass that runs
@@ -58,7 +59,8 @@ DIAGONAL = tl.constexpr(16)  # k(z, z) without its shift
 PRIOR = tl.constexpr(17)  # E k(y, y') without its shift
 UNIT = tl.constexpr(18)  # factor of a sum of kernels
 CONSTANT = tl.constexpr(19)  # what each pair lacks of the kernel after it
-PLAN = 20
+TOTAL = tl.constexpr(20)  # sum of the rows' weights as they came, or their number; x, then y
+PLAN = 22
 
 _SHIFT_BELOW = tl.constexpr(radial.SHIFT_BELOW)
 LOG2_E = tl.constexpr(radial.LOG2_E)
@@ -113,7 +115,7 @@ def statistics_kernel(
     x_weight_ptr,  # (B, n)
     y_weight_ptr,
     centre_ptr,  # (B, PROGRAMS, D), the same for every program of a problem
-    sum_ptr,  # (B, PROGRAMS, D), float64, Σw·(z−c), or Σ(z−c) without weights
+    sum_ptr,  # (B, PROGRAMS, D), float64, Σw·(z−c), w as it came, or Σ(z−c) without weights
     statistic_ptr,  # (B, PROGRAMS, STATISTICS), float64
     n,
     m,
@@ -161,6 +163,7 @@ def statistics_kernel(
     # compute
     squares = tl.zeros([BLOCK_N], dtype=tl.float64)
     furthest = tl.zeros([BLOCK_N], dtype=tl.float64)
+    weights = tl.zeros([BLOCK_N], dtype=tl.float64)
     weights2 = tl.zeros([BLOCK_N], dtype=tl.float64)
     not_finite = tl.zeros([BLOCK_N], dtype=tl.float64)
     for start_n in range(first, last, BLOCK_N):
@@ -180,7 +183,8 @@ def statistics_kernel(
         squares += norm2 if NORMAL else distance2
         furthest = tl.maximum(furthest, distance2)
         if X_WEIGHTED or Y_WEIGHTED:
-            weight = _weight(weight_ptr, offs_n, mask_n, rows, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED).to(tl.float64)
+            weight = _weight(weight_ptr, offs_n, mask_n, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED)
+            weights += weight
             weights2 += weight * weight
     if SUMS:
         for start_d in range(0, D, BLOCK_D):
@@ -194,8 +198,7 @@ def statistics_kernel(
                 z = tl.load(z_ptr + offs_n.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], mask=mask, other=0.0).to(dtype)
                 difference = tl.where(mask, z - centre[None, :], 0.0).to(tl.float64)
                 if X_WEIGHTED or Y_WEIGHTED:
-                    weight = _weight(weight_ptr, offs_n, mask_n, rows, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED)
-                    difference *= weight.to(tl.float64)[:, None]
+                    difference *= _weight(weight_ptr, offs_n, mask_n, program < CHUNKS, X_WEIGHTED, Y_WEIGHTED)[:, None]
                 total += tl.sum(difference, 0)
             tl.store(sum_ptr + offs_d, total)
 
@@ -205,17 +208,18 @@ def statistics_kernel(
     tl.store(statistic_ptr + 1, tl.max(furthest))
     tl.store(statistic_ptr + 2, tl.sum(weights2))
     tl.store(statistic_ptr + 3, tl.sum(not_finite))
+    tl.store(statistic_ptr + 4, tl.sum(weights))
 
 
 @triton.jit
-def _weight(weight_ptr, offs_n, mask_n, rows, is_x, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr):
-    """Weights of rows of a sample, of which the other may have none: 1/rows then, and 0 outside of it."""
-    equal = tl.where(mask_n, 1.0 / rows.to(tl.float64), 0.0).to(weight_ptr.dtype.element_ty)
+def _weight(weight_ptr, offs_n, mask_n, is_x, X_WEIGHTED: tl.constexpr, Y_WEIGHTED: tl.constexpr):
+    """Weights of rows of a sample as they came, float64: 1 where only the other sample has weights, and 0 outside of it."""
     if X_WEIGHTED and Y_WEIGHTED:
-        return tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0)
+        return tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float64)
     else:
         given = is_x if X_WEIGHTED else is_x == 0
-        return tl.where(given, tl.load(weight_ptr + offs_n, mask=mask_n & given, other=0.0), equal)
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n & given, other=0.0).to(tl.float64)
+        return tl.where(given, weight, tl.where(mask_n, 1.0, 0.0))
 
 
 @triton.jit
@@ -223,7 +227,8 @@ def _statistics(statistic_ptr, CHUNKS: tl.constexpr):
     """Those of a sample, from its programs'."""
     offs = tl.arange(0, CHUNKS) * STATISTICS
     squares, weights2 = tl.sum(tl.load(statistic_ptr + offs)), tl.sum(tl.load(statistic_ptr + offs + 2))
-    return squares, tl.max(tl.load(statistic_ptr + offs + 1)), weights2, tl.sum(tl.load(statistic_ptr + offs + 3))
+    not_finite, weights = tl.sum(tl.load(statistic_ptr + offs + 3)), tl.sum(tl.load(statistic_ptr + offs + 4))
+    return squares, tl.max(tl.load(statistic_ptr + offs + 1)), weights2, not_finite, weights
 
 
 @triton.jit
@@ -356,6 +361,8 @@ def operands_kernel(
     cross_y,
     padding,
     rounding,
+    x_tolerance,  # of the sum of the weights
+    y_tolerance,
     SAMPLES: tl.constexpr,
     CHUNKS: tl.constexpr,
     NORMAL: tl.constexpr,
@@ -389,11 +396,11 @@ def operands_kernel(
     n64, m64 = n.to(tl.float64), m.to(tl.float64)
 
     # the plan
-    x_squares, furthest, x_weights2, poison = _statistics(statistic_ptr, CHUNKS)
+    x_squares, furthest, x_weights2, poison, x_total = _statistics(statistic_ptr, CHUNKS)
     spread = x_squares / n64
-    y_weights2 = x_weights2
+    y_weights2, y_total = x_weights2, x_total
     if SAMPLES == 2:
-        y_squares, y_furthest, y_weights2, y_poison = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS)
+        y_squares, y_furthest, y_weights2, y_poison, y_total = _statistics(statistic_ptr + CHUNKS * STATISTICS, CHUNKS)
         spread += y_squares / m64
         poison += y_poison
         furthest = tl.maximum(furthest, y_furthest)
@@ -401,6 +408,10 @@ def operands_kernel(
         spread += FEATURES
     else:
         spread += spread
+    if X_WEIGHTED:
+        poison += tl.where(tl.abs(x_total - 1.0) <= x_tolerance, 0.0, float("nan"))
+    if Y_WEIGHTED:
+        poison += tl.where(tl.abs(y_total - 1.0) <= y_tolerance, 0.0, float("nan"))
     values = load_numbers(numbers, NUMBERS, ON_DEVICE)
     gammas = gammas_of(values, FAMILY, KERNELS, FEATURES)
     gamma = gammas[0]
@@ -432,6 +443,7 @@ def operands_kernel(
     # load, compute, store
     offs_n = start_n + tl.arange(0, BLOCK_N)
     is_x = start_n < first_y
+    weight_sum = x_total
     local = offs_n
     z_ptr, count = x_ptr + problem * n * FEATURES, n
     sample_weight_ptr = x_weight_ptr + problem * n
@@ -440,6 +452,7 @@ def operands_kernel(
     if SAMPLES == 2:  # noqa: SIM102
         if start_n >= first_y:
             local = offs_n - first_y
+            weight_sum = y_total
             z_ptr, count = y_ptr + problem * m * FEATURES, m
             sample_weight_ptr = y_weight_ptr + problem * m
             swept = (local >= y_start) & (local < y_start + y_rows)
@@ -480,7 +493,7 @@ def operands_kernel(
     tl.store(half_ptr + own_row, half, mask=row_mask)
     p = tl.where(mask_n, equal, 0.0)
     if X_WEIGHTED or Y_WEIGHTED:
-        row_weight = _weight(sample_weight_ptr, local, mask_n, count, is_x, X_WEIGHTED, Y_WEIGHTED)
+        row_weight = (_weight(sample_weight_ptr, local, mask_n, is_x, X_WEIGHTED, Y_WEIGHTED) / weight_sum).to(dtype)
         tl.store(weight_ptr + own_row, row_weight, mask=row_mask)
         p = row_weight.to(tl.float64)
     if OWN != 0:
@@ -542,8 +555,8 @@ def operands_kernel(
         x_mean = 1.0 / n64
         y_mean = 1.0 / m64
         if UNBIASED:
-            x_scale = 1.0 / (1.0 - (x_weights2 if (X_WEIGHTED or Y_WEIGHTED) else x_mean))
-            y_scale = 1.0 / (1.0 - (y_weights2 if (X_WEIGHTED or Y_WEIGHTED) else y_mean))
+            x_scale = 1.0 / (1.0 - (x_weights2 / (x_total * x_total) if (X_WEIGHTED or Y_WEIGHTED) else x_mean))
+            y_scale = 1.0 / (1.0 - (y_weights2 / (y_total * y_total) if (X_WEIGHTED or Y_WEIGHTED) else y_mean))
         if X_WEIGHTED or Y_WEIGHTED:
             x_mean = x_scale * 0.0 + 1.0
             y_mean = x_mean
@@ -573,6 +586,8 @@ def operands_kernel(
         tl.store(plan_ptr + PRIOR, prior)
         tl.store(plan_ptr + UNIT, unit + poison)
         tl.store(plan_ptr + CONSTANT, constant)
+        tl.store(plan_ptr + TOTAL, x_total if (X_WEIGHTED or Y_WEIGHTED) else n64)
+        tl.store(plan_ptr + (TOTAL + 1), y_total if (X_WEIGHTED or Y_WEIGHTED) else m64)
 
 
 @triton.jit
@@ -648,12 +663,14 @@ class Sample:
     Attributes:
         points: (B, N, D).
         weights: (B, N) in the accumulation dtype, or None for 1/N each.
+        tolerance: by how much their sum may differ from one, else the result is nan.
         start, rows: the rows that are swept; all, but for data parallelism.
         gradient: whether their gradient is wanted.
     """
 
     points: Tensor
     weights: Tensor | None
+    tolerance: float
     start: int
     rows: int
     gradient: bool
@@ -661,7 +678,7 @@ class Sample:
     @staticmethod
     def of(points: Tensor) -> Sample:
         """All of one problem's, (N, D)."""
-        return Sample(points.contiguous()[None], None, 0, points.shape[0], False)
+        return Sample(points.contiguous()[None], None, 0.0, 0, points.shape[0], False)
 
     @property
     def whole(self) -> bool:
@@ -779,6 +796,7 @@ def prepare(
         (
             *inputs, centre, statistics, kernel.arguments, crowded, hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
             n, m, first_y, rows, x.start, x.rows, *y_share, *evaluation.limits, *counts, evaluation.padding, evaluation.rounding,
+            x.tolerance, y.tolerance,
         ),
         lambda: plan_constants | {
             "NORMAL": normal, "BANDWIDTHS": evaluation.bandwidths, "TABLE": evaluation.table, "CROWDED": evaluation.kernel.rooted,

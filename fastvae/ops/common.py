@@ -53,6 +53,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def rounding_of_sum(dtype: torch.dtype) -> float:
+    """By how much weights of this dtype that sum to one may miss it."""
+    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
+    return (1 if dtype in (torch.bfloat16, torch.float16) else 16) * torch.finfo(dtype).eps
+
+
+def unit_weights(weights: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`weights` (..., N), rows of `whole` if that is given, over their sum, which is near one; nan where it is not."""
+    # In float64 first, as weights of fewer digits sum to one only roughly.
+    total = (weights if whole is None else whole).double().sum(-1, keepdim=True)
+    total = torch.where((total - 1).abs() <= rounding_of_sum(weights.dtype), total, torch.nan)
+    return (weights.double() / total).to(dtype)
+
+
 def zero_if_finite(*tensors: Tensor) -> Tensor:
     """0, or else nan: a density or a kernel of an infinite distance is zero, which a sum would not show."""
     return torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).sum() * 0

@@ -22,6 +22,8 @@ from fastvae.ops.common import (
     kernel_numbers,
     matmul_precision,
     needs_grad,
+    rounding_of_sum,
+    unit_weights,
 )
 from fastvae.radial import (
     KernelNumbers,
@@ -113,8 +115,9 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
 
     def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Any:
         entire, p = (z, weights) if whole is None else (whole, whole_weights)
+        tolerance = 0.0 if p is None else max(rounding_of_sum(p.dtype), rounding_of_sum(dtype))
         p = None if p is None else p.to(dtype).contiguous()
-        return kernels.Sample(entire.contiguous(), p, start, z.shape[1], grad or problem.bandwidth_grad)
+        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[1], grad or problem.bandwidth_grad)
 
     x = sample(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
     y = None
@@ -278,14 +281,15 @@ class _Sample(NamedTuple):
         z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, unbiased: bool, gradient: bool
     ) -> _Sample:
         dtype = accumulation_dtype(z.dtype)
-        z = z.to(dtype)
-        weights = None if weights is None else weights.to(dtype)
+        z, given_whole = z.to(dtype), whole_weights
+        if weights is not None:
+            whole_weights = None if whole is None or whole_weights is None else unit_weights(whole_weights, None, dtype)
+            weights = unit_weights(weights, given_whole, dtype)
         others: list[tuple[Tensor, Tensor | None, float]] = []
         if whole is None:
             whole, whole_weights = z, weights
         else:
             whole = whole.to(dtype)
-            whole_weights = None if whole_weights is None else whole_weights.to(dtype)
             for rows in (slice(0, start), slice(start + z.shape[1], whole.shape[1])):
                 if rows.start < rows.stop:
                     share = (rows.stop - rows.start) / whole.shape[1]
