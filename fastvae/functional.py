@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,13 +210,13 @@ def _dense_mmd(
     x = x.to(dtype)
     y = None if y is None else y.to(dtype)
     p, q = (None if weights is None else unit_weights(weights, None, dtype) for weights in (x_weights, y_weights))
-    h, a = (as_vector(numbers, x.device).to(x) for numbers in (bandwidth, bandwidth_weights))
+    options: Any = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "estimator": estimator, "x_weights": p}
     with torch.autocast(x.device.type, enabled=False):
         if y is None:
-            return reference.mmd_to_normal(x, bandwidth=h, bandwidth_weights=a, estimator=estimator, x_weights=p)
+            return reference.mmd_to_normal(x, **options)
         if estimator == "linear":
             checks.same_rows("x", x, "y", y, "estimator='linear'")
-        return reference.mmd(x, y, bandwidth=h, bandwidth_weights=a, kernel=kernel, estimator=estimator, x_weights=p, y_weights=q)
+        return reference.mmd(x, y, kernel=kernel, y_weights=q, **options)
 
 
 def kernel_matmul(
@@ -389,7 +390,7 @@ def group_mmd(
         if process_group is not None:
             checks.process_group(process_group)
             checks.known_groups(num_groups)
-        index = None if pairs is None else checks.pairs(pairs, size).to(z.device)
+        index = None if pairs is None else _on_device(checks.pairs(pairs, size), z.device)
     dtype = accumulation_dtype(z.dtype)
     labels = None if groups.is_floating_point() else groups.long()
     groups = groups.detach() if labels is None else labels
@@ -415,8 +416,7 @@ def group_mmd(
     expected = _expected_upstream(wanted, index, scale) if z.device.type == "cpu" else None
     v = rounded[start : start + z.shape[0]]
     if backend == "reference":
-        bandwidths, weights = (as_vector(numbers, z.device).to(z) for numbers in (h, a))
-        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=bandwidths, bandwidth_weights=weights, kernel=family).double()
+        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=h, bandwidth_weights=a, kernel=family).double()
     else:
         sums = apply_quadratic_form(z, v, *kernel_arguments(family, h, a), precision or "", backend or "", expected=expected)
     if process_group is not None:
@@ -455,6 +455,18 @@ def _expected_upstream(wanted: Tensor, index: Tensor | None, scale: Tensor | Non
         counts = torch.zeros_like(counts).index_put_((index[:, 0], index[:, 1]), ones, accumulate=True) * wanted
     per_group = counts.sum(0) + counts.sum(1)
     return torch.diag(per_group if scale is None else scale * per_group) - 2 * counts
+
+
+def _on_device(pairs: Tensor, device: torch.device) -> Tensor:
+    if pairs.device == device or torch.compiler.is_compiling():
+        return pairs.to(device)
+    return _constant_pairs(tuple(map(tuple, pairs.tolist())), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant_pairs(pairs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """A copy to a GPU waits for it: each set of pairs is copied once."""
+    return torch.tensor(pairs, device=device)
 
 
 def reparameterize_kl(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastvae import reference
 from fastvae.checks import triton_interpreter
@@ -176,6 +178,21 @@ def evaluate(function, *points: Tensor, **options):
     points = tuple(t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in points)
     value = function(*points, **options)
     return value.detach(), *torch.autograd.grad(value, points)
+
+
+class Copies(TorchDispatchMode):
+    """Operations that copy between devices, by name; "meta" stands for a GPU, and a scalar goes among the arguments of its kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        if func.namespace == "aten" and len({t.device for t in tensors if t.ndim}) > 1:
+            self.found.append(func._schema.name)
+        return result
 
 
 @contextlib.contextmanager

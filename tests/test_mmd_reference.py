@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastvae import reference
-from fastvae.radial import Polynomial, RationalQuadratic
+from fastvae.radial import KERNELS, Polynomial, RationalQuadratic
+from tests.cases import Copies
 
 
 def numpy_mmd(x, y, bandwidths, weights, unbiased):
@@ -104,3 +105,22 @@ def test_kernels_are_their_formulas(kernel):
     assert biased == pytest.approx(mean(x, x) + mean(y, y) - 2 * mean(x, y), rel=1e-10)
     neighbours = np.mean([linear(x[n], x[n + 1], y[n], y[n + 1]) for n in (0, 2, 4)])
     assert reference.mmd(*tensors, bandwidth=1.3, kernel=kernel, estimator="linear").item() == pytest.approx(neighbours, rel=1e-10)
+
+
+@pytest.mark.parametrize("bandwidth", [1.3, (0.5, 2.0), np.array([0.5, 2.0]), torch.tensor([0.5, 2.0], dtype=torch.float64, device="cpu")])
+def test_numbers_are_not_copied_to_a_device(bandwidth):
+    x = torch.empty(6, 2, device="meta")
+    options = {"bandwidth": bandwidth, "bandwidth_weights": None if isinstance(bandwidth, float) else torch.ones(2, device="cpu")}
+    with Copies() as copies:
+        for kernel in KERNELS:
+            reference.mmd(x, x, kernel=kernel, **options)
+            reference.mmd(x, x, kernel=kernel, estimator="linear", **options)
+            reference.kernel_matmul(x, x, x, kernel=kernel, **options)
+            reference.quadratic_form(x, x, kernel=kernel, **options)
+        reference.mmd_to_normal(x, **options)
+    assert not copies.found
+
+
+def test_a_learned_bandwidth_has_its_gradient_on_another_device():
+    h = torch.ones(2, device="cpu", requires_grad=True)
+    assert reference.mmd(torch.empty(6, 2, device="meta"), torch.empty(4, 2, device="meta"), bandwidth=h).requires_grad

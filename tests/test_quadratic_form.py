@@ -10,7 +10,7 @@ from fastvae import reference
 from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import apply_quadratic_form
 from fastvae.radial import KERNELS
-from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
+from tests.cases import DEVICE, Copies, evaluate, needs_cpu, needs_triton
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -138,6 +138,16 @@ def test_quadratic_form(kernel, backend):
             return apply_quadratic_form(z, v, *kernel_arguments(KERNELS[kernel], h, [1.0, 1.0]), "", backend or "", diagonal=diagonal)
 
         torch.testing.assert_close(form(z), reference.quadratic_form(z, v, bandwidth=h, kernel=kernel, diagonal=diagonal))
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+@pytest.mark.parametrize("pairs", [[(0, 1), (1, 2)], torch.tensor([[0, 1], [1, 2]])])
+def test_group_mmd_copies_pairs_to_a_device_once(pairs, kernel):
+    z, labels = torch.empty(6, 2, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        with Copies() as copies:
+            fastvae.group_mmd(z, labels, num_groups=3, pairs=pairs, kernel=kernel)
+    assert not copies.found
 
 
 def test_opcheck():

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import KERNELS, Kernel, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import KERNELS, Kernel, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
 def mmd(
@@ -65,9 +66,23 @@ def mmd_to_normal(
 
 def bandwidths(x: Tensor, bandwidth: float | Sequence[float] | Tensor, weights: Sequence[float] | Tensor | None) -> tuple[Tensor, Tensor]:
     """h_b and a_b, each (B,), in the dtype of x."""
-    h = torch.as_tensor(bandwidth, dtype=x.dtype, device=x.device).reshape(-1)
-    a = torch.ones_like(h) if weights is None else torch.as_tensor(weights, dtype=x.dtype, device=x.device)
-    return h, a
+    h = _vector(x, bandwidth)
+    return h, torch.ones_like(h) if weights is None else _vector(x, weights)
+
+
+def _vector(x: Tensor, values: float | Sequence[float] | Tensor) -> Tensor:
+    """In the dtype and on the device of x, to which constants go as arguments of a fill: a GPU would be waited for to copy them."""
+    if x.device.type != "cpu" and not (isinstance(values, Tensor) and (values.device == x.device or _is_traced(values))):
+        if isinstance(values, (Tensor, np.ndarray)):
+            values = values.reshape(-1).tolist()
+        numbers = values if isinstance(values, Sequence) else [values]
+        return as_vector(numbers, x.device).to(x.dtype)
+    return torch.as_tensor(values, dtype=x.dtype, device=x.device).reshape(-1)
+
+
+def _is_traced(t: Tensor) -> bool:
+    """Whether something follows what becomes of t, for a gradient or a graph."""
+    return t.requires_grad or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def kernel_matrix(x: Tensor, y: Tensor, h: Tensor, a: Tensor, kernel: str | Kernel) -> Tensor:
