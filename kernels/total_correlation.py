@@ -696,7 +696,7 @@ class _Problem:
 
     def around(self, **constants: Any) -> dict[str, Any]:
         """Constants of a kernel before or after the sweeps."""
-        return constants | {"BLOCK_N": _ROW_BLOCK, "BLOCK_D": min(32, triton.next_power_of_2(self.dim)), "num_warps": 4}
+        return {"BLOCK_N": _ROW_BLOCK, "BLOCK_D": min(16, triton.next_power_of_2(self.dim)), "num_warps": 4} | constants
 
     def sweep(self, *without: str, **constants: Any) -> dict[str, Any]:
         """Constants of a sweep."""
@@ -719,7 +719,7 @@ class _Problem:
                 *self.inputs, *(upstream or [operands[0]] * 5), *operands, constants, parts, _numbers(self.weights), *strides,
                 n, m, self.n, self.m, self.dim, d, given,
             ),
-            **self.around(GRADIENT=gradient, TERMS=terms),
+            **self.around(GRADIENT=gradient, TERMS=terms, num_warps=8),
         )  # fmt: skip
         return list(operands)
 

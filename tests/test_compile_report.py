@@ -119,12 +119,12 @@ def assert_fits(fn, dtype, scalar, **constants):
     types |= {"BLOCKED_D": "i32"} | {name: ("fp32",) * 9 for name in types if name == "numbers"}
     if fn is kernels.finish_kernel:
         types |= {name: scalar for name in ("joint_in_ptr", "marginal_in_ptr")}
-    binary = compile_kernel(fn, types, constants | {"BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4}, 90)
+    binary = compile_kernel(fn, types, {"BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4} | constants, 90)
     assert binary.stack == binary.local == 0, (fn, dtype, constants, binary.registers)
 
 for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")):
     for gradient, terms in ((False, False), (True, False), (True, True)):
-        assert_fits(kernels.prepare_kernel, dtype, scalar, GRADIENT=gradient, TERMS=terms)
+        assert_fits(kernels.prepare_kernel, dtype, scalar, GRADIENT=gradient, TERMS=terms, num_warps=8)
     assert_fits(kernels.finish_kernel, dtype, scalar, BLOCK_R=1024)
     for z, posterior, terms in ((True, True, True), (True, False, False), (False, True, True)):
         assert_fits(kernels.gradients_kernel, dtype, scalar, Z_GRAD=z, POSTERIOR_GRAD=posterior, TERMS=terms)

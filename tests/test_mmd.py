@@ -17,6 +17,7 @@ from tests.cases import (
     TOLERANCE,
     TRITON_TOLERANCE,
     Case,
+    Operations,
     assert_close,
     evaluate,
     expected,
@@ -387,26 +388,6 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, mon
     gradients = torch.autograd.grad(values.sum(), (x, y))
     for actual, parts in zip((values.detach(), *gradients), zip(*singles, strict=True), strict=True):
         torch.testing.assert_close(actual, torch.stack(parts), rtol=0, atol=0)
-
-
-# PyTorch operations that launch nothing on a GPU.
-VIEWS = {"view", "expand", "select", "slice", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view", "empty", "new_empty", "empty_like"}
-VIEWS |= {"split_with_sizes", "as_strided", "reshape", "_reshape_alias"}
-
-
-class Operations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what PyTorch launches; numbers that stay on the CPU, float64 of one dimension here, are not on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        if name not in VIEWS and isinstance(out, torch.Tensor) and not (out.dtype == torch.float64 and out.ndim == 1):
-            self.found.append(name)
-        return out
 
 
 @pytest.mark.usefixtures("interpreter_warnings")
