@@ -3,6 +3,9 @@
 Run: python -m benchmarks.accuracy [--dim D ...] [--modes MODE ...]. Without a GPU the kernels run in Triton's interpreter, with the
 operands that tensor cores make of tf32, for an hour. Rows go to benchmarks/results/accuracy.jsonl, in place of those of the same dimensions
 and modes, and the table of all to standard output.
+
+With --tensor-core: what a tensor core's accumulator loses of long sums, by the model of benchmarks/tensor_core.py, in half a minute. Rows
+go to benchmarks/results/accuracy_tensor_core.jsonl, in place of what is there.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ if DEVICE == "cpu":
 import numpy as np  # noqa: E402, the interpreter is chosen before Triton is imported
 
 import fastvae  # noqa: E402
+from benchmarks import tensor_core  # noqa: E402
+from benchmarks.measure import commit  # noqa: E402
 from fastvae import reference  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
@@ -70,7 +75,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMENSIONS, default=DIMENSIONS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--tensor-core", action="store_true")
     args = parser.parse_args()
+    if args.tensor_core:
+        with RESULTS.with_name("accuracy_tensor_core.jsonl").open("w") as file:
+            for row in tensor_core.errors():
+                line = json.dumps(row | {"commit": commit()})
+                print(line, flush=True)
+                file.write(line + "\n")
+        return
     np.seterr(over="ignore", invalid="ignore")
     rows = []
     for dim in args.dim:

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastvae
-from benchmarks import plot, providers, rows, run, table
+from benchmarks import plot, providers, rows, run, table, tensor_core
 from benchmarks.measure import Ceilings, Time, interleaved, peak_extra_mib, summary
 from fastvae import reference
 
@@ -57,6 +58,35 @@ def test_the_largest_samples_are_held_to_their_population(monkeypatch):
     assert run.verdict_by_part(fused, x, y, h) == "ok"
     forgets_rows = providers.Provider("wrong", lambda x, y, h: fastvae.mmd(x[:1000], y[:2000] + (len(x) > 50) * 0.1, bandwidth=h))
     assert run.verdict_by_part(forgets_rows, x, y, h).startswith("wrong value")
+
+
+@pytest.mark.parametrize("split", [tensor_core.BF16, tensor_core.TF32])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_tensor_core_that_truncates_nothing_is_a_float32_sum(split, fresh):
+    """Of small integers, whose sums no step has to cut."""
+    generator = np.random.default_rng(0)
+    a, b = generator.integers(-9, 9, (2, 3, 200)).astype(np.float32), generator.integers(-9, 9, (2, 200, 4)).astype(np.float32)
+    np.testing.assert_array_equal(split.sums(a, b, fresh), a @ b)
+
+
+def test_a_tensor_core_truncates_toward_zero():
+    """A term is cut two bits after the last of the sum, which is then cut to float32."""
+    one, last = np.ones((1, 1), np.float32), np.float32(2.0**-23)
+
+    def add(*terms):
+        a = np.array([terms], np.float32)
+        return tensor_core.multiply_add(a, np.ones_like(a.T), one, 16).item()
+
+    assert add(0.75 * last) == add(0.24 * last, 0.24 * last, 0.24 * last, 0.24 * last) == add(*[0.124 * last] * 16) == 1
+    assert add(0.5 * last, 0.5 * last) == 1 + last
+    assert -tensor_core.multiply_add(one, -0.75 * last * one, -one, 16).item() == 1
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_tiles_that_start_from_zero_keep_the_gradients_digits(dim):
+    kept, fresh = (tensor_core.mmd_gradient(8192, dim, fresh) for fresh in tensor_core.SUMS.values())
+    assert fresh < 5e-6 < 1e-5 < kept
+    assert 10 * tensor_core.witness(8192, dim, True) < tensor_core.witness(8192, dim, False)
 
 
 @pytest.mark.slow
