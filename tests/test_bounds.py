@@ -148,7 +148,7 @@ def test_what_is_outside_is_seen(monkeypatch):
 
     with watched(monkeypatch):
         monkeypatch.setattr(prepare, "launch", launch)
-        with pytest.raises(Exception, match="operands_kernel, program .* are in no tensor"):
+        with pytest.raises(Exception, match=r"operands_kernel, program .* are in no tensor"):
             fastvae.mmd(rows(20, 3), rows(20, 3), backend="triton")
 
 
