@@ -344,11 +344,12 @@ def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architectu
     ladder = variant.ladder if isinstance(variant, Sweep) else variant.kernel == RBF()
     constants = {
         "PLAN_SIZE": prepare.PLAN,
-        "TABLE": 3 * variant.bandwidths + pairs.parameter_count(variant.kernel),
+        "TABLE": 4 * variant.bandwidths + pairs.parameter_count(variant.kernel),
         "PASS": int(mode == pairs.DIFFERENCES.value or (isinstance(variant, Sweep) and variant.finer)),
         "SAMPLES": 1 if variant.within else 2,
         "BATCHED": isinstance(variant, Sweep) and variant.batched,
         "GRADIENT": variant.gradient,
+        "TERMS": 0,
         "WEIGHTED": isinstance(variant, Sweep) and variant.weighted,
         "MODE": mode,
         "FAMILY": pairs.family_of(variant.kernel),

@@ -43,8 +43,8 @@ def mmd(
 
         MMD² = mean k(x, x') + mean k(y, y') − 2·mean k(x, y),   k = Σ_b a_b·k_b of bandwidth h_b
 
-    Differentiable once, with respect to x, y and the bandwidths; the gradient is computed in the same sweep as the value, and only if an
-    input requires it. A gradient to B > 1 bandwidths takes B sweeps.
+    Differentiable once, with respect to x, y, the bandwidths and their weights; all gradients are computed in the same sweep as the value,
+    and only those that an input requires.
 
     Args:
         x: (..., N, D), floating point.
@@ -53,7 +53,7 @@ def mmd(
             require grad. From 1e-30 to 1e30, and several within a factor of 1e15 of one another. Or a rule, "median" or "mean":
             `fastvae.median_bandwidth(x, y)`, in the time of one more sweep and waiting for a GPU, or `fastvae.mean_bandwidth(x, y)`; a
             constant, and one for all batch dimensions.
-        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. May require grad where the bandwidth does.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
         kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
             "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.radial.Kernel` with parameters of its own.
         estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic: without the pairs i = j) or "linear" (N = M,
@@ -183,7 +183,7 @@ def _mmd(
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (estimator == "unbiased", precision or "", backend or "")
-    value = _over_bandwidths(lambda h, a: apply_mmd(*tensors, *whole, *starts, *kernel_arguments(family, h, a), *arguments), h, a)
+    value = apply_mmd(*tensors, *whole, *starts, *kernel_arguments(family, h, a), *arguments)
     return value.reshape(x.shape[:-2]) if process_group is None else sum_shares(value, process_group)
 
 
@@ -234,8 +234,8 @@ def kernel_matmul(
 
         out_i = Σ_j k(x_i, y_j)·v_j
 
-    It is the mean embedding of y, weighted by v, seen at x. Differentiable once, with respect to x, y, v and the bandwidths; a gradient to
-    B > 1 bandwidths takes B sweeps.
+    It is the mean embedding of y, weighted by v, seen at x. Differentiable once, with respect to x, y, v, the bandwidths and their weights;
+    a gradient to B > 1 bandwidths takes B sweeps.
 
     Args:
         x: (N, D), floating point.

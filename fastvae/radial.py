@@ -407,10 +407,10 @@ class Sweep(Protocol):
         """The rows of z (B, N, D) with weights (B, N), 1/N each if None; `gradient` says whether their pull is wanted."""
 
     def within(self, a: Any, scale: Tensor) -> Tensor:
-        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), float64, (B,), as is scale."""
+        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), float64, (B, 1), and what other sums the sweep takes, in more columns; scale is (B,)."""
 
     def across(self, a: Any, b: Any, scale: Tensor) -> Tensor:
-        """Σ_ij w_i·w_j·k(a_i, b_j), float64, (B,), as is scale."""
+        """Σ_ij w_i·w_j·k(a_i, b_j), likewise."""
 
     def pull(self, a: Any) -> Tensor:
         """(B, N, D), in the dtype of z."""

@@ -20,9 +20,11 @@ from fastvae.kernels.launch import launch
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
+    ENERGY,
     GAUSSIAN,
     POLYNOMIAL,
     SPLIT,
+    bandwidth_terms,
     column_exponent,
     column_parts,
     difference_exponent,
@@ -34,6 +36,7 @@ from fastvae.kernels.pairs import (
     radial,
     row_sums,
     split,
+    term_count,
 )
 from fastvae.kernels.prepare import (
     DIAGONAL,
@@ -55,6 +58,7 @@ from fastvae.kernels.prepare import (
     STATISTICS,
     TOTAL,
     UNBIASED_SCALE,
+    UNIT,
     VALUE_SHIFT,
     Evaluation,
     Sample,
@@ -74,12 +78,28 @@ _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4
 
 
 @triton.jit
+def _counted(
+    tile, offs_n, offs_m, last_m, weight_ptr,
+    DIAGONAL: tl.constexpr, WEIGHTED: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
+    """A tile without what is no pair, times the weights of its columns."""
+    if DIAGONAL:
+        tile = tl.where(offs_n[:, None] != offs_m[None, :], tile, 0.0)
+    if MODE == DIFFERENCES:
+        # Padded columns are rows of zeros here, pairs with the origin.
+        tile = tl.where((offs_m < last_m)[None, :], tile, 0.0)
+    if WEIGHTED:
+        tile = tile * tl.load(weight_ptr + offs_m)[None, :]
+    return tile
+
+
+@triton.jit
 def _tile(
     row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-    table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, last_m, d_out, value_acc, slope_acc, moments,
-    DIAGONAL: tl.constexpr, SLOPES: tl.constexpr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
-    MODE: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, last_m, d_out, value_acc, slope_acc, moments, terms,
+    DIAGONAL: tl.constexpr, SLOPES: tl.constexpr, TERMS: tl.constexpr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr,
+    WEIGHTED: tl.constexpr, MODE: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of the sweep: its sums added to the accumulators."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -91,19 +111,15 @@ def _tile(
             row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, hi_ptr, lo_ptr, half_ptr, start_m, FAMILY, MODE, D, BLOCK_M, BLOCK_K
         )
     value, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, GRADIENT, BANDWIDTHS, SQUARINGS)
-    if DIAGONAL:
-        off_diagonal = offs_n[:, None] != offs_m[None, :]
-        value = tl.where(off_diagonal, value, 0.0)
-        slope = tl.where(off_diagonal, slope, 0.0)
-    if MODE == DIFFERENCES:
-        # Padded columns are rows of zeros here, pairs with the origin.
-        value = tl.where((offs_m < last_m)[None, :], value, 0.0)
-        slope = tl.where((offs_m < last_m)[None, :], slope, 0.0)
-    if WEIGHTED:
-        col_weight = tl.load(weight_ptr + offs_m)
-        value = value * col_weight[None, :]
-        slope = slope * col_weight[None, :]
+    value = _counted(value, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
+    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
     value_acc += row_sums(value)
+    if TERMS > 0:
+        tiles = bandwidth_terms(exponent, table_ptr, shift_ptr, parameters, FAMILY, BANDWIDTHS)
+        sums = ()
+        for n in tl.static_range(TERMS):
+            sums += (terms[n] + row_sums(_counted(tiles[n], offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)),)
+        terms = sums
     if GRADIENT:
         if MODE == DIFFERENCES:
             offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -116,7 +132,7 @@ def _tile(
             slope_hi, slope_lo = split(slope, MODE)
             # A tensor core's accumulator truncates: each tile starts from zero, and its sum is added in the accumulation dtype.
             moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), MODE)
-    return value_acc, slope_acc, moments
+    return value_acc, slope_acc, moments, terms
 
 
 @triton.jit(
@@ -141,7 +157,7 @@ def sweep_kernel(
     weight_ptr,  # (B, rows)
     plan_ptr,  # (B, PLAN)
     table_ptr,  # (B, TABLE)
-    value_ptr,  # (PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²
+    value_ptr,  # (1 + TERMS, PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²: of the kernel, then `bandwidth_terms`
     slope_ptr,  # (PARTS, B, rows with gradient), Σ_j w_j·(W − shift)
     moments_ptr,  # (PARTS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
     n,
@@ -161,6 +177,7 @@ def sweep_kernel(
     SAMPLES: tl.constexpr,
     BATCHED: tl.constexpr,  # B > 1
     GRADIENT: tl.constexpr,
+    TERMS: tl.constexpr,  # sums for derivatives to bandwidths and their weights, if they are wanted
     WEIGHTED: tl.constexpr,
     MODE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -216,6 +233,9 @@ def sweep_kernel(
             # Without a gradient.
             out_ptr = value_ptr + (tl.cast(part, tl.int64) * batches * blocks + block) * BLOCK_N
             tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
+            for _ in tl.static_range(TERMS):
+                out_ptr += tl.cast(tl.num_programs(2), tl.int64) * batches * blocks * BLOCK_N
+                tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
             return
     start_n = tl.where(is_y, first_y + y_start + (block - x_blocks) * BLOCK_N, x_start + block * BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -236,6 +256,7 @@ def sweep_kernel(
     slope_shift = tl.load(plan_ptr + SLOPE_SHIFT).to(dtype)
     table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
+    shift_ptr = table_ptr + (TABLE - BANDWIDTHS)
 
     # The columns of the own sample without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
     # products would swamp small sums. Or those of the other sample, which has no such band.
@@ -259,21 +280,29 @@ def sweep_kernel(
     value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
     slope_acc = value_acc
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
+    terms = ()
+    for _ in tl.static_range(TERMS):
+        terms += (value_acc,)
     for offset in range(first, last, BLOCK_M):
         start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
-        value_acc, slope_acc, moments = _tile(
+        value_acc, slope_acc, moments, terms = _tile(
             row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-            table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-            False, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+            table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
+            terms, False, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     if twice:
         value_acc += value_acc
+    if TERMS > 0:
+        counts = ()
+        for t in tl.static_range(TERMS):
+            counts += (terms[t] * tl.where(twice, 2.0, 1.0).to(dtype),)
+        terms = counts
     if part < SAMPLES:
         for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
-            value_acc, slope_acc, moments = _tile(
+            value_acc, slope_acc, moments, terms = _tile(
                 row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-                table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-                True, SLOPES, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+                table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
+                terms, True, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
             )  # fmt: skip
     value = tl.sum(value_acc, 1)
     slope = tl.sum(slope_acc, 1) if SLOPES else value
@@ -290,6 +319,12 @@ def sweep_kernel(
     if d_out == 0:
         factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
         tl.store(value_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
+        for t in tl.static_range(TERMS):
+            term = tl.sum(terms[t], 1)
+            if not WEIGHTED and MODE != DIFFERENCES and FAMILY < ENERGY and t < BANDWIDTHS:
+                term += padded * tl.load(shift_ptr + t)
+            term_ptr = value_ptr + tl.cast(tl.num_programs(2), tl.int64) * batches * blocks * BLOCK_N * (1 + t)
+            tl.store(term_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), term * factor)
     if GRADIENT:  # noqa: SIM102
         if (flags & _GRADIENT) != 0:
             factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_PULL, OTHER_PULL) + sample)).to(dtype)
@@ -324,6 +359,7 @@ def finish_kernel(
     slope_ptr,
     moments_ptr,
     mmd_ptr,  # (B,)
+    term_ptr,  # (B, TERMS), float64
     grad_x_ptr,  # (B, x_rows, FEATURES)
     grad_y_ptr,
     n,
@@ -349,6 +385,7 @@ def finish_kernel(
     OWN: tl.constexpr,
     CROSS: tl.constexpr,  # rows with gradient meet the other sample
     GRADIENT: tl.constexpr,
+    TERMS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     MODE_0: tl.constexpr,
     MODE_1: tl.constexpr,
@@ -359,15 +396,17 @@ def finish_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """MMD² of a problem by program 0, in float64 and a fixed order; by each other the gradient of a block of rows."""
+    """MMD² of a problem by program 0 and each sum of terms by the next ones, in float64 and a fixed order; by each other the gradient of a
+    block of rows."""
     problem = tl.program_id(1).to(tl.int64)
     batches = tl.num_programs(1)
     dtype: tl.constexpr = mmd_ptr.dtype.element_ty
     plan_ptr += problem * PLAN_SIZE
     weight_ptr += problem * rows
     padded = x_padded + y_padded
-    if tl.program_id(0) == 0:
+    if tl.program_id(0) <= TERMS:
         own_ptr += problem * own_terms
+        value_ptr += tl.program_id(0).to(tl.int64) * parts * batches * padded
         total = tl.zeros([BLOCK_R], dtype=tl.float64)
         squares = tl.zeros([BLOCK_R], dtype=tl.float64)
         shares = tl.zeros([BLOCK_R], dtype=tl.float64)
@@ -388,7 +427,11 @@ def finish_kernel(
             total += p * value
             squares += p * p
             shares += p
-        mmd = tl.sum(total) + tl.load(plan_ptr + DIAGONAL) * tl.sum(squares)
+        if TERMS > 0:  # noqa: SIM102, one is known to the compiler and the other is not
+            if tl.program_id(0) > 0:
+                tl.store(term_ptr + problem * TERMS + (tl.program_id(0) - 1), tl.sum(total))
+                return
+        mmd = tl.load(plan_ptr + UNIT) * tl.sum(total) + tl.load(plan_ptr + DIAGONAL) * tl.sum(squares)
         if OWN == NORMAL_PRIOR:
             mmd += tl.load(plan_ptr + PRIOR) * tl.sum(shares)
         if OWN != NO_OWN_TERM:
@@ -401,7 +444,7 @@ def finish_kernel(
         return
     if GRADIENT:
         # where
-        start_n = (tl.program_id(0) - 1) * BLOCK_N
+        start_n = (tl.program_id(0) - 1 - TERMS) * BLOCK_N
         in_y = start_n + first_gradient >= x_padded
         local = start_n + tl.arange(0, BLOCK_N)
         z_ptr, grad_ptr, count = x_ptr + (problem * n + x_start) * FEATURES, grad_x_ptr + problem * x_rows * FEATURES, x_rows
@@ -505,12 +548,12 @@ class _Choice:
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, device: torch.device) -> _Choice:
+def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, terms: int, device: torch.device) -> _Choice:
     architecture, powers = device_limits(device).architecture, isinstance(evaluation.kernel, RationalQuadratic)
     configs = [
         difference_config(dtype.itemsize)
         if mode == DIFFERENCES.value
-        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths, architecture, powers)
+        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths + terms, architecture, powers)
         for mode in evaluation.modes
     ]
     products = [config for mode, config in zip(evaluation.modes, configs, strict=True) if mode != DIFFERENCES.value]
@@ -519,12 +562,10 @@ def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool
 
 
 def mmd(
-    x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, prior: bool, precision: str
+    x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, bandwidth_grad: bool, precision: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(MMD² (B,), its gradients to x and y, the centre (B, D) they were seen from, the shift of the one bandwidth (B,) in float64).
-
-    Without y, of the terms over pairs of x alone, or with `prior` against N(0, I).
-    """
+    """(MMD² (B,), against N(0, I) without y; its gradients to x and y; with `bandwidth_grad` the sums of `bandwidth_terms` over the pairs
+    (B, terms), and the shifts of the bandwidths (B, bandwidths), widest first)."""
     samples = [x] if y is None else [x, y]
     batch, n, dim = x.points.shape
     m, two, device = samples[-1].points.shape[1], len(samples) == 2, x.points.device
@@ -532,7 +573,8 @@ def mmd(
     gradient = any(sample.gradient for sample in samples)
     weighted = any(sample.weights is not None for sample in samples)
     evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, dtype, precision)
-    choice = _choice(evaluation, dim, dtype, gradient, device)
+    terms = term_count(kernel.kernel, kernel.count) if bandwidth_grad else 0
+    choice = _choice(evaluation, dim, dtype, gradient, terms, device)
     d = choice.features
 
     # The rows that are swept, and what of them.
@@ -551,7 +593,7 @@ def mmd(
     ]
     first_gradient = 0 if x.gradient else x_padded
     gradient_rows = sum(size for sample, size in zip(samples, sizes, strict=True) if sample.gradient)
-    own = NORMAL_PRIOR if prior else NO_OWN_TERM if kernel.kernel.radial or unbiased else POLYNOMIAL_DIAGONAL
+    own = NORMAL_PRIOR if y is None else NO_OWN_TERM if kernel.kernel.radial or unbiased else POLYNOMIAL_DIAGONAL
 
     operands = prepare(
         samples, kernel, evaluation, d, choice.block, sums=gradient and evaluation.family == GAUSSIAN.value, normal=y is None,
@@ -564,11 +606,11 @@ def mmd(
     programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
     tiles = triton.cdiv(max(n, m), config.block_m)
     parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
-    value = empty(parts * batch * (x_padded + y_padded))
+    value = empty((1 + terms) * parts * batch * (x_padded + y_padded))
     slope, moments = value, value
     if gradient:
         slope, moments = empty(parts * batch * gradient_rows), empty(parts * batch * gradient_rows * d)
-    key = operands.key, gradient
+    key = operands.key, gradient, terms
     for number, (mode, config) in enumerate(zip(evaluation.modes, choice.configs, strict=True)):
         block = config.block_n
         launch(
@@ -581,21 +623,22 @@ def mmd(
             ),
             lambda number=number, mode=mode, config=config: {
                 "PLAN_SIZE": PLAN, "TABLE": evaluation.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
-                "GRADIENT": gradient, "WEIGHTED": weighted, "MODE": mode, "D": d,
+                "GRADIENT": gradient, "TERMS": terms, "WEIGHTED": weighted, "MODE": mode, "D": d,
             } | evaluation.constants | config.launch(),
         )  # fmt: skip
 
     # finish
-    result = empty(batch)
+    result, sums = empty(batch), torch.empty((batch, terms), dtype=torch.float64, device=device)
     grads = [empty((batch, sample.rows, dim)) if sample.gradient else None for sample in samples]
     grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
     launch(
-        finish_kernel, key, device, (1 + gradient_rows // ROW_BLOCK, batch, 1),
+        finish_kernel, key, device, (1 + terms + gradient_rows // ROW_BLOCK, batch, 1),
         (
             *operands.inputs[:2], operands.centre, operands.sums, operands.statistics, operands.numbers, *operands.buffers,
-            operands.weights, operands.plan, operands.own_terms, value, slope, moments, result, grad_x, grad_y, n, m, operands.first_y,
-            operands.rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient, gradient_rows, operands.blocks, parts,
+            operands.weights, operands.plan, operands.own_terms, value, slope, moments, result, sums, grad_x, grad_y, n, m,
+            operands.first_y, operands.rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient, gradient_rows,
+            operands.blocks, parts,
         ),
-        lambda: operands.plan_constants | {"CROSS": two, "GRADIENT": gradient, "WEIGHTED": weighted, "BLOCK_R": 1024},
+        lambda: operands.plan_constants | {"CROSS": two, "GRADIENT": gradient, "TERMS": terms, "WEIGHTED": weighted, "BLOCK_R": 1024},
     )  # fmt: skip
-    return result, grads[0], grads[1] if two else None, operands.centre[:, 0, :dim], operands.plan.view(batch, PLAN)[:, VALUE_SHIFT.value]
+    return result, grads[0], grads[1] if two else None, sums, operands.table.view(batch, -1)[:, -evaluation.bandwidths :]

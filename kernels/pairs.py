@@ -268,6 +268,41 @@ def radial(
 
 
 @triton.jit
+def bandwidth_terms(exponent, table_ptr, shift_ptr, parameters, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """What derivatives to bandwidths and weights are sums of: k_b − shift of each bandwidth, then t·s_b, t as `_phi` takes it of the widest.
+
+    Of energy the k_0 that all others are multiples of, of a polynomial the powers of t_0 from the first on.
+    """
+    terms = ()
+    if FAMILY == ENERGY:
+        terms += (exponent * _inverse_root(exponent, parameters),)
+    elif FAMILY >= POLYNOMIAL:
+        power = exponent
+        for _ in tl.static_range(FAMILY - POLYNOMIAL):
+            terms += (power,)
+            power = power * exponent
+    else:
+        t = exponent
+        if FAMILY == LAPLACE:
+            t = exponent * _inverse_root(exponent, parameters)
+        slopes = ()
+        for b in tl.static_range(BANDWIDTHS):
+            scaled = t
+            if b > 0:
+                scaled = t * tl.load(table_ptr + b)
+            if FAMILY == GAUSSIAN:
+                k = tl.exp2(scaled)
+                s = k
+            else:
+                k, s = _phi(scaled, parameters, FAMILY, True)
+            terms += (k - tl.load(shift_ptr + b),)
+            # Of a padded column t is infinite.
+            slopes += (tl.where(s != 0.0, t * s, 0.0),)
+        terms += slopes
+    return terms
+
+
+@triton.jit
 def row_sums(tile):
     """Sums over columns 8 apart, which one thread of a matrix unit's tile holds: no exchange between threads, few registers."""
     return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // 8, 8]), 1)
@@ -378,6 +413,13 @@ def rounding_of(double: bool) -> float:
 def padding_of(kernel: Kernel) -> float:
     """Half of a padded column, with which it counts as zero."""
     return {LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family_of(kernel), -math.inf if kernel.radial else 0.0)
+
+
+def term_count(kernel: Kernel, bandwidths: int) -> int:
+    """How many `bandwidth_terms` there are."""
+    if isinstance(kernel, Polynomial):
+        return int(kernel.degree)
+    return 1 if isinstance(kernel, Energy) else 2 * bandwidths
 
 
 def parameter_count(kernel: Kernel) -> int:

@@ -345,7 +345,7 @@ def operands_kernel(
     half_ptr,  # (B, rows), −½‖u‖², in the padding what makes k zero
     weight_ptr,  # (B, rows), 0 in the padding
     plan_ptr,  # (B, PLAN), float64
-    table_ptr,  # (B, TABLE): ratios, weights and slopes of each bandwidth, then the parameters of the family
+    table_ptr,  # (B, TABLE): ratios, weights and slopes of each bandwidth, then the parameters of the family, then shifts
     own_ptr,  # (B, programs), float64, Σ of `own_term`
     n,
     m,
@@ -524,10 +524,11 @@ def operands_kernel(
                 tl.store(table_ptr + b, ratio.to(dtype))
                 tl.store(table_ptr + (BANDWIDTHS + b), weight.to(dtype))
                 tl.store(table_ptr + (2 * BANDWIDTHS + b), (weight * ratio).to(dtype))
+                tl.store(table_ptr + (TABLE - BANDWIDTHS + b), shifts[b].to(dtype))
         if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
             tl.store(table_ptr + 3 * BANDWIDTHS, (-rounding * furthest * gain).to(dtype))
         else:
-            for k in tl.static_range(TABLE - 3 * BANDWIDTHS):
+            for k in tl.static_range(TABLE - 4 * BANDWIDTHS):
                 tl.store(table_ptr + (3 * BANDWIDTHS + k), values[2 * KERNELS + k].to(dtype))
         left_out = tl.where(slope_shift == 0.0, 0.0, -4.0 * gamma * slope_shift)
         diagonal = weights_sum - value_shift
@@ -564,10 +565,10 @@ def operands_kernel(
         tl.store(plan_ptr + SCALE, scale)
         tl.store(plan_ptr + VALUE_SHIFT, value_shift)
         tl.store(plan_ptr + SLOPE_SHIFT, slope_shift)
-        tl.store(plan_ptr + OWN_VALUE, x_scale * unit * x_mean + poison)
-        tl.store(plan_ptr + (OWN_VALUE + 1), y_scale * unit * y_mean + poison)
-        tl.store(plan_ptr + OTHER_VALUE, cross_x * unit * y_mean)
-        tl.store(plan_ptr + (OTHER_VALUE + 1), cross_y * unit * x_mean)
+        tl.store(plan_ptr + OWN_VALUE, x_scale * x_mean + poison)
+        tl.store(plan_ptr + (OWN_VALUE + 1), y_scale * y_mean + poison)
+        tl.store(plan_ptr + OTHER_VALUE, cross_x * y_mean)
+        tl.store(plan_ptr + (OTHER_VALUE + 1), cross_y * x_mean)
         tl.store(plan_ptr + OWN_PULL, x_scale * x_mean)
         tl.store(plan_ptr + (OWN_PULL + 1), y_scale * y_mean)
         tl.store(plan_ptr + OTHER_PULL, -y_mean if SAMPLES == 2 else x_scale * x_mean)
@@ -650,7 +651,7 @@ def evaluation_of(
         squarings=pack_squarings(squarings),
         modes=(*modes, DIFFERENCES.value) if kernel.radial else modes,
         limits=(limits[0], limits[1]),
-        table=3 * bandwidths + parameter_count(kernel),
+        table=4 * bandwidths + parameter_count(kernel),
         padding=padding_of(kernel),
         rounding=rounding_of(double),
     )

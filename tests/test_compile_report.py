@@ -66,7 +66,7 @@ from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
 
 SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
 FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding"}
-FLOAT64 = {"plan_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr", "poison_ptr", "total_ptr"}
+FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr", "poison_ptr", "total_ptr"}
 
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
 for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
@@ -85,9 +85,9 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         "SUMS": family == 0,
         "X_WEIGHTED": x_weighted, "Y_WEIGHTED": y_weighted, "WEIGHTED": x_weighted or y_weighted, "NUMBERS": numbers,
         "ON_DEVICE": on_device,
-        "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 3 * bandwidths + parameters, "OWN": own, "MODE_0": first,
+        "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 4 * bandwidths + parameters, "OWN": own, "MODE_0": first,
         "MODE_1": second, "CROWDED": family in (4, 5), "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN, "CROSS": samples == 2,
-        "GRADIENT": True, "BLOCK_R": 1024, "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
+        "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024, "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
     }
     for kernel, warps in (
         (prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),

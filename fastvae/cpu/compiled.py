@@ -90,7 +90,7 @@ class Sweep(mmd.Sweep):
             return super().within(a, scale)
         total = self._halves(a, a.tiles, float(scale))
         self._shifted_moments(a, a, float(scale))
-        return scale.new_tensor([total])
+        return scale.new_tensor([[total]])
 
     @torch.no_grad()
     def across(self, a: Rows, b: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
@@ -103,7 +103,7 @@ class Sweep(mmd.Sweep):
             self._rows(b, slice(0, len(b)), a, slice(0, len(a)), factor)
         self._shifted_moments(a, b, factor)
         self._shifted_moments(b, a, factor)
-        return scale.new_tensor([total])
+        return scale.new_tensor([[total]])
 
     def pull(self, a: Rows) -> Tensor:  # type: ignore[override]
         pull = super().pull(a)

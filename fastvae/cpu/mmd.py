@@ -7,11 +7,12 @@ w_j·φ'(t_ij)·(z_i − z_j), so that Σ_j w_j·φ'(t_ij)·[z_j, 1] is all that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvae.cpu.tiles import Points, Tiles
+from fastvae.cpu.tiles import Points, Rung, Tiles
 from fastvae.radial import KernelSum
 
 
@@ -30,7 +31,7 @@ class Sweep(Tiles):
             for j in tiles[n:]:
                 total += self._tile(a, i, a, j, float(scale)) * (1 if i == j else 2)
         self._shifted_moments(a, a, float(scale))
-        return scale.new_tensor([total])
+        return torch.as_tensor(total, dtype=torch.float64, device=scale.device).reshape(1, -1)
 
     def across(self, a: Points, b: Points, scale: Tensor) -> Tensor:
         total = 0.0
@@ -39,17 +40,17 @@ class Sweep(Tiles):
                 total += self._tile(a, i, b, j, float(scale))
         self._shifted_moments(a, b, float(scale))
         self._shifted_moments(b, a, float(scale))
-        return scale.new_tensor([total])
+        return torch.as_tensor(total, dtype=torch.float64, device=scale.device).reshape(1, -1)
 
     def pull(self, a: Points) -> Tensor:
         return super().pull(a)[None]
 
-    def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
+    def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> Any:
         """Σ w·w·k over a tile; its share of the moments is added on the way."""
         gradient = a.moments is not None or b.moments is not None
         total, slope = 0.0, None
-        for rung in self.rungs(a, i, b, j):
-            total += rung.weight * _quadratic_form(rung.value, a, i, b, j)
+        for n, rung in enumerate(self.rungs(a, i, b, j)):
+            total += self._sums(n, rung, a, i, b, j)
             if not gradient:
                 continue
             if self.single:
@@ -62,10 +63,42 @@ class Sweep(Tiles):
             self.add_moments(slope, a, i, b, j, scale)
         return total
 
+    def _sums(self, n: int, rung: Rung, a: Points, i: slice, b: Points, j: slice) -> Any:
+        """What the n-th bandwidth adds to the sums."""
+        return rung.weight * _quadratic_form(rung.value, a, i, b, j)
+
     def _shifted_moments(self, a: Points, b: Points, scale: float) -> None:
         """The share of the shifts in the moments: every pair's 1, summed in closed form."""
         if a.moments is not None and self.ladder.slope_shift:
             a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.ladder.slope_shift)
+
+
+class BandwidthSweep(Sweep):
+    """Whose sums are that of the kernel, those of each k_b − shift·φ(0), and those of each ∂k_b/∂log h_b = −2·t_b·φ'(t_b)."""
+
+    def _exponent(self, a: Points, i: slice, b: Points, j: slice) -> Tensor:
+        exponent = super()._exponent(a, i, b, j)
+        t = self.buffer("t", i, j)
+        if self.kernel.rooted:
+            torch.mul(exponent, exponent, out=t)
+        else:
+            torch.mul(exponent, -2 / self.profile.unit, out=t)
+        if a is b and i == j:
+            t.fill_diagonal_(0)
+        return exponent
+
+    def _sums(self, n: int, rung: Rung, a: Points, i: slice, b: Points, j: slice) -> Tensor:
+        count = len(self.ladder.ratios)
+        # 2·t_0, or −2·t_0 where the slope is φ' and not −φ'.
+        t = self.buffer("t", i, j)
+        derivative = torch.mul(t, rung.slope, out=self.buffer("derivative", i, j))
+        if self.profile.kernel_is_slope and self.profile.shifts[n]:
+            derivative.add_(t)
+        sums = torch.zeros(1 + 2 * count, dtype=torch.float64)
+        sums[1 + n] = _quadratic_form(rung.value, a, i, b, j)
+        sums[1 + count + n] = self.ladder.ratios[n] * _quadratic_form(derivative, a, i, b, j)
+        sums[0] = rung.weight * sums[1 + n]
+        return sums
 
 
 def _quadratic_form(k: Tensor, a: Points, i: slice, b: Points, j: slice) -> float:

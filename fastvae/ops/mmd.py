@@ -5,6 +5,7 @@ The op returns the value and the gradients that the call asks for, all from one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
@@ -28,19 +29,22 @@ from fastvae.ops.common import (
 from fastvae.radial import (
     KernelNumbers,
     KernelSum,
+    RBF,
+    Energy,
     Polynomial,
+    RationalQuadratic,
     Sweep,
+    as_vector,
     middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
-    read,
 )
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
     f"Tensor? all_y_weights, SymInt x_start, SymInt y_start, {KERNEL_SCHEMA}, "
     "bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -75,7 +79,7 @@ class Problem(NamedTuple):
     bandwidth_grad: bool
 
 
-Result = tuple[Tensor, Tensor, Tensor, Tensor]
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Elements of a padded sample of all problems of one launch, 64 MiB in float32, of which a sweep has about ten copies: four thousand
 # problems of up to 128 rows and 32 features, which fill any GPU.
@@ -84,12 +88,14 @@ _PADDED = 1 << 24
 
 @torch.library.custom_op("fastvae::mmd", mutates_args=(), schema=SCHEMA)
 def mmd_op(*args: Any) -> Result:
-    """(MMD², its gradients to x, to y and to the one bandwidth) in the accumulation dtype, the last in float64; y = None is N(0, I).
+    """(MMD², its gradients to x, y, bandwidths and their weights) in the accumulation dtype, the last two in float64; y = None is N(0, I).
 
     A gradient not asked for is empty."""
     problem = Problem(*args)
     if problem.backend == "triton":
         return _triton(*args)
+    if problem.bandwidth_grad:
+        return _evaluate(cpu.BandwidthSweep, problem)
     return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
 
 
@@ -110,37 +116,45 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
     from fastvae.kernels import mmd as kernels
 
     device, (family, h, a) = problem.x.device, kernel_numbers(problem)
-    prior = problem.y is None
     dtype = accumulation_dtype(problem.x.dtype)
 
     def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Any:
         entire, p = (z, weights) if whole is None else (whole, whole_weights)
         tolerance = 0.0 if p is None else max(rounding_of_sum(p.dtype), rounding_of_sum(dtype))
         p = None if p is None else p.to(dtype).contiguous()
-        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[1], grad or problem.bandwidth_grad)
+        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[1], grad)
 
     x = sample(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
     y = None
     if problem.y is not None:
         y = sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
-    # With a gradient to the bandwidth the closed form comes after the pairs, whose derivative Euler's theorem gives.
-    closed_form = prior and not problem.bandwidth_grad
-    numbers = KernelNumbers.of(family, h, a, problem.x.shape[2], closed_form, device)
-    value, grad_x, grad_y, centre, shift = kernels.mmd(x, y, numbers, problem.unbiased, closed_form, precision)
-    grad_bandwidth = value.new_empty(0, dtype=torch.float64)
+    numbers = KernelNumbers.of(family, h, a, problem.x.shape[2], y is None, device)
+    value, *grads, sums, shifts = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
+    grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in grads)
+    grad_h = grad_a = sums.new_empty(0)
     if problem.bandwidth_grad:
-        own = [(problem.x, grad_x)] if problem.y is None else [(problem.x, grad_x), (problem.y, grad_y)]
-        grad_bandwidth = -sum(((z.to(dtype) - centre[:, None]).double() * g).sum((1, 2)) for z, g in own) / read(h)[0]
-        if prior:
-            of_x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
-            kernel = KernelSum.of(family, h, a, x.points.shape[2], device, None)
-            kernel = replace(kernel, shifts=shift[:, None])
-            more, gradient, bandwidth_gradient = _prior(_Sample.of(*of_x, problem.unbiased, True), kernel)
-            value, grad_x = (value + more).to(dtype), grad_x + gradient
-            grad_bandwidth = grad_bandwidth + bandwidth_gradient
-    wanted = (grad_x if problem.x_grad else None), (grad_y if problem.y_grad else None)
-    grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in wanted)
-    return value, grad_x, grad_y, grad_bandwidth
+        kernel = KernelSum.of(family, h, a, problem.x.shape[2], device, None)
+        kernel = replace(kernel, shifts=shifts.double() if family.radial else torch.ones_like(kernel.gamma))
+        grad_h, grad_a = _bandwidth_gradients(problem, _samples(problem), kernel, *_sums_of_terms(kernel, sums))
+    return value, grad_x, grad_y, grad_h, grad_a
+
+
+def _sums_of_terms(kernel: KernelSum, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over pairs of each k_b − shift and of each ∂k_b/∂log h_b, from those of `fastvae.kernels.pairs.bandwidth_terms`."""
+    family, ratios = kernel.kernel, kernel.ratios
+    if isinstance(family, Energy):
+        values = sums * ratios.sqrt()
+        return values, -values
+    if isinstance(family, Polynomial):
+        terms = [(n, c * sums[:, n - 1 : n] * ratios**n) for n, c in family.powers]
+        return torch.stack([term for _, term in terms]).sum(0), torch.stack([-2 * n * term for n, term in terms]).sum(0)
+    values, slopes = sums.chunk(2, 1)
+    # t is −t_0·log₂e, −t_0/α or −√(2·t_0)·log₂e.
+    if isinstance(family, RBF):
+        return values, -2 * math.log(2) * ratios * slopes
+    if isinstance(family, RationalQuadratic):
+        return values, -2 * family.alpha * ratios * slopes
+    return values, -math.log(2) * ratios.sqrt() * slopes
 
 
 def _joined(parts: list[Result], batched: bool) -> Result:
@@ -158,8 +172,9 @@ def _fake(*args: Any) -> Result:
     batch = x.shape[:-2]
     grad_x = x.new_empty(x.shape if problem.x_grad else (0,), dtype=dtype)
     grad_y = x.new_empty(y.shape if problem.y_grad and y is not None else (0,), dtype=dtype)
-    grad_bandwidth = x.new_empty(batch if problem.bandwidth_grad else (0,), dtype=torch.float64)
-    return x.new_empty(batch, dtype=dtype), grad_x, grad_y, grad_bandwidth
+    count = len(kernel_numbers(problem)[1])
+    grad_h, grad_a = (x.new_empty((*batch, count) if problem.bandwidth_grad else (0,), dtype=torch.float64) for _ in range(2))
+    return x.new_empty(batch, dtype=dtype), grad_x, grad_y, grad_h, grad_a
 
 
 @mmd_op.register_vmap
@@ -181,11 +196,10 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
 def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     with torch.autocast(problem.x.device.type, enabled=False):
         if problem.bandwidth_grad and problem.x.dtype != torch.float64:
-            # The derivative to a bandwidth sums gradients times distances, among which an outlier's drown the others in float32.
             exact = problem._replace(x=problem.x.double(), y=None if problem.y is None else problem.y.double())
-            *doubles, grad_bandwidth = _evaluate(make_sweep, exact)
+            *doubles, grad_h, grad_a = _evaluate(make_sweep, exact)
             value, grad_x, grad_y = (t.to(accumulation_dtype(problem.x.dtype)) for t in doubles)
-            return value, grad_x, grad_y, grad_bandwidth
+            return value, grad_x, grad_y, grad_h, grad_a
         batched = problem.x.ndim == 3
         if not batched:
             problem = _of_tensors(problem, itemgetter(None))
@@ -210,13 +224,8 @@ def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Probl
 
 def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
     """Of B problems, each tensor with a batch dimension."""
-    unbiased, bandwidth_grad = problem.unbiased, problem.bandwidth_grad
     family, h, a = kernel_numbers(problem)
-    x_part = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
-    samples = [_Sample.of(*x_part, unbiased, problem.x_grad or bandwidth_grad)]
-    if problem.y is not None:
-        y_part = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
-        samples.append(_Sample.of(*y_part, unbiased, problem.y_grad or bandwidth_grad))
+    samples = _samples(problem)
     mean = torch.stack([middle(sample.whole) for sample in samples]).mean(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if family.radial else torch.zeros_like(mean)
@@ -228,38 +237,57 @@ def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Resul
 
     sweep = make_sweep(kernel, [sample.whole for sample in samples], centre, any(sample.gradient for sample in samples))
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
-    value = 0 * mean.sum(1, dtype=torch.float64)
-    minus_one = torch.full_like(value, -1)
+    poison = 0 * mean.sum(1, dtype=torch.float64)
+    sums, minus_one = poison[:, None], torch.full_like(poison, -1)
     for sample, rows in zip(samples, points, strict=True):
-        value = value + sample.scale * sample.share**2 * sweep.within(rows, sample.scale * sample.share)
+        sums = sums + (sample.scale * sample.share**2)[:, None] * sweep.within(rows, sample.scale * sample.share)
         for other, weights, share in sample.others:
             across = sweep.across(rows, sweep.points(other, weights, False), sample.scale * share)
-            value = value + sample.scale * sample.share * share * across
+            sums = sums + (sample.scale * sample.share * share)[:, None] * across
     if problem.all_x is not None and len(samples) == 2:
         # The rows of each against the whole of the other, for a gradient that takes nothing from elsewhere.
         whole = [sweep.points(sample.whole, sample.whole_weights, False) for sample in samples]
-        value = value - 2 * samples[0].share * sweep.across(points[0], whole[1], minus_one)
+        sums = sums - 2 * samples[0].share * sweep.across(points[0], whole[1], minus_one)
         if samples[1].gradient:
             sweep.across(points[1], whole[0], minus_one)
     elif len(samples) == 2:
-        value = value - 2 * sweep.across(points[0], points[1], minus_one)
+        sums = sums - 2 * sweep.across(points[0], points[1], minus_one)
     gradients: list[Tensor | None] = [
         _gradient(sample, sweep.pull(rows), kernel) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
     ]
-    if not unbiased:
+    value = sums[:, 0]
+    if not problem.unbiased:
         for sample, gradient in zip(samples, gradients, strict=True):
-            value = value + _diagonal(sample, kernel, gradient)
-    grad_bandwidth = mean.new_empty(0, dtype=torch.float64)
-    if bandwidth_grad:
-        # k does not change when the points, seen from the centre, and h grow together: Euler's theorem gives the derivative to h.
-        moved = [((s.z - centre[:, None]).double() * g).sum((1, 2)) for s, g in zip(samples, gradients, strict=True) if g is not None]
-        grad_bandwidth = -torch.stack(moved).sum(0) / kernel.bandwidth
+            value = value + _diagonal(sample, kernel, gradient)[0] @ kernel.weights
     if problem.y is None:
-        prior, prior_gradient, prior_bandwidth_gradient = _prior(samples[0], kernel)
-        value, gradients[0] = value + prior, None if gradients[0] is None else gradients[0] + prior_gradient
-        grad_bandwidth = grad_bandwidth + prior_bandwidth_gradient if bandwidth_grad else grad_bandwidth
-    wanted = [g if want and g is not None else mean.new_empty(0) for g, want in zip([*gradients, None][:2], problem[-3:-1], strict=True)]
-    return value.to(mean.dtype), wanted[0], wanted[1], grad_bandwidth
+        value = value + _prior(samples[0], kernel, gradients[0])[0] @ kernel.weights
+    grad_x, grad_y = (mean.new_empty(0) if g is None else g for g in [*gradients, None][:2])
+    grad_h = grad_a = mean.new_empty(0, dtype=torch.float64)
+    if problem.bandwidth_grad:
+        grad_h, grad_a = _bandwidth_gradients(problem, samples, kernel, *sums[:, 1:].chunk(2, 1))
+    return value.to(mean.dtype), grad_x, grad_y, grad_h, grad_a
+
+
+def _bandwidth_gradients(
+    problem: Problem, samples: list[_Sample], kernel: KernelSum, values: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, bandwidths) each, from sums over the pairs of each k_b − shift and of each ∂k_b/∂log h_b, widest first."""
+    closed_forms = [] if problem.unbiased else [_diagonal(sample, kernel, None) for sample in samples]
+    if problem.y is None:
+        closed_forms.append(_prior(samples[0], kernel, None))
+    for value, slope in closed_forms:
+        values, slopes = values + value, slopes + slope
+    order = as_vector(kernel_numbers(problem)[1], values.device).argsort(descending=True)
+    return tuple(torch.empty_like(g).index_copy_(1, order, g) for g in (kernel.weights / kernel.bandwidth * slopes, values))
+
+
+def _samples(problem: Problem) -> list[_Sample]:
+    x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
+    samples = [_Sample.of(*x, problem.unbiased, problem.x_grad)]
+    if problem.y is not None:
+        y = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
+        samples.append(_Sample.of(*y, problem.unbiased, problem.y_grad))
+    return samples
 
 
 class _Sample(NamedTuple):
@@ -272,7 +300,7 @@ class _Sample(NamedTuple):
     others: list[tuple[Tensor, Tensor | None, float]]  # the whole's rows before and after z, and for equal weights their share in it
     share: float  # of z in the whole, for equal weights; the factor from a mean over z to its part of the mean over the whole
     row_weights: float | Tensor  # p_i, (B, N, 1) or one for all
-    sum_of_squares: float | Tensor  # Σ p_i² over z, (B,) or one for all
+    sum_of_squares: float | Tensor  # Σ p_i² over z, (B, 1) or one for all
     scale: Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1, (B,)
     gradient: bool
 
@@ -303,7 +331,7 @@ class _Sample(NamedTuple):
             return _Sample(z, None, whole, None, others, n / total, 1 / total, n / total**2, scale, gradient)
         if unbiased:
             scale = scale / (1 - whole_weights.double().square().sum(1))
-        own_square = weights.double().square().sum(1)
+        own_square = weights.double().square().sum(1, keepdim=True)
         return _Sample(z, weights, whole, whole_weights, others, 1.0, weights[..., None], own_square, scale, gradient)
 
 
@@ -314,21 +342,21 @@ def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
     return pull.mul_(scale.to(pull.dtype)).mul_(sample.row_weights * (-4 * scale).to(pull.dtype)).contiguous()
 
 
-def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> float | Tensor:
-    """Σ_i w_i²·(k(z_i, z_i) − shift·φ(0)), (B,), and its gradient added to `gradient`.
+def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Σ_i w_i²·(k_b(z_i, z_i) − shift·φ(0)) and the same of ∂k_b/∂log h_b, (B, bandwidths); the gradient is added to `gradient`.
 
     The shifts cancel between the sums of MMD², as the weights of each sum to one.
     """
     if kernel.kernel.radial:
-        return sample.sum_of_squares * kernel.kernel.at_zero * ((1 - kernel.shifts) @ kernel.weights)
+        value = sample.sum_of_squares * kernel.kernel.at_zero * (1 - kernel.shifts)
+        return value, torch.zeros_like(value)
     assert isinstance(kernel.kernel, Polynomial)
     t = sample.z.square().sum(2, keepdim=True, dtype=torch.float64) * kernel.gamma
-    weights = _row_weights(sample).square()
+    weights, slope = _row_weights(sample).square(), kernel.kernel.slope(t)
     if gradient is not None:
-        slope = kernel.kernel.slope(t) @ (kernel.weights * kernel.gamma)
-        gradient += (2 * weights * slope[..., None]).to(gradient.dtype) * sample.z
-    value = (kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts[:, None]) @ kernel.weights
-    return (weights * value[..., None]).sum((1, 2))
+        gradient += (2 * weights * (slope @ (kernel.weights * kernel.gamma))[..., None]).to(gradient.dtype) * sample.z
+    value = kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts[..., None, :]
+    return (weights * value).sum(1), (-2 * weights * t * slope).sum(1)
 
 
 def _row_weights(sample: _Sample) -> Tensor:
@@ -338,20 +366,22 @@ def _row_weights(sample: _Sample) -> Tensor:
     return p.expand(*z.shape[:2], 1)
 
 
-def _prior(sample: _Sample, kernel: KernelSum) -> tuple[Tensor, Tensor, Tensor]:
-    """−2·Σ_i p_i·(E_y k(x_i, y) − shift) + E k(y, y') − shift, (B,), and its gradients to x and to the one bandwidth."""
+def _prior(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    """−2·Σ_i p_i·(E_y k_b(x_i, y) − shift) + E k_b(y, y') − shift and its derivative to log h_b, (B, bandwidths); the gradient to x is added
+    to `gradient`."""
     x, p, h = sample.z, _row_weights(sample), kernel.bandwidth
-    cross, within = rbf_normal_mean_exponent(x, h), rbf_normal_self_exponent(x.shape[2], h)
+    h2, dim = h.square(), x.shape[2]
+    cross, within = rbf_normal_mean_exponent(x.double(), h), rbf_normal_self_exponent(dim, h)
     # The rows' share in the constant.
     share = p.sum(1)
-    value = (share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts[:, None])).sum(1)) @ kernel.weights
-    cross, within = cross.exp(), share * within.exp() * kernel.weights
-    slope = cross @ (kernel.weights / (h.square() + 1))
-    gradient = x * (2 * p * slope[..., None]).to(x.dtype)
-    # d/dh of the two exponents
-    cross_slope = x.shape[2] / (h * (h.square() + 1)) + x.double().square().sum(2, keepdim=True) * h / (h.square() + 1).square()
-    within_slope = 2 * x.shape[2] / (h * (h.square() + 2))
-    return value, gradient, (within * within_slope).sum(1) - 2 * (p * cross * cross_slope * kernel.weights).sum((1, 2))
+    value = share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts[:, None])).sum(1)
+    cross, within = cross.exp(), within.exp()
+    if gradient is not None:
+        gradient += x * (2 * p * (cross @ (kernel.weights / (h2 + 1)))[..., None]).to(x.dtype)
+    # d/d(log h) of the two exponents
+    cross_slope = dim / (h2 + 1) + x.double().square().sum(2, keepdim=True) * h2 / (h2 + 1).square()
+    within_slope = 2 * dim / (h2 + 2)
+    return value, share * within * within_slope - 2 * (p * cross * cross_slope).sum(1)
 
 
 def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
@@ -359,12 +389,13 @@ def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
 
 
 # Where the arguments are that have a gradient, in the order of the op's gradients.
-_DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "bandwidth"))
+_DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "bandwidth", "bandwidth_weights"))
 
 
 def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
-    flags = tuple(needs_grad(args[n]) for n in _DIFFERENTIABLE)
+    x, y, *numbers = (args[n] for n in _DIFFERENTIABLE)
+    flags = needs_grad(x), needs_grad(y), needs_grad(*numbers)
     # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
@@ -401,19 +432,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
 def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     # Unpacked once: activation checkpointing allows no more.
     tensors = ctx.saved_tensors
-    sources, saved = tensors[:3], tensors[3:]
+    sources, saved = tensors[:4], tensors[4:]
     grads: list[Tensor | None] = [None] * len(Problem._fields)
     if grad_value is None:
         return tuple(grads)
-    for n, source, grad in zip(_DIFFERENTIABLE, sources, saved, strict=True):
+    for place, (n, source, grad) in enumerate(zip(_DIFFERENTIABLE, sources, saved, strict=True)):
         if not ctx.needs_input_grad[n]:
             continue
         if grad.numel() == 0:
             raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
         grad = forbid_second_derivative("mmd", grad, *sources)
-        if source is sources[2]:
-            # One bandwidth for all of a batch.
-            grads[n] = (grad_value * grad).sum().reshape(source.shape).to(source)
+        if place > 1:
+            # The same bandwidths for all of a batch.
+            grads[n] = (grad_value[..., None] * grad).sum_to_size(source.shape).to(source)
         else:
             grads[n] = (grad_value[..., None, None] * grad).to(source.dtype)
     return tuple(grads)
