@@ -115,7 +115,7 @@ def _tile(
     slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
     value_acc += row_sums(value)
     if TERMS > 0:
-        tiles = bandwidth_terms(exponent, table_ptr, shift_ptr, parameters, FAMILY, BANDWIDTHS)
+        tiles = bandwidth_terms(exponent, table, table_ptr, shift_ptr, parameters, FAMILY, BANDWIDTHS, SQUARINGS)
         sums = ()
         for n in tl.static_range(TERMS):
             sums += (terms[n] + row_sums(_counted(tiles[n], offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)),)
@@ -287,8 +287,8 @@ def sweep_kernel(
         start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
         value_acc, slope_acc, moments, terms = _tile(
             row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-            table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-            terms, False, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+            table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
+            moments, terms, False, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     if twice:
         value_acc += value_acc
@@ -301,8 +301,8 @@ def sweep_kernel(
         for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
             value_acc, slope_acc, moments, terms = _tile(
                 row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-                table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc, moments,
-                terms, True, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
+                table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
+                moments, terms, True, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
             )  # fmt: skip
     value = tl.sum(value_acc, 1)
     slope = tl.sum(slope_acc, 1) if SLOPES else value

@@ -268,8 +268,10 @@ def radial(
 
 
 @triton.jit
-def bandwidth_terms(exponent, table_ptr, shift_ptr, parameters, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr):
-    """What derivatives to bandwidths and weights are sums of: k_b − shift of each bandwidth, then t·s_b, t as `_phi` takes it of the widest.
+def bandwidth_terms(
+    exponent, table, table_ptr, shift_ptr, parameters, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr
+):  # fmt: skip
+    """What derivatives to bandwidths and weights are sums of: each k_b − shift, then each t·s_b, t as `_phi` takes it of the widest.
 
     Of energy the k_0 that all others are multiples of, of a polynomial the powers of t_0 from the first on.
     """
@@ -288,7 +290,10 @@ def bandwidth_terms(exponent, table_ptr, shift_ptr, parameters, FAMILY: tl.const
         slopes = ()
         for b in tl.static_range(BANDWIDTHS):
             scaled = t
-            if b > 0:
+            if b > 0 and (SQUARINGS >> (3 * b)) & 7 == 0:
+                # As `radial` takes it, so that the compiler takes each exponential once.
+                scaled = t * _entry(table, table_ptr, b, BANDWIDTHS)
+            elif b > 0:
                 scaled = t * tl.load(table_ptr + b)
             if FAMILY == GAUSSIAN:
                 k = tl.exp2(scaled)

@@ -66,8 +66,8 @@ FAULTS = [
     Fault(
         "CPU: lost diagonal of K_xx",
         "fastvae/ops/mmd.py",
-        "        return sample.sum_of_squares * kernel.kernel.at_zero * ((1 - kernel.shifts) @ kernel.weights)\n",
-        "        return 0.0\n",
+        "        value = sample.sum_of_squares * kernel.kernel.at_zero * (1 - kernel.shifts)\n",
+        "        value = torch.zeros_like(kernel.shifts)\n",
         MMD_CPU,
     ),
     Fault(
@@ -220,8 +220,8 @@ FAULTS = [
     Fault(
         "Triton: the pairs of a row with itself stay in the products",
         "kernels/mmd.py",
-        "        off_diagonal = offs_n[:, None] != offs_m[None, :]\n",
-        "        off_diagonal = offs_n[:, None] >= 0 * offs_m[None, :]\n",
+        "        tile = tl.where(offs_n[:, None] != offs_m[None, :], tile, 0.0)\n",
+        "        tile = tl.where(offs_n[:, None] >= 0 * offs_m[None, :], tile, 0.0)\n",
         MMD_TRITON,
     ),
     Fault(
@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "Triton: weights of the columns dropped from the gradient",
         "kernels/mmd.py",
-        "        value = value * col_weight[None, :]\n        slope = slope * col_weight[None, :]\n    value_acc += row_sums(value)\n",
-        "        value = value * col_weight[None, :]\n    value_acc += row_sums(value)\n",
+        "    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)\n",
+        "    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, False, MODE)\n",
         MMD_TRITON,
     ),
     Fault(

@@ -87,7 +87,8 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         "ON_DEVICE": on_device,
         "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 4 * bandwidths + parameters, "OWN": own, "MODE_0": first,
         "MODE_1": second, "CROWDED": family in (4, 5), "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN, "CROSS": samples == 2,
-        "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024, "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
+        "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
+        "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
     }
     for kernel, warps in (
         (prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),

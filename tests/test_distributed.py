@@ -77,6 +77,13 @@ def losses(rank, world):
         )
         if kernel == "rbf":
             assert_is_global(rank, world, lambda x, g, o=options: fastvae.mmd_to_normal(x, process_group=g, **o), x)
+    h = torch.tensor([0.9, 1.8, 0.4], dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for points, group in (((x, y), None), (own(rank, world, x, y), dist.group.WORLD)):
+        value = fastvae.mmd(*points, bandwidth=h, process_group=group) + fastvae.mmd_to_normal(points[0], bandwidth=h, process_group=group)
+        gradients += torch.autograd.grad(value, h)
+    dist.all_reduce(gradients[1])
+    torch.testing.assert_close(gradients[1] / world, gradients[0])
     # k near one
     wide = {"num_groups": 3, "bandwidth": 1e3}
     value = fastvae.group_mmd(own(rank, world, x.float())[0], part(labels, True), process_group=dist.group.WORLD, **wide).values

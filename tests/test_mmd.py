@@ -390,6 +390,65 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, mon
         torch.testing.assert_close(actual, torch.stack(parts), rtol=0, atol=0)
 
 
+def with_bandwidths(function, x, y, h, a, **options):
+    """Value and gradients to points, bandwidths and their weights."""
+    tensors = [t.detach().clone().requires_grad_() for t in (x, y, h, a) if t is not None]
+    *points, bandwidth, weights = tensors
+    value = function(*points, bandwidth=bandwidth, bandwidth_weights=weights, **options)
+    return value.detach(), *torch.autograd.grad(value.sum(), tensors)
+
+
+BACKENDS = ["cpu", "inductor", pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("options", ["biased", "unbiased", "weights"])
+@pytest.mark.parametrize("kernel", [*KERNELS, RationalQuadratic(2.3), RationalQuadratic(0.5), "normal"])
+def test_gradients_to_bandwidths_and_weights(kernel, options, batch, backend):
+    x, y = (torch.randn(*batch, rows, 5, dtype=torch.float64, device=DEVICE) for rows in (70, 40))
+    h = torch.tensor((1.0, 30.0, 0.5, 2.0, 1.0), dtype=torch.float64, device=DEVICE)
+    a = torch.tensor((0.3, 1.0, -0.2, 2.0, 0.7), dtype=torch.float64, device=DEVICE)
+    p, q = (torch.rand(z.shape[:-1], dtype=torch.float64, device=DEVICE) for z in (x, y))
+    named = {"estimator": options} if options != "weights" else {"x_weights": p / p.sum(-1, keepdim=True)}
+    name = "mmd_to_normal" if kernel == "normal" else "mmd"
+    if name == "mmd":
+        named |= {"kernel": kernel} | ({"y_weights": q / q.sum(-1, keepdim=True)} if options == "weights" else {})
+    arguments = x, y if name == "mmd" else None, h, a
+    actual = with_bandwidths(getattr(fastvae, name), *arguments, backend=backend, **named)
+    for got, exact in zip(actual, with_bandwidths(getattr(reference, name), *arguments, **named), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "polynomial"])
+def test_an_outlier_does_not_drown_the_gradient_to_a_bandwidth(kernel, backend):
+    x, y = torch.randn(100, 4, device=DEVICE), torch.randn(100, 4, device=DEVICE)
+    x[3] = 1e5
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    actual = with_bandwidths(fastvae.mmd, x, y, one, one, kernel=kernel, backend=backend)
+    exact = with_bandwidths(reference.mmd, x.double(), y.double(), one, one, kernel=kernel)
+    for got, expected_gradient in zip(actual[-2:], exact[-2:], strict=True):
+        torch.testing.assert_close(got, expected_gradient, rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wanted", ["bandwidth", "bandwidth_weights"])
+def test_triton_gradient_to_bandwidths_alone(wanted):
+    """Each pair within a sample is then met once."""
+    x, y = (torch.randn(rows, 3, dtype=torch.float64, device=DEVICE) for rows in (150, 90))
+    gradients = []
+    for backend in ("triton", "reference"):
+        numbers = {"bandwidth": torch.tensor((0.7, 1.9, 40.0), device=DEVICE), "bandwidth_weights": torch.ones(3, device=DEVICE)}
+        numbers[wanted].requires_grad_()
+        gradients += torch.autograd.grad(fastvae.mmd(x, y, backend=backend, **numbers), numbers[wanted])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
 @pytest.mark.parametrize(
@@ -401,6 +460,8 @@ def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, mon
         ("mmd", {}, False, 6),
         ("mmd_to_normal", {}, True, 7),
         ("mmd_to_normal", {}, False, 6),
+        ("mmd", {"bandwidth": torch.tensor((1.0, 2.0, 3.0), dtype=torch.float64, device=DEVICE)}, True, 9),
+        ("mmd_to_normal", {"bandwidth": torch.tensor((1.0, 2.0, 3.0), dtype=torch.float64, device=DEVICE)}, True, 30),
     ],
 )
 def test_triton_launches_of_a_step(monkeypatch, name, options, gradient, most):
@@ -410,14 +471,19 @@ def test_triton_launches_of_a_step(monkeypatch, name, options, gradient, most):
     launches = []
     for module in (prepare, mmd):
         monkeypatch.setattr(module, "launch", lambda fn, *_: launches.append(fn.__name__))
+    options = dict(options)
     shape = (3, 40, 5) if options.pop("batch", False) else (40, 5)
     points = [torch.randn(shape, device=DEVICE) for _ in range(2 if name == "mmd" else 1)]
     points[0].requires_grad_(gradient)
+    inputs = [points[0]]
+    if isinstance(options.get("bandwidth"), torch.Tensor):
+        inputs.append(options["bandwidth"].clone().requires_grad_())
+        options["bandwidth"] = inputs[-1]
     upstream = torch.ones(shape[:-2], device=DEVICE)
     with Operations() as operations:
         value = getattr(fastvae, name)(*points, **options, backend="triton")
         if gradient:
-            torch.autograd.grad(value, points[0], upstream)
+            torch.autograd.grad(value, inputs, upstream)
     assert 5 <= len(launches) <= 6
     assert len(launches) + len(operations.found) <= most, operations.found
 
@@ -432,12 +498,13 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
     p, q = torch.rand(150, dtype=torch.float64, device=DEVICE), torch.rand(101, dtype=torch.float64, device=DEVICE)
     whole = (p / p.sum(), q / q.sum()) if weighted else (None, None)
     parameters = {"polynomial": [3.0, 1.0]}.get(kernel, [])
-    total, gradients = 0.0, []
+    total, gradients, to_kernel = 0.0, [], 0.0
     for rows_x, rows_y in ((slice(0, 33), slice(0, 70)), (slice(33, 150), slice(70, 101))):
         own = (whole[0][rows_x], whole[1][rows_y]) if weighted else (None, None)
         arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, None, None, [bandwidth], [1.0])
-        value, *grads, _ = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, False)
+        value, *grads, grad_h, grad_a = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, True)
         total, gradients = total + value, [*gradients, grads]
+        to_kernel = to_kernel + torch.cat([grad_h, grad_a])
         # The shares are of one sum, whatever gradients a rank wants.
         for flags in ((False, True, False), (True, False, False), (False, False, False)):
             other = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", *flags)[0]
@@ -448,6 +515,10 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
     exact = evaluate(reference.mmd, x, y, **options, **weights)
     for a, e in zip(actual, exact, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-13)
+    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
+    options.pop("bandwidth")
+    exact = with_bandwidths(reference.mmd, x, y, bandwidth * one, one, **options, **weights)
+    torch.testing.assert_close(to_kernel, torch.cat(exact[-2:]), rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.usefixtures("interpreter_warnings")
@@ -487,8 +558,9 @@ def test_opcheck(y):
     y = None if y is None else y.requires_grad_()
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for kernel in ((h, h, [], []), (None, None, [1.0, 2.0], [0.5, 1.0])):
-        arguments = (x, y, *[None] * 6, 0, 0, *kernel, "rbf", [], False, "", "", True, y is not None, False)
-        torch.library.opcheck(torch.ops.fastvae.mmd.default, arguments)
+        for bandwidth_grad in (False, True):
+            arguments = (x, y, *[None] * 6, 0, 0, *kernel, "rbf", [], False, "", "", True, y is not None, bandwidth_grad)
+            torch.library.opcheck(torch.ops.fastvae.mmd.default, arguments)
 
 
 def test_op_called_without_its_gradient_says_so():
@@ -607,7 +679,7 @@ def test_gradients_are_contiguous():
     """As the fake says: the compiler builds on it."""
     x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
     arguments = (*[None] * 6, 0, 0, None, None, [1.0], [1.0], "rbf", [], False, "", "", True, True, False)
-    _, grad_x, grad_y, _ = torch.ops.fastvae.mmd(x, y, *arguments)
+    _, grad_x, grad_y, *_ = torch.ops.fastvae.mmd(x, y, *arguments)
     assert grad_x.is_contiguous()
     assert grad_y.is_contiguous()
 

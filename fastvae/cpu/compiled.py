@@ -136,7 +136,7 @@ class Sweep(mmd.Sweep):
             total += _weighted(sums, a, i, b)
         return total
 
-    def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> float:
+    def _tile(self, a: Points, i: slice, b: Points, j: slice, scale: float) -> Any:
         diagonal = a is b and i == j
         # Of one RBF kernel the uncompiled operations on a tile are as fast. But the two exponentials err by different means, which would
         # not cancel between samples of one law.

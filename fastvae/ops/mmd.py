@@ -27,10 +27,10 @@ from fastvae.ops.common import (
     unit_weights,
 )
 from fastvae.radial import (
-    KernelNumbers,
-    KernelSum,
     RBF,
     Energy,
+    KernelNumbers,
+    KernelSum,
     Polynomial,
     RationalQuadratic,
     Sweep,
@@ -131,7 +131,7 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
     numbers = KernelNumbers.of(family, h, a, problem.x.shape[2], y is None, device)
     value, *grads, sums, shifts = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
     grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in grads)
-    grad_h = grad_a = sums.new_empty(0)
+    grad_h, grad_a = sums.new_empty(0), sums.new_empty(0)
     if problem.bandwidth_grad:
         kernel = KernelSum.of(family, h, a, problem.x.shape[2], device, None)
         kernel = replace(kernel, shifts=shifts.double() if family.radial else torch.ones_like(kernel.gamma))
@@ -262,7 +262,7 @@ def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Resul
     if problem.y is None:
         value = value + _prior(samples[0], kernel, gradients[0])[0] @ kernel.weights
     grad_x, grad_y = (mean.new_empty(0) if g is None else g for g in [*gradients, None][:2])
-    grad_h = grad_a = mean.new_empty(0, dtype=torch.float64)
+    grad_h, grad_a = (mean.new_empty(0, dtype=torch.float64) for _ in range(2))
     if problem.bandwidth_grad:
         grad_h, grad_a = _bandwidth_gradients(problem, samples, kernel, *sums[:, 1:].chunk(2, 1))
     return value.to(mean.dtype), grad_x, grad_y, grad_h, grad_a
@@ -278,7 +278,8 @@ def _bandwidth_gradients(
     for value, slope in closed_forms:
         values, slopes = values + value, slopes + slope
     order = as_vector(kernel_numbers(problem)[1], values.device).argsort(descending=True)
-    return tuple(torch.empty_like(g).index_copy_(1, order, g) for g in (kernel.weights / kernel.bandwidth * slopes, values))
+    grad_h, grad_a = kernel.weights / kernel.bandwidth * slopes, values
+    return torch.empty_like(grad_h).index_copy_(1, order, grad_h), torch.empty_like(grad_a).index_copy_(1, order, grad_a)
 
 
 def _samples(problem: Problem) -> list[_Sample]:
@@ -367,8 +368,10 @@ def _row_weights(sample: _Sample) -> Tensor:
 
 
 def _prior(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """−2·Σ_i p_i·(E_y k_b(x_i, y) − shift) + E k_b(y, y') − shift and its derivative to log h_b, (B, bandwidths); the gradient to x is added
-    to `gradient`."""
+    """−2·Σ_i p_i·(E_y k_b(x_i, y) − shift) + E k_b(y, y') − shift and its derivative to log h_b, (B, bandwidths).
+
+    The gradient to x is added to `gradient`.
+    """
     x, p, h = sample.z, _row_weights(sample), kernel.bandwidth
     h2, dim = h.square(), x.shape[2]
     cross, within = rbf_normal_mean_exponent(x.double(), h), rbf_normal_self_exponent(dim, h)
