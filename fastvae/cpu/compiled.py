@@ -112,7 +112,7 @@ class Sweep(mmd.Sweep):
     def _halves(self, a: Rows, tiles: list[slice], scale: float) -> float:
         """Σ w·w·k over all pairs of rows in the tiles. Loops over differences know of no diagonal: pairs in one tile are from products."""
         if len(tiles) == 1:
-            return self._tile(a, tiles[0], a, tiles[0], scale)
+            return float(self._tile(a, tiles[0], a, tiles[0], scale))
         half = len(tiles) // 2
         first, second = (slice(part[0].start, part[-1].stop) for part in (tiles[:half], tiles[half:]))
         # Of two rows the value once, and the pull on either.
