@@ -33,7 +33,7 @@ class Launch:
         self.read, self.written = {}, {}
 
     def visit(self, program, places, pointers, mask, size):
-        addresses = np.unique(pointers[np.broadcast_to(mask, pointers.shape)])
+        addresses = np.unique(pointers[np.broadcast_to(mask, pointers.shape).astype(bool)])
         # Tensors of a launch may be parts of one, so that ranges overlap: an address is inside where more have started than ended.
         inside = np.searchsorted(self.starts, addresses, "right") > np.searchsorted(self.ends, addresses + np.uint64(size - 1), "right")
         assert inside.all(), f"{self.name}, program {program}: {(~inside).sum()} of {inside.size} addresses are in no tensor"
