@@ -18,6 +18,7 @@ from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_values
 from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
+from fastvae.reference.mmd import bandwidths
 
 # Of MMDAgg: steps of the bisection, each of which halves an interval of length one or so.
 _BISECTIONS = 50
@@ -160,18 +161,15 @@ def two_sample_test(
             if part is not None:
                 part(1.0)
         null_values, tied = torch.stack(values), torch.stack(ties)
-        each = tuple(
-            KernelTest(family, h, float(value[0]), _p_value(value, tie))
-            for (family, h, _), value, tie in zip(members, null_values, tied, strict=True)
-        )
-        if aggregate == "agg":
-            return _agg(null_values, tied, each, count, level)
-        if aggregate == "fuse":
-            fused, tie = data.fuse(null_values, tied, members)
-        else:
-            fused, tie = null_values[0], tied[0]
-    p_value = _p_value(fused, tie)
-    return TwoSampleTest(float(fused[0]), p_value, p_value <= level, fused[1:], each)
+        fused, tie = data.fuse(null_values, tied, members) if aggregate == "fuse" else (null_values[0], tied[0])
+        p_values = _p_values(torch.cat([null_values, fused[None]]), torch.cat([tied, tie[None]]))
+        # All that is read of a GPU, at once.
+        numbers = torch.stack([torch.cat([null_values[:, 0], fused[:1]]), p_values], 1).tolist()
+    each = tuple(KernelTest(family, h, *own) for (family, h, _), own in zip(members, numbers[:-1], strict=True))
+    if aggregate == "agg":
+        return _agg(null_values, tied, each, count, level)
+    statistic, p_value = numbers[-1]
+    return TwoSampleTest(statistic, p_value, p_value <= level, fused[1:], each)
 
 
 class _Data(NamedTuple):
@@ -216,7 +214,6 @@ class _Data(NamedTuple):
         form = self.form(torch.cat([v, torch.ones_like(v[:, :1])], 1), family, h, a, progress)
         w = v.double() / (n * self.signs[0])
         form, total = form[:-1] / (n * self.signs[0]) ** 2, form[-1]
-        h, a = h.to(w), a.to(w)
         biased = form + w.square().T @ _pointwise(family, h, a, self.z, self.z)
         if self.estimator == "biased":
             value = biased
@@ -242,7 +239,7 @@ class _Data(NamedTuple):
         """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64."""
         if self.backend == "reference":
             z = self.z.to(v)
-            return reference.quadratic_form(z, v, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family, diagonal=True).double()
+            return reference.quadratic_form(z, v, bandwidth=h, bandwidth_weights=a, kernel=family, diagonal=True).double()
         arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
         return quadratic_form_values(self.z, v, *arguments, diagonal=True, progress=progress)
 
@@ -252,7 +249,7 @@ class _Data(NamedTuple):
         own = _pointwise(family, h, a, z, z)
         if self.backend == "reference":
             ones = torch.ones_like(z[:, :1])
-            sums = reference.kernel_matmul(z, z, ones, bandwidth=h.to(z), bandwidth_weights=a.to(z), kernel=family)
+            sums = reference.kernel_matmul(z, z, ones, bandwidth=h, bandwidth_weights=a, kernel=family)
         else:
             arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
             sums = apply_kernel_matmul(z, z, torch.ones_like(z[:, :1]), *arguments)
@@ -286,6 +283,7 @@ def squared(kernel: Kernel) -> tuple[Kernel, float]:
 def _pointwise(family: Kernel, h: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Σ_b a_b·k_b(x_i, y_i), float64, shape (N,)."""
     x, y = x.double(), y.double()
+    h, a = bandwidths(x, h, a)
     t = ((x - y).square() if family.radial else x * y).sum(1)
     return family.phi(t[:, None] * family.gamma(h, x.shape[1])) @ a
 
@@ -296,7 +294,8 @@ def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tenso
         h, _ = checks.bandwidths(bandwidth, None, x.device)
         return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else torch.as_tensor(h, dtype=torch.float64).detach()
     if aggregate == "agg":
-        return median_bandwidth(x, y) * torch.tensor([2.0**power for power in _AGG_POWERS], dtype=torch.float64, device=x.device)
+        median = median_bandwidth(x, y)
+        return torch.stack([median * 2.0**power for power in _AGG_POWERS])
     z = pooled(x, y)
     pairs = z.shape[1] * (z.shape[1] - 1) // 2
     low, high = (ranked_squared_distance(z, min(int(pairs * q), pairs - 1)).sqrt() for q in (0.05, 0.95))
@@ -305,17 +304,18 @@ def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tenso
     return low / 2 + steps * (2 * high - low / 2)
 
 
-def _p_value(values: Tensor, tied: Tensor) -> float:
-    """Of the first value among all of them."""
-    if not bool(values.isfinite().all()):
-        return math.nan
-    return int((values >= values[0] - tied).sum()) / len(values)
+def _p_values(values: Tensor, tied: Tensor) -> Tensor:
+    """Of the first value of each row among all of them."""
+    extreme = (values >= values[:, :1] - tied[:, None]).sum(1)
+    return torch.where(values.isfinite().all(1), extreme.double() / values.shape[1], torch.nan)
 
 
 def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int, level: float) -> TwoSampleTest:
     """Of values (K, 1 + 2·count): p-values of all permutations and their least, and the corrected level, every kernel of weight 1/K."""
+    # A GPU would be waited for at each of the steps, and they are small.
+    device, values, ties = values.device, values.cpu(), ties.cpu()
     if not bool(values.isfinite().all()):
-        return TwoSampleTest(math.nan, math.nan, False, values.new_full(values.shape[1:], math.nan)[1:], each)
+        return TwoSampleTest(math.nan, math.nan, False, torch.full_like(values[0, 1:], math.nan, device=device), each)
     least = torch.stack([_ranks(value, tie) for value, tie in zip(values, ties, strict=True)]).amin(0).double() / values.shape[1]
     p_value = int((least <= least[0]).sum()) / len(least)
 
@@ -333,7 +333,7 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
         else:
             high = u
     reject = bool((values[:, :1] > thresholds(low)).any())
-    return TwoSampleTest(float(least[0]), p_value, reject, least[1:], each)
+    return TwoSampleTest(float(least[0]), p_value, reject, least[1:].to(device), each)
 
 
 def _ranks(values: Tensor, tied: Tensor) -> Tensor:

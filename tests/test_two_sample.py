@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import reference, two_sample
 from fastvae.radial import KERNELS, Laplace, Polynomial, RationalQuadratic
-from tests.cases import DEVICE, needs_triton
+from tests.cases import DEVICE, Copies, needs_triton
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -156,6 +157,46 @@ def test_splits_that_only_rounding_tells_apart_tie(kernel, n, m, dtype):
     values = np.array([mmd_of_split(k, in_x, "unbiased") for in_x in splits(n, m, 300, 2)])
     assert result.p_value == p_value(values)
     assert len(np.unique(values.round(9))) < 30
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_sweeps(monkeypatch):
+    """The operations, whose CPU implementations read numbers, give others."""
+    monkeypatch.setattr(two_sample._Data, "form", lambda self, v, *_: v.double().square().sum(0))
+    monkeypatch.setattr(two_sample._Data, "row_sums", lambda self, *_: self.z.double().square().sum(1))
+
+
+@pytest.mark.usefixtures("no_sweeps")
+@pytest.mark.parametrize("options", [{"bandwidth": 1.0}, {"bandwidth": (0.5, 1.0, 2.0), "aggregate": "fuse"}])
+def test_what_is_read_of_a_gpu_is_read_at_once(options):
+    with Reads() as reads:
+        fastvae.two_sample_test(*samples(9, 9), permutations=5, **options)
+    assert reads.count == 0
+
+
+@pytest.mark.usefixtures("no_sweeps")
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_statistics_copy_no_numbers_to_a_device(kernel, estimator):
+    z, v = torch.empty(9, 2, device="meta"), torch.empty(9, 4, device="meta")
+    data = two_sample._Data(z, 4, estimator, False, "", "")
+    h = torch.ones(2, dtype=torch.float64, device="cpu")
+    with Copies() as copies:
+        values, ties = data.statistics(v, KERNELS[kernel], h, h, None)
+        two_sample._p_values(values[None], ties[None])
+    assert not copies.found
 
 
 def test_median_is_the_default():
