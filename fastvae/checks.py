@@ -109,6 +109,10 @@ def same_kind(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """The same dtype on the same device."""
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}")
+    same_dtype(name_a, a, name_b, b)
+
+
+def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {a.dtype} and {b.dtype}")
 

@@ -51,7 +51,7 @@ class _EmbeddingMetric(Metric):
         for features in (self.real_features, self.fake_features):
             if isinstance(features, list) and features:
                 checks.same_features("embeddings", embeddings, "the embeddings so far", features[0])
-                checks.same_kind("embeddings", embeddings, "the embeddings so far", features[0].to(embeddings.device))
+                checks.same_dtype("embeddings", embeddings, "the embeddings so far", features[0])
         own = self.real_features if real else self.fake_features
         assert isinstance(own, list)
         own.append(embeddings.detach())

@@ -13,7 +13,7 @@ from torchmetrics.image.kid import KernelInceptionDistance as TorchmetricsKID
 
 from fastvae import recipes
 from fastvae.metrics import CMMD, KernelInceptionDistance
-from tests.cases import DEVICE
+from tests.cases import DEVICE, Copies
 from tests.ranks import run_on_ranks
 
 
@@ -83,6 +83,14 @@ def test_kid_seed_and_exact():
     exact = feed(KernelInceptionDistance(subsets=None), real, fake).compute()
     torch.testing.assert_close(exact.mean, recipes.kid(real, fake, subsets=None).mean)
     assert exact.std.isnan()
+
+
+def test_embeddings_kept_on_another_device_are_not_copied_to_be_compared():
+    metric = CMMD(backend="reference")
+    metric.update(torch.ones(3, 2, device="cpu"), real=True)
+    with Copies() as copies:
+        metric.update(torch.empty(3, 2, device="meta"), real=True)
+    assert not copies.found
 
 
 def test_reset():
