@@ -2,8 +2,8 @@
 
 d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, of one dtype on
 one device; where a formula pairs the rows of x and y, N = M. A bandwidth that a library takes from the data is a constant, as it is there.
-All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. They pass through `torch.compile(fullgraph=True)`, but
-for the statistics of the two tests where these choose the bandwidths. `docs/coming-from.md` shows the swap for each library.
+All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. They pass through `torch.compile(fullgraph=True)`, and
+but for `trvae` without `num_groups` no call waits for a GPU. `docs/coming-from.md` shows the swap for each library.
 
 The formulas were read from each project's source. Its rounding is not reproduced, nor a lower bound of 1e-8 or less on d².
 """
@@ -212,7 +212,7 @@ def dan(
     width = _of_data(mean_bandwidth(x, y, self_pairs=True))
     h = torch.stack([width * math.sqrt(2 * alpha) for alpha in _positive("alphas", alphas)])
     if linear:
-        ring = torch.arange(len(x), device=x.device).repeat_interleave(2).roll(-1)
+        ring = torch.arange(1, 2 * len(x) + 1, device=x.device) // 2 % len(x)
         value = mmd(x[ring], y[ring], bandwidth=h, estimator="linear", **options)
     else:
         value = mmd(x, y, bandwidth=h, estimator="unbiased", **options)
@@ -240,7 +240,10 @@ def pytorch_adapt(
     x, y = _samples(x, y)
     checks.option("mmd_type", mmd_type, ("linear", "quadratic"))
     width = _of_data(median_bandwidth(x, self_pairs=True))
-    h = torch.stack([width / math.sqrt(scale) for scale in _positive("kernel_scales", kernel_scales)])
+    if isinstance(kernel_scales, Tensor) and kernel_scales.device.type != "cpu":
+        h = width / kernel_scales.detach().reshape(-1).double().sqrt()
+    else:
+        h = torch.stack([width / math.sqrt(scale) for scale in _positive("kernel_scales", kernel_scales)])
     estimator = "linear" if mmd_type == "linear" else "unbiased"
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator=estimator, **options)
 
@@ -276,8 +279,8 @@ def trvae(
         beta·Σ over pairs of groups of V,   k = Σ_α exp(−d²/(2α)) over 19 α = 1e-6, 1e-5 … 1, 5, 10 … 35, 100, 1e3 … 1e6
 
     All pairs in one sweep. `boundary` takes only the pairs of a group before it with one from it on. Its quirks: a sum over pairs, not a
-    mean, so that the weight grows with the number of groups; a group of one row counts without a boundary, and not with one. As there, on a
-    GPU the call waits for it.
+    mean, so that the weight grows with the number of groups; a group of one row counts without a boundary, and not with one. Without
+    `num_groups` the call waits for a GPU.
 
     Source: github.com/theislab/scarches, models/trvae/losses.py; Lotfollahi et al. 2020, "Conditional out-of-distribution generation".
     """
@@ -286,18 +289,21 @@ def trvae(
     if groups.is_floating_point():
         raise TypeError(f"groups must hold integers, got {groups.dtype}")
     weight = checks.real("beta", beta)
-    pairs = None
     if boundary is not None:
         first = checks.integer("boundary", boundary, at_least=1)
         if first >= size:
             raise ValueError(f"boundary must be less than the number of groups, {size}, got {first}")
         pairs = [(i, j) for i in range(first) for j in range(first, size)]
     else:
-        # V of a row does not change when the row is there twice, and group_mmd takes groups of two.
-        single = (groups.bincount(minlength=size) == 1)[groups]
-        z, groups = torch.cat([z, z[single]]), torch.cat([groups, groups[single]])
+        pairs = [(i, j) for i in range(size) for j in range(i, size)]
+        # V of a row does not change when the row is there twice, and group_mmd takes groups of two. What needs no twin gets one too, in a
+        # group of no pair, as to count them would be to wait for a GPU.
+        members = torch.nn.functional.one_hot(groups.long(), size)
+        twins = torch.where(members.sum(0) == 1, torch.arange(size, device=z.device), size)
+        z, groups = torch.cat([z, z[members.argmax(0)]]), torch.cat([groups.long(), twins])
+        size += 1
     total = group_mmd(z, groups, num_groups=size, pairs=pairs, bandwidth=[alpha**0.5 for alpha in TRVAE_ALPHAS], **options).values.sum()
-    return total * (weight if boundary is not None else 0.5 * weight)
+    return total * weight
 
 
 def mmd_gan(
@@ -374,11 +380,9 @@ def kid(
     for name, t in (("x", x), ("y", y)):
         if t.shape[0] < subset_size:
             raise ValueError(f"{name} must have at least subset_size = {subset_size} rows, got {t.shape[0]}: or pass subsets=None")
-    values = []
-    for _ in range(subsets):
-        rows = [torch.randperm(t.shape[0], generator=generator)[:subset_size].to(t.device) for t in (x, y)]
-        values.append(mmd(x[rows[0]], y[rows[1]], bandwidth=h, kernel=kernel, estimator="unbiased", **options))
-    stacked = torch.stack(values)
+    drawn = torch.stack([torch.randperm(len(t), generator=generator)[:subset_size] for _ in range(subsets) for t in (x, y)])
+    rows = _sent(drawn, x.device).reshape(subsets, 2, subset_size)
+    stacked = torch.stack([mmd(x[of_x], y[of_y], bandwidth=h, kernel=kernel, estimator="unbiased", **options) for of_x, of_y in rows])
     stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan where a row is not finite, also one that no subset has
     return KID(stacked.mean(), stacked.std(unbiased=False))
 
@@ -399,7 +403,7 @@ def mmdagg(
         k = exp(−d²/λ²) ("gaussian"), (1 + d²/λ²)^−½ ("imq") or exp(−d/λ) ("matern_0.5_l2")
 
     By default the λ are a geometric series over the distances between the first 500 rows of each set, from half the smallest to twice the
-    largest; on a GPU the call waits for them. Its quirks: "gaussian" lacks the 2 of 2λ², so that h = λ/√2; "laplace", in its default
+    largest. Its quirks: "gaussian" lacks the 2 of 2λ², so that h = λ/√2; "laplace", in its default
     "laplace_gaussian", is of the L1 norm, which is not here. The test itself is another matter: p-values need permutations.
 
     Source: github.com/antoninschrab/mmdagg; Schrab et al. 2023, "MMD aggregated two-sample test".
@@ -408,9 +412,11 @@ def mmdagg(
     for name, t in (("x", x), ("y", y)):
         checks.enough_rows(name, t, "unbiased")
     family, factor = _schrab_kernel(kernel, _MMDAGG)
+    lambdas: list[Any]
     if bandwidths is None:
-        bandwidths = _mmdagg_bandwidths(x, y, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
-    lambdas = _positive("bandwidths", bandwidths)
+        lambdas = _mmdagg_bandwidths(x, y, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
+    else:
+        lambdas = _positive("bandwidths", bandwidths)
     n = len(x)
     if n != len(y) or permutations_same_sample_size:
         return torch.stack([mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options) for h in lambdas])
@@ -433,7 +439,7 @@ def mmdfuse(
         k = exp(−d²/(2λ²)) ("gaussian"), (1 + d²/λ²)^−½ ("imq", "rq") or exp(−d/λ) ("matern_0.5_l2")
 
     By default the λ go in equal steps from half the 5 % quantile to twice the 95 % quantile of the distances between rows of z, the zeros
-    of the diagonal replaced by the median; rows must not repeat, and on a GPU the call waits for them. Its quirk: "laplace", one of its two
+    of the diagonal replaced by the median; rows must not repeat. Its quirk: "laplace", one of its two
     default kernels, is exp(−√2·‖x−y‖₁/λ) of the L1 norm, which is not here.
 
     Source: github.com/antoninschrab/mmdfuse-paper; Biggs, Schrab and Gretton 2023, "MMD-FUSE".
@@ -444,9 +450,11 @@ def mmdfuse(
     families = [_schrab_kernel(kernel, _MMDFUSE) for kernel in ([kernels] if isinstance(kernels, str) else kernels)]
     z, n = torch.cat([x, y]), min(len(x), len(y))
     z_again = z.clone()  # Dynamo takes no tensor twice.
+    lambdas: list[Any]
     if bandwidths is None:
-        bandwidths = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
-    lambdas = _positive("bandwidths", bandwidths)
+        lambdas = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
+    else:
+        lambdas = _positive("bandwidths", bandwidths)
     multiplier = checks.real("lambda_multiplier", lambda_multiplier, above=0)
     statistics = []
     for family, factor in families:
@@ -483,34 +491,34 @@ def _squared(kernel: Kernel) -> tuple[Kernel, float]:
     return kernel, 0.5 if isinstance(kernel, Laplace) else 0.5**0.5
 
 
-def _mmdagg_bandwidths(x: Tensor, y: Tensor, count: int) -> list[float]:
-    distances = torch.cdist(x[:500].detach().double(), y[:500].detach().double(), compute_mode="donot_use_mm_for_euclid_dist").flatten()
-    low, high = float(distances.min()), max(float(distances.max()), 0.3)
-    if low < 0.1:
-        low = max(float(distances.kthvalue(int(0.05 * distances.numel()) + 1).values), 0.1)
+def _mmdagg_bandwidths(x: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    x, y = (t[:500].detach().double() for t in (x, y))
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").flatten().sort().values
+    low, high = distances[0], distances[-1].clamp(min=0.3)
+    low = torch.where(low < 0.1, distances[int(0.05 * len(distances))].clamp(min=0.1), low)
     ratio = (4 * high / low) ** (1 / (count - 1))
-    return [0.5 * low * ratio**i for i in range(count)]
+    return [_of_data(0.5 * low * ratio**i) for i in range(count)]
 
 
-def _mmdfuse_bandwidths(z: Tensor, count: int) -> list[float]:
+def _mmdfuse_bandwidths(z: Tensor, count: int) -> list[Tensor]:
     n, z = len(z), z.detach()[None]
     entries = n * (n + 1) // 2
 
-    def distance(rank: int) -> float:
-        return float(ranked_squared_distance(z, rank).sqrt())
+    def distance(rank: int) -> Tensor:
+        return ranked_squared_distance(z, rank).sqrt()
 
     # Of the sorted entries the n zeros come first.
     middle = (entries - 1) // 2 - n
     median = 0.5 * (distance(middle) + distance(entries // 2 - n))
 
-    def quantile(rank: int) -> float:
+    def quantile(rank: int) -> Tensor:
         """Of the entries whose zeros are now the median."""
         if rank <= middle:
             return distance(rank)
         return distance(rank - n) if rank > middle + n else median
 
     low, high = 0.5 * quantile(int(0.05 * entries)), 2 * quantile(int(0.95 * entries))
-    return [low + (high - low) * i / (count - 1) for i in range(count)]
+    return [_of_data(low + (high - low) * i / (count - 1)) for i in range(count)]
 
 
 def _samples(x: Tensor, y: Tensor, paired_for: str | None = None) -> tuple[Tensor, Tensor]:
@@ -526,6 +534,13 @@ def _samples(x: Tensor, y: Tensor, paired_for: str | None = None) -> tuple[Tenso
 def _of_data(bandwidth: Tensor) -> Tensor:
     """A number also where the samples hold a nan: MMD² is then nan by itself, and a bandwidth of nan an error."""
     return bandwidth.nan_to_num(nan=1.0)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device, for which a GPU is not waited for."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def _positive(name: str, values: Any) -> list[float]:
@@ -546,9 +561,10 @@ def _imq_set(x: Tensor, y: Tensor, c: float, scales: Sequence[float], options: O
     return mmd(x, y, bandwidth=h, kernel="imq", estimator="unbiased", **options)
 
 
-def _without_pairs(x: Tensor, y: Tensor, kernel: Kernel, bandwidth: float, options: Options) -> Tensor:
+def _without_pairs(x: Tensor, y: Tensor, kernel: Kernel, bandwidth: float | Tensor, options: Options) -> Tensor:
     """Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(N(N−1)): V, and what its pairs i = j add to it."""
     n, value = len(x), mmd(x, y, bandwidth=bandwidth, kernel=kernel, **options)
-    gamma = float(kernel.gamma(torch.tensor(bandwidth, dtype=torch.float64), x.shape[1]))
+    h = bandwidth if isinstance(bandwidth, Tensor) else torch.tensor(bandwidth, dtype=torch.float64, device="cpu")
+    gamma = kernel.gamma(h, x.shape[1])
     t = (x.to(value.dtype) - y.to(value.dtype)).square().sum(1) * gamma
     return (n * value - 2 * (kernel.at_zero - kernel.phi(t)).mean()) / (n - 1)

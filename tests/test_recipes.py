@@ -10,7 +10,7 @@ import torch
 
 import fastvae
 from fastvae import recipes
-from tests.cases import DEVICE
+from tests.cases import DEVICE, Copies
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -381,17 +381,53 @@ def test_options_reach_mmd():
         recipes.deepda(x, y, precision="low")
 
 
+def on_meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# Recipes with what depends on the data, or on numbers of the caller.
+ON_A_GPU = {
+    "pythae": recipes.pythae,
+    "pytorch_vae": recipes.pytorch_vae,
+    "alibi_detect": recipes.alibi_detect,
+    "dan": lambda x, y: recipes.dan(x, y),
+    "deepda": recipes.deepda,
+    "pytorch_adapt": lambda x, y: recipes.pytorch_adapt(x, y, kernel_scales=on_meta(3), mmd_type="quadratic"),
+    "trvae": lambda x, y: recipes.trvae(x, on_meta(9, dtype=torch.int64), num_groups=4),
+    "trvae with a boundary": lambda x, y: recipes.trvae(x, on_meta(9, dtype=torch.int64), num_groups=4, boundary=2),
+    "mmdagg": recipes.mmdagg,
+    "mmdagg, U": lambda x, y: recipes.mmdagg(x, y, permutations_same_sample_size=True),
+    "mmdfuse": recipes.mmdfuse,
+}
+
+
+@pytest.mark.parametrize("recipe", ON_A_GPU)
+def test_nothing_is_read_of_a_gpu_or_copied_to_it(recipe):
+    """Tensors on "meta" have no values, and an operation that reads them raises."""
+    for _ in range(2):
+        with Copies() as copies:
+            ON_A_GPU[recipe](on_meta(9, 3), on_meta(9, 3))
+    assert not copies.found
+
+
+def test_kid_copies_its_subsets_to_a_gpu_at_once():
+    with Copies() as copies:
+        recipes.kid(on_meta(9, 3), on_meta(9, 3), subsets=5, subset_size=4)
+    assert copies.found == ["aten::_to_copy"]
+
+
 @pytest.mark.slow
 def test_compile():
     x, y = samples(dtype=torch.float32)
     labels = LABELS.to(DEVICE)
-    losses = [case[0] for case in CASES if case[0] not in (recipes.mmdagg, recipes.mmdfuse) and not case[2]] + [
+    losses = [case[0] for case in CASES if not case[2]] + [
         lambda x, y: recipes.dan(x, y, linear=True),
         lambda x, y: recipes.trvae(torch.cat([x, y])[:9], labels, num_groups=6),
         lambda x, y: recipes.trvae(x + 0 * y, labels, num_groups=6, boundary=2),
         lambda x, y: recipes.kid(x, y, subsets=None).mean,
         lambda x, y: recipes.mmdagg(x, y, bandwidths=(1.0, 2.0)),
         lambda x, y: recipes.mmdfuse(x, y, bandwidths=(1.0, 2.0)),
+        recipes.mmdfuse,
     ]
     for loss in losses:
         torch.compiler.reset()
