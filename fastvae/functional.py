@@ -51,7 +51,7 @@ def mmd(
         y: (..., M, D), same batch dimensions, dtype and device as x.
         bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
             require grad. From 1e-30 to 1e30, and several within a factor of 1e15 of one another. Or a rule, "median" or "mean":
-            `fastvae.median_bandwidth(x, y)`, in the time of one more sweep and waiting for a GPU, or `fastvae.mean_bandwidth(x, y)`; a
+            `fastvae.median_bandwidth(x, y)`, in the time of one more sweep, on a GPU of three, or `fastvae.mean_bandwidth(x, y)`; a
             constant, and one for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
         kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
@@ -266,7 +266,7 @@ def kernel_matmul(
     columns = v if v.ndim == 2 else v[:, None]
     if backend == "reference":
         dtype = accumulation_dtype(x.dtype)
-        x, y, columns, h, a = (t.to(x.device, dtype) for t in (x, y, columns, as_vector(h, x.device), as_vector(a, x.device)))
+        x, y, columns = (t.to(dtype) for t in (x, y, columns))
         with torch.autocast(x.device.type, enabled=False):
             out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
             out = out + zero_if_finite(x, y, columns).to(dtype)

@@ -67,6 +67,7 @@ def fake_cuda() -> Iterator[Recorder]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelInterface, "__getitem__", lambda fn, grid: functools.partial(recorder.launch, fn))
         patch.setattr(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.itemsize)
+        patch.setattr(torch.Tensor, "pin_memory", lambda t: t)
         patch.setattr(torch.cuda, "current_device", guard.current_device)
         patch.setattr(torch.cuda, "_exchange_device", guard.exchange_device)
         patch.setattr(torch.cuda, "_maybe_exchange_device", guard.exchange_device)
@@ -98,7 +99,7 @@ def _guard() -> ctypes.CDLL:
 def _forget() -> None:
     """Empty the caches of tensors on devices, and of what the devices are."""
     for name, module in list(sys.modules.items()):
-        if name == "fastvae.radial" or name.startswith("fastvae.kernels."):
+        if name in ("fastvae.radial", "fastvae.functional") or name.startswith("fastvae.kernels."):
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

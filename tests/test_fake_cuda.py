@@ -90,6 +90,7 @@ CALLS = {
     "mmd, bfloat16": Call(mmd(), gradients=(0,), dtype=torch.bfloat16),
     "mmd, float64": Call(mmd(), gradients=(0,), results=(((), f64),), dtype=f64),
     "mmd, linear": Call(mmd(estimator="linear"), gradients=(0,)),
+    "mmd, bandwidth='median'": Call(mmd(bandwidth="median"), gradients=(0,)),
     "mmd, bandwidth='mean'": Call(mmd(bandwidth="mean"), gradients=(0,)),
     "mmd, bandwidth on the device": Call(mmd_of_tensor, (X, X, (1,)), (0,)),
     "mmd, gradient to the bandwidth": Call(mmd_of_tensor, (X, X, (1,)), (0, 2)),
@@ -122,6 +123,7 @@ CALLS = {
     "reparameterize_kl, eps": Call(
         lambda mu, logvar, eps: fastvae.reparameterize_kl(mu, logvar, eps=eps), (X, X, X), (0, 1), ((X, f32), ((N,), f32))
     ),
+    "median_bandwidth": Call(fastvae.median_bandwidth, results=(((), f64),)),
     "mean_bandwidth": Call(fastvae.mean_bandwidth, results=(((), f64),)),
     "VAEObjective.vae": objective(VAEObjective.vae()),
     "VAEObjective.mmd_vae": objective(VAEObjective.mmd_vae(10.0)),
