@@ -1,5 +1,6 @@
 """The benchmark suite itself: what it checks before it times, and what it says of a peer that is not there."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import fastvae
 from benchmarks import plot, providers, rows, run, table, tensor_core
 from benchmarks.measure import Ceilings, Time, interleaved, peak_extra_mib, summary
 from fastvae import reference
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +93,40 @@ def test_tiles_that_start_from_zero_keep_the_gradients_digits(dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["accuracy", "speed"])
+@pytest.mark.parametrize("stage", ["accuracy", "host", "training", "speed"])
 def test_the_gpu_suite_runs_to_its_end(stage, tmp_path):
     """In Triton's interpreter, with tiny samples: on a GPU it has to work the first time."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--stage", stage, "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.splitlines()[-1] == "end"
     found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert found
-    assert all(row.get("status", "ok") == "ok" for row in found)
+    peers = {"KeOps": "pykeops", "geomloss": "geomloss", "JAX": "jax"}
+    absent = [name for name, module in peers.items() if importlib.util.find_spec(module) is None]
+    failed = {row["provider"]: row["status"] for row in found if row.get("status", "ok") != "ok"}
+    assert all(name in absent and reason.startswith("ModuleNotFoundError") for name, reason in failed.items()), failed
+
+
+@pytest.mark.interpreter
+def test_the_steps_of_the_gpu_suite_have_one_gradient():
+    gpu_steps = pytest.importorskip("benchmarks.gpu_steps")
+    x, y = gpu_steps.points(20, 3)
+    functions = {"fastvae": gpu_steps.mmd, "eager": gpu_steps.eager_mmd, "checkpointed": gpu_steps.checkpointed_mmd}
+    for steps in (
+        gpu_steps.mmd_steps(x, y, functions),
+        *(make(20, 3)[0] for make in (gpu_steps.kernel_matmul, gpu_steps.total_correlation, gpu_steps.group_mmd)),
+    ):
+        grads = {name: step() for name, step in steps.items() if name != "KeOps"}
+        for found in grads.values():
+            torch.testing.assert_close(found, grads["eager"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_fails_is_a_row():
+    gpu_steps = pytest.importorskip("benchmarks.gpu_steps")
+    broken, whole = gpu_steps.timed({"broken": lambda: 1 // 0, "whole": lambda: None}, n=3)
+    assert broken == {"n": 3, "provider": "broken", "status": "ZeroDivisionError: integer division or modulo by zero"}
+    assert whole["status"] == "ok"
 
 
 def test_a_missing_peer_is_said(monkeypatch):
@@ -174,3 +201,12 @@ def test_plots_are_drawn_from_rows(results):
     pytest.importorskip("matplotlib")
     plot.main()
     assert {path.name for path in results.glob("*.png")} == {"a-cpu-time.png", "a-cpu-memory.png", "a-cpu-speed-up.png"}
+
+
+def test_host_time_counts_the_launches_of_a_step():
+    pytest.importorskip("triton")
+    # In a process of its own, as it has to choose the interpreter.
+    code = "from benchmarks.host_time import measure; import json; print(json.dumps(measure(rounds=5)))"
+    row = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert row["launches"]["fastvae"] == 7
+    assert row["fastvae"]["rounds"] == row["eager"]["rounds"] == 5
