@@ -81,7 +81,7 @@ def test_a_tensor_core_truncates_toward_zero():
         return tensor_core.multiply_add(a, np.ones_like(a.T), one, 16).item()
 
     assert add(0.75 * last) == add(0.24 * last, 0.24 * last, 0.24 * last, 0.24 * last) == add(*[0.124 * last] * 16) == 1
-    assert add(0.5 * last, 0.5 * last) == 1 + last
+    assert add(*[0.25 * last] * 4) == 1 + last
     assert -tensor_core.multiply_add(one, -0.75 * last * one, -one, 16).item() == 1
 
 
