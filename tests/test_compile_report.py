@@ -65,7 +65,7 @@ from benchmarks.sass import compile_kernel
 from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
 
 SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
-FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding"}
+FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding", "x_tolerance", "y_tolerance"}
 FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr", "poison_ptr", "total_ptr"}
 
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
