@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +98,28 @@ def _without_denormal(exponent: float) -> Exponentials:
 _DENORMAL = {torch.float32: -126.0, torch.float64: -1022.0}
 _WITHOUT_DENORMAL = {dtype: _without_denormal(0.8 * exponent) for dtype, exponent in _DENORMAL.items()}
 _MANY = 2.5
+
+
+def exponentials(farthest: float, dtype: torch.dtype) -> Exponentials:
+    """For exponents of a power of two down to −farthest."""
+    return _WITHOUT_DENORMAL[dtype] if _MANY < farthest / -_DENORMAL[dtype] < math.inf else _EXPONENTIALS
+
+
+def linear(dtype: torch.dtype) -> Callable[..., Any] | None:
+    """oneDNN's product of numbers of `dtype`, unless it is not there or switched off."""
+    return _LINEAR if dtype == torch.float32 and torch._C._get_mkldnn_enabled() else None
+
+
+def is_linear(pairs: Sequence[int], features: int) -> bool:
+    """Whether oneDNN's product of, or with, an array of so many pairs is faster."""
+    rows, columns = pairs
+    few_shapes = rows % LINEAR_MULTIPLE == columns % LINEAR_MULTIPLE == 0
+    return few_shapes and rows * columns >= _LINEAR_PAIRS and rows * columns * features >= _LINEAR_FROM
+
+def by_linear(product: Callable[..., Any], left: Tensor, right: Tensor) -> Tensor:
+    # Of a weight whose rows do not lie side by side the product takes a thousand times as long.
+    weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
+    return cast(Tensor, product(left, weight, None, "none", [], ""))
 
 
 class Profile(NamedTuple):
@@ -196,7 +218,7 @@ class Tiles:
         self.profile = Profile.of(self.ladder)
         # Of the points, whose products are then the exponents of the widest bandwidth.
         self.scale = (self.ladder.gamma * (2 * self.profile.unit if self.kernel.radial else 1.0)) ** 0.5
-        self._linear = _LINEAR if self.dtype == torch.float32 and torch._C._get_mkldnn_enabled() else None
+        self._linear = linear(self.dtype)
         if self._linear is not None and max(map(len, samples)) >= TILE:
             # What a product returns is freed with its tile. The C library keeps for the next one what is smaller than the largest block
             # freed so far, up to 32 MiB, and has the system map the pages of others anew.
@@ -246,13 +268,12 @@ class Tiles:
     def rungs(self, a: Points, i: slice, b: Points, j: slice) -> Iterator[Rung]:
         exponent = self._exponent(a, i, b, j)
         value = exponent if all(self.ladder.squarings[1:]) else self.buffer("value", i, j)
-        # Of two rows as far apart as rows of the tile can be, the exponent over that at which denormal numbers start.
+        # Of two rows as far apart as rows of the tile can be.
         reach = a.radius2[i.start] ** 0.5 + b.radius2[j.start] ** 0.5
-        farthest = -self.ladder.gamma * LOG2_E * reach * reach / _DENORMAL[self.dtype]
+        farthest = self.ladder.gamma * LOG2_E * reach * reach
         for n, (ratio, weight) in enumerate(zip(self.ladder.ratios, self.ladder.weights, strict=True)):
             scratch = None if self.profile.kernel_is_slope else self.buffer("slope", i, j)
-            exponentials = _WITHOUT_DENORMAL[self.dtype] if _MANY < farthest * ratio < math.inf else _EXPONENTIALS
-            slope = self.profile.evaluate(n, ratio, exponent, value, scratch, exponentials)
+            slope = self.profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, self.dtype))
             if a is b and i == j:
                 value.fill_diagonal_(0)
                 slope.fill_diagonal_(0)
@@ -305,15 +326,11 @@ class Tiles:
             total.addmm_(left, right, alpha=scale)
 
     def _is_linear(self, rows: int, columns: int, features: int) -> bool:
-        pairs = rows * columns
-        few_shapes = rows % LINEAR_MULTIPLE == columns % LINEAR_MULTIPLE == 0
-        return self._linear is not None and few_shapes and pairs >= _LINEAR_PAIRS and pairs * features >= _LINEAR_FROM
+        return self._linear is not None and is_linear((rows, columns), features)
 
     def _by_linear(self, left: Tensor, right: Tensor) -> Tensor:
         assert self._linear is not None
-        # Of a weight whose rows do not lie side by side the product takes a thousand times as long.
-        weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()
-        return cast(Tensor, self._linear(left, weight, None, "none", [], ""))
+        return by_linear(self._linear, left, right)
 
     def _exponent(self, a: Points, i: slice, b: Points, j: slice) -> Tensor:
         """−t_0 times the unit; √(2·t_0) for a rooted kernel, t_0 for one of x·y."""

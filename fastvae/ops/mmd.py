@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastvae.cpu import compiled
+from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
@@ -202,10 +202,39 @@ def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
             return value, grad_x, grad_y, grad_h, grad_a
         batched = problem.x.ndim == 3
         if not batched:
+            if (result := _small(problem)) is not None:
+                return result
             problem = _of_tensors(problem, itemgetter(None))
-        # One problem at a time, whose tiles stay in cache.
-        singles = (itemgetter(slice(n, n + 1)) for n in range(problem.x.shape[0]))
-        return _joined([_evaluate_batch(make_sweep, _of_tensors(problem, single)) for single in singles], batched)
+        parts = []
+        step = _small_problems(problem)
+        for n in range(0, problem.x.shape[0], max(step, 1)):
+            some = _of_tensors(problem, itemgetter(slice(n, n + max(step, 1))))
+            if batched and (result := _small(some)) is not None:
+                parts.append(result)
+                continue
+            # One problem at a time, whose tiles stay in cache.
+            singles = (itemgetter(slice(n, n + 1)) for n in range(some.x.shape[0]))
+            parts += [_evaluate_batch(make_sweep, _of_tensors(some, single)) for single in singles]
+        return _joined(parts, batched)
+
+
+def _small_problems(problem: Problem) -> int:
+    """How many of a batch the direct formula takes at once; 0 for what is left to a sweep."""
+    if problem.all_x is not None or problem.all_y is not None or problem.bandwidth_grad:
+        return 0
+    rows = problem.x.shape[-2] + (0 if problem.y is None else problem.y.shape[-2])
+    return small.problems_at_once(rows, problem.x.shape[-1])
+
+
+def _small(problem: Problem) -> Result | None:
+    if not _small_problems(problem):
+        return None
+    result = small.mmd(*problem[:4], *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
+    if result is None:
+        return None
+    value, *gradients = result
+    grad_x, grad_y = (value.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return value, grad_x, grad_y, value.new_empty(0, dtype=torch.float64)
 
 
 def _problems_at_once(problem: Problem) -> int:
