@@ -184,7 +184,9 @@ def _mmd(
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (estimator == "unbiased", precision or "", backend or "")
     value = apply_mmd(*tensors, *whole, *starts, *kernel_arguments(family, h, a), *arguments)
-    return value.reshape(x.shape[:-2]) if process_group is None else sum_shares(value, process_group)
+    if process_group is not None:
+        return sum_shares(value, process_group)
+    return value.reshape(x.shape[:-2]) if x.ndim > 3 else value
 
 
 def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:

@@ -17,12 +17,24 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu.tiles import Profile, by_linear, exponentials, is_linear, linear
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, SHIFT_BELOW, Kernel, KernelSum, Ladder, Numbers, rbf_normal_mean_exponent, rbf_normal_self_exponent, read
+from fastvae.radial import (
+    EXPONENT_ERROR,
+    LOG2_E,
+    RBF,
+    SHIFT_BELOW,
+    Kernel,
+    KernelSum,
+    Ladder,
+    Numbers,
+    rbf_normal_mean_exponent,
+    rbf_normal_self_exponent,
+    read,
+)
 
 # Pairs of rows of [x; y] up to which one array of them is faster than tiles.
 _PAIRS = 1 << 20
 # Pairs, and numbers of a sample, of the problems of a batch that are taken at once: arrays that stay in the second-level cache.
-_PAIRS_AT_ONCE = 1 << 17
+_PAIRS_AT_ONCE = 1 << 18
 _NUMBERS_AT_ONCE = 1 << 17
 
 # Scales and mean squares whose products are numbers of float32: of others the streaming path takes care.
@@ -94,18 +106,20 @@ def mmd(
     weights = _weights(x, y, x_weights, y_weights, dtype)
     extras = [_extra(s, p, unbiased) for s, p in zip(samples, (x_weights, y_weights), strict=False)]
 
+    ones = torch.ones_like(squares)
     if kernel.rooted:
         exponent = torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist")
-        points = torch.cat([scaled, torch.ones_like(squares)], -1)
+        points = torch.cat([scaled, ones], -1)
     elif kernel.radial:
         half = squares.mul_(-0.5 * plan.scale**2)
-        left = torch.cat([scaled, torch.ones_like(half), half], -1)
+        left = torch.cat([scaled, ones, half], -1)
         points = left[..., :-1]
-        exponent = _product(left, torch.cat([scaled, half, torch.ones_like(half)], -1).mT)
+        exponent = _product(left, torch.cat([scaled, half, ones], -1).mT)
     else:
         points, exponent = scaled, _product(scaled, scaled.mT)
-    # One product has the sums of k too, where the slope is k.
-    at_once = gradient and plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased
+    # Rows whose pull is wanted; of all of them one product has the sums of k too, where the slope is k.
+    moved = slice(0, x.shape[-2] if not y_grad else z.shape[-2])
+    at_once = gradient and plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased and moved.stop == z.shape[-2]
     sums, own_sums, slope = _sums(plan, exponent, weights, samples if unbiased else [], unbiased or kernel.radial, gradient, at_once)
     moments = None
     if slope is not None:
@@ -114,18 +128,18 @@ def mmd(
             if unbiased:
                 block = slope[..., rows, rows]
                 block.addcmul_(block, extra) if isinstance(extra, Tensor) else block.add_(block, alpha=extra)
-        moments = _product(slope, weighted)
+        moments = _product(slope[..., moved, :], weighted)
         if at_once:
-            sums = moments[..., -1:] * ladder.weights[0]
+            sums = moments[..., -1:].clone() if ladder.slope_shift else moments[..., -1:]
         if ladder.slope_shift:
             # Every pair's 1, which the slopes leave out.
-            for rows, extra in zip(samples, extras, strict=True):
+            for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
                 own = weighted[..., rows, :].sum(-2, keepdim=True)
                 moments[..., rows, :] += ladder.slope_shift * (weighted.sum(-2, keepdim=True) + extra * own)
     assert sums is not None
-    value = (sums.double() * weights).sum((-2, -1))
+    value = (sums * weights).sum((-2, -1), dtype=torch.float64)
     for rows, extra, own_sum in zip(samples, extras, own_sums, strict=False):
-        form = (own_sum.double() * weights[..., rows, :]).sum((-2, -1))
+        form = (own_sum * weights[..., rows, :]).sum((-2, -1), dtype=torch.float64)
         value = value + form * (extra[..., 0, 0] if isinstance(extra, Tensor) else extra)
     if kernel.radial and not unbiased:
         constant = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
@@ -136,7 +150,7 @@ def mmd(
     gradients: list[Tensor | None] = [None, None]
     if moments is not None:
         if kernel.radial:
-            pull = (scaled * moments[..., -1:]).sub_(moments[..., :-1])
+            pull = (scaled[..., moved, :] * moments[..., -1:]).sub_(moments[..., :-1])
             factor = -2 * plan.scale / plan.profile.unit
         else:
             pull, factor = moments, 2 * plan.scale
@@ -229,7 +243,7 @@ def _sums(
         if not gradient:
             continue
         if single:
-            total = slope if weight == 1 or at_once else slope.mul_(weight)
+            total = slope if weight == 1 else slope.mul_(weight)
         elif total is None:
             total = slope * (weight * ratio)
         else:
@@ -239,13 +253,11 @@ def _sums(
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.ndim == 2 and (product := linear(left.dtype)) is not None:
-        rows, features = left.shape
-        columns = right.shape[1]
-        if rows == columns and is_linear((rows, columns), features):
+        (rows, features), columns = left.shape, right.shape[1]
+        if is_linear((rows, columns), features):
             return by_linear(product, left, right)
-        if rows == features and is_linear((rows, features), columns):
-            # (left @ right)ᵀ of a symmetric left
-            return by_linear(product, right.T.contiguous(), left).T
+        if is_linear((rows, features), columns):
+            return by_linear(product, right.T.contiguous(), left.T).T
     return left @ right
 
 

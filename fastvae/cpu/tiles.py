@@ -116,6 +116,7 @@ def is_linear(pairs: Sequence[int], features: int) -> bool:
     few_shapes = rows % LINEAR_MULTIPLE == columns % LINEAR_MULTIPLE == 0
     return few_shapes and rows * columns >= _LINEAR_PAIRS and rows * columns * features >= _LINEAR_FROM
 
+
 def by_linear(product: Callable[..., Any], left: Tensor, right: Tensor) -> Tensor:
     # Of a weight whose rows do not lie side by side the product takes a thousand times as long.
     weight = right.T if right.is_contiguous() or right.T.is_contiguous() else right.T.contiguous()

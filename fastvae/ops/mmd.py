@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
@@ -92,8 +93,10 @@ def mmd_op(*args: Any) -> Result:
 
     A gradient not asked for is empty."""
     problem = Problem(*args)
-    if problem.backend == "triton":
-        return _triton(*args)
+    return _triton(*args) if problem.backend == "triton" else _on_cpu(problem)
+
+
+def _on_cpu(problem: Problem) -> Result:
     if problem.bandwidth_grad:
         return _evaluate(cpu.BandwidthSweep, problem)
     return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
@@ -229,12 +232,14 @@ def _small_problems(problem: Problem) -> int:
 def _small(problem: Problem) -> Result | None:
     if not _small_problems(problem):
         return None
-    result = small.mmd(*problem[:4], *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
+    dtype = accumulation_dtype(problem.x.dtype)
+    weights = (None if w is None else unit_weights(w, None, dtype) for w in problem[2:4])
+    result = small.mmd(*problem[:2], *weights, *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
     if result is None:
         return None
     value, *gradients = result
     grad_x, grad_y = (value.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return value, grad_x, grad_y, value.new_empty(0, dtype=torch.float64)
+    return value, grad_x, grad_y, *(value.new_empty(0, dtype=torch.float64) for _ in range(2))
 
 
 def _problems_at_once(problem: Problem) -> int:
@@ -431,7 +436,8 @@ def apply_mmd(*args: Any) -> Tensor:
     # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*args, *flags)[0])
-    return cast(Tensor, MMD.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
+    function = MMD if torch._C._are_functorch_transforms_active() else _EagerMMD
+    return cast(Tensor, function.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
 
 
 class MMD(torch.autograd.Function):
@@ -453,6 +459,29 @@ class MMD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *grads)
+
+
+class _EagerMMD(torch.autograd.Function):
+    """`MMD` where no transform of `torch.func` needs more: with `setup_context` a call takes 35 µs longer, as much as a small problem."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Result:  # type: ignore[override]
+        problem = Problem(*args)
+        # The dispatcher, 25 µs of a call, has nothing to choose.
+        result = _on_cpu(problem) if _is_plain(problem) else cast(Result, mmd_op(*args))
+        MMD.setup_context(ctx, args, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+def _is_plain(problem: Problem) -> bool:
+    """Whether the op is that of the CPU, and nobody looks on: no subclass of tensors, no mode."""
+    points = problem.x, problem.x if problem.y is None else problem.y
+    on_cpu = problem.backend != "triton" and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in points)
+    return on_cpu and not is_in_torch_dispatch_mode()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
