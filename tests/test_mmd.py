@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import reference
-from fastvae.cpu import tiles
-from fastvae.radial import KERNELS, Polynomial, RationalQuadratic
+from fastvae.cpu import small, tiles
+from fastvae.radial import KERNELS, RBF, Polynomial, RationalQuadratic
 from tests.cases import (
     CASES,
     DEVICE,
@@ -44,10 +45,13 @@ def size(case: Case) -> tuple[int, float]:
     return rows, sum(map(abs, case.bandwidth_weights or (1.0,) * len(case.bandwidth)))
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize(("case", "name"), problems(STREAMING_CASES))
-def test_cpu(case, name):
+def test_cpu(case, name, streams, monkeypatch):
     if DEVICE != "cpu":
         pytest.skip("the default backend is not the CPU's")
+    if streams:
+        monkeypatch.setattr(small, "_PAIRS", 0)
     actual, reference_values, value_only = run(case, name)
     assert actual[0].dtype == case.accumulation_dtype
     assert all(grad.dtype == case.dtype for grad in actual[1:])
@@ -165,23 +169,67 @@ def test_cpu_products_by_onednn(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bandwidth", [(1.0,), (1.0, 2**0.5, 2.0), (1.0, 1.3)])
-def test_cpu_powers_are_not_denormal(bandwidth, dtype, monkeypatch):
+@pytest.mark.parametrize("streams", [False, True])
+def test_cpu_powers_are_not_denormal(bandwidth, dtype, streams, monkeypatch):
     """They take a hundred times as long: a narrow bandwidth would take up to 1.9 times as long as a wide one."""
-    least, rungs = [], tiles.Tiles.rungs
+    least, evaluate_power = [], tiles.Profile.evaluate
 
-    def recorded(self, a, i, b, j):
-        for rung in rungs(self, a, i, b, j):
-            least.append(rung.value[rung.value > 0].min())
-            yield rung
+    def recorded(self, n, ratio, exponent, out, *options):
+        slope = evaluate_power(self, n, ratio, exponent, out, *options)
+        least.append(out[out > 0].min())
+        return slope
 
-    monkeypatch.setattr(tiles.Tiles, "rungs", recorded)
+    monkeypatch.setattr(tiles.Profile, "evaluate", recorded)
+    if streams:
+        monkeypatch.setattr(small, "_PAIRS", 0)
     narrow = {torch.float32: 0.2, torch.float64: 0.06}[dtype]
     options = {"bandwidth": tuple(narrow * h for h in bandwidth)}
     x, y = torch.randn(300, 8, dtype=dtype), torch.randn(200, 8, dtype=dtype)
     actual = evaluate(fastvae.mmd, x, y, **options, backend="cpu")
-    assert len(least) == 3 * len(bandwidth)
+    assert len(least) == (3 if streams else 1) * len(bandwidth)
     assert all(power.dtype == dtype and power >= torch.finfo(dtype).tiny for power in least)
     assert_close(actual, evaluate(reference.mmd, x.double(), y.double(), **options), TOLERANCE[dtype], 200, len(bandwidth))
+
+
+@pytest.mark.parametrize(("name", "most"), [("mmd", 60), ("mmd_to_normal", 65)])
+def test_cpu_takes_few_operations_for_few_rows(name, most):
+    """Tiles take hundreds, which no product of few rows is worth."""
+    samples = [torch.randn(32, 4) for _ in range(2 if name == "mmd" else 1)]
+    x, y = samples if name == "mmd" else (*samples, None)
+    operations = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        # What follows from the bandwidths alone is kept from the first call.
+        operations.clear()
+        with Recorder():
+            value, grad_x, _ = small.mmd(x, y, None, None, RBF(), [2.0], [1.0], False, True, False)
+    assert len(operations) <= most, operations
+    x = x.requires_grad_()
+    actual = fastvae.mmd(x, y, bandwidth=2.0) if y is not None else fastvae.mmd_to_normal(x, bandwidth=2.0)
+    actual.backward()
+    assert torch.equal(actual, value)
+    torch.testing.assert_close(x.grad, grad_x)
+
+
+def test_cpu_batch_with_a_problem_that_products_are_not_exact_enough_for(monkeypatch):
+    """It and those that are taken with it go to the streaming path, and nothing else."""
+    monkeypatch.setattr(small, "_PAIRS_AT_ONCE", 2 * 40**2)
+    results, direct = [], small.mmd
+    monkeypatch.setattr(small, "mmd", lambda *args: results.append(direct(*args)) or results[-1])
+    x, y = torch.randn(5, 20, 3), torch.randn(5, 20, 3)
+    x[2, :10] += 1000
+
+    def loss(function, x, y):
+        return function(x, y, bandwidth=(0.5, 2.0)).sum()
+
+    actual = evaluate(partial(loss, fastvae.mmd), x, y)
+    assert [result is None for result in results] == [False, True, False]
+    assert_close(actual, evaluate(partial(loss, reference.mmd), x.double(), y.double()), TOLERANCE[torch.float32], 20, 2)
 
 
 def test_clusters_far_apart_with_a_small_bandwidth():

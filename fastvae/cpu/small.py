@@ -1,7 +1,7 @@
-"""MMD² of samples of few rows, and of batches of them: the direct formula, its value and gradient from one array of all pairs of rows.
+"""MMD² of samples of few rows, and of batches of them: value and gradient from one array of all pairs of rows.
 
-With rows z = [x; y] and signed weights w = [p; −q] the value is wᵀKw and the gradient to row i a sum over j of w_j·φ'(t_ij)·(z_i − z_j), for
-which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles.
+With rows z = [x; y] and signed weights w = [p; −q] the value is wᵀKw, and the gradient to row i a sum over j of w_j·φ'(t_ij)·(z_i − z_j),
+for which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -94,24 +94,26 @@ def mmd(
         return None
     # The slope of a rooted kernel is steep between rows near to one another.
     dtype = torch.float64 if kernel.rooted else result_dtype
-    z = (x if y is None else torch.cat([x, y], -2)).to(dtype)
-    if kernel.radial and y is not None:
+    z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
+    if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
-    squares = z.square().sum(-1, keepdim=True)
-    plan = _plan_for(kernel, bandwidth, bandwidth_weights, squares, x.shape[-1], y is None)
-    if plan is None:
+    h, a = read(bandwidth), read(bandwidth_weights)
+    assert not isinstance(h, Tensor)
+    assert not isinstance(a, Tensor)
+    if (planned := _plan_for(kernel, h, a, z, y is None)) is None:
         return None
-    ladder, scaled, gradient = plan.ladder, z * plan.scale, x_grad or y_grad
+    plan, scaled, squares = planned
+    ladder, gradient = plan.ladder, x_grad or y_grad
     samples = [slice(0, x.shape[-2]), slice(x.shape[-2], z.shape[-2])][: 1 if y is None else 2]
     weights = _weights(x, y, x_weights, y_weights, dtype)
-    extras = [_extra(s, p, unbiased) for s, p in zip(samples, (x_weights, y_weights), strict=False)]
+    extras = [_extra(s, p, unbiased, dtype) for s, p in zip(samples, (x_weights, y_weights), strict=False)]
 
     ones = torch.ones_like(squares)
     if kernel.rooted:
         exponent = torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist")
         points = torch.cat([scaled, ones], -1)
     elif kernel.radial:
-        half = squares.mul_(-0.5 * plan.scale**2)
+        half = squares.mul_(-0.5)
         left = torch.cat([scaled, ones, half], -1)
         points = left[..., :-1]
         exponent = _product(left, torch.cat([scaled, half, ones], -1).mT)
@@ -160,40 +162,42 @@ def mmd(
                 gradients[n] = (pull[..., rows, :] * (factor * row_weights)).to(result_dtype)
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
-        # −½·scale²·‖x‖² so far
-        exponents = half.double() * (prior.slopes / plan.scale**2) + prior.constants
+        exponents = given.square().sum(-1, keepdim=True, dtype=torch.float64) * prior.slopes + prior.constants
         powers = exponents.exp()
         shifted = torch.where(prior.shifts, exponents.expm1(), powers) if any(ladder.shifts) else powers
         value = value - 2 * ((shifted @ prior.weights)[..., None] * weights).sum((-2, -1)) + prior.within
         if gradients[0] is not None:
-            gradients[0] += scaled * ((powers @ prior.slope_weights)[..., None] * weights * (2 / plan.scale)).to(dtype)
+            gradients[0] += given * ((powers @ prior.slope_weights)[..., None] * weights).to(dtype)
     return value.to(result_dtype), gradients[0], gradients[1]
 
 
-def _plan_for(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, squares: Tensor, dim: int, prior: bool) -> _Plan | None:
-    """The plan for rows of these ‖z‖²; None for data, or for a bandwidth, that its products are not exact enough for."""
-    h, a, dtype = read(bandwidth), read(bandwidth_weights), squares.dtype
-    assert not isinstance(h, Tensor)
-    assert not isinstance(a, Tensor)
-    means = squares.mean(-2)
-    least, most = float(means) if means.numel() == 1 else float(means.min()), float(squares.max())
-    if not (_LEAST_SQUARE < least and most < math.inf):
-        return None
+def _plan_for(kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Tensor, prior: bool) -> tuple[_Plan, Tensor, Tensor] | None:
+    """The plan for these rows, they themselves, scaled, and their squares; None if products of them are not exact enough."""
+    dim, dtype = z.shape[-1], z.dtype
     plan = _plan(kernel, h, a, dim, dtype, 0)
-    gamma = plan.ladder.gamma
-    if kernel.radial:
-        # Sums of k − φ(0) are as exact as sums of k where few would do: of a batch the nearest rows decide.
-        distance = least + dim if prior else 2 * least
-        exponents = [gamma * ratio * distance for ratio in plan.ladder.ratios]
-        shifted = sum(((2 * t) ** 0.5 if kernel.rooted else t) < SHIFT_BELOW for t in exponents)
-        if shifted:
-            plan = _plan(kernel, h, a, dim, dtype, shifted)
-        error = 0.0 if kernel.rooted else gamma * plan.ladder.ratios[-1] * most * torch.finfo(dtype).eps
-        if not error <= EXPONENT_ERROR[dtype]:
-            return None
     if not _SCALES[0] < plan.scale < _SCALES[1]:
         return None
-    return plan._replace(farthest=4 * gamma * LOG2_E * most)
+    scaled = z * plan.scale
+    # Of the scaled rows, so that what they were rounded by cancels between near ones.
+    squares = scaled.square().sum(-1, keepdim=True)
+    means = squares.mean(-2)
+    least, most = float(means) if means.numel() == 1 else float(means.min()), float(squares.max())
+    if not (least > _LEAST_SQUARE and most < math.inf):
+        return None
+    if not kernel.radial:
+        return plan, scaled, squares
+    # The exponents' size in natural units: of the widest bandwidth t = ‖scaled‖²/(2·unit).
+    half_unit, ratios = 0.5 / plan.profile.unit, plan.ladder.ratios
+    if not kernel.rooted and not half_unit * most * ratios[-1] * torch.finfo(dtype).eps <= EXPONENT_ERROR[dtype]:
+        return None
+    # Sums of k − φ(0) are as exact as sums of k where fewer would do: of a batch the nearest rows decide.
+    distance = half_unit * 2 * least if not prior else half_unit * least + plan.ladder.gamma * dim
+    exponents = [ratio * distance for ratio in ratios]
+    if shifted := sum(((2 * t) ** 0.5 if kernel.rooted else t) < SHIFT_BELOW for t in exponents):
+        plan = _plan(kernel, h, a, dim, dtype, shifted)
+        scaled = z * plan.scale
+        squares = scaled.square().sum(-1, keepdim=True)
+    return plan._replace(farthest=4 * LOG2_E * half_unit * most), scaled, squares
 
 
 def _weights(x: Tensor, y: Tensor | None, p: Tensor | None, q: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -211,14 +215,14 @@ def _equal_weights(n: int, m: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor([1 / n] * n + [-1 / m for _ in range(m)], dtype=dtype, device="cpu")[:, None]
 
 
-def _extra(rows: slice, weights: Tensor | None, unbiased: bool) -> float | Tensor:
+def _extra(rows: slice, weights: Tensor | None, unbiased: bool, dtype: torch.dtype) -> float | Tensor:
     """1/(1 − Σ p_i²) − 1, by which a sample's own sums are more in formula (2) of `fastvae.reference.mmd`."""
     if not unbiased:
         return 0.0
     if weights is None:
         return 1 / (rows.stop - rows.start - 1)
     square = weights.double().square().sum(-1)[..., None, None]
-    return (square / (1 - square)).to(weights.dtype)
+    return cast(Tensor, square / (1 - square)).to(dtype)
 
 
 def _sums(
@@ -226,7 +230,9 @@ def _sums(
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     """K·w, of `samples` the same over their own rows, and for a gradient W, which may take the place of the exponents."""
     ladder, profile = plan.ladder, plan.profile
-    sums, own, total = None, [], None
+    own: list[Tensor] = []
+    sums: Tensor | None = None
+    total: Tensor | None = None
     value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
     scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
     single = len(ladder.ratios) == 1
@@ -264,11 +270,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 class _Prior(NamedTuple):
     """E_y k(x, y) of each bandwidth and E k(y, y') as numbers: y ~ N(0, I). Source: Rustamov 2019."""
 
-    slopes: Tensor  # 1/(h_b² + 1)
+    slopes: Tensor  # −½/(h_b² + 1), of the exponent in ‖x‖²
     constants: Tensor  # log E k(0, y)
     shifts: Tensor
     weights: Tensor  # a_b
-    slope_weights: Tensor  # a_b/(h_b² + 1)
+    slope_weights: Tensor  # 2·a_b/(h_b² + 1)
     within: float
 
 
@@ -276,7 +282,7 @@ class _Prior(NamedTuple):
 def _prior(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, shifted: int) -> _Prior:
     assert isinstance(kernel, RBF)
     h, a = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (bandwidth, weights))
-    shifts, slopes = torch.arange(len(bandwidth), device="cpu") < shifted, 1 / (h.square() + 1)
+    shifts, slopes = torch.arange(len(bandwidth), device="cpu") < shifted, -0.5 / (h.square() + 1)
     constants = rbf_normal_mean_exponent(torch.zeros(1, dim, dtype=torch.float64, device="cpu"), h)[0]
     within = rbf_normal_self_exponent(dim, h)
-    return _Prior(slopes, constants, shifts, a, a * slopes, float(torch.where(shifts, within.expm1(), within.exp()) @ a))
+    return _Prior(slopes, constants, shifts, a, -4 * a * slopes, float(torch.where(shifts, within.expm1(), within.exp()) @ a))

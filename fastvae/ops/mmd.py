@@ -465,7 +465,7 @@ class _EagerMMD(torch.autograd.Function):
     """`MMD` where no transform of `torch.func` needs more: with `setup_context` a call takes 35 µs longer, as much as a small problem."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Result:  # type: ignore[override]
+    def forward(ctx: Any, *args: Any) -> Result:
         problem = Problem(*args)
         # The dispatcher, 25 µs of a call, has nothing to choose.
         result = _on_cpu(problem) if _is_plain(problem) else cast(Result, mmd_op(*args))
