@@ -123,7 +123,8 @@ def gradients_that_average_to_the_whole(rank, world):
                 terms.loss.backward()
                 optimizer.step()
                 values.append(terms.loss.detach())
-            torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+            # Ranks walk over tiles, one process has one array: each rounds MMD² in float32, which the objective multiplies by 50.
+            torch.testing.assert_close(*values, rtol=1e-6, atol=50 * torch.finfo(torch.float32).eps)
         for a, b in zip(alone.parameters(), shared.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

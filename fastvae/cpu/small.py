@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -220,9 +220,11 @@ def _extra(rows: slice, weights: Tensor | None, unbiased: bool, dtype: torch.dty
     if not unbiased:
         return 0.0
     if weights is None:
-        return 1 / (rows.stop - rows.start - 1)
+        n: int = rows.stop - rows.start
+        return 1 / (n - 1)
     square = weights.double().square().sum(-1)[..., None, None]
-    return cast(Tensor, square / (1 - square)).to(dtype)
+    extra: Tensor = (square / (1 - square)).to(dtype)
+    return extra
 
 
 def _sums(
