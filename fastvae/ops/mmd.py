@@ -233,13 +233,13 @@ def _small(problem: Problem) -> Result | None:
     if not _small_problems(problem):
         return None
     dtype = accumulation_dtype(problem.x.dtype)
-    weights = (None if w is None else unit_weights(w, None, dtype) for w in problem[2:4])
-    result = small.mmd(*problem[:2], *weights, *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
+    p, q = (None if w is None else unit_weights(w, None, dtype) for w in (problem.x_weights, problem.y_weights))
+    result = small.mmd(problem.x, problem.y, p, q, *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
     if result is None:
         return None
     value, *gradients = result
     grad_x, grad_y = (value.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return value, grad_x, grad_y, *(value.new_empty(0, dtype=torch.float64) for _ in range(2))
+    return value, grad_x, grad_y, value.new_empty(0, dtype=torch.float64), value.new_empty(0, dtype=torch.float64)
 
 
 def _problems_at_once(problem: Problem) -> int:
