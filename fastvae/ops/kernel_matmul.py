@@ -15,6 +15,7 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
+    without_autocast,
     zero_if_finite,
 )
 from fastvae.radial import KernelNumbers, KernelSum, as_vector, middle
@@ -63,7 +64,7 @@ def kernel_matmul_op(*args: Any) -> Tensor:
     problem = Problem(*args)
     if problem.backend == "triton":
         return _triton(*args)
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device):
         kernel, x, y, v, centre = problem.plan(shifted=True)
         out = cpu.kernel_matmul(kernel, x, y, v, centre)
         # What the shifts leave out of each k, in closed form. A row that no v reaches would not show that it is not finite.
@@ -81,7 +82,7 @@ def kernel_matmul_backward_op(grad: Tensor, *args: Any) -> Gradients:
     problem, x_grad, y_grad, v_grad, bandwidth_grad = Problem(*args[:-4]), *args[-4:]
     if problem.backend == "triton":
         return _triton_backward(grad, *args)
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device):
         kernel, x, y, v, centre = problem.plan(shifted=False)
         grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
         pulls = cpu.kernel_matmul_backward(kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
@@ -95,7 +96,7 @@ def _triton(*args: Any) -> Tensor:
     from fastvae.kernels import kernel_matmul as kernels
 
     problem = Problem(*args)
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device):
         return cast(Tensor, kernels.kernel_matmul(problem.numbers(), problem.x, problem.y, problem.v, matmul_precision(problem.precision)))
 
 
@@ -104,7 +105,7 @@ def _triton_backward(grad: Tensor, *args: Any) -> Gradients:
 
     problem, x_grad, y_grad, v_grad, bandwidth_grad = Problem(*args[:-4]), *args[-4:]
     flags = x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device):
         precision = matmul_precision(problem.precision)
         arguments = (problem.numbers(), problem.x, problem.y, problem.v, grad, *flags, precision)
         *grads, centre = kernels.kernel_matmul_backward(*arguments)

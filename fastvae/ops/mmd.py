@@ -26,6 +26,7 @@ from fastvae.ops.common import (
     needs_grad,
     rounding_of_sum,
     unit_weights,
+    without_autocast,
 )
 from fastvae.radial import (
     RBF,
@@ -80,6 +81,9 @@ class Problem(NamedTuple):
     bandwidth_grad: bool
 
 
+# Points and weights come first.
+_BATCHED = Problem._fields.index("x_start")
+
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Elements of a padded sample of all problems of one launch, 64 MiB in float32, of which a sweep has about ten copies: four thousand
@@ -92,11 +96,11 @@ def mmd_op(*args: Any) -> Result:
     """(MMD², its gradients to x, y, bandwidths and their weights) in the accumulation dtype, the last two in float64; y = None is N(0, I).
 
     A gradient not asked for is empty."""
+    return (_triton if Problem(*args).backend == "triton" else _on_cpu)(*args)
+
+
+def _on_cpu(*args: Any) -> Result:
     problem = Problem(*args)
-    return _triton(*args) if problem.backend == "triton" else _on_cpu(problem)
-
-
-def _on_cpu(problem: Problem) -> Result:
     if problem.bandwidth_grad:
         return _evaluate(cpu.BandwidthSweep, problem)
     return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
@@ -105,13 +109,12 @@ def _on_cpu(problem: Problem) -> Result:
 def _triton(*args: Any) -> Result:
     problem = Problem(*args)
     precision = matmul_precision(problem.precision)
-    with torch.autocast(problem.x.device.type, enabled=False):
-        batched = problem.x.ndim == 3
-        if not batched:
-            problem = _of_tensors(problem, itemgetter(None))
+    with without_autocast(problem.x.device):
+        if problem.x.ndim == 2:
+            return _joined([_triton_batch(_of_tensors(problem, itemgetter(None)), precision)], False)
         step = _problems_at_once(problem)
         singles = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
-        return _joined([_triton_batch(_of_tensors(problem, single), precision) for single in singles], batched)
+        return _joined([_triton_batch(_of_tensors(problem, single), precision) for single in singles], True)
 
 
 def _triton_batch(problem: Problem, precision: str) -> Result:
@@ -197,7 +200,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
 
 
 def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device):
         if problem.bandwidth_grad and problem.x.dtype != torch.float64:
             exact = problem._replace(x=problem.x.double(), y=None if problem.y is None else problem.y.double())
             *doubles, grad_h, grad_a = _evaluate(make_sweep, exact)
@@ -250,10 +253,7 @@ def _problems_at_once(problem: Problem) -> int:
 
 def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Problem:
     """The problem with a function of each tensor that may have a batch dimension."""
-    tensors: dict[str, Any] = {
-        name: function(t) for name, t in problem._asdict().items() if isinstance(t, Tensor) and not name.startswith("bandwidth")
-    }
-    return problem._replace(**tensors)
+    return Problem._make([*(function(t) if isinstance(t, Tensor) else t for t in problem[:_BATCHED]), *problem[_BATCHED:]])
 
 
 def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
@@ -467,8 +467,7 @@ class _EagerMMD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Result:
         problem = Problem(*args)
-        # The dispatcher, 25 µs of a call, has nothing to choose.
-        result = _on_cpu(problem) if _is_plain(problem) else cast(Result, mmd_op(*args))
+        result = cast(Result, mmd_op(*args)) if _is_watched(problem) else _implementation(problem)(*args)
         MMD.setup_context(ctx, args, result)
         return result
 
@@ -477,11 +476,17 @@ class _EagerMMD(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
-def _is_plain(problem: Problem) -> bool:
-    """Whether the op is that of the CPU, and nobody looks on: no subclass of tensors, no mode."""
-    points = problem.x, problem.x if problem.y is None else problem.y
-    on_cpu = problem.backend != "triton" and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in points)
-    return on_cpu and not is_in_torch_dispatch_mode()
+def _is_watched(problem: Problem) -> bool:
+    """Whether the dispatcher, 25 µs of a call, has more to do than to choose by device: for a subclass of tensors, or a mode."""
+    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in problem[:2])
+    return not plain or is_in_torch_dispatch_mode()
+
+
+def _implementation(problem: Problem) -> Callable[..., Result]:
+    device = problem.x.device.type
+    if device == "cuda" or problem.backend == "triton":
+        return _triton
+    return _on_cpu if device == "cpu" else mmd_op
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:

@@ -20,6 +20,7 @@ from fastvae.ops.common import (
     kernel_numbers,
     matmul_precision,
     needs_grad,
+    without_autocast,
 )
 from fastvae.radial import KernelNumbers, KernelSum, middle
 
@@ -99,7 +100,7 @@ def _triton(problem: Problem, upstream: Tensor | None, values: bool, diagonal: b
     from fastvae.kernels import quadratic_form as kernels
 
     z, dtype = problem.z, accumulation_dtype(problem.z.dtype)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         numbers = KernelNumbers.of(*kernel_numbers(problem), z.shape[1], False, z.device)
         precision = matmul_precision(problem.precision)
         total, gradient = kernels.quadratic_form(numbers, z, problem.v.to(dtype), upstream, values, diagonal, precision)
@@ -115,7 +116,7 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     if problem.backend == "triton":
         return _triton(problem, upstream, values, diagonal)
-    with torch.autocast(problem.z.device.type, enabled=False):
+    with without_autocast(problem.z.device):
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
         family, bandwidth, weights = kernel_numbers(problem)

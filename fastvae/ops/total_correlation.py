@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, without_autocast, zero_if_finite
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -43,7 +43,7 @@ def forward_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset:
     """
     if backend == "triton":
         return cast(Densities, _triton_forward(z, mu, logvar, dataset_size, offset, stratified, backend))
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         joint, marginals = cpu.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
         zero = zero_if_finite(z, mu, logvar).to(joint.dtype)
         return joint.add_(zero), marginals.add_(zero)
@@ -69,7 +69,7 @@ def backward_op(*args: Any) -> Gradients:
     if args[-3] == "triton":
         return cast(Gradients, _triton_backward(*args))
     a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         weights = log_weights(mu.shape[0], dataset_size, stratified)
         return _wanted(z, cpu.backward(a, b, z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
 
@@ -128,7 +128,7 @@ def terms_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratifie
     if backend == "triton":
         return cast(Terms, _triton_terms(z, mu, logvar, dataset_size, stratified, backend))
     joint, marginals = forward_op(z, mu, logvar, dataset_size, 0, stratified, backend)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
         return *decompose(z, mu, logvar, joint, marginals), joint, marginals
 
@@ -152,7 +152,7 @@ def terms_backward_op(*args: Any) -> Gradients:
     if args[-3] == "triton":
         return cast(Gradients, _triton_terms_backward(*args))
     *grads, z, mu, logvar, joint, marginals, dataset_size, stratified, _, z_grad, posterior_grad = args
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         weights = log_weights(z.shape[0], dataset_size, stratified)
         return _wanted(z, cpu.terms_backward(grads, z, mu, logvar, joint, marginals, weights, z_grad, posterior_grad))
 
