@@ -408,7 +408,7 @@ def group_mmd(
     counted = (all_groups if labels is None else torch.nn.functional.one_hot(all_groups, size)).double()
     valid = (counted != 0).sum(0) >= 2
     # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
-    rounded = (counted / counted.sum(0).where(valid, 1)).to(dtype)
+    rounded = torch.where(valid, counted / counted.sum(0), 0).to(dtype)
     exact = rounded.double()
     total = exact.sum(0).where(valid, 1)
     norm, products = total[:, None] * total, exact.T @ exact
@@ -467,8 +467,9 @@ def _on_device(pairs: Tensor, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _constant_pairs(pairs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """A copy to a GPU waits for it: each set of pairs is copied once."""
-    return torch.tensor(pairs, device=device)
+    """A copy to a GPU waits for it: each set of pairs is copied once, and for gradients too if `torch.inference_mode` is on now."""
+    with torch.inference_mode(False):
+        return torch.tensor(pairs, device=device)
 
 
 def reparameterize_kl(

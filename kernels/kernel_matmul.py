@@ -470,7 +470,8 @@ class Product:
 
     def factors(self, *given: Tensor) -> _Factors:
         """Of g (N, C) and v (M, C), or of one alone."""
-        choice, given = self.choice, tuple(t.contiguous() for t in given)
+        # In one dtype, as a pointer to either is.
+        choice, given = self.choice, tuple(t.to(self.dtype).contiguous() for t in given)
         g, v = given[0], given[-1]
         first_y = padded(g.shape[0], choice.block)
         rows = first_y + (padded(v.shape[0], choice.block) if len(given) == 2 else 0)

@@ -417,7 +417,7 @@ def rounding_of(double: bool) -> float:
 
 def padding_of(kernel: Kernel) -> float:
     """Half of a padded column, with which it counts as zero."""
-    return {LAPLACE.value: -1e30, ENERGY.value: 1e30}.get(family_of(kernel), -math.inf if kernel.radial else 0.0)
+    return {LAPLACE.value: -1e30, ENERGY.value: 3e38}.get(family_of(kernel), -math.inf if kernel.radial else 0.0)
 
 
 def term_count(kernel: Kernel, bandwidths: int) -> int:

@@ -487,7 +487,8 @@ def operands_kernel(
         if OWN != 0:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
     if RADIAL:
-        half = tl.where(mask_n, half, padding)
+        # Farther than float32, as an argument is, can say.
+        half = tl.where(mask_n, half, 1e300 if FAMILY == ENERGY and dtype == tl.float64 else padding)
     else:
         half = tl.zeros([BLOCK_N], dtype=dtype)
     tl.store(half_ptr + own_row, half, mask=row_mask)

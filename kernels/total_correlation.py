@@ -692,7 +692,7 @@ class _Problem:
         return column_splits(programs, swept // self.config.block_m, device_limits(self.inputs[0].device).multiprocessors)
 
     def launch(self, fn: Any, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], **constants: Any) -> None:
-        launch(fn, (self.key, key), self.inputs[0].device, grid, args, lambda: constants)
+        launch(fn, (self.key, key, *constants.values()), self.inputs[0].device, grid, args, lambda: constants)
 
     def around(self, **constants: Any) -> dict[str, Any]:
         """Constants of a kernel before or after the sweeps."""

@@ -273,6 +273,18 @@ def test_triton_takes_differences_where_products_lose_the_direction_of_many_pair
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize(("bandwidth", "dtype"), [(1e-15, torch.float32), (1e-15, torch.float64), (1e-25, torch.float64)])
+def test_triton_energy_of_a_tiny_bandwidth(bandwidth, dtype):
+    """Padding lies farther than any pair, whose square it would else be taken for."""
+    x, y = (torch.randn(rows, 4, dtype=torch.float64, device=DEVICE) for rows in (70, 50))
+    value = fastvae.mmd(x.to(dtype), y.to(dtype), bandwidth=bandwidth, kernel="energy", backend="triton")
+    exact = reference.mmd(x, y, bandwidth=bandwidth, kernel="energy")
+    torch.testing.assert_close(value.double(), exact, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize(("steepness", "route"), [(11.0, 0), (13.0, 1), (250.0, 1), (260.0, 2)])
 def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepness, route):
     from fastvae.kernels import prepare as kernels

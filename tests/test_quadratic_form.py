@@ -173,3 +173,15 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(fastvae.group_mmd(z.requires_grad_(), labels).mean(), z, create_graph=True)
     with pytest.raises(NotImplementedError, match="quadratic_form has no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_excluded_group_touches_no_other(backend):
+    """Of one member, whose weight is past float32."""
+    z, weights = torch.randn(6, 3, device=DEVICE, requires_grad=True), torch.rand(6, 3, dtype=torch.float64, device=DEVICE)
+    weights[:, 2] = torch.eye(6, dtype=torch.float64, device=DEVICE)[0] * 1e39
+    result = fastvae.group_mmd(z, weights, backend=backend)
+    (gradient,) = torch.autograd.grad(result.mean(), z)
+    assert result.valid.tolist() == [True, True, False]
+    torch.testing.assert_close(result.values[:2, :2], fastvae.group_mmd(z, weights[:, :2], backend=backend).values)
+    assert gradient.isfinite().all()
