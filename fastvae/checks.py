@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fastvae.ops.common import rounding_of_sum
-from fastvae.radial import KERNELS, RBF, Kernel, Numbers
+from fastvae.radial import KERNELS, RBF, Kernel, Numbers, rounding_of_sum
 
 BACKENDS = (None, "cpu", "triton", "reference")
 MMD_BACKENDS = (*BACKENDS, "inductor")

@@ -200,6 +200,12 @@ def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
     return type(KERNELS[name])(*parameters)
 
 
+def rounding_of_sum(dtype: torch.dtype) -> float:
+    """By how much weights of this dtype that sum to one may miss it."""
+    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
+    return (1 if dtype in (torch.bfloat16, torch.float16) else 16) * torch.finfo(dtype).eps
+
+
 def middle(z: Tensor) -> Tensor:
     """The mean over the rows of (…, N, D), in two steps: that of rows far from the origin is itself rounded, also where they are equal."""
     mean = z.mean(-2)

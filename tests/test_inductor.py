@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.cpu import compiled, tiles
+from fastvae.cpu import compiled, small, tiles
 from tests.cases import DEVICE, STREAMING_CASES, TOLERANCE, Case, assert_close, evaluate, expected, peak_bytes, problems
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -47,6 +47,7 @@ CASES += [Case("ladder of many features", d=17, bandwidth=(1.5, 3.0, 6.0), weigh
 def small_blocks(monkeypatch):
     """Of a few rows, so that a few rows are many blocks."""
     monkeypatch.setattr(tiles, "TILE", 32)
+    monkeypatch.setattr(small, "_PAIRS", 0)
     monkeypatch.setattr(compiled, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(compiled, "_ROWS", 48)
     monkeypatch.setattr(compiled, "_COLUMNS", 40)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastvae.radial import Kernel, Numbers, kernel_of
+from fastvae.radial import Kernel, Numbers, kernel_of, rounding_of_sum
 
 # How the schema of an op describes a kernel: bandwidths and weights either as a tensor or as numbers, which are no tensors of a graph.
 KERNEL_SCHEMA = (
@@ -56,12 +56,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
-def rounding_of_sum(dtype: torch.dtype) -> float:
-    """By how much weights of this dtype that sum to one may miss it."""
-    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
-    return (1 if dtype in (torch.bfloat16, torch.float16) else 16) * torch.finfo(dtype).eps
 
 
 def unit_weights(weights: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:

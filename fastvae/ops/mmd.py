@@ -24,7 +24,6 @@ from fastvae.ops.common import (
     kernel_numbers,
     matmul_precision,
     needs_grad,
-    rounding_of_sum,
     unit_weights,
     without_autocast,
 )
@@ -40,6 +39,7 @@ from fastvae.radial import (
     middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
+    rounding_of_sum,
 )
 
 SCHEMA = (
