@@ -783,6 +783,7 @@ def test_triton_outliers_whose_squares_overflow(dtype, outliers):
 
 @needs_triton
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
 def test_triton_pairs_and_the_closed_form_shift_the_same_bandwidths():
     """A bandwidth at the very edge of being shifted, with a gradient, for which the closed form is added to the pairs."""
     x = torch.randn(40, 5, device=DEVICE)

@@ -26,6 +26,7 @@ import fastvae
 from fastvae import reference
 from fastvae.cpu import quadratic_form as cpu_quadratic_form
 from fastvae.cpu import reparameterize_kl as cpu_reparameterize_kl
+from fastvae.cpu import small as cpu_small
 from fastvae.cpu import tiles as cpu_tiles
 from fastvae.cpu import total_correlation as cpu_total_correlation
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
@@ -152,6 +153,7 @@ def small_tiles(small: bool):
     """Tiles of a few rows, so that a few rows are many tiles."""
     values = [
         (cpu_tiles, "TILE", 3),
+        (cpu_small, "_PAIRS", 0),
         (cpu_quadratic_form, "_OWN_TILE", 0.7),
         (cpu_quadratic_form, "_LARGEST_TILE", 1.4),
         (cpu_reparameterize_kl, "BLOCK", 7),
