@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastvae.radial import KERNELS, RBF, Kernel, Numbers, rounding_of_sum
 
@@ -263,10 +262,18 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
         value = value.tolist()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     found = _bandwidth_numbers(name, values, positive)
-    if torch.compiler.is_compiling() and not all(statically_known_true(number != 0) for number in found):
-        # One that changes from call to call: as an argument of an op each would be compiled anew.
+    if torch.compiler.is_compiling() and not _are_fixed(found):
+        # As arguments of an op they would be compiled anew at each change.
         return torch.cat([torch.full((1,), number, dtype=torch.float64, device=device) for number in found])
     return found
+
+
+def _are_fixed(numbers: Sequence[float]) -> bool:
+    """Whether the compiler takes them for constants, not for numbers that change from call to call."""
+    # It imports sympy, which the compiler has done by now.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(number != 0) for number in numbers)
 
 
 def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> list[float]:

@@ -85,7 +85,7 @@ def test_triton_is_imported_only_by_the_kernels():
             assert not any(name.split(".")[0] == "triton" for name in imports(path)), path
 
 
-@pytest.mark.parametrize("blocked", ["triton", "lightning", "matplotlib", "sklearn", "mlxtend"])
+@pytest.mark.parametrize("blocked", ["triton", "lightning", "matplotlib", "sklearn", "mlxtend", "sympy"])
 def test_imports_without(blocked):
     code = (
         "import sys; sys.modules[sys.argv[1]] = None; import fastvae, torch;print(fastvae.mmd(torch.zeros(2, 1), torch.ones(2, 1)).item())"
