@@ -604,7 +604,7 @@ def mmd(
     empty = functools.partial(torch.empty, dtype=dtype, device=device)
     config = choice.configs[0]
     programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
-    tiles = triton.cdiv(max(n, m), config.block_m)
+    tiles = -(-max(n, m) // config.block_m)
     parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
     value = empty((1 + terms) * parts * batch * (x_padded + y_padded))
     slope, moments = value, value
@@ -639,6 +639,6 @@ def mmd(
             operands.first_y, operands.rows, x.start, x.rows, x_padded, y_start, y_rows, y_padded, first_gradient, gradient_rows,
             operands.blocks, parts,
         ),
-        lambda: operands.plan_constants | {"CROSS": two, "GRADIENT": gradient, "TERMS": terms, "WEIGHTED": weighted, "BLOCK_R": 1024},
+        lambda: operands.plan_constants() | {"CROSS": two, "GRADIENT": gradient, "TERMS": terms, "WEIGHTED": weighted, "BLOCK_R": 1024},
     )  # fmt: skip
     return result, grads[0], grads[1] if two else None, sums, operands.table.view(batch, -1)[:, -evaluation.bandwidths :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -693,15 +693,14 @@ class Operands:
 
     Attributes:
         key: of `launch`, for what depends on the samples and on the kernel.
-        constants, plan_constants: constexprs of every kernel around a sweep, and of those that read the numbers of the kernel.
+        plan_constants: makes the constexprs of a kernel that reads the numbers of the kernel.
         first_y, rows: the row at which y starts, and all of them, with their padding.
         blocks: programs of a problem that wrote them.
         inputs: both samples, x twice for one, and their weights.
     """
 
     key: Hashable
-    constants: dict[str, Any]
-    plan_constants: dict[str, Any]
+    plan_constants: Callable[[], dict[str, Any]]
     first_y: int
     rows: int
     blocks: int
@@ -757,7 +756,7 @@ def prepare(
     rows = first_y + (y_rows if two else 0)
     # One number of chunks for all but small samples, as each is compiled for itself.
     chunks = _CHUNKS if max(n, m) > 8 * ROW_BLOCK else 1
-    slots, blocks = len(samples) * chunks, triton.cdiv(rows, ROW_BLOCK)
+    slots, blocks = len(samples) * chunks, -(-rows // ROW_BLOCK)
     empty = functools.partial(torch.empty, device=device)
     # All but the last are multiples of 16 bytes, as a launch takes it for granted.
     sizes = (PLAN * batch, slots * d * batch, slots * STATISTICS.value * batch, blocks * batch if own else 0)
@@ -774,17 +773,20 @@ def prepare(
     key = (
         evaluation, kernel.count, on_device, chunks, two, given, sums, normal, unbiased, own, batch > 1, dim, d, tensor_key(*inputs)
     )  # fmt: skip
-    constants: dict[str, Any] = {
-        "SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d, "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_of(d)
-    }  # fmt: skip
-    modes = (*evaluation.modes, -1)
-    plan_constants: dict[str, Any] = constants | {
-        "NUMBERS": kernel.numbers, "ON_DEVICE": on_device, "FAMILY": evaluation.family, "KERNELS": kernel.count, "OWN": own,
-        "PLAN_SIZE": PLAN, "MODE_0": modes[0], "MODE_1": modes[1] if modes[1] != DIFFERENCES.value else -1, "num_warps": 8,
-    }  # fmt: skip
+
+    def constants() -> dict[str, Any]:
+        return {"SAMPLES": len(samples), "CHUNKS": chunks, "FEATURES": dim, "D": d, "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_of(d)}
+
+    def plan_constants() -> dict[str, Any]:
+        modes = (*evaluation.modes, -1)
+        return constants() | {
+            "NUMBERS": kernel.numbers, "ON_DEVICE": on_device, "FAMILY": evaluation.family, "KERNELS": kernel.count, "OWN": own,
+            "PLAN_SIZE": PLAN, "MODE_0": modes[0], "MODE_1": modes[1] if modes[1] != DIFFERENCES.value else -1, "num_warps": 8,
+        }  # fmt: skip
+
     launch(
         statistics_kernel, key, device, (slots, batch, 1), (*inputs, centre, sums_of_rows, statistics, n, m),
-        lambda: constants | {
+        lambda: constants() | {
             "NORMAL": normal, "RADIAL": evaluation.kernel.radial, "SUMS": sums, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1]
         },
     )  # fmt: skip
@@ -800,13 +802,13 @@ def prepare(
             n, m, first_y, rows, x.start, x.rows, *y_share, *evaluation.limits, *counts, evaluation.padding, evaluation.rounding,
             x.tolerance, y.tolerance,
         ),
-        lambda: plan_constants | {
+        lambda: plan_constants() | {
             "NORMAL": normal, "BANDWIDTHS": evaluation.bandwidths, "TABLE": evaluation.table, "CROWDED": evaluation.kernel.rooted,
             "UNBIASED": unbiased, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1],
         },
     )  # fmt: skip
     return Operands(
-        key, constants, plan_constants, first_y, rows, blocks, inputs, kernel.arguments, centre, sums_of_rows, statistics,
+        key, plan_constants, first_y, rows, blocks, inputs, kernel.arguments, centre, sums_of_rows, statistics,
         hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
     )  # fmt: skip
 
