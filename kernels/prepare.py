@@ -760,13 +760,12 @@ def prepare(
     empty = functools.partial(torch.empty, device=device)
     # All but the last are multiples of 16 bytes, as a launch takes it for granted.
     sizes = (PLAN * batch, slots * d * batch, slots * STATISTICS.value * batch, blocks * batch if own else 0)
-    plan, sums_of_rows, statistics, own_terms = empty(sum(sizes), dtype=torch.float64).split(sizes)
+    plan, sums_of_rows, statistics, own_terms = torch.split_with_sizes(empty(sum(sizes), dtype=torch.float64), sizes)
     centre = empty((batch, slots, d), dtype=dtype)
     hi, lo, hi16, lo16 = part_buffers((batch, rows, d), dtype, evaluation.modes, device)
     weighted = any(sample.weights is not None for sample in samples)
-    half, weights, table = empty(batch * (rows * (2 if weighted else 1) + evaluation.table), dtype=dtype).split(
-        (batch * rows, batch * rows if weighted else 0, batch * evaluation.table)
-    )
+    sizes = batch * rows, batch * rows if weighted else 0, batch * evaluation.table
+    half, weights, table = torch.split_with_sizes(empty(sum(sizes), dtype=dtype), sizes)
     given = x.weights is not None, two and y.weights is not None
     inputs = (points, y.points, *(half if sample.weights is None else sample.weights for sample in (x, y)))
     on_device = isinstance(kernel.arguments, Tensor)
