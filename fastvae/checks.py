@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import KERNELS, RBF, Kernel, Numbers, rounding_of_sum
+from fastvae.radial import KERNELS, RBF, Kernel, Numbers, filled, rounding_of_sum
 
 BACKENDS = (None, "cpu", "triton", "reference")
 MMD_BACKENDS = (*BACKENDS, "inductor")
@@ -264,7 +264,7 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
     found = _bandwidth_numbers(name, values, positive)
     if torch.compiler.is_compiling() and not _are_fixed(found):
         # As arguments of an op they would be compiled anew at each change.
-        return torch.cat([torch.full((1,), number, dtype=torch.float64, device=device) for number in found])
+        return filled(found, device)
     return found
 
 
@@ -342,15 +342,9 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
 def sum_of_weights(name: str, weights: Tensor) -> None:
     """Finite weights that sum to one. Where reading the sum would wait for a GPU or break a graph, the operation makes a wrong one nan."""
     if _readable(weights):
-        sums = weights.detach().double().sum(-1).reshape(-1)
-        for total, one in zip(sums.tolist(), sum_to_one(weights.detach()).reshape(-1).tolist(), strict=True):
-            if not one:
+        for total in weights.detach().double().sum(-1).reshape(-1).tolist():
+            if not abs(total - 1) <= rounding_of_sum(weights.dtype):
                 raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
-
-
-def sum_to_one(weights: Tensor) -> Tensor:
-    """Whether they do but for rounding, over the last dimension."""
-    return (weights.double().sum(-1) - 1).abs() <= rounding_of_sum(weights.dtype)
 
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:

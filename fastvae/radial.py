@@ -318,10 +318,14 @@ def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
         return numbers.to(device)
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.float64)
-    fill = functools.partial(torch.full, dtype=torch.float64, device=device)
     if len(set(numbers)) == 1:
-        return fill((len(numbers),), numbers[0])
-    return torch.cat([fill((1,), number) for number in numbers])
+        return torch.full((len(numbers),), numbers[0], dtype=torch.float64, device=device)
+    return filled(numbers, device)
+
+
+def filled(numbers: Sequence[float], device: torch.device | None) -> Tensor:
+    """As a vector on `device`, of numbers that are not looked at: a compiler may not know them yet."""
+    return torch.cat([torch.full((1,), number, dtype=torch.float64, device=device) for number in numbers])
 
 
 def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool) -> Tensor:

@@ -6,15 +6,12 @@ sample that takes longer than all else.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 # A parameter that changes at each step makes new keys for old kernels.
@@ -46,20 +43,6 @@ def launch(
         if len(_compiled) >= _MOST:
             _compiled.clear()
         _compiled[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :])
-
-
-def on_device(function: F) -> F:
-    """`function`, whose launches through Triton's own launcher are on the device of its first tensor and not on the current one."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        if device.type != "cuda":
-            return function(*args, **options)
-        with torch.cuda.device(device):
-            return function(*args, **options)
-
-    return wrapped  # type: ignore[return-value]
 
 
 def tensor_key(*tensors: Tensor) -> Hashable:

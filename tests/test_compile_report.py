@@ -60,6 +60,12 @@ def test_compiled_anew(committed, tmp_path):
             assert row["instructions"] <= committed[key]["instructions"] + RISE, key
 
 
+def compile_by(code):
+    """Run in a process of its own, as the interpreter of this one cannot compile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=env)
+
+
 _AROUND_THE_SWEEP = """
 from benchmarks.sass import compile_kernel
 from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
@@ -136,8 +142,7 @@ for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")
 @pytest.mark.parametrize("code", [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES], ids=["mmd", "total_correlation"])
 def test_kernels_around_the_sweep_compile_without_spills(code):
     """The interpreter takes what the compiler refuses, such as a name of two types."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=env)
+    compile_by(code)
 
 
 _FOR_AMD = """
@@ -174,8 +179,7 @@ for variant in (
 @pytest.mark.slow
 def test_compiles_for_an_amd_gpu():
     """The MI300 (gfx942), with the configurations of sm_80, which are those of an unknown GPU: within its 64 KiB of shared memory."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", _FOR_AMD], check=True, cwd=Path(__file__).parents[1], env=env)
+    compile_by(_FOR_AMD)
 
 
 _HISTOGRAM = """
@@ -192,8 +196,7 @@ for architecture in (80, 90, 120):
 
 @pytest.mark.slow
 def test_the_histogram_of_distances_compiles_without_spills():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", _HISTOGRAM], check=True, cwd=Path(__file__).parents[1], env=env)
+    compile_by(_HISTOGRAM)
 
 
 _LOGARITHMS = """
@@ -220,5 +223,4 @@ for alpha, fast in ((2.0, True), (100.0, False)):
 
 @pytest.mark.slow
 def test_a_large_alpha_does_not_multiply_the_error_of_the_fast_logarithm():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", _LOGARITHMS], check=True, cwd=Path(__file__).parents[1], env=env)
+    compile_by(_LOGARITHMS)
