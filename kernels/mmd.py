@@ -564,11 +564,11 @@ def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool
 def mmd(
     x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, bandwidth_grad: bool, precision: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(MMD² (B,), against N(0, I) without y; its gradients to x and y; with `bandwidth_grad` the sums of `bandwidth_terms` over the pairs
-    (B, terms), and the shifts of the bandwidths (B, bandwidths), widest first)."""
+    """(MMD² () or (batch,), against N(0, I) without y; its gradients to x and y; with `bandwidth_grad` the sums of `bandwidth_terms` over
+    the pairs (B, terms), and the shifts of the bandwidths (B, bandwidths), widest first)."""
     samples = [x] if y is None else [x, y]
-    batch, n, dim = x.points.shape
-    m, two, device = samples[-1].points.shape[1], len(samples) == 2, x.points.device
+    batch, shape, (n, dim) = x.problems, x.points.shape[:-2], x.points.shape[-2:]
+    m, two, device = samples[-1].points.shape[-2], len(samples) == 2, x.points.device
     dtype = torch.float64 if x.points.dtype == torch.float64 else torch.float32
     gradient = any(sample.gradient for sample in samples)
     weighted = any(sample.weights is not None for sample in samples)
@@ -628,8 +628,8 @@ def mmd(
         )  # fmt: skip
 
     # finish
-    result, sums = empty(batch), torch.empty((batch, terms), dtype=torch.float64, device=device)
-    grads = [empty((batch, sample.rows, dim)) if sample.gradient else None for sample in samples]
+    result, sums = empty(shape), torch.empty((batch, terms), dtype=torch.float64, device=device)
+    grads = [empty((*shape, sample.rows, dim)) if sample.gradient else None for sample in samples]
     grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
     launch(
         finish_kernel, key, device, (1 + terms + gradient_rows // ROW_BLOCK, batch, 1),

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
 
 from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
@@ -57,9 +55,7 @@ _ROUNDING_DOUBLE = 2.0**-49
 
 # A function of the root takes differences where more than this share of pairs is so near, relative to the rounding, that it turns their
 # direction by 1e-3, or by 1e-7 in float64.
-_NEAR, _NEAR_DOUBLE, _NEAR_SHARE = 2.0**10, 2.0**24, 2.0**-8
-# Rows of each sample from which that share is taken, and problems of a batch of which it is taken at once.
-_NEAR_ROWS, _NEAR_PROBLEMS = 128, 64
+_NEAR, _NEAR_DOUBLE, NEAR_SHARE = 2.0**10, 2.0**24, tl.constexpr(2.0**-8)
 
 # Three bits of the constexpr SQUARINGS are the squarings of one bandwidth.
 _SQUARING_BITS = 3
@@ -415,6 +411,11 @@ def rounding_of(double: bool) -> float:
     return _ROUNDING_DOUBLE if double else _ROUNDING
 
 
+def near_of(double: bool) -> float:
+    """Squared distance of a near pair, relative to the largest ‖z−c‖²."""
+    return 2 * (_NEAR_DOUBLE if double else _NEAR) * rounding_of(double)
+
+
 def padding_of(kernel: Kernel) -> float:
     """Half of a padded column, with which it counts as zero."""
     return {LAPLACE.value: -1e30, ENERGY.value: 3e38}.get(family_of(kernel), -math.inf if kernel.radial else 0.0)
@@ -430,19 +431,3 @@ def term_count(kernel: Kernel, bandwidths: int) -> int:
 def parameter_count(kernel: Kernel) -> int:
     """Entries of the table behind those of the bandwidths."""
     return int(kernel.degree) if isinstance(kernel, Polynomial) else int(kernel.rooted or isinstance(kernel, RationalQuadratic))
-
-
-def is_crowded(samples: Sequence[Tensor], radius2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether so many pairs of a part of the rows are near that products lose the direction of a function of the root."""
-    limit = 2 * (_NEAR_DOUBLE if dtype == torch.float64 else _NEAR) * rounding_of(dtype == torch.float64) * radius2
-    rows = torch.cat([z[..., :: -(-z.shape[-2] // _NEAR_ROWS), :] for z in samples], -2)
-    if rows.ndim == 2:
-        return _share_near(rows, limit)
-    # A few problems at a time: their matrices are small, those of a batch together are not.
-    return torch.cat([_share_near(*part) for part in zip(rows.split(_NEAR_PROBLEMS), limit.split(_NEAR_PROBLEMS), strict=True)])
-
-
-def _share_near(rows: Tensor, limit: Tensor) -> Tensor:
-    distance = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    near = (distance.square() < limit[..., None, None]).sum((-2, -1)) - rows.shape[-2]
-    return near > _NEAR_SHARE * rows.shape[-2] ** 2

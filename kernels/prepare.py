@@ -25,6 +25,7 @@ from fastvae.kernels.pairs import (
     ENERGY,
     GAUSSIAN,
     LAPLACE,
+    NEAR_SHARE,
     POLYNOMIAL,
     QUADRATIC_HALF,
     QUADRATIC_ONE,
@@ -32,9 +33,9 @@ from fastvae.kernels.pairs import (
     SPLIT_TF32,
     TF32,
     family_of,
-    is_crowded,
     limits_of,
     modes_of,
+    near_of,
     pack_squarings,
     padding_of,
     parameter_count,
@@ -67,6 +68,10 @@ LOG2_E = tl.constexpr(radial.LOG2_E)
 
 # Rows of each sample whose mean is the centre.
 _CENTRE_ROWS = tl.constexpr(128)
+
+# Rows of each sample among which near pairs are counted, and of a program that does.
+_NEAR_ROWS = tl.constexpr(128)
+_NEAR_BLOCK = 16
 
 # Which closed form a row adds by itself.
 NO_OWN_TERM, NORMAL_PRIOR, POLYNOMIAL_DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -232,6 +237,66 @@ def _statistics(statistic_ptr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def _share_of(rows):
+    """Every how many rows of a sample are looked at for near pairs."""
+    return tl.cdiv(rows, _NEAR_ROWS)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def near_pairs_kernel(
+    x_ptr,
+    y_ptr,
+    statistic_ptr,
+    near_ptr,  # (B, programs), float64
+    n,
+    m,
+    SAMPLES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    NEAR: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Of some rows of both samples, how many pairs with a block of them are near, over the most that may be."""
+    # where
+    problem = tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    x_ptr += problem * n * FEATURES
+    y_ptr += problem * m * FEATURES
+    statistic_ptr += problem * (SAMPLES * CHUNKS * STATISTICS)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, SAMPLES * _NEAR_ROWS)
+    row_ptrs, row_mask = _some_rows(x_ptr, y_ptr, offs_n, n, m, SAMPLES, FEATURES)
+    column_ptrs, column_mask = _some_rows(x_ptr, y_ptr, offs_m, n, m, SAMPLES, FEATURES)
+
+    # load and compute
+    distance2 = tl.zeros([BLOCK_N, SAMPLES * _NEAR_ROWS], dtype=dtype)
+    for d in range(FEATURES):
+        row = tl.load(row_ptrs + d, mask=row_mask, other=0.0).to(dtype)
+        difference = row[:, None] - tl.load(column_ptrs + d, mask=column_mask, other=0.0).to(dtype)[None, :]
+        distance2 += difference * difference
+    furthest = tl.max(tl.load(statistic_ptr + tl.arange(0, SAMPLES * CHUNKS) * STATISTICS + 1))
+    pairs = row_mask[:, None] & column_mask[None, :] & (offs_n[:, None] != offs_m[None, :])
+    near = tl.sum((pairs & (distance2.to(tl.float64) < NEAR * furthest)).to(tl.float64))
+
+    # store
+    rows = tl.cdiv(n, _share_of(n)) + (tl.cdiv(m, _share_of(m)) if SAMPLES == 2 else 0)
+    most = NEAR_SHARE * rows.to(tl.float64) * rows.to(tl.float64)
+    tl.store(near_ptr + problem * tl.num_programs(0) + tl.program_id(0), near / most)
+
+
+@triton.jit
+def _some_rows(x_ptr, y_ptr, offs, n, m, SAMPLES: tl.constexpr, FEATURES: tl.constexpr):
+    """Where these of up to `_NEAR_ROWS` rows of each sample are, and which there are."""
+    row = offs.to(tl.int64) * _share_of(n)
+    ptrs, mask = x_ptr + row * FEATURES, (offs < _NEAR_ROWS) & (row < n)
+    if SAMPLES == 2:
+        row = (offs - _NEAR_ROWS).to(tl.int64) * _share_of(m)
+        in_y = (offs >= _NEAR_ROWS) & (row < m)
+        ptrs, mask = tl.where(offs < _NEAR_ROWS, ptrs, y_ptr + row * FEATURES), mask | in_y
+    return ptrs, mask
+
+
+@triton.jit
 def exp_minus(t, shifted):
     """exp(t), or exp(t) − 1 without cancellation."""
     power = tl.exp(t)
@@ -337,7 +402,7 @@ def operands_kernel(
     centre_ptr,
     statistic_ptr,
     numbers,  # of `fastvae.radial.KernelNumbers`
-    crowded_ptr,  # (B,), of a function of the root: whether many pairs lie so near that their differences are taken
+    near_ptr,  # (B, NEAR_BLOCKS), of `near_pairs_kernel`
     hi_ptr,  # (B, rows, D), operands of the pass that runs; `hi16_ptr` and `lo16_ptr` are the same memory
     lo_ptr,
     hi16_ptr,
@@ -372,7 +437,7 @@ def operands_kernel(
     KERNELS: tl.constexpr,  # bandwidths
     BANDWIDTHS: tl.constexpr,  # entries of the table for each
     TABLE: tl.constexpr,
-    CROWDED: tl.constexpr,
+    NEAR_BLOCKS: tl.constexpr,  # of a function of the root, whose differences are taken where many pairs are near
     MODE_0: tl.constexpr,
     MODE_1: tl.constexpr,  # or −1
     OWN: tl.constexpr,
@@ -422,8 +487,9 @@ def operands_kernel(
         route = (steepness > limit_0).to(tl.int32)
         if MODE_1 >= 0:
             route += (steepness > limit_1).to(tl.int32)
-        if CROWDED:
-            route = tl.where(tl.load(crowded_ptr + problem) != 0, 1, route)
+        if NEAR_BLOCKS > 0:
+            near = tl.sum(tl.load(near_ptr + problem * NEAR_BLOCKS + tl.arange(0, NEAR_BLOCKS)))
+            route = tl.where(near > 1.0, 1, route)
     if FAMILY == GAUSSIAN:
         gain = gamma * (2 * LOG2_E)
     elif FAMILY == LAPLACE:
@@ -660,11 +726,11 @@ def evaluation_of(
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of each of B problems.
+    """One sample of one problem or of each of a batch.
 
     Attributes:
-        points: (B, N, D).
-        weights: (B, N) in the accumulation dtype, or None for 1/N each.
+        points: (N, D) or (batch, N, D), contiguous.
+        weights: (N,) or (batch, N) in the accumulation dtype, or None for 1/N each.
         tolerance: by how much their sum may differ from one, else the result is nan.
         start, rows: the rows that are swept; all, but for data parallelism.
         gradient: whether their gradient is wanted.
@@ -680,11 +746,15 @@ class Sample:
     @staticmethod
     def of(points: Tensor) -> Sample:
         """All of one problem's, (N, D)."""
-        return Sample(points.contiguous()[None], None, 0.0, 0, points.shape[0], False)
+        return Sample(points.contiguous(), None, 0.0, 0, points.shape[0], False)
 
     @property
     def whole(self) -> bool:
-        return self.rows == self.points.shape[1]
+        return self.rows == self.points.shape[-2]
+
+    @property
+    def problems(self) -> int:
+        return 1 if self.points.ndim == 2 else self.points.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -749,10 +819,10 @@ def prepare(
     two = len(samples) == 2
     x, y = samples[0], samples[-1]
     points = x.points
-    (batch, n, dim), m, device = points.shape, y.points.shape[1], points.device
+    batch, (n, dim), m, device = x.problems, points.shape[-2:], y.points.shape[-2], points.device
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
     # Rows of a share may start within a block.
-    first_y, y_rows = (padded(z.points.shape[1], block) + (0 if x.whole and y.whole else block) for z in (x, y))
+    first_y, y_rows = (padded(z.points.shape[-2], block) + (0 if x.whole and y.whole else block) for z in (x, y))
     rows = first_y + (y_rows if two else 0)
     # One number of chunks for all but small samples, as each is compiled for itself.
     chunks = _CHUNKS if max(n, m) > 8 * ROW_BLOCK else 1
@@ -789,20 +859,28 @@ def prepare(
             "NORMAL": normal, "RADIAL": evaluation.kernel.radial, "SUMS": sums, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1]
         },
     )  # fmt: skip
-    crowded = plan
+    # Products lose the direction of a function of the root between near rows.
+    near, near_blocks = plan, 0
     if evaluation.kernel.rooted:
-        furthest = statistics.view(batch, slots, STATISTICS.value)[..., 1].amax(-1)
-        crowded = is_crowded([sample.points.to(dtype) for sample in samples], furthest, dtype).to(torch.float64)
+        near_blocks = len(samples) * _NEAR_ROWS.value // _NEAR_BLOCK
+        near = empty(batch * near_blocks, dtype=torch.float64)
+        launch(
+            near_pairs_kernel, key, device, (near_blocks, batch, 1), (points, y.points, statistics, near, n, m),
+            lambda: {
+                "SAMPLES": len(samples), "CHUNKS": chunks, "NEAR": near_of(dtype == torch.float64), "FEATURES": dim,
+                "BLOCK_N": _NEAR_BLOCK,
+            },
+        )  # fmt: skip
     y_share = (y.start, y.rows) if two else (0, 0)
     launch(
         operands_kernel, key, device, (blocks, batch, 1),
         (
-            *inputs, centre, statistics, kernel.arguments, crowded, hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
+            *inputs, centre, statistics, kernel.arguments, near, hi, lo, hi16, lo16, half, weights, plan, table, own_terms,
             n, m, first_y, rows, x.start, x.rows, *y_share, *evaluation.limits, *counts, evaluation.padding, evaluation.rounding,
             x.tolerance, y.tolerance,
         ),
         lambda: plan_constants() | {
-            "NORMAL": normal, "BANDWIDTHS": evaluation.bandwidths, "TABLE": evaluation.table, "CROWDED": evaluation.kernel.rooted,
+            "NORMAL": normal, "BANDWIDTHS": evaluation.bandwidths, "TABLE": evaluation.table, "NEAR_BLOCKS": near_blocks,
             "UNBIASED": unbiased, "X_WEIGHTED": given[0], "Y_WEIGHTED": given[1],
         },
     )  # fmt: skip

@@ -72,7 +72,7 @@ from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
 
 SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
 FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding", "x_tolerance", "y_tolerance"}
-FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "crowded_ptr", "poison_ptr", "total_ptr"}
+FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "near_ptr", "poison_ptr", "total_ptr"}
 
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
 for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
@@ -92,12 +92,13 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         "X_WEIGHTED": x_weighted, "Y_WEIGHTED": y_weighted, "WEIGHTED": x_weighted or y_weighted, "NUMBERS": numbers,
         "ON_DEVICE": on_device,
         "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 4 * bandwidths + parameters, "OWN": own, "MODE_0": first,
-        "MODE_1": second, "CROWDED": family in (4, 5), "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN, "CROSS": samples == 2,
+        "MODE_1": second, "NEAR_BLOCKS": 16 * (family in (4, 5)), "NEAR": 2.0**-9, "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN,
+        "CROSS": samples == 2,
         "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
         "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
     }
     for kernel, warps in (
-        (prepare.statistics_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
+        (prepare.statistics_kernel, 4), (prepare.near_pairs_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
         (kernel_matmul.factors_kernel, 4), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
     ):
         scalar = "*fp64" if double else "*fp32"
@@ -108,6 +109,8 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         if "numbers" in types:
             types["numbers"] = "*fp64" if on_device else ("fp32",) * (3 * numbers)
         own_constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"num_warps": warps}
+        if kernel is prepare.near_pairs_kernel:
+            own_constants["BLOCK_N"] = 16
         binary = compile_kernel(kernel, types, own_constants, 90)
         assert binary.stack == binary.local == 0, (kernel, family, binary.registers)
 """

@@ -6,7 +6,7 @@ The op returns the value and the gradients that the call asks for, all from one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
@@ -96,29 +96,28 @@ def mmd_op(*args: Any) -> Result:
     """(MMD², its gradients to x, y, bandwidths and their weights) in the accumulation dtype, the last two in float64; y = None is N(0, I).
 
     A gradient not asked for is empty."""
-    return (_triton if Problem(*args).backend == "triton" else _on_cpu)(*args)
-
-
-def _on_cpu(*args: Any) -> Result:
     problem = Problem(*args)
+    return (_triton if problem.backend == "triton" else _on_cpu)(problem)
+
+
+def _on_cpu(problem: Problem) -> Result:
     if problem.bandwidth_grad:
         return _evaluate(cpu.BandwidthSweep, problem)
     return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
 
 
-def _triton(*args: Any) -> Result:
-    problem = Problem(*args)
+def _triton(problem: Problem) -> Result:
     precision = matmul_precision(problem.precision)
     with without_autocast(problem.x.device):
         if problem.x.ndim == 2:
-            return _joined([_triton_batch(_of_tensors(problem, itemgetter(None)), precision)], False)
+            return _sweep(problem, precision)
         step = _problems_at_once(problem)
-        singles = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
-        return _joined([_triton_batch(_of_tensors(problem, single), precision) for single in singles], True)
+        parts = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
+        return _joined([_sweep(_of_tensors(problem, part), precision) for part in parts], True)
 
 
-def _triton_batch(problem: Problem, precision: str) -> Result:
-    """Of B problems, each tensor with a batch dimension."""
+def _sweep(problem: Problem, precision: str) -> Result:
+    """Of one problem, or of a batch in the same launches."""
     from fastvae.kernels import mmd as kernels
 
     device, (family, h, a) = problem.x.device, kernel_numbers(problem)
@@ -128,20 +127,23 @@ def _triton_batch(problem: Problem, precision: str) -> Result:
         entire, p = (z, weights) if whole is None else (whole, whole_weights)
         tolerance = 0.0 if p is None else max(rounding_of_sum(p.dtype), rounding_of_sum(dtype))
         p = None if p is None else p.to(dtype).contiguous()
-        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[1], grad)
+        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[-2], grad)
 
     x = sample(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
     y = None
     if problem.y is not None:
         y = sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
-    numbers = KernelNumbers.of(family, h, a, problem.x.shape[2], y is None, device)
+    dim = problem.x.shape[-1]
+    numbers = KernelNumbers.of(family, h, a, dim, y is None, device)
     value, *grads, sums, shifts = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
     grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in grads)
     grad_h, grad_a = sums.new_empty(0), sums.new_empty(0)
     if problem.bandwidth_grad:
-        kernel = KernelSum.of(family, h, a, problem.x.shape[2], device, None)
+        kernel = KernelSum.of(family, h, a, dim, device, None)
         kernel = replace(kernel, shifts=shifts.double() if family.radial else torch.ones_like(kernel.gamma))
-        grad_h, grad_a = _bandwidth_gradients(problem, _samples(problem), kernel, *_sums_of_terms(kernel, sums))
+        batch = problem if problem.x.ndim == 3 else _of_tensors(problem, itemgetter(None))
+        grads_of_numbers = _bandwidth_gradients(problem, _samples(batch), kernel, *_sums_of_terms(kernel, sums))
+        grad_h, grad_a = (grad.view(*value.shape, -1) for grad in grads_of_numbers)
     return value, grad_x, grad_y, grad_h, grad_a
 
 
@@ -168,7 +170,7 @@ def _joined(parts: list[Result], batched: bool) -> Result:
     return results if batched else cast(Result, tuple(t[0] if t.numel() else t for t in results))
 
 
-mmd_op.register_kernel("cuda")(_triton)
+mmd_op.register_kernel("cuda")(lambda *args: _triton(Problem(*args)))
 
 
 @mmd_op.register_fake
@@ -431,13 +433,14 @@ _DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "band
 
 def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
-    x, y, *numbers = (args[n] for n in _DIFFERENTIABLE)
-    flags = needs_grad(x), needs_grad(y), needs_grad(*numbers)
+    sources = [args[n] for n in _DIFFERENTIABLE]
+    problem = Problem._make((*args, needs_grad(sources[0]), needs_grad(sources[1]), needs_grad(*sources[2:])))
     # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if torch.compiler.is_compiling():
-        return cast(Tensor, mmd_op(*args, *flags)[0])
-    function = MMD if torch._C._are_functorch_transforms_active() else _EagerMMD
-    return cast(Tensor, function.apply(*args, *flags)[0])  # type: ignore[no-untyped-call]
+        return cast(Tensor, mmd_op(*problem)[0])
+    if torch._C._are_functorch_transforms_active():
+        return cast(Tensor, MMD.apply(*problem)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, _EagerMMD.apply(*sources, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]
 
 
 class MMD(torch.autograd.Function):
@@ -462,18 +465,21 @@ class MMD(torch.autograd.Function):
 
 
 class _EagerMMD(torch.autograd.Function):
-    """`MMD` where no transform of `torch.func` needs more: with `setup_context` a call takes 35 µs longer, as much as a small problem."""
+    """`MMD` where no transform of `torch.func` needs more. Its inputs are the tensors that may have a derivative, then the problem.
+
+    One of all arguments, with `setup_context`, takes 50 µs longer, as much as a small problem.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Result:
-        problem = Problem(*args)
-        result = cast(Result, mmd_op(*args)) if _is_watched(problem) else _implementation(problem)(*args)
-        MMD.setup_context(ctx, args, result)
-        return result
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        problem = args[-1]
+        value, *gradients = mmd_op(*problem) if _is_watched(problem) else _implementation(problem)(problem)
+        _save(ctx, args[:4], ctx.needs_input_grad[:4], gradients)
+        return value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_gradients(ctx, grads[0], ctx.needs_input_grad), None, None, None)
 
 
 def _is_watched(problem: Problem) -> bool:
@@ -482,37 +488,49 @@ def _is_watched(problem: Problem) -> bool:
     return not plain or is_in_torch_dispatch_mode()
 
 
-def _implementation(problem: Problem) -> Callable[..., Result]:
+def _implementation(problem: Problem) -> Callable[[Problem], Result]:
     device = problem.x.device.type
     if device == "cuda" or problem.backend == "triton":
         return _triton
-    return _on_cpu if device == "cpu" else mmd_op
+    return _on_cpu if device == "cpu" else lambda problem: cast(Result, mmd_op(*problem))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor]) -> None:
     # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
-    sources = (inputs[n] if ctx.needs_input_grad[n] else None for n in _DIFFERENTIABLE)
-    ctx.save_for_backward(*sources, *output[1:])
+    ctx.save_for_backward(*(source if want else None for source, want in zip(sources, wanted, strict=True)), *gradients)
 
 
-def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_value: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
     # Unpacked once: activation checkpointing allows no more.
     tensors = ctx.saved_tensors
-    sources, saved = tensors[:4], tensors[4:]
-    grads: list[Tensor | None] = [None] * len(Problem._fields)
-    if grad_value is None:
-        return tuple(grads)
-    for place, (n, source, grad) in enumerate(zip(_DIFFERENTIABLE, sources, saved, strict=True)):
-        if not ctx.needs_input_grad[n]:
+    sources, gradients = tensors[:4], tensors[4:]
+    results: list[Tensor | None] = [None] * 4
+    for place in range(4):
+        if not wanted[place]:
             continue
+        source, grad = sources[place], gradients[place]
         if grad.numel() == 0:
             raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
         grad = forbid_second_derivative("mmd", grad, *sources)
         if place > 1:
             # The same bandwidths for all of a batch.
-            grads[n] = (grad_value[..., None] * grad).sum_to_size(source.shape).to(source)
+            results[place] = (grad_value[..., None] * grad).sum_to_size(source.shape).to(source)
         else:
-            grads[n] = (grad_value[..., None, None] * grad).to(source.dtype)
+            results[place] = (grad * (grad_value[:, None, None] if grad_value.ndim else grad_value)).to(source.dtype)
+    return results
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    wanted = [ctx.needs_input_grad[n] for n in _DIFFERENTIABLE]
+    _save(ctx, [inputs[n] for n in _DIFFERENTIABLE], wanted, output[1:])
+
+
+def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * len(Problem._fields)
+    if grad_value is not None:
+        wanted = [ctx.needs_input_grad[n] for n in _DIFFERENTIABLE]
+        for n, grad in zip(_DIFFERENTIABLE, _gradients(ctx, grad_value, wanted), strict=True):
+            grads[n] = grad
     return tuple(grads)
 
 
