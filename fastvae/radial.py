@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -401,26 +401,3 @@ class Ladder:
             shifts=tuple(map(int, shifts)),
             slope_shift=math.fsum(a * r * s for a, r, s in zip(weights, ratios, kernel.slope_shifts.flatten().tolist(), strict=True)),
         )
-
-
-class Sweep(Protocol):
-    """What a backend offers: sums over all pairs of rows, and with them the pull on each row.
-
-    Notation of formula (1) of `fastvae.reference.mmd`; k stands for k − shift·φ(0). With s_b = −φ'(t_b) and W = Σ_b a_b·(γ_b/γ_0)·s_b,
-    the pull on row i of a gathers scale·Σ_j w_j·W_ij·(z_i − z_j) over every sum that a takes part in. For a kernel of x·y, of which
-    s_b = φ'(t_b), the summand is −½·w_j·W_ij·z_j, so that a row's gradient is −4γ_0·w_i times its pull for every kernel.
-
-    Of a batch of B problems. Made from the kernel, all samples, a point (B, D) to see them from, and whether any pull is wanted.
-    """
-
-    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Any:
-        """The rows of z (B, N, D) with weights (B, N), 1/N each if None; `gradient` says whether their pull is wanted."""
-
-    def within(self, a: Any, scale: Tensor) -> Tensor:
-        """Σ_{i≠j} w_i·w_j·k(a_i, a_j), float64, (B, 1), and what other sums the sweep takes, in more columns; scale is (B,)."""
-
-    def across(self, a: Any, b: Any, scale: Tensor) -> Tensor:
-        """Σ_ij w_i·w_j·k(a_i, b_j), likewise."""
-
-    def pull(self, a: Any) -> Tensor:
-        """(B, N, D), in the dtype of z."""

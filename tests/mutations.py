@@ -65,7 +65,7 @@ FAULTS = [
     ),
     Fault(
         "CPU: lost diagonal of K_xx",
-        "fastvae/ops/mmd.py",
+        "fastvae/cpu/closed_forms.py",
         "        value = sample.sum_of_squares * kernel.kernel.at_zero * (1 - kernel.shifts)\n",
         "        value = torch.zeros_like(kernel.shifts)\n",
         MMD_CPU,
@@ -128,9 +128,9 @@ FAULTS = [
     ),
     Fault(
         "unbiased: N² for N(N − 1)",
-        "fastvae/ops/mmd.py",
-        "                scale = scale / (1 - 1 / total)\n",
-        "                pass\n",
+        "fastvae/cpu/closed_forms.py",
+        "            scale = 1 / (1 - 1 / total) if unbiased else 1.0\n",
+        "            scale = 1.0\n",
         MMD_CPU,
     ),
     Fault(

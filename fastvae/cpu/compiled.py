@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -46,20 +46,15 @@ class Rows(Points):
 
 
 class Sweep(mmd.Sweep):
-    """`fastvae.radial.Sweep` on a CPU, of a batch of one problem."""
-
-    def __init__(self, kernel: KernelSum, samples: list[Tensor], centre: Tensor, gradient: bool) -> None:
-        super().__init__(kernel, samples, centre, gradient)
+    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor) -> None:
+        super().__init__(kernel, samples, centre)
         # Of other kernels, and of bandwidths that are not squares of one another, the compiler stores what it makes on the way.
         self._fuses = (
-            isinstance(self.kernel, RBF)
-            and all(self.ladder.squarings[1:])
-            and min(map(len, (z[0] for z in samples))) >= _FEWEST_ROWS
-            and _compiles()
+            isinstance(self.kernel, RBF) and all(self.ladder.squarings[1:]) and min(map(len, samples)) >= _FEWEST_ROWS and _compiles()
         )
         self._few = self._raw = False
         if self._fuses and samples[0].shape[-1] <= _FEW:
-            reach = max(float((z[0] - self.centre).abs().max()) for z in samples)
+            reach = max(float((z - self.centre).abs().max()) for z in samples)
             # What the compiled exponential adds to far pairs a farther one would pull back with.
             self._few = reach * self.scale < 2.0**40
             self._raw = self._few and samples[0].dtype != self.dtype and self._differs_enough(samples, reach)
@@ -71,39 +66,38 @@ class Sweep(mmd.Sweep):
         unit = -0.5 * self.scale**2
         self._unit = new([unit, unit - float(new(unit))])
 
-    def _differs_enough(self, samples: list[Tensor], reach: float) -> bool:
+    def _differs_enough(self, samples: Sequence[Tensor], reach: float) -> bool:
         """Whether differences of float32 samples as they are do for sums of which products would need float64: of a narrow bandwidth, but
         not of a few outliers to a wide one, whose k near one needs more than float32."""
-        typical = min(float((z[0] - self.centre).square().sum(1).median()) for z in samples)
+        typical = min(float((z - self.centre).square().sum(1).median()) for z in samples)
         return self.ladder.gamma * typical > 0.1 and max(reach, self.scale, 1 / self.scale) < 1e15
 
-    def points(self, z: Tensor, weights: Tensor | None, gradient: bool) -> Rows:  # type: ignore[override]
+    def points(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> Rows:
         if not self._few:
-            return Rows(**vars(super().points(z, weights, gradient)), columns=None, pulls=None)
-        points = super().points(z, weights, gradient, _parts(slice(0, z.shape[1]), _TILE))
-        columns = _copy(z[0].T if self._raw else (self.centred(z[0]).double() * self._scale).T.to(self._dtype))
+            return Rows(**vars(super().points(z, weights, gradient, tiles)), columns=None, pulls=None)
+        points = super().points(z, weights, gradient, _parts(slice(0, z.shape[0]), _TILE))
+        columns = _copy(z.T if self._raw else (self.centred(z).double() * self._scale).T.to(self._dtype))
         return Rows(**vars(points), columns=columns, pulls=torch.zeros_like(columns) if gradient else None)
 
     @torch.no_grad()
-    def within(self, a: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def within(self, a: Rows, scale: float) -> Any:  # type: ignore[override]
         if not self._few:
             return super().within(a, scale)
-        total = self._halves(a, a.tiles, float(scale))
-        self._shifted_moments(a, a, float(scale))
-        return scale.new_tensor([[total]])
+        total = self._halves(a, a.tiles, scale)
+        self._shifted_moments(a, a, scale)
+        return total
 
     @torch.no_grad()
-    def across(self, a: Rows, b: Rows, scale: Tensor) -> Tensor:  # type: ignore[override]
+    def across(self, a: Rows, b: Rows, scale: float) -> Any:  # type: ignore[override]
         if not self._few:
             return super().across(a, b, scale)
-        factor = float(scale)
         rows, columns = (b, a) if a.pulls is None else (a, b)
-        total = self._rows(rows, slice(0, len(rows)), columns, slice(0, len(columns)), factor)
+        total = self._rows(rows, slice(0, len(rows)), columns, slice(0, len(columns)), scale)
         if a.pulls is not None and b.pulls is not None:
-            self._rows(b, slice(0, len(b)), a, slice(0, len(a)), factor)
-        self._shifted_moments(a, b, factor)
-        self._shifted_moments(b, a, factor)
-        return scale.new_tensor([[total]])
+            self._rows(b, slice(0, len(b)), a, slice(0, len(a)), scale)
+        self._shifted_moments(a, b, scale)
+        self._shifted_moments(b, a, scale)
+        return total
 
     def pull(self, a: Rows) -> Tensor:  # type: ignore[override]
         pull = super().pull(a)

@@ -24,7 +24,7 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
 def kernel_matmul_backward(
     kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, grad: Tensor, centre: Tensor, x_grad: bool, y_grad: bool, v_grad: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The pulls of `fastvae.radial.Sweep` on x and y with w_j·W_ij replaced by (grad_i·v_j)·W_ij, and Kᵀ·grad; those wanted."""
+    """The pulls of `fastvae.cpu.mmd.Sweep` on x and y with w_j·W_ij replaced by (grad_i·v_j)·W_ij, and Kᵀ·grad; those wanted."""
     tiles = Tiles(kernel, [x, y], centre)
     a, b = (tiles.points(z, z.new_ones(z.shape[0]), wanted) for z, wanted in ((x, x_grad), (y, y_grad)))
     v, grad = v.to(tiles.dtype), grad.to(tiles.dtype)

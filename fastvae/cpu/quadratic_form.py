@@ -33,7 +33,7 @@ def quadratic_form(
 ) -> tuple[Tensor, Tensor | None]:
     """S (C, C), or its diagonal (C,), in float64, of z (N, D) and v (N, C), and with an upstream (C, C) the pull on z (N, D).
 
-    k stands for k − shift·φ(0). The pull is that of `fastvae.radial.Sweep` with w_j·W_ij replaced by (v_i·B·v_jᵀ)·W_ij. `progress` is
+    k stands for k − shift·φ(0). The pull is that of `fastvae.cpu.mmd.Sweep` with w_j·W_ij replaced by (v_i·B·v_jᵀ)·W_ij. `progress` is
     called with the fraction done.
     """
     tiles = Tiles(kernel, [z], centre)

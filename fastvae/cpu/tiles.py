@@ -261,7 +261,7 @@ class Tiles:
         return self._left[2]
 
     def pull(self, a: Points) -> Tensor:
-        """The pull on each row of `fastvae.radial.Sweep`, from the moments."""
+        """The pull on each row of `fastvae.cpu.mmd.Sweep`, from the moments."""
         assert a.moments is not None
         pull = self.centred(a.z).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T) if self.kernel.radial else -0.5 * a.moments[:-1].T
         return pull.to(a.z.dtype)

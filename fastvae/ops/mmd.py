@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
+from fastvae.cpu.closed_forms import Sample, bandwidth_gradients
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
@@ -34,11 +35,6 @@ from fastvae.radial import (
     KernelSum,
     Polynomial,
     RationalQuadratic,
-    Sweep,
-    as_vector,
-    middle,
-    rbf_normal_mean_exponent,
-    rbf_normal_self_exponent,
     rounding_of_sum,
 )
 
@@ -101,9 +97,33 @@ def mmd_op(*args: Any) -> Result:
 
 
 def _on_cpu(problem: Problem) -> Result:
+    with without_autocast(problem.x.device):
+        if problem.x.ndim == 2:
+            return _small(problem) or _streaming(problem)
+        parts, step = [], max(1, _small_problems(problem))
+        for n in range(0, problem.x.shape[0], step):
+            some = _of_tensors(problem, itemgetter(slice(n, n + step)))
+            if (result := _small(some)) is not None:
+                parts.append(result)
+                continue
+            # One problem at a time, whose tiles stay in cache.
+            singles = (_streaming(_of_tensors(some, itemgetter(k))) for k in range(some.x.shape[0]))
+            parts += [cast(Result, tuple(t[None] if t.numel() else t for t in single)) for single in singles]
+        return _joined(parts)
+
+
+def _streaming(problem: Problem) -> Result:
+    """Of one problem."""
+    family, h, a = kernel_numbers(problem)
+    sweep = cpu.BandwidthSweep if problem.bandwidth_grad else compiled.Sweep if problem.backend == "inductor" else cpu.Sweep
+    dtype = accumulation_dtype(problem.x.dtype)
+    samples = _samples(problem, torch.float64 if problem.bandwidth_grad else dtype)
+    value, gradients, kernel, sums = cpu.mmd(sweep, samples, family, h, a, problem.unbiased)
+    grad_x, grad_y = (value.new_empty(0) if g is None else g for g in [*gradients, None][:2])
+    grad_h, grad_a = value.new_empty(0), value.new_empty(0)
     if problem.bandwidth_grad:
-        return _evaluate(cpu.BandwidthSweep, problem)
-    return _evaluate(compiled.Sweep if problem.backend == "inductor" else cpu.Sweep, problem)
+        grad_h, grad_a = bandwidth_gradients(samples, kernel, h, problem.unbiased, *sums.chunk(2))
+    return value.to(dtype), grad_x.to(dtype), grad_y.to(dtype), grad_h, grad_a
 
 
 def _triton(problem: Problem) -> Result:
@@ -113,7 +133,7 @@ def _triton(problem: Problem) -> Result:
             return _sweep(problem, precision)
         step = _problems_at_once(problem)
         parts = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
-        return _joined([_sweep(_of_tensors(problem, part), precision) for part in parts], True)
+        return _joined([_sweep(_of_tensors(problem, part), precision) for part in parts])
 
 
 def _sweep(problem: Problem, precision: str) -> Result:
@@ -140,10 +160,9 @@ def _sweep(problem: Problem, precision: str) -> Result:
     grad_h, grad_a = sums.new_empty(0), sums.new_empty(0)
     if problem.bandwidth_grad:
         kernel = KernelSum.of(family, h, a, dim, device, None)
-        kernel = replace(kernel, shifts=shifts.double() if family.radial else torch.ones_like(kernel.gamma))
-        batch = problem if problem.x.ndim == 3 else _of_tensors(problem, itemgetter(None))
-        grads_of_numbers = _bandwidth_gradients(problem, _samples(batch), kernel, *_sums_of_terms(kernel, sums))
-        grad_h, grad_a = (grad.view(*value.shape, -1) for grad in grads_of_numbers)
+        kernel = replace(kernel, shifts=shifts.double().view(*value.shape, -1) if family.radial else torch.ones_like(kernel.gamma))
+        terms = (t.view(*value.shape, -1) for t in _sums_of_terms(kernel, sums))
+        grad_h, grad_a = bandwidth_gradients(_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
     return value, grad_x, grad_y, grad_h, grad_a
 
 
@@ -165,9 +184,9 @@ def _sums_of_terms(kernel: KernelSum, sums: Tensor) -> tuple[Tensor, Tensor]:
     return values, -math.log(2) * ratios.sqrt() * slopes
 
 
-def _joined(parts: list[Result], batched: bool) -> Result:
-    results = parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    return results if batched else cast(Result, tuple(t[0] if t.numel() else t for t in results))
+def _joined(parts: list[Result]) -> Result:
+    """Of a batch, from those of its parts."""
+    return parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 mmd_op.register_kernel("cuda")(lambda *args: _triton(Problem(*args)))
@@ -199,31 +218,6 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
     if batched:
         results = tuple(t.unflatten(0, (info.batch_size, -1)) if t.numel() else t for t in results)
     return cast(Result, tuple(results)), tuple(0 if t.numel() else None for t in results)
-
-
-def _evaluate(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
-    with without_autocast(problem.x.device):
-        if problem.bandwidth_grad and problem.x.dtype != torch.float64:
-            exact = problem._replace(x=problem.x.double(), y=None if problem.y is None else problem.y.double())
-            *doubles, grad_h, grad_a = _evaluate(make_sweep, exact)
-            value, grad_x, grad_y = (t.to(accumulation_dtype(problem.x.dtype)) for t in doubles)
-            return value, grad_x, grad_y, grad_h, grad_a
-        batched = problem.x.ndim == 3
-        if not batched:
-            if (result := _small(problem)) is not None:
-                return result
-            problem = _of_tensors(problem, itemgetter(None))
-        parts = []
-        step = _small_problems(problem)
-        for n in range(0, problem.x.shape[0], max(step, 1)):
-            some = _of_tensors(problem, itemgetter(slice(n, n + max(step, 1))))
-            if batched and (result := _small(some)) is not None:
-                parts.append(result)
-                continue
-            # One problem at a time, whose tiles stay in cache.
-            singles = (itemgetter(slice(n, n + 1)) for n in range(some.x.shape[0]))
-            parts += [_evaluate_batch(make_sweep, _of_tensors(some, single)) for single in singles]
-        return _joined(parts, batched)
 
 
 def _small_problems(problem: Problem) -> int:
@@ -258,173 +252,20 @@ def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Probl
     return Problem._make([*(function(t) if isinstance(t, Tensor) else t for t in problem[:_BATCHED]), *problem[_BATCHED:]])
 
 
-def _evaluate_batch(make_sweep: Callable[..., Sweep], problem: Problem) -> Result:
-    """Of B problems, each tensor with a batch dimension."""
-    family, h, a = kernel_numbers(problem)
-    samples = _samples(problem)
-    mean = torch.stack([middle(sample.whole) for sample in samples]).mean(0)
-    # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
-    centre = mean if family.radial else torch.zeros_like(mean)
-    origin = mean if problem.y is not None else torch.zeros_like(mean)
-    distances = [(sample.whole - origin[:, None]).square().sum(2, dtype=torch.float64).mean(1) for sample in samples]
-    spread = torch.stack(distances).sum(0)
-    dim = mean.shape[1]
-    kernel = KernelSum.of(family, h, a, dim, mean.device, spread if problem.y is not None else spread + dim)
+def _samples(problem: Problem, dtype: torch.dtype) -> list[Sample]:
+    """In this dtype; weights over their sums."""
 
-    sweep = make_sweep(kernel, [sample.whole for sample in samples], centre, any(sample.gradient for sample in samples))
-    points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
-    poison = 0 * mean.sum(1, dtype=torch.float64)
-    sums, minus_one = poison[:, None], torch.full_like(poison, -1)
-    for sample, rows in zip(samples, points, strict=True):
-        sums = sums + (sample.scale * sample.share**2)[:, None] * sweep.within(rows, sample.scale * sample.share)
-        for other, weights, share in sample.others:
-            across = sweep.across(rows, sweep.points(other, weights, False), sample.scale * share)
-            sums = sums + (sample.scale * sample.share * share)[:, None] * across
-    if problem.all_x is not None and len(samples) == 2:
-        # The rows of each against the whole of the other, for a gradient that takes nothing from elsewhere.
-        whole = [sweep.points(sample.whole, sample.whole_weights, False) for sample in samples]
-        sums = sums - 2 * samples[0].share * sweep.across(points[0], whole[1], minus_one)
-        if samples[1].gradient:
-            sweep.across(points[1], whole[0], minus_one)
-    elif len(samples) == 2:
-        sums = sums - 2 * sweep.across(points[0], points[1], minus_one)
-    gradients: list[Tensor | None] = [
-        _gradient(sample, sweep.pull(rows), kernel) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
-    ]
-    value = sums[:, 0]
-    if not problem.unbiased:
-        for sample, gradient in zip(samples, gradients, strict=True):
-            value = value + _diagonal(sample, kernel, gradient)[0] @ kernel.weights
-    if problem.y is None:
-        value = value + _prior(samples[0], kernel, gradients[0])[0] @ kernel.weights
-    grad_x, grad_y = (mean.new_empty(0) if g is None else g for g in [*gradients, None][:2])
-    grad_h, grad_a = (mean.new_empty(0, dtype=torch.float64) for _ in range(2))
-    if problem.bandwidth_grad:
-        grad_h, grad_a = _bandwidth_gradients(problem, samples, kernel, *sums[:, 1:].chunk(2, 1))
-    return value.to(mean.dtype), grad_x, grad_y, grad_h, grad_a
-
-
-def _bandwidth_gradients(
-    problem: Problem, samples: list[_Sample], kernel: KernelSum, values: Tensor, slopes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(B, bandwidths) each, from sums over the pairs of each k_b − shift and of each ∂k_b/∂log h_b, widest first."""
-    closed_forms = [] if problem.unbiased else [_diagonal(sample, kernel, None) for sample in samples]
-    if problem.y is None:
-        closed_forms.append(_prior(samples[0], kernel, None))
-    for value, slope in closed_forms:
-        values, slopes = values + value, slopes + slope
-    order = as_vector(kernel_numbers(problem)[1], values.device).argsort(descending=True)
-    grad_h, grad_a = kernel.weights / kernel.bandwidth * slopes, values
-    return torch.empty_like(grad_h).index_copy_(1, order, grad_h), torch.empty_like(grad_a).index_copy_(1, order, grad_a)
-
-
-def _samples(problem: Problem) -> list[_Sample]:
-    x = problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start
-    samples = [_Sample.of(*x, problem.unbiased, problem.x_grad)]
-    if problem.y is not None:
-        y = problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start
-        samples.append(_Sample.of(*y, problem.unbiased, problem.y_grad))
-    return samples
-
-
-class _Sample(NamedTuple):
-    """One sample of each of B problems in the accumulation dtype, or some rows z of one, and its part in MMD²."""
-
-    z: Tensor
-    weights: Tensor | None
-    whole: Tensor
-    whole_weights: Tensor | None
-    others: list[tuple[Tensor, Tensor | None, float]]  # the whole's rows before and after z, and for equal weights their share in it
-    share: float  # of z in the whole, for equal weights; the factor from a mean over z to its part of the mean over the whole
-    row_weights: float | Tensor  # p_i, (B, N, 1) or one for all
-    sum_of_squares: float | Tensor  # Σ p_i² over z, (B, 1) or one for all
-    scale: Tensor  # 1/(1 − Σ p_i²) of formula (2), or 1, (B,)
-    gradient: bool
-
-    @staticmethod
-    def of(
-        z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, unbiased: bool, gradient: bool
-    ) -> _Sample:
-        dtype = accumulation_dtype(z.dtype)
-        z, given_whole = z.to(dtype), whole_weights
+    def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Sample:
         if weights is not None:
-            whole_weights = None if whole is None or whole_weights is None else unit_weights(whole_weights, None, dtype)
-            weights = unit_weights(weights, given_whole, dtype)
-        others: list[tuple[Tensor, Tensor | None, float]] = []
-        if whole is None:
-            whole, whole_weights = z, weights
-        else:
-            whole = whole.to(dtype)
-            for rows in (slice(0, start), slice(start + z.shape[1], whole.shape[1])):
-                if rows.start < rows.stop:
-                    share = (rows.stop - rows.start) / whole.shape[1]
-                    part = (whole[:, rows], None, share) if whole_weights is None else (whole[:, rows], whole_weights[:, rows], 1.0)
-                    others.append(part)
-        scale = z.new_ones(z.shape[:1], dtype=torch.float64)
-        if weights is None or whole_weights is None:
-            n, total = z.shape[1], whole.shape[1]
-            if unbiased:
-                scale = scale / (1 - 1 / total)
-            return _Sample(z, None, whole, None, others, n / total, 1 / total, n / total**2, scale, gradient)
-        if unbiased:
-            scale = scale / (1 - whole_weights.double().square().sum(1))
-        own_square = weights.double().square().sum(1, keepdim=True)
-        return _Sample(z, weights, whole, whole_weights, others, 1.0, weights[..., None], own_square, scale, gradient)
+            given = whole_weights
+            whole_weights = None if given is None else unit_weights(given, None, dtype)
+            weights = unit_weights(weights, given, dtype)
+        return Sample.of(z.to(dtype), weights, None if whole is None else whole.to(dtype), whole_weights, start, problem.unbiased, grad)
 
-
-def _gradient(sample: _Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
-    """−4γ_0·w_i times the pull of a sweep."""
-    # In two factors: γ itself may be past the range of float32.
-    scale = kernel.gamma[0].sqrt()
-    return pull.mul_(scale.to(pull.dtype)).mul_(sample.row_weights * (-4 * scale).to(pull.dtype)).contiguous()
-
-
-def _diagonal(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Σ_i w_i²·(k_b(z_i, z_i) − shift·φ(0)) and the same of ∂k_b/∂log h_b, (B, bandwidths); the gradient is added to `gradient`.
-
-    The shifts cancel between the sums of MMD², as the weights of each sum to one.
-    """
-    if kernel.kernel.radial:
-        value = sample.sum_of_squares * kernel.kernel.at_zero * (1 - kernel.shifts)
-        return value, torch.zeros_like(value)
-    assert isinstance(kernel.kernel, Polynomial)
-    t = sample.z.square().sum(2, keepdim=True, dtype=torch.float64) * kernel.gamma
-    weights, slope = _row_weights(sample).square(), kernel.kernel.slope(t)
-    if gradient is not None:
-        gradient += (2 * weights * (slope @ (kernel.weights * kernel.gamma))[..., None]).to(gradient.dtype) * sample.z
-    value = kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts[..., None, :]
-    return (weights * value).sum(1), (-2 * weights * t * slope).sum(1)
-
-
-def _row_weights(sample: _Sample) -> Tensor:
-    """(B, N, 1), in float64. A number is filled in, as its copy to a GPU would wait and can't be captured in a CUDA graph."""
-    z, p = sample.z, sample.row_weights
-    p = p.double() if isinstance(p, Tensor) else z.new_full((1, 1, 1), p, dtype=torch.float64)
-    return p.expand(*z.shape[:2], 1)
-
-
-def _prior(sample: _Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """−2·Σ_i p_i·(E_y k_b(x_i, y) − shift) + E k_b(y, y') − shift and its derivative to log h_b, (B, bandwidths).
-
-    The gradient to x is added to `gradient`.
-    """
-    x, p, h = sample.z, _row_weights(sample), kernel.bandwidth
-    h2, dim = h.square(), x.shape[2]
-    cross, within = rbf_normal_mean_exponent(x.double(), h), rbf_normal_self_exponent(dim, h)
-    # The rows' share in the constant.
-    share = p.sum(1)
-    value = share * _shifted_exp(within, kernel.shifts) - 2 * (p * _shifted_exp(cross, kernel.shifts[:, None])).sum(1)
-    cross, within = cross.exp(), within.exp()
-    if gradient is not None:
-        gradient += x * (2 * p * (cross @ (kernel.weights / (h2 + 1)))[..., None]).to(x.dtype)
-    # d/d(log h) of the two exponents
-    cross_slope = dim / (h2 + 1) + x.double().square().sum(2, keepdim=True) * h2 / (h2 + 1).square()
-    within_slope = 2 * dim / (h2 + 2)
-    return value, share * within * within_slope - 2 * (p * cross * cross_slope).sum(1)
-
-
-def _shifted_exp(exponent: Tensor, shifts: Tensor) -> Tensor:
-    return torch.where(shifts > 0, exponent.expm1(), exponent.exp())
+    x = sample(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
+    if problem.y is None:
+        return [x]
+    return [x, sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)]
 
 
 # Where the arguments are that have a gradient, in the order of the op's gradients.
