@@ -319,23 +319,3 @@ def output_rounding(dtype: torch.dtype, expected: Tensor) -> Tensor:
     info, size = torch.finfo(dtype), expected.abs()
     rounding = (info.eps + 8 * torch.finfo(accumulation(dtype)).eps) * size + 8 * info.smallest_normal * info.eps
     return torch.where(size >= info.max, torch.inf, rounding)
-
-
-# PyTorch operations that launch nothing on a GPU.
-VIEWS = {"view", "expand", "select", "slice", "unsqueeze", "squeeze", "detach", "alias", "_unsafe_view", "empty", "new_empty", "empty_like"}
-VIEWS |= {"split_with_sizes", "as_strided", "reshape", "_reshape_alias"}
-
-
-class Operations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts what PyTorch launches; numbers that stay on the CPU, float64 of one dimension here, are not on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        if name not in VIEWS and isinstance(out, torch.Tensor) and not (out.dtype == torch.float64 and out.ndim == 1):
-            self.found.append(name)
-        return out

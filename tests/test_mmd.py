@@ -18,7 +18,6 @@ from tests.cases import (
     TOLERANCE,
     TRITON_TOLERANCE,
     Case,
-    Operations,
     assert_close,
     evaluate,
     expected,
@@ -508,45 +507,6 @@ def test_triton_gradient_to_bandwidths_alone(wanted):
         numbers[wanted].requires_grad_()
         gradients += torch.autograd.grad(fastvae.mmd(x, y, backend=backend, **numbers), numbers[wanted])
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
-
-
-@pytest.mark.usefixtures("interpreter_warnings")
-@needs_triton
-@pytest.mark.parametrize(
-    ("name", "options", "gradient", "most"),
-    [
-        ("mmd", {}, True, 7),
-        ("mmd", {"bandwidth": (1.0, 2**0.5, 2.0, 2 * 2**0.5, 4.0), "estimator": "unbiased"}, True, 7),
-        ("mmd", {"batch": True}, True, 7),
-        ("mmd", {}, False, 6),
-        ("mmd_to_normal", {}, True, 7),
-        ("mmd_to_normal", {}, False, 6),
-        ("mmd", {"bandwidth": torch.tensor((1.0, 2.0, 3.0), dtype=torch.float64, device=DEVICE)}, True, 9),
-        ("mmd_to_normal", {"bandwidth": torch.tensor((1.0, 2.0, 3.0), dtype=torch.float64, device=DEVICE)}, True, 30),
-    ],
-)
-def test_triton_launches_of_a_step(monkeypatch, name, options, gradient, most):
-    """PyTorch's and ours, of value, gradient and what autograd does: on a GPU they are the time of a small batch."""
-    from fastvae.kernels import mmd, prepare
-
-    launches = []
-    for module in (prepare, mmd):
-        monkeypatch.setattr(module, "launch", lambda fn, *_: launches.append(fn.__name__))
-    options = dict(options)
-    shape = (3, 40, 5) if options.pop("batch", False) else (40, 5)
-    points = [torch.randn(shape, device=DEVICE) for _ in range(2 if name == "mmd" else 1)]
-    points[0].requires_grad_(gradient)
-    inputs = [points[0]]
-    if isinstance(options.get("bandwidth"), torch.Tensor):
-        inputs.append(options["bandwidth"].clone().requires_grad_())
-        options["bandwidth"] = inputs[-1]
-    upstream = torch.ones(shape[:-2], device=DEVICE)
-    with Operations() as operations:
-        value = getattr(fastvae, name)(*points, **options, backend="triton")
-        if gradient:
-            torch.autograd.grad(value, inputs, upstream)
-    assert 5 <= len(launches) <= 6
-    assert len(launches) + len(operations.found) <= most, operations.found
 
 
 @pytest.mark.usefixtures("interpreter_warnings")
