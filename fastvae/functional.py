@@ -514,8 +514,9 @@ def reparameterize_kl(
     if eps is not None:
         checks.noise(eps, generator, mu)
     shape = mu.shape
-    mu, logvar = mu.flatten(0, -2), logvar.flatten(0, -2)
-    noise = _noise(mu, generator, backend) if eps is None else eps.flatten(0, -2)
+    if len(shape) != 2:
+        mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
+    noise = _noise(mu, generator, backend) if eps is None else eps
     # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it.
     inlined = backend is None and mu.device.type == "cpu" and torch.compiler.is_compiling()
     if backend == "reference" or inlined:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 
 import torch
 from torch import Tensor
@@ -21,49 +21,83 @@ _MINUS_ONE = torch.tensor(-1.0, device="cpu")
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
     """z (N, D) and KL (N,), or (N, D) per dimension, from μ, logvar and ε (N, D)."""
     dtype = accumulation_dtype(mu.dtype)
+    halves = None if per_dimension else _halves(mu.shape[1], dtype)
+    if (count := _blocks(mu)) <= 1:
+        if mu.dtype == dtype:
+            return _forward(mu, logvar, eps, halves)
+        z, kl = _forward(mu.to(dtype), logvar.to(dtype), eps.to(dtype), halves)
+        return z.to(mu.dtype), kl
     z = new_empty(mu, mu.shape)
     kl = new_empty(mu, mu.shape if per_dimension else mu.shape[:1], dtype)
-    halves = kl.new_full(mu.shape[1:], 0.5)
     scratch = None
-    for *operands, z_out, kl_out in _blocks(mu, logvar, eps, z, kl):
-        m, lv, e = (t.to(dtype) for t in operands)
+    for m, lv, e, *out in zip(*(t.chunk(count) for t in (mu, logvar, eps, z, kl)), strict=True):
         if scratch is None or len(scratch) != len(m):
-            scratch = m.new_empty(m.shape)
-        std = _std(lv, scratch)
-        torch.addcmul(m, std, e, out=z_out)
-        twice_kl = torch.addcmul(_MINUS_ONE, std, std, out=scratch).addcmul_(m, m).sub_(lv)
-        if per_dimension:
-            torch.mul(twice_kl, 0.5, out=kl_out)
-        else:
-            # Faster than a sum where rows are short.
-            torch.mv(twice_kl, halves, out=kl_out)
+            scratch = m.new_empty(m.shape, dtype=dtype)
+        _forward(m.to(dtype), lv.to(dtype), e.to(dtype), halves, scratch, *out)
     return z, kl
+
+
+def _forward(
+    mu: Tensor,
+    logvar: Tensor,
+    eps: Tensor,
+    halves: Tensor | None,
+    scratch: Tensor | None = None,
+    z: Tensor | None = None,
+    kl: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    std = _std(logvar, scratch)
+    z = torch.addcmul(mu, std, eps, out=z)
+    twice_kl = torch.addcmul(_MINUS_ONE, std, std, out=scratch).addcmul_(mu, mu).sub_(logvar)
+    # The product is faster than a sum where rows are short.
+    return z, torch.mul(twice_kl, 0.5, out=kl) if halves is None else torch.mv(twice_kl, halves, out=kl)
 
 
 def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
     """dμ and dlogvar (N, D) from dz (N, D) and dKL (N,), or (N, D) per dimension."""
     dtype = accumulation_dtype(mu.dtype)
-    grad_mu, grad_logvar = new_empty(mu, mu.shape), new_empty(mu, mu.shape)
     columns = grad_kl if per_dimension else grad_kl[:, None]
+    if (count := _blocks(mu)) <= 1:
+        if mu.dtype == dtype:
+            return _backward(grad_z, columns, mu, logvar, eps)
+        grad_mu, grad_logvar = _backward(grad_z.to(dtype), columns.to(dtype), mu.to(dtype), logvar.to(dtype), eps.to(dtype))
+        return grad_mu.to(mu.dtype), grad_logvar.to(mu.dtype)
+    grad_mu, grad_logvar = new_empty(mu, mu.shape), new_empty(mu, mu.shape)
     scratch = None
-    for *operands, grad_mu_out, grad_logvar_out in _blocks(grad_z, columns, mu, logvar, eps, grad_mu, grad_logvar):
-        dz, dkl, m, lv, e = (t.to(dtype) for t in operands)
+    for dz, dkl, m, lv, e, *out in zip(*(t.chunk(count) for t in (grad_z, columns, mu, logvar, eps, grad_mu, grad_logvar)), strict=True):
         if scratch is None or len(scratch) != len(m):
-            scratch = m.new_empty(m.shape)
-        torch.addcmul(dz, dkl, m, out=grad_mu_out)
-        std = _std(lv, scratch)
-        # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL, in place: a dz that was converted is a copy.
-        term = torch.mul(dz, e, out=grad_logvar_out if mu.dtype == dtype else dz).addcmul_(dkl, std)
-        torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=grad_logvar_out)
+            scratch = m.new_empty(m.shape, dtype=dtype)
+        _backward(dz.to(dtype), dkl.to(dtype), m.to(dtype), lv.to(dtype), e.to(dtype), scratch, *out)
     return grad_mu, grad_logvar
 
 
-def _std(logvar: Tensor, out: Tensor) -> Tensor:
+def _backward(
+    dz: Tensor,
+    dkl: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    eps: Tensor,
+    scratch: Tensor | None = None,
+    grad_mu: Tensor | None = None,
+    grad_logvar: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    grad_mu = torch.addcmul(dz, dkl, mu, out=grad_mu)
+    std = _std(logvar, scratch)
+    # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL; where the result is of another dtype, a dz that was converted is a copy to write to.
+    out = grad_logvar if grad_logvar is None or grad_logvar.dtype == dz.dtype else dz
+    term = torch.mul(dz, eps, out=out).addcmul_(dkl, std)
+    return grad_mu, torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=grad_logvar)
+
+
+def _std(logvar: Tensor, out: Tensor | None) -> Tensor:
     # exp2 takes a quarter to a half of the time of exp.
     return torch.mul(logvar, 0.5 * LOG2_E, out=out).exp2_()
 
 
-def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors (N, …) in blocks of rows."""
-    count = -(-tensors[0].numel() // (BLOCK * torch.get_num_threads()))
-    return zip(*(t.chunk(count) for t in tensors), strict=True)
+@functools.lru_cache(maxsize=64)
+def _halves(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((size,), 0.5, dtype=dtype, device="cpu")
+
+
+def _blocks(mu: Tensor) -> int:
+    return -(-mu.numel() // (BLOCK * torch.get_num_threads()))

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.radial import Kernel, Numbers, kernel_of, rounding_of_sum
 
@@ -84,6 +85,17 @@ def matmul_precision(precision: str) -> str:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the dispatcher, 25 µs of a call, has more to do than to choose between CPU and CUDA: for the compiler, a transform of
+    `torch.func`, a mode, or a subclass of tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
+        return True
+    for t in (first, *others):
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return first.device.type not in ("cpu", "cuda")
 
 
 class _ForbidSecondDerivative(torch.autograd.Function):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
@@ -24,6 +23,7 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
+    needs_dispatcher,
     needs_grad,
     unit_weights,
     without_autocast,
@@ -92,8 +92,11 @@ def mmd_op(*args: Any) -> Result:
     """(MMD², its gradients to x, y, bandwidths and their weights) in the accumulation dtype, the last two in float64; y = None is N(0, I).
 
     A gradient not asked for is empty."""
-    problem = Problem(*args)
-    return (_triton if problem.backend == "triton" else _on_cpu)(problem)
+    return _on_device(Problem(*args))
+
+
+def _on_device(problem: Problem) -> Result:
+    return (_triton if problem.backend == "triton" or problem.x.device.type == "cuda" else _on_cpu)(problem)
 
 
 def _on_cpu(problem: Problem) -> Result:
@@ -187,9 +190,6 @@ def _sums_of_terms(kernel: KernelSum, sums: Tensor) -> tuple[Tensor, Tensor]:
 def _joined(parts: list[Result]) -> Result:
     """Of a batch, from those of its parts."""
     return parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-mmd_op.register_kernel("cuda")(lambda *args: _triton(Problem(*args)))
 
 
 @mmd_op.register_fake
@@ -314,26 +314,13 @@ class _EagerMMD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         problem = args[-1]
-        value, *gradients = mmd_op(*problem) if _is_watched(problem) else _implementation(problem)(problem)
+        value, *gradients = mmd_op(*problem) if needs_dispatcher(*problem[:2]) else _on_device(problem)
         _save(ctx, args[:4], ctx.needs_input_grad[:4], gradients)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*_gradients(ctx, grads[0], ctx.needs_input_grad), None, None, None)
-
-
-def _is_watched(problem: Problem) -> bool:
-    """Whether the dispatcher, 25 µs of a call, has more to do than to choose by device: for a subclass of tensors, or a mode."""
-    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in problem[:2])
-    return not plain or is_in_torch_dispatch_mode()
-
-
-def _implementation(problem: Problem) -> Callable[[Problem], Result]:
-    device = problem.x.device.type
-    if device == "cuda" or problem.backend == "triton":
-        return _triton
-    return _on_cpu if device == "cpu" else lambda problem: cast(Result, mmd_op(*problem))
 
 
 def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor]) -> None:

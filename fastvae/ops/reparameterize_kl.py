@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.ops.common import accumulation_dtype, needs_grad
+from fastvae.ops.common import accumulation_dtype, needs_dispatcher, needs_grad
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -22,14 +22,13 @@ BACKWARD_SCHEMA = (
 @torch.library.custom_op("fastvae::reparameterize_kl", mutates_args=(), schema=FORWARD_SCHEMA)
 def forward_op(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, D) and KL in the accumulation dtype, (N,) or per dimension (N, D)."""
-    if backend == "triton":
-        return cast("tuple[Tensor, Tensor]", _triton_forward(mu, logvar, noise, per_dimension, backend))
-    _refuse_seed(noise)
-    return cpu.forward(mu, logvar, noise, per_dimension)
+    return _forward(mu, logvar, noise, per_dimension, backend)
 
 
-@forward_op.register_kernel("cuda")
-def _triton_forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if backend != "triton" and mu.device.type != "cuda":
+        _refuse_seed(noise)
+        return cpu.forward(mu, logvar, noise, per_dimension)
     from fastvae.kernels import reparameterize_kl as kernels
 
     z, kl = _outputs(mu, per_dimension)
@@ -51,19 +50,18 @@ def backward_op(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """dμ and dlogvar (N, D)."""
-    if backend == "triton":
-        return cast("tuple[Tensor, Tensor]", _triton_backward(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend))
-    _refuse_seed(noise)
-    return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
+    return _gradients(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend)
 
 
-@backward_op.register_kernel("cuda")
-def _triton_backward(
+def _gradients(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend != "triton" and mu.device.type != "cuda":
+        _refuse_seed(noise)
+        return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
     from fastvae.kernels import reparameterize_kl as kernels
 
-    grads = _gradients(mu)
+    grads = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
     kernels.backward(grad_z.contiguous(), grad_kl.contiguous(), _rows(mu), _rows(logvar), noise.contiguous(), *grads)
     return grads
 
@@ -72,10 +70,6 @@ def _triton_backward(
 def _fake_backward(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(mu)
-
-
-def _gradients(mu: Tensor) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
@@ -94,7 +88,8 @@ def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not needs_grad(*args[:2]) and torch.compiler.is_compiling():
         return cast("tuple[Tensor, Tensor]", forward_op(*args))
-    return cast("tuple[Tensor, Tensor]", ReparameterizeKL.apply(*args))  # type: ignore[no-untyped-call]
+    function = ReparameterizeKL if needs_dispatcher(*args[:3]) else _PlainReparameterizeKL
+    return cast("tuple[Tensor, Tensor]", function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 class ReparameterizeKL(torch.autograd.Function):
@@ -113,7 +108,20 @@ class ReparameterizeKL(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+class _PlainReparameterizeKL(torch.autograd.Function):
+    """`ReparameterizeKL` without `setup_context` and the dispatcher, which take as long as a small problem."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        _setup_context(ctx, args, ())
+        return _forward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # The noise and not z: z − μ loses what σ·ε has below the rounding of μ, in bfloat16 a good part of it.
     mu, logvar, noise, ctx.per_dimension, ctx.backend = inputs
     ctx.save_for_backward(mu, logvar, noise)
@@ -124,7 +132,7 @@ def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None,
     if needs_grad(*args[:4]):
         grads = ReparameterizeKLBackward.apply(*args)  # type: ignore[no-untyped-call]
     else:
-        grads = backward_op(*args)
+        grads = backward_op(*args) if needs_dispatcher(*args[:5]) else _gradients(*args)
     return *grads, None, None, None
 
 
