@@ -54,6 +54,8 @@ def test_activation_checkpointing():
         lambda x: fastvae.mmd(x, y),
         lambda x: fastvae.kernel_matmul(x, y, y).sum(),
         lambda x: fastvae.group_mmd(x, torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)).mean(),
+        lambda x: fastvae.total_correlation(x, x + 1, 0.1 * x, dataset_size=9).total_correlation,
+        lambda x: fastvae.reparameterize_kl(x, 0.1 * x, eps=torch.ones_like(x))[1].sum(),
     ):
         (grad,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
         torch.testing.assert_close(grad, torch.autograd.grad(loss(x), x)[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, without_autocast, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_dispatcher, needs_grad, without_autocast, zero_if_finite
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -41,20 +41,19 @@ def forward_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset:
 
     Row i of z is drawn from posterior offset + i, so that a share of a batch can be held against all of it.
     """
-    if backend == "triton":
-        return cast(Densities, _triton_forward(z, mu, logvar, dataset_size, offset, stratified, backend))
+    return _densities(z, mu, logvar, dataset_size, offset, stratified, backend)
+
+
+def _densities(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
+    if backend == "triton" or z.device.type == "cuda":
+        from fastvae.kernels import total_correlation as kernels
+
+        *_, joint, marginals = kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
+        return joint, marginals
     with without_autocast(z.device):
         joint, marginals = cpu.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
         zero = zero_if_finite(z, mu, logvar).to(joint.dtype)
         return joint.add_(zero), marginals.add_(zero)
-
-
-@forward_op.register_kernel("cuda")
-def _triton_forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
-    from fastvae.kernels import total_correlation as kernels
-
-    *_, joint, marginals = kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
-    return joint, marginals
 
 
 @forward_op.register_fake
@@ -66,21 +65,14 @@ def _fake_forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offs
 @torch.library.custom_op("fastvae::total_correlation_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def backward_op(*args: Any) -> Gradients:
     """dz (N, D), dμ and dlogvar (M, D), in the dtype of z; a gradient not asked for is empty."""
-    if args[-3] == "triton":
-        return cast(Gradients, _triton_backward(*args))
-    a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
+    a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, backend, z_grad, posterior_grad = args
+    weights = log_weights(mu.shape[0], dataset_size, stratified)
+    if backend == "triton" or z.device.type == "cuda":
+        from fastvae.kernels import total_correlation as kernels
+
+        return _wanted(z, kernels.backward((a, b), z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
     with without_autocast(z.device):
-        weights = log_weights(mu.shape[0], dataset_size, stratified)
         return _wanted(z, cpu.backward(a, b, z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
-
-
-@backward_op.register_kernel("cuda")
-def _triton_backward(*args: Any) -> Gradients:
-    from fastvae.kernels import total_correlation as kernels
-
-    grad_joint, grad_marginals, *tensors, dataset_size, offset, stratified, _, z_grad, posterior_grad = args
-    weights = log_weights(tensors[1].shape[0], dataset_size, stratified)
-    return _wanted(tensors[0], kernels.backward((grad_joint, grad_marginals), *tensors, weights, offset, z_grad, posterior_grad))
 
 
 def _wanted(z: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:
@@ -110,9 +102,11 @@ def _backward(ctx: Any, grad_joint: Tensor, grad_marginals: Tensor) -> tuple[Ten
 
 def _gradients(op: Any, upstream: tuple[Tensor | None, ...], ctx: Any, options: tuple[Any, ...]) -> list[Tensor | None]:
     z_grad, mu_grad, logvar_grad = ctx.needs_input_grad[:3]
+    # Unpacked once: activation checkpointing allows no more.
+    tensors = ctx.saved_tensors
     with torch.no_grad():
-        grads = op(*upstream, *ctx.saved_tensors, *options, z_grad, mu_grad or logvar_grad)
-    sources = *upstream, *ctx.saved_tensors[:3]
+        grads = op(*upstream, *tensors, *options, z_grad, mu_grad or logvar_grad)
+    sources = *upstream, *tensors[:3]
     return [
         forbid_second_derivative("total_correlation", grad, *sources) if needed else None
         for grad, needed in zip(grads, (z_grad, mu_grad, logvar_grad), strict=True)
@@ -125,19 +119,18 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("fastvae::kl_decomposition", mutates_args=(), schema=TERMS_SCHEMA)
 def terms_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
     """The terms of (4), of z, μ and logvar (N, D), and what `forward_op` returns of them, which is no output to differentiate."""
-    if backend == "triton":
-        return cast(Terms, _triton_terms(z, mu, logvar, dataset_size, stratified, backend))
-    joint, marginals = forward_op(z, mu, logvar, dataset_size, 0, stratified, backend)
+    return _terms(z, mu, logvar, dataset_size, stratified, backend)
+
+
+def _terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
+    if backend == "triton" or z.device.type == "cuda":
+        from fastvae.kernels import total_correlation as kernels
+
+        return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
+    joint, marginals = _densities(z, mu, logvar, dataset_size, 0, stratified, backend)
     with without_autocast(z.device):
         z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
         return *decompose(z, mu, logvar, joint, marginals), joint, marginals
-
-
-@terms_op.register_kernel("cuda")
-def _triton_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    from fastvae.kernels import total_correlation as kernels
-
-    return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
 
 
 @terms_op.register_fake
@@ -149,21 +142,22 @@ def _fake_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, strati
 @torch.library.custom_op("fastvae::kl_decomposition_backward", mutates_args=(), schema=TERMS_BACKWARD_SCHEMA)
 def terms_backward_op(*args: Any) -> Gradients:
     """dz, dμ and dlogvar (N, D), in the dtype of z; a gradient not asked for is empty. A term without a gradient has None."""
-    if args[-3] == "triton":
-        return cast(Gradients, _triton_terms_backward(*args))
-    *grads, z, mu, logvar, joint, marginals, dataset_size, stratified, _, z_grad, posterior_grad = args
+    return _terms_gradients(*args)
+
+
+def _plain_or_op(*args: Any) -> Gradients:
+    return cast(Gradients, terms_backward_op(*args)) if needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
+
+
+def _terms_gradients(*args: Any) -> Gradients:
+    *upstream, z, mu, logvar, joint, marginals, dataset_size, stratified, backend, z_grad, posterior_grad = args
+    weights = log_weights(z.shape[0], dataset_size, stratified)
+    if backend == "triton" or z.device.type == "cuda":
+        from fastvae.kernels import total_correlation as kernels
+
+        return _wanted(z, kernels.backward(upstream, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad))
     with without_autocast(z.device):
-        weights = log_weights(z.shape[0], dataset_size, stratified)
-        return _wanted(z, cpu.terms_backward(grads, z, mu, logvar, joint, marginals, weights, z_grad, posterior_grad))
-
-
-@terms_backward_op.register_kernel("cuda")
-def _triton_terms_backward(*args: Any) -> Gradients:
-    from fastvae.kernels import total_correlation as kernels
-
-    *tensors, dataset_size, stratified, _, z_grad, posterior_grad = args
-    weights = log_weights(tensors[3].shape[0], dataset_size, stratified)
-    return _wanted(tensors[3], kernels.backward(tensors[:3], *tensors[3:], weights, 0, z_grad, posterior_grad))
+        return _wanted(z, cpu.terms_backward(upstream, z, mu, logvar, joint, marginals, weights, z_grad, posterior_grad))
 
 
 @terms_backward_op.register_fake
@@ -177,7 +171,8 @@ def apply_total_correlation(*args: Any) -> KLDecomposition:
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not needs_grad(*args[:3]) and torch.compiler.is_compiling():
         return KLDecomposition(*terms_op(*args)[:3])
-    return KLDecomposition(*TotalCorrelation.apply(*args)[:3])  # type: ignore[no-untyped-call]
+    function = TotalCorrelation if needs_dispatcher(*args[:3]) else _PlainTotalCorrelation
+    return KLDecomposition(*function.apply(*args)[:3])  # type: ignore[no-untyped-call]
 
 
 class TotalCorrelation(torch.autograd.Function):
@@ -196,6 +191,20 @@ class TotalCorrelation(torch.autograd.Function):
         return _terms_backward(ctx, *grads)
 
 
+class _PlainTotalCorrelation(torch.autograd.Function):
+    """`TotalCorrelation` without `setup_context` and the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Terms:
+        result = _terms(*args)
+        _setup_terms(ctx, args, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _terms_backward(ctx, *grads)
+
+
 def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
     *tensors, ctx.dataset_size, ctx.stratified, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[3:])
@@ -204,7 +213,7 @@ def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
 
 
 def _terms_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_gradients(terms_backward_op, grads[:3], ctx, (ctx.dataset_size, ctx.stratified, ctx.backend)), None, None, None
+    return *_gradients(_plain_or_op, grads[:3], ctx, (ctx.dataset_size, ctx.stratified, ctx.backend)), None, None, None
 
 
 terms_op.register_autograd(_terms_backward, setup_context=_setup_terms)
