@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,12 +137,15 @@ def same_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, why: str) -> None:
 
 def real(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
     """A real, finite number, returned as float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is float:
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = float("inf")
+    else:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {number}")
     if above is not None and not number > above:
@@ -260,7 +263,8 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
         return value.reshape(-1).to(torch.float64)
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    single = isinstance(value, (float, int, str)) or not isinstance(value, Sequence)
+    values = [value] if single else list(cast("Sequence[object]", value))
     found = _bandwidth_numbers(name, values, positive)
     if torch.compiler.is_compiling() and not _are_fixed(found):
         # As arguments of an op they would be compiled anew at each change.
@@ -283,7 +287,7 @@ def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> l
     for number in numbers:
         if not 1e-30 <= number <= 1e30:
             raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {number:g}")
-    if numbers and max(numbers) > 1e15 * min(numbers) * (1 + 1e-6):
+    if len(numbers) > 1 and max(numbers) > 1e15 * min(numbers) * (1 + 1e-6):
         raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {min(numbers):g} and {max(numbers):g}")
     return numbers
 

@@ -37,10 +37,12 @@ class KernelArguments(Protocol):
 def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> tuple[Any, ...]:
     """The arguments of `KERNEL_SCHEMA`."""
     kernel, factor = kernel.canonical()
-    h = factor * bandwidth if isinstance(bandwidth, Tensor) else [factor * number for number in bandwidth]
-    tensors = (t if isinstance(t, Tensor) else None for t in (h, weights))
-    numbers = ([] if isinstance(t, Tensor) else list(t) for t in (h, weights))
-    return (*tensors, *numbers, kernel.name, kernel.parameters)
+    if isinstance(bandwidth, Tensor):
+        h, h_numbers = factor * bandwidth, []
+    else:
+        h, h_numbers = None, [factor * number for number in bandwidth]
+    a, a_numbers = (weights, []) if isinstance(weights, Tensor) else (None, list(weights))
+    return h, a, h_numbers, a_numbers, kernel.name, kernel.parameters
 
 
 def kernel_numbers(problem: KernelArguments) -> tuple[Kernel, Numbers, Numbers]:
