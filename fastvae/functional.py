@@ -15,10 +15,11 @@ from fastvae.distributed import Heard, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
-from fastvae.ops.quadratic_form import apply_quadratic_form
+from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
 from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.radial import Kernel, Numbers, as_vector
+from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
 from fastvae.reference.total_correlation import KLDecomposition
 
 if TYPE_CHECKING:
@@ -394,69 +395,54 @@ def group_mmd(
             checks.known_groups(num_groups)
         index = None if pairs is None else _on_device(checks.pairs(pairs, size), z.device)
     dtype = accumulation_dtype(z.dtype)
-    labels = None if groups.is_floating_point() else groups.long()
-    groups = groups.detach() if labels is None else labels
-    if labels is not None and z.device.type == "cpu":
-        # Sorted, as a tile of rows then meets few groups.
-        groups, order = labels.sort(stable=True)
-        z = z[order]
+    groups = groups.detach() if groups.is_floating_point() else groups.long()
     all_z, all_groups, start = z, groups, 0
     if process_group is not None:
         (all_z, all_groups), start = gather_rows("z", [z, groups], process_group)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, all_z)
-    counted = (all_groups if labels is None else torch.nn.functional.one_hot(all_groups, size)).double()
-    valid = (counted != 0).sum(0) >= 2
-    # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
-    rounded = torch.where(valid, counted / counted.sum(0), 0).to(dtype)
-    exact = rounded.double()
-    total = exact.sum(0).where(valid, 1)
-    norm, products = total[:, None] * total, exact.T @ exact
-    scale = 1 / (1 - (products / norm).diagonal().where(valid, 0)) if estimator == "unbiased" else None
-
-    wanted = valid[:, None] & valid & ~torch.eye(size, dtype=torch.bool, device=z.device)
-    expected = _expected_upstream(wanted, index, scale) if z.device.type == "cpu" else None
-    v = rounded[start : start + z.shape[0]]
-    if backend == "reference":
-        sums = reference.quadratic_form(z.to(dtype), v, bandwidth=h, bandwidth_weights=a, kernel=family).double()
+    all_v, *constants = _group_weights(all_groups, size, dtype)
+    unbiased = estimator == "unbiased"
+    v, arguments = all_v[start : start + z.shape[0]], (*kernel_arguments(family, h, a), precision or "", backend or "")
+    if process_group is None and backend != "reference":
+        values, valid, wanted = apply_group_mmd(z, v, *arguments, *constants, unbiased, index)
     else:
-        sums = apply_quadratic_form(z, v, *kernel_arguments(family, h, a), precision or "", backend or "", expected=expected)
-    if process_group is not None:
-        # This rank's rows against the others': half of what the sum over the ranks has of them, and all of its gradient to these rows.
-        place = torch.arange(all_z.shape[0], device=z.device)
-        others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], rounded, 0)
-        kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
-        # Near one, as k of a wide bandwidth is, sums of k in float32 would not cancel as those of k − 1 of a sweep do.
-        fine = torch.float64 if z.device.type == "cpu" else dtype
-        across = v.double().T @ kernel_matmul(z.to(fine), all_z.to(fine), others.to(fine), bandwidth=h, **kernel_options).double()
-        across = across + across.T
-        sums = sums + across - 0.5 * across.detach()
-    with_self = sums
-    if not family.radial:
-        gamma = family.gamma(as_vector(h, z.device), z.shape[1])
-        own = family.phi(z.double().square().sum(1, keepdim=True) * gamma) @ as_vector(a, z.device)
-        with_self = sums + v.double().T @ (v.double() * own[:, None])
-    if process_group is not None:
-        sums, with_self = sum_shares(torch.stack([sums, with_self]), process_group).unbind()
-    if family.radial:
-        with_self = with_self + products * family.at_zero * (a.to(z.device).sum() if isinstance(a, Tensor) else sum(a))
-    with_self = with_self / norm
-    within = with_self.diagonal() if scale is None else scale * (sums / norm).diagonal()
-    values = torch.where(wanted, within[:, None] + within - with_self - with_self.T, 0).to(dtype)
-    if index is None:
-        return GroupMMD(values, valid, wanted)
-    return GroupMMD(values[index[:, 0], index[:, 1]], valid, wanted[index[:, 0], index[:, 1]])
-
-
-def _expected_upstream(wanted: Tensor, index: Tensor | None, scale: Tensor | None) -> Tensor:
-    """The gradient of the sum over the given pairs to the sums S of a sweep, up to a factor."""
-    counts = wanted.double()
+        if backend == "reference":
+            sums = reference.quadratic_form(z.to(dtype), v.to(dtype), bandwidth=h, bandwidth_weights=a, kernel=family).double()
+        else:
+            sums = quadratic_form_op(z, v, *arguments, False)
+        if process_group is not None:
+            # This rank's rows against the others': half of what the sum over the ranks has of them, and all of its gradient to these rows.
+            place = torch.arange(all_z.shape[0], device=z.device)
+            others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], all_v, 0)
+            kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
+            # Near one, as k of a wide bandwidth is, sums of k in float32 would not cancel as those of k − 1 of a sweep do.
+            fine = torch.float64 if z.device.type == "cpu" else dtype
+            across = v.double().T @ kernel_matmul(z.to(fine), all_z.to(fine), others.to(fine), bandwidth=h, **kernel_options).double()
+            across = across + across.T
+            sums = sum_shares(sums + across - 0.5 * across.detach(), process_group)
+        own = pairs_with_self(z, v, family, h, a)
+        if process_group is not None and isinstance(own, Tensor) and own.ndim:
+            own = sum_shares(own, process_group)
+        weights = GroupWeights(constants[0], constants[1], constants[2], unbiased)
+        values, valid, wanted = pair_values(sums, own, weights).to(dtype), weights.valid, weights.pairs
     if index is not None:
-        # How often each pair counts.
-        ones = torch.ones_like(index[:, 0], dtype=torch.float64)
-        counts = torch.zeros_like(counts).index_put_((index[:, 0], index[:, 1]), ones, accumulate=True) * wanted
-    per_group = counts.sum(0) + counts.sum(1)
-    return torch.diag(per_group if scale is None else scale * per_group) - 2 * counts
+        values, wanted = (t[index[:, 0], index[:, 1]] for t in (values, wanted))
+    return GroupMMD(values, valid, wanted)
+
+
+def _group_weights(groups: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels (N,) or weights (N, G) as columns of a quadratic form, of any scale, and their sums as of `GroupWeights`."""
+    if not groups.is_floating_point():
+        v = groups[:, None] == torch.arange(size, device=groups.device)
+        counts = v.sum(0, dtype=torch.float64)
+        return v, counts, counts, counts
+    weights = groups.double()
+    members = (weights != 0).sum(0)
+    # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
+    v = torch.where(members >= 2, weights / weights.sum(0), 0).to(dtype)
+    exact = v.double()
+    return v, exact.sum(0), exact.T @ exact, members
 
 
 def _on_device(pairs: Tensor, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import fastvae
 from fastvae import reference
 from fastvae.ops.common import kernel_arguments
-from fastvae.ops.quadratic_form import apply_quadratic_form
+from fastvae.ops.quadratic_form import quadratic_form_op
 from fastvae.radial import KERNELS
 from tests.cases import DEVICE, Copies, evaluate, needs_cpu, needs_triton
 
@@ -115,8 +115,8 @@ def test_a_uniform_upstream_costs_no_second_sweep(monkeypatch):
     from fastvae.ops import quadratic_form as op
 
     sweeps = []
-    original = op.cpu.quadratic_form
-    monkeypatch.setattr(op.cpu, "quadratic_form", lambda *args: sweeps.append(1) or original(*args))
+    original = op._evaluate
+    monkeypatch.setattr(op, "_evaluate", lambda *args, **options: sweeps.append(1) or original(*args, **options))
     z, labels = groups_of_rows()
     z.requires_grad_()
     for estimator in ("biased", "unbiased"):
@@ -135,7 +135,7 @@ def test_quadratic_form(kernel, backend):
     for diagonal in (False, True):
 
         def form(z, diagonal=diagonal):
-            return apply_quadratic_form(z, v, *kernel_arguments(KERNELS[kernel], h, [1.0, 1.0]), "", backend or "", diagonal=diagonal)
+            return quadratic_form_op(z, v, *kernel_arguments(KERNELS[kernel], h, [1.0, 1.0]), "", backend or "", diagonal)
 
         torch.testing.assert_close(form(z), reference.quadratic_form(z, v, bandwidth=h, kernel=kernel, diagonal=diagonal))
 
@@ -154,8 +154,12 @@ def test_opcheck():
     z, labels = groups_of_rows(8)
     v = torch.randn(8, 3, dtype=torch.float64, device=DEVICE)
     arguments = (z.requires_grad_(), v, *kernel_arguments(KERNELS["rbf"], [1.0], [1.0]), "", "")
-    torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, False, torch.eye(3, dtype=torch.float64, device=DEVICE)))
-    torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, True, None))
+    for diagonal in (False, True):
+        torch.library.opcheck(torch.ops.fastvae.quadratic_form.default, (*arguments, diagonal))
+    ones = torch.ones(3, dtype=torch.float64, device=DEVICE)
+    for given in (None, torch.tensor([[0, 1], [0, 2]], device=DEVICE)):
+        weights = (ones, ones, 8 * ones, False, given)
+        torch.library.opcheck(torch.ops.fastvae.group_mmd.default, (*arguments, *weights, given is None and DEVICE == "cpu"))
     compiled = torch.compile(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), fullgraph=True, backend="aot_eager")
     for actual, exact in zip(evaluate(compiled, z), evaluate(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), z), strict=True):
         torch.testing.assert_close(actual, exact)
@@ -171,7 +175,7 @@ def test_gradcheck():
 def test_second_derivative_is_refused():
     z, labels = groups_of_rows(20)
     (grad,) = torch.autograd.grad(fastvae.group_mmd(z.requires_grad_(), labels).mean(), z, create_graph=True)
-    with pytest.raises(NotImplementedError, match="quadratic_form has no second derivative"):
+    with pytest.raises(NotImplementedError, match="group_mmd has no second derivative"):
         grad.sum().backward()
 
 

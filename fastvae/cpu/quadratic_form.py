@@ -38,8 +38,8 @@ def quadratic_form(
     """
     tiles = Tiles(kernel, [z], centre)
     v = v.to(tiles.dtype)
-    group = _groups(v)
-    rows, source = (tiles_of(len(v)), None) if group is None else _rows(group)
+    group, order = _groups(v) or (None, None)
+    rows, source = (tiles_of(len(v)), None) if group is None or order is None else _rows(group, order)
     points = z
     if source is not None:
         # Padding stands where the points are seen from, with a weight of zero.
@@ -104,15 +104,17 @@ def _used(v: Tensor) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
-def _groups(v: Tensor) -> Tensor | None:
-    """The column of each row's one weight that is not zero, if that is all it has and rows come sorted by it."""
+def _groups(v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The column of each row's one weight that is not zero, if that is all each has, sorted, and the rows in that order."""
     used = v.ne(0)
-    group = used.to(torch.int8).argmax(1)
-    return None if bool((used.sum(1) > 1).any() | (group.diff() < 0).any()) else group
+    if bool((used.sum(1) > 1).any()):
+        return None
+    group, order = used.to(torch.int8).argmax(1).sort(stable=True)
+    return group, order
 
 
-def _rows(group: Tensor) -> tuple[list[slice], Tensor]:
-    """Tiles of rows that come sorted by group, of which the larger groups have their own, and the row at each place, −1 for padding."""
+def _rows(group: Tensor, order: Tensor) -> tuple[list[slice], Tensor]:
+    """Tiles of rows sorted by group, of which the larger groups have their own, and the row at each place, −1 for padding."""
     counts, starts, start, end = [], [0], 0, 0
     own, largest = (int(share * most_rows()) for share in (_OWN_TILE, _LARGEST_TILE))
     for size in group.bincount().tolist():
@@ -128,7 +130,7 @@ def _rows(group: Tensor) -> tuple[list[slice], Tensor]:
         padding = -count % LINEAR_MULTIPLE
         if padding > _PADDED * count:
             padding = -count % _MULTIPLE
-        places.append(torch.nn.functional.pad(torch.arange(first, first + count), (0, padding), value=-1))
+        places.append(torch.nn.functional.pad(order[first : first + count], (0, padding), value=-1))
         starts.append(starts[-1] + len(places[-1]))
         first += count
     return [slice(*ends) for ends in itertools.pairwise(starts)], torch.cat(places)

@@ -1,7 +1,8 @@
-"""MMD² of samples of few rows, and of batches of them: value and gradient from one array of all pairs of rows.
+"""MMD² of samples of few rows and of batches of them, and quadratic forms: value and gradient from one array of all pairs of rows.
 
 With rows z = [x; y] and signed weights w = [p; −q] the value is wᵀKw, and the gradient to row i a sum over j of w_j·φ'(t_ij)·(z_i − z_j),
-for which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles.
+for which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles. A quadratic form has
+weights of several columns, formulas (1) and (2) of `fastvae.reference.quadratic_form`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastvae.radial import (
     KernelSum,
     Ladder,
     Numbers,
+    middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
@@ -108,17 +110,7 @@ def mmd(
     weights = _weights(x, y, x_weights, y_weights, dtype)
     extras = [_extra(s, p, unbiased, dtype) for s, p in zip(samples, (x_weights, y_weights), strict=False)]
 
-    ones = torch.ones_like(squares)
-    if kernel.rooted:
-        exponent = torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist")
-        points = torch.cat([scaled, ones], -1)
-    elif kernel.radial:
-        half = squares.mul_(-0.5)
-        left = torch.cat([scaled, ones, half], -1)
-        points = left[..., :-1]
-        exponent = _product(left, torch.cat([scaled, half, ones], -1).mT)
-    else:
-        points, exponent = scaled, _product(scaled, scaled.mT)
+    points, exponent = _exponents(kernel, scaled, squares)
     # Rows whose pull is wanted; of all of them one product has the sums of k too, where the slope is k.
     moved = slice(0, x.shape[-2] if not y_grad else z.shape[-2])
     at_once = gradient and plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased and moved.stop == z.shape[-2]
@@ -169,6 +161,60 @@ def mmd(
         if gradients[0] is not None:
             gradients[0] += given * ((powers @ prior.slope_weights)[..., None] * weights).to(dtype)
     return value.to(result_dtype), gradients[0], gradients[1]
+
+
+def quadratic_form(
+    kernel: Kernel, z: Tensor, v: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers, upstream: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """S (C, C) in float64 of z (N, D) and v (N, C), and from an upstream (C, C) the gradient to z in the accumulation dtype.
+
+    None where z has too many rows, or as of `mmd`.
+    """
+    result_dtype = z.dtype
+    if not problems_at_once(*z.shape) or (kernel.rooted and result_dtype == torch.float64):
+        return None
+    dtype = torch.float64 if kernel.rooted else result_dtype
+    z, v = z.to(dtype), v.to(dtype)
+    if kernel.radial:
+        z = z - middle(z)
+    h, a = read(bandwidth), read(bandwidth_weights)
+    assert not isinstance(h, Tensor)
+    assert not isinstance(a, Tensor)
+    if (planned := _plan_for(kernel, h, a, z, False)) is None:
+        return None
+    plan, scaled, squares = planned
+    ladder = plan.ladder
+    points, exponent = _exponents(kernel, scaled, squares)
+    sums, _, slope = _sums(plan, exponent, v, [], True, upstream is not None, False)
+    assert sums is not None
+    exact = v.double()
+    total = exact.T @ sums.double()
+    if any(ladder.shifts):
+        column_sums = exact.sum(0)
+        constant = kernel.at_zero * math.fsum(a * shift for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
+        total += constant * (column_sums[:, None] * column_sums - exact.T @ exact)
+    if upstream is None or slope is None:
+        return total, None
+    coefficients = v @ (upstream + upstream.T).to(dtype)
+    moments = _product(slope.mul_(coefficients @ v.T), points)
+    if ladder.slope_shift:
+        moments += ladder.slope_shift * (coefficients @ (v.T @ points))
+    if not kernel.radial:
+        return total, (moments * plan.scale).to(result_dtype)
+    pull = (scaled * moments[:, -1:]).sub_(moments[:, :-1])
+    return total, (pull * (-plan.scale / plan.profile.unit)).to(result_dtype)
+
+
+def _exponents(kernel: Kernel, scaled: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """What the moments are taken of, and a number for each pair of rows of which k is a function; may write to `squares`."""
+    if not kernel.radial:
+        return scaled, _product(scaled, scaled.mT)
+    ones = torch.ones_like(squares)
+    if kernel.rooted:
+        return torch.cat([scaled, ones], -1), torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist")
+    half = squares.mul_(-0.5)
+    left = torch.cat([scaled, ones, half], -1)
+    return left[..., :-1], _product(left, torch.cat([scaled, half, ones], -1).mT)
 
 
 def _plan_for(kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Tensor, prior: bool) -> tuple[_Plan, Tensor, Tensor] | None:

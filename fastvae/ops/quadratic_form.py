@@ -1,7 +1,7 @@
-"""The custom ops and the autograd.Function of vᵀKv: formulas (1) and (2) of `fastvae.reference.quadratic_form`.
+"""The custom ops and the autograd.Functions of vᵀKv and of the MMD² between groups: formulas of `fastvae.reference.quadratic_form`.
 
-The forward sweep of a differentiable form also takes the gradient for the upstream that the caller expects. Backward scales it where the
-upstream is a multiple of that, and sweeps once more where it is not; on a GPU, where comparing the two would wait for it, always.
+The forward sweep of a differentiable MMD² between groups also takes the gradient of the sum over the given pairs. Backward scales it where
+the upstream is a multiple of that, and sweeps once more where it is not; on a GPU, where comparing the two would wait for it, always.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import quadratic_form as cpu
+from fastvae.cpu import small
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
@@ -22,9 +23,11 @@ from fastvae.ops.common import (
     needs_grad,
     without_autocast,
 )
-from fastvae.radial import KernelNumbers, KernelSum, middle
+from fastvae.radial import KernelNumbers, KernelSum, Polynomial, as_vector, middle
+from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
 
 ARGUMENTS = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
+WEIGHTS = "Tensor total, Tensor products, Tensor members, bool unbiased, Tensor? given"
 
 
 class Problem(NamedTuple):
@@ -42,39 +45,62 @@ class Problem(NamedTuple):
     backend: str
 
 
-@torch.library.custom_op(
-    "fastvae::quadratic_form", mutates_args=(), schema=f"({ARGUMENTS}, bool diagonal, Tensor? expected) -> (Tensor, Tensor)"
-)
-def quadratic_form_op(*args: Any) -> tuple[Tensor, Tensor]:
-    """S (C, C) or its diagonal (C,), float64, and the gradient to z from the expected upstream (C, C), empty without one."""
-    *problem, diagonal, expected = args
-    return _evaluate(Problem(*problem), expected, diagonal=diagonal)
+_OPTIONS = len(Problem._fields)
 
 
-@torch.library.custom_op(
-    "fastvae::quadratic_form_backward",
-    mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor upstream, Tensor? expected, Tensor expected_grad) -> Tensor",
-)
+@torch.library.custom_op("fastvae::quadratic_form", mutates_args=(), schema=f"({ARGUMENTS}, bool diagonal) -> Tensor")
+def quadratic_form_op(*args: Any) -> Tensor:
+    """S (C, C) or its diagonal (C,), float64."""
+    *problem, diagonal = args
+    return _evaluate(Problem(*problem), None, diagonal=diagonal)[0]
+
+
+@torch.library.custom_op("fastvae::quadratic_form_backward", mutates_args=(), schema=f"({ARGUMENTS}, Tensor upstream) -> Tensor")
 def quadratic_form_backward_op(*args: Any) -> Tensor:
     """The gradient to z from the upstream (C, C)."""
-    *problem, upstream, expected, expected_grad = args
-    if expected is not None and expected_grad.numel() and upstream.device.type == "cpu":
-        largest = expected.abs().argmax()
-        ratio = upstream.reshape(-1)[largest] / expected.reshape(-1)[largest]
-        rounding = 32 * torch.finfo(expected_grad.dtype).eps
-        if torch.allclose(upstream, ratio * expected, rtol=rounding, atol=0):
-            return cast(Tensor, (ratio * expected_grad).to(expected_grad.dtype))
+    *problem, upstream = args
     return _evaluate(Problem(*problem), upstream, values=False)[1]
 
 
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    *problem, diagonal, _ = args
-    return _triton(Problem(*problem), None, True, diagonal)
+@torch.library.custom_op(
+    "fastvae::group_mmd", mutates_args=(), schema=f"({ARGUMENTS}, {WEIGHTS}, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """MMD² (G, G), which groups are valid, which pairs, and if `gradient` the gradient of the sum over the given pairs, else empty."""
+    problem, groups, gradient = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]), args[-1]
+    weights = groups.weights()
+    upstreams = pair_upstreams(groups.counts(weights.pairs), weights) if gradient else None
+    sums, pull = _evaluate(problem, None if upstreams is None else upstreams[0])
+    values = pair_values(sums, pairs_with_self(problem.z, problem.v, *kernel_numbers(problem)), weights).to(
+        accumulation_dtype(problem.z.dtype)
+    )
+    return values, weights.valid, weights.pairs, pull if upstreams is None else _with_own(problem, pull, upstreams[1])
+
+
+@torch.library.custom_op(
+    "fastvae::group_mmd_backward", mutates_args=(), schema=f"({ARGUMENTS}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor"
+)
+def group_mmd_backward_op(*args: Any) -> Tensor:
+    """The gradient to z from the upstream (G, G), by that of the sum over the given pairs if this is not empty."""
+    problem, groups, (upstream, expected_grad) = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2:]
+    weights = groups.weights()
+    if expected_grad.numel():
+        # Of a pair and its opposite only the sum counts.
+        found, expected = (t + t.T for t in (upstream.double().where(weights.pairs, 0), groups.counts(weights.pairs)))
+        ratio = found.sum() / expected.sum()
+        if torch.allclose(found, ratio * expected, rtol=32 * torch.finfo(expected_grad.dtype).eps, atol=0):
+            return cast(Tensor, ratio * expected_grad)
+    to_sums, to_own = pair_upstreams(upstream, weights)
+    return _with_own(problem, _evaluate(problem, to_sums, values=False)[1], to_own)
+
+
+def _cuda(*args: Any) -> Tensor:
+    *problem, diagonal = args
+    return _triton(Problem(*problem), None, True, diagonal)[0]
 
 
 def _cuda_backward(*args: Any) -> Tensor:
-    *problem, upstream, _, _ = args
+    *problem, upstream = args
     return _triton(Problem(*problem), upstream, False, False)[1]
 
 
@@ -83,17 +109,43 @@ quadratic_form_backward_op.register_kernel("cuda")(_cuda_backward)
 
 
 @quadratic_form_op.register_fake
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    *problem, diagonal, expected = args
-    z, v = problem[:2]
-    shape = v.shape[1:] if diagonal else (v.shape[1], v.shape[1])
-    gradient = expected is not None and z.device.type == "cpu"
-    return z.new_empty(shape, dtype=torch.float64), z.new_empty(z.shape if gradient else (0,), dtype=accumulation_dtype(z.dtype))
+def _fake(*args: Any) -> Tensor:
+    v, diagonal = args[1], args[-1]
+    return cast(Tensor, v.new_empty(v.shape[1:] if diagonal else v.shape[1:] * 2, dtype=torch.float64))
+
+
+@group_mmd_op.register_fake
+def _group_mmd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (z, v), dtype = args[:2], accumulation_dtype(args[0].dtype)
+    size = v.shape[1]
+    valid, pairs = (v.new_empty(shape, dtype=torch.bool) for shape in ((size,), (size, size)))
+    return z.new_empty((size, size), dtype=dtype), valid, pairs, z.new_empty(z.shape if args[-1] else (0,), dtype=dtype)
 
 
 @quadratic_form_backward_op.register_fake
+@group_mmd_backward_op.register_fake
 def _backward_fake(*args: Any) -> Tensor:
     return cast(Tensor, args[0].new_empty(args[0].shape, dtype=accumulation_dtype(args[0].dtype)))
+
+
+class GroupProblem(NamedTuple):
+    """The arguments of `group_mmd_op` after those of `Problem`."""
+
+    total: Tensor
+    products: Tensor
+    members: Tensor
+    unbiased: bool
+    given: Tensor | None  # pairs of groups (P, 2), whose sum is to be expected; all if None
+
+    def weights(self) -> GroupWeights:
+        return GroupWeights(self.total, self.products, self.members, self.unbiased)
+
+    def counts(self, pairs: Tensor) -> Tensor:
+        """(G, G), how often each of the valid `pairs` is given."""
+        counts = pairs.double()
+        if self.given is None:
+            return counts
+        return torch.zeros_like(counts).index_put_(self.given.unbind(1), counts.new_ones(1), accumulate=True) * counts
 
 
 def _triton(problem: Problem, upstream: Tensor | None, values: bool, diagonal: bool) -> tuple[Tensor, Tensor]:
@@ -120,6 +172,8 @@ def _evaluate(
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
         family, bandwidth, weights = kernel_numbers(problem)
+        if not diagonal and (result := small.quadratic_form(family, z, v, bandwidth, weights, upstream)) is not None:
+            return result[0], z.new_empty(0) if result[1] is None else result[1]
         centre = middle(z) if family.radial else torch.zeros_like(z[0])
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
         kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
@@ -142,12 +196,15 @@ def _evaluate(
         return total, (pull * (-2 * kernel.gamma[0]).to(dtype)).contiguous()
 
 
-def apply_quadratic_form(*args: Any, diagonal: bool = False, expected: Tensor | None = None) -> Tensor:
-    """S, differentiable to z; arguments of `Problem`, and the upstream to expect, known up to a factor."""
-    expected = 0.5 * (expected + expected.T) if expected is not None and needs_grad(args[0]) else None
-    if torch.compiler.is_compiling():
-        return cast(Tensor, quadratic_form_op(*args, diagonal, expected)[0])
-    return cast(Tensor, QuadraticForm.apply(*args, diagonal, expected)[0])  # type: ignore[no-untyped-call]
+def _with_own(problem: Problem, gradient: Tensor, to_own: Tensor) -> Tensor:
+    """The gradient to z with that of O."""
+    family, h, a = kernel_numbers(problem)
+    if not isinstance(family, Polynomial):
+        return gradient
+    z, v = problem.z.double(), problem.v.double()
+    gamma = family.gamma(as_vector(h, z.device), z.shape[1])
+    slopes = (family.slope(z.square().sum(1, keepdim=True) * gamma) * gamma) @ as_vector(a, z.device)
+    return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
 
 
 def quadratic_form_values(*args: Any, diagonal: bool = False, progress: Callable[[float], None] | None = None) -> Tensor:
@@ -158,34 +215,57 @@ def quadratic_form_values(*args: Any, diagonal: bool = False, progress: Callable
         return _evaluate(problem._replace(backend=backend), None, diagonal=diagonal, progress=progress)[0]
 
 
-class QuadraticForm(torch.autograd.Function):
-    """S and the gradient for the expected upstream. Arguments of `torch.ops.fastvae.quadratic_form`."""
+def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    *ctx.options, ctx.diagonal = inputs[4:]
+
+
+def _quadratic_form_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, *tensors = ctx.saved_tensors
+    gradient = quadratic_form_backward_op(z, *tensors, *ctx.options, torch.diag(grad) if ctx.diagonal else grad)
+    gradient = forbid_second_derivative("quadratic_form", gradient.to(z.dtype), grad, z)
+    return (gradient, *[None] * _OPTIONS)
+
+
+def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """MMD² between groups, differentiable to z, which groups are valid, and which pairs; arguments of `Problem` and `GroupProblem`."""
+    problem = Problem(*args[:_OPTIONS])
+    # On a GPU the gradient of another upstream than that of the sum would be a sweep too many.
+    gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
+    apply: Any = group_mmd_op if torch.compiler.is_compiling() else GroupMMD.apply
+    values, valid, pairs, _ = apply(*args, gradient)
+    return values, valid, pairs
+
+
+class GroupMMD(torch.autograd.Function):
+    """MMD² between groups. Arguments of `torch.ops.fastvae.group_mmd`."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", quadratic_form_op(*args))
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", group_mmd_op(*args))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _group_mmd_setup(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+        return _group_mmd_backward(ctx, *grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], inputs[-1], output[1])
-    *ctx.options, ctx.diagonal, _ = inputs[4:]
+def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *weights, ctx.unbiased, given, _ = inputs[_OPTIONS:]
+    ctx.save_for_backward(*inputs[:4], *weights, given, output[3])
+    ctx.options = inputs[4:_OPTIONS]
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, expected, expected_grad = ctx.saved_tensors
-    upstream = torch.diag(grad) if ctx.diagonal else 0.5 * (grad + grad.T)
-    gradient = quadratic_form_backward_op(*tensors, *ctx.options, upstream, expected, expected_grad)
-    gradient = forbid_second_derivative("quadratic_form", gradient.to(tensors[0].dtype), grad, tensors[0])
-    return (gradient, *[None] * (len(Problem._fields) + 1))
+def _group_mmd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    z, *tensors = ctx.saved_tensors
+    gradient = group_mmd_backward_op(z, *tensors[:3], *ctx.options, *tensors[3:6], ctx.unbiased, tensors[6], grad, tensors[7])
+    gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
+    return (gradient, *[None] * (_OPTIONS + len(GroupProblem._fields)))
 
 
-quadratic_form_op.register_autograd(_backward, setup_context=_setup_context)
+quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
+group_mmd_op.register_autograd(_group_mmd_backward, setup_context=_group_mmd_setup)
