@@ -185,6 +185,7 @@ def variants(architecture: int) -> Iterator[Variant]:
         for dtype in ("fp32", "fp64"):
             yield Differences(dtype, 16, gradient, 5)
         yield from _family(architecture, gradient)
+    yield from _terms(architecture)
     yield from _matmuls(architecture)
     for direction in ("forward", "backward"):
         for seeded in (False, True):
@@ -218,6 +219,23 @@ def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
             yield Sweep("highest", 64, gradient, True, 5, ladder=False, kernel=kernel, finer=finer)
 
 
+def _terms(architecture: int) -> Iterator[Variant]:
+    """The sums for derivatives to bandwidths, of as many as a program takes, and of one."""
+    for precision in PRECISIONS:
+        yield Sweep(precision, 64, False, True, 4 if precision == "float64" else 5, terms=True)
+    for kernel in (RationalQuadratic(2.3), RationalQuadratic(50.0), Laplace()):
+        yield Sweep("highest", 64, False, True, 5, kernel=kernel, terms=True)
+    for dtype in ("fp32", "fp64"):
+        yield Differences(dtype, 16, False, 4 if dtype == "fp64" else 5, terms=True)
+    if architecture == 90:
+        for dim in (16, 256):
+            yield Sweep("highest", dim, False, True, 5, terms=True)
+        for weighted, finer, batched in ((True, False, False), (False, True, False), (False, False, True)):
+            yield Sweep("highest", 64, False, True, 5, weighted, finer=finer, batched=batched, terms=True)
+        for kernel in (RBF(), RationalQuadratic(1.0), RationalQuadratic(0.5), Energy(), Polynomial(), Polynomial(8)):
+            yield Sweep("highest", 64, False, True, kernel=kernel, terms=True)
+
+
 def _matmuls(architecture: int) -> Iterator[Variant]:
     for direction in ("forward", "backward"):
         yield Matmul(direction, "highest", 64, 64)
@@ -237,7 +255,7 @@ def _matmuls(architecture: int) -> Iterator[Variant]:
 def quick(variant: Variant, architecture: int) -> bool:
     """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
     if architecture != 90:
-        worst = Sweep("highest", 64, True, True, 5), Sweep("high", 128, True, True, 5)
+        worst = Sweep("highest", 64, True, True, 5), Sweep("high", 128, True, True, 5), Sweep("high", 64, False, True, 5, terms=True)
         return architecture != 86 and variant in worst
     if isinstance(variant, Rows):
         return True
@@ -248,6 +266,7 @@ def quick(variant: Variant, architecture: int) -> bool:
         *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
         *(Sweep("highest", dim, True, True, 5) for dim in DIMS),
         Sweep("highest", 256, False, True, 5),
+        Sweep("highest", 64, False, True, 5, terms=True),
         *(Sweep("highest", 64, True, True, 5, ladder=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
         *(Matmul(direction, "highest", 64, 64) for direction in ("forward", "backward")),
     }

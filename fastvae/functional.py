@@ -401,7 +401,7 @@ def group_mmd(
         (all_z, all_groups), start = gather_rows("z", [z, groups], process_group)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, all_z)
-    all_v, *constants = _group_weights(all_groups, size, dtype)
+    all_v, constants = _group_weights(all_groups, size, dtype)
     unbiased = estimator == "unbiased"
     v, arguments = all_v[start : start + z.shape[0]], (*kernel_arguments(family, h, a), precision or "", backend or "")
     if process_group is None and backend != "reference":
@@ -424,25 +424,25 @@ def group_mmd(
         own = pairs_with_self(z, v, family, h, a)
         if process_group is not None and isinstance(own, Tensor) and own.ndim:
             own = sum_shares(own, process_group)
-        weights = GroupWeights(constants[0], constants[1], constants[2], unbiased)
+        weights = GroupWeights.of(*constants, unbiased)
         values, valid, wanted = pair_values(sums, own, weights).to(dtype), weights.valid, weights.pairs
     if index is not None:
         values, wanted = (t[index[:, 0], index[:, 1]] for t in (values, wanted))
     return GroupMMD(values, valid, wanted)
 
 
-def _group_weights(groups: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labels (N,) or weights (N, G) as columns of a quadratic form, of any scale, and their sums as of `GroupWeights`."""
+def _group_weights(groups: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Labels (N,) or weights (N, G) as columns of a quadratic form, of any scale, and from them the arguments of `GroupWeights.of`."""
     if not groups.is_floating_point():
         v = groups[:, None] == torch.arange(size, device=groups.device)
         counts = v.sum(0, dtype=torch.float64)
-        return v, counts, counts, counts
+        return v, (counts, counts, counts)
     weights = groups.double()
     members = (weights != 0).sum(0)
     # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
     v = torch.where(members >= 2, weights / weights.sum(0), 0).to(dtype)
     exact = v.double()
-    return v, exact.sum(0), exact.T @ exact, members
+    return v, (exact.sum(0), exact.T @ exact, members)
 
 
 def _on_device(pairs: Tensor, device: torch.device) -> Tensor:

@@ -58,6 +58,7 @@ from fastvae.radial import KernelNumbers, RationalQuadratic
 def factors_kernel(
     g_ptr,  # (n, COLUMNS)
     v_ptr,  # (m, COLUMNS)
+    upstream_ptr,  # (COLUMNS, COLUMNS), float64, of a quadratic form
     plan_ptr,
     hi_ptr,  # (rows, C), g, from `first_y` on v, as the products of the pass that runs take them
     lo_ptr,
@@ -74,6 +75,7 @@ def factors_kernel(
     C: tl.constexpr,  # columns with their padding
     MODE: tl.constexpr,
     RADIAL: tl.constexpr,
+    FORM: tl.constexpr,  # v·(A + Aᵀ) of the upstream A takes the place of g
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -97,6 +99,15 @@ def factors_kernel(
         local = start_n + tl.arange(0, BLOCK_N)
         mask = (local < count)[:, None] & (offs_c < COLUMNS)[None, :]
         factor = tl.load(source_ptr + local.to(tl.int64)[:, None] * COLUMNS + offs_c[None, :], mask=mask, other=0.0).to(dtype)
+        if FORM:  # noqa: SIM102, one is known to the compiler and the other is not
+            if is_v == 0:
+                product = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
+                for column in range(COLUMNS):
+                    weight = tl.load(v_ptr + local.to(tl.int64) * COLUMNS + column, mask=local < count, other=0.0).to(tl.float64)
+                    upstream = tl.load(upstream_ptr + column * COLUMNS + offs_c, mask=offs_c < COLUMNS, other=0.0)
+                    upstream += tl.load(upstream_ptr + offs_c * COLUMNS + column, mask=offs_c < COLUMNS, other=0.0)
+                    product += weight[:, None] * upstream[None, :]
+                factor = product.to(dtype)
         total += tl.sum(factor.to(tl.float64), 0)
         offs = (start + local).to(tl.int64)[:, None] * C + offs_c[None, :]
         inside = (local < end - start)[:, None] & (offs_c < C)[None, :]
@@ -112,7 +123,7 @@ def factors_kernel(
 
 
 @triton.jit
-def _poison(poison_ptr, count, BLOCK: tl.constexpr):
+def poison_of(poison_ptr, count, BLOCK: tl.constexpr):
     """0, or nan if a factor is not finite."""
     poison = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, count, BLOCK):
@@ -305,6 +316,25 @@ def gradient_kernel(
     tl.store(moments_ptr + out * BLOCK_N * D + (local_n + offs_d[None, :]), moments)
 
 
+@triton.jit
+def sum_of_columns(total_ptr, offs_c, CHUNKS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Σ_j v_j, from the sums of `factors_kernel`."""
+    total = tl.zeros([BLOCK_C], dtype=tl.float64)
+    for chunk in range(CHUNKS):
+        total += tl.load(total_ptr + chunk * C + offs_c)
+    return total
+
+
+@triton.jit
+def sum_of_shares(sums_ptr, offs_n, offs_c, mask, rows, splits, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Σ_j (k − shift)·v_j, from the sums of `matmul_kernel` over all shares of the columns."""
+    out = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
+    for split_n in range(0, splits):
+        row = tl.cast(split_n, tl.int64) * rows + offs_n
+        out += tl.load(sums_ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float64)
+    return out
+
+
 @triton.jit(do_not_specialize=["n", "rows", "splits", "poisons"])
 def matmul_finish_kernel(
     sums_ptr,  # (SPLITS, rows, C), of `matmul_kernel`
@@ -332,17 +362,11 @@ def matmul_finish_kernel(
     offs_out = offs_n.to(tl.int64)[:, None] * COLUMNS + offs_c[None, :]
 
     # load and compute
-    total = tl.zeros([BLOCK_C], dtype=tl.float64)
-    for chunk in range(CHUNKS):
-        total += tl.load(total_ptr + chunk * C + offs_c)
-    paired = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64) + total[None, :]
+    paired = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64) + sum_of_columns(total_ptr, offs_c, CHUNKS, C, BLOCK_C)[None, :]
     if WITHIN:
         paired -= tl.load(v_ptr + offs_out, mask=mask, other=0.0).to(tl.float64)
-    out = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
-    for split_n in range(0, splits):
-        row = tl.cast(split_n, tl.int64) * rows + offs_n
-        out += tl.load(sums_ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float64)
-    out = out * tl.load(plan_ptr + UNIT) + paired * tl.load(plan_ptr + CONSTANT) + _poison(poison_ptr, poisons, 1024)
+    out = sum_of_shares(sums_ptr, offs_n, offs_c, mask, rows, splits, C, BLOCK_N, BLOCK_C)
+    out = out * tl.load(plan_ptr + UNIT) + paired * tl.load(plan_ptr + CONSTANT) + poison_of(poison_ptr, poisons, 1024)
 
     # store
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -387,7 +411,7 @@ def gradient_finish_kernel(
     dtype: tl.constexpr = slope_ptr.dtype.element_ty
 
     # load and compute
-    scale = 0.5 * tl.load(plan_ptr + GRADIENT_SCALE) + _poison(poison_ptr, poisons, 1024)
+    scale = 0.5 * tl.load(plan_ptr + GRADIENT_SCALE) + poison_of(poison_ptr, poisons, 1024)
     slope = tl.zeros([BLOCK_N], dtype=dtype)
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
     for part in range(0, splits):
@@ -468,10 +492,10 @@ class Product:
     def centre(self) -> Tensor:
         return self.operands.centre[0, 0, : self.dim]
 
-    def factors(self, *given: Tensor) -> _Factors:
-        """Of g (N, C) and v (M, C), or of one alone."""
-        # In one dtype, as a pointer to either is.
-        choice, given = self.choice, tuple(t.to(self.dtype).contiguous() for t in given)
+    def factors(self, *given: Tensor, upstream: Tensor | None = None) -> _Factors:
+        """Of g (N, C) and v (M, C), or of one alone; of v twice with an upstream A (C, C) in float64, of v·(A + Aᵀ) in the place of g."""
+        # In one dtype, as a pointer to either is; zeros and ones need no wider one.
+        choice, given = self.choice, tuple((t if t.dtype == torch.bool else t.to(self.dtype)).contiguous() for t in given)
         g, v = given[0], given[-1]
         first_y = padded(g.shape[0], choice.block)
         rows = first_y + (padded(v.shape[0], choice.block) if len(given) == 2 else 0)
@@ -482,21 +506,25 @@ class Product:
         )
         buffers = part_buffers((rows, c), self.dtype, self.evaluation.modes, self.device)
         launch(
-            factors_kernel, (self.operands.key, self.count, chunks, tensor_key(g, v)), self.device, (programs, c // block_c, 1),
-            (g, v, self.operands.plan, *buffers, sums, poison, g.shape[0], v.shape[0], first_y, rows),
+            factors_kernel, (self.operands.key, self.count, chunks, upstream is not None, tensor_key(g, v)), self.device,
+            (programs, c // block_c, 1),
+            (
+                g, v, self.operands.plan if upstream is None else upstream, self.operands.plan, *buffers, sums, poison,
+                g.shape[0], v.shape[0], first_y, rows,
+            ),
             lambda: {
                 "CHUNKS": chunks, "COLUMNS": self.count, "C": c, "MODE": self.evaluation.modes[0],
-                "RADIAL": self.evaluation.kernel.radial, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
+                "RADIAL": self.evaluation.kernel.radial, "FORM": upstream is not None, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
             },
         )  # fmt: skip
         return _Factors(buffers, sums.view(len(given), chunks, c), poison)
 
-    def matmul(self, factors: _Factors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
-        """K·v (N, C), or if `transposed` Kᵀ·g; with `within` this v, and the rows against themselves without the pairs i = i."""
+    def sweep(self, factors: _Factors, *, transposed: bool = False, within: bool = False) -> tuple[Tensor, int, int]:
+        """The sums of `matmul_kernel`, the rows of each share, and the number of shares."""
         d, c, configs = self.choice.features, self.choice.columns, self.choice.configs[False]
         # The factors are those of the columns, or g before v.
         x, y = slice(0, self.first_y), slice(self.first_y, self.rows)
-        if within is not None:
+        if within:
             y = x
         if transposed:
             x, y = y, x
@@ -504,7 +532,7 @@ class Product:
         programs, tiles = (n // configs[0].block_n) * (c // configs[0].block_c), m // configs[0].block_m
         splits = column_splits(programs, tiles, device_limits(self.device).multiprocessors)
         sums = torch.empty(splits * n * c, dtype=self.dtype, device=self.device)
-        key, half = (self.operands.key, self.count, within is not None), self.operands.half
+        key, half = (self.operands.key, self.count, within), self.operands.half
         for number, (mode, config) in enumerate(zip(self.evaluation.modes, configs, strict=True)):
             hi, lo = (part[0] for part in self.operands.parts(mode))
             launch(
@@ -513,14 +541,20 @@ class Product:
                     hi[x], lo[x], half[x], hi[y], lo[y], half[y], *factors.parts(mode), self.operands.plan, self.operands.table, sums, m,
                 ),
                 lambda number=number, mode=mode, config=config: {
-                    "PASS": number, "WITHIN": within is not None, "MODE": mode, "D": d, "C": c,
+                    "PASS": number, "WITHIN": within, "MODE": mode, "D": d, "C": c,
                 } | self.evaluation.constants | config.launch(moments=False),
             )  # fmt: skip
-        size = self.sizes[-1] if transposed else self.sizes[0]
+        return sums, n, splits
+
+    def matmul(self, factors: _Factors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
+        """K·v (N, C), or if `transposed` Kᵀ·g; with `within` this v, and the rows against themselves without the pairs i = i."""
+        sums, n, splits = self.sweep(factors, transposed=transposed, within=within is not None)
+        size, c = self.sizes[-1] if transposed else self.sizes[0], self.choice.columns
         out = torch.empty((size, self.count), dtype=dtype, device=self.device)
         own, block_c, chunks = out if within is None else within, block_of(c), factors.sums.shape[1]
+        key = self.operands.key, self.count, within is not None, dtype, chunks, tensor_key(own)
         launch(
-            matmul_finish_kernel, (key, dtype, chunks, tensor_key(own)), self.device, (triton.cdiv(size, ROW_BLOCK), c // block_c, 1),
+            matmul_finish_kernel, key, self.device, (triton.cdiv(size, ROW_BLOCK), c // block_c, 1),
             (sums, own, factors.sums, factors.poison, self.operands.plan, out, size, n, splits, factors.poison.numel()),
             lambda: {
                 "CHUNKS": chunks, "COLUMNS": self.count, "C": c, "WITHIN": within is not None, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c

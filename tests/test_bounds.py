@@ -114,6 +114,13 @@ CALLS = {
         rows(130, 70),
     ),
     "group_mmd": (lambda z: fastvae.group_mmd(z, torch.arange(70) % 3, backend="triton").mean(), rows(70, 5)),
+    "group_mmd, many groups": (
+        lambda z: fastvae.group_mmd(z, torch.arange(200) % 70, estimator="unbiased", backend="triton").values[0].sum(), rows(200, 5)
+    ),
+    "group_mmd, weights": (
+        lambda z: fastvae.group_mmd(z, 1 + torch.arange(520.0 * 7).view(520, 7) % 3, kernel="polynomial", backend="triton").mean(),
+        rows(520, 2),
+    ),
     "total_correlation": (
         lambda z, mu, logvar: sum(fastvae.total_correlation(z, mu, logvar, dataset_size=300, backend="triton")),
         *(rows(70, 5) for _ in range(3)),

@@ -68,11 +68,13 @@ def compile_by(code):
 
 _AROUND_THE_SWEEP = """
 from benchmarks.sass import compile_kernel
-from fastvae.kernels import kernel_matmul, mmd, pairs, prepare
+from fastvae.kernels import kernel_matmul, mmd, pairs, prepare, quadratic_form
 
 SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
 FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding", "x_tolerance", "y_tolerance"}
 FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "near_ptr", "poison_ptr", "total_ptr"}
+FLOATS |= {"factor_high", "factor_middle", "factor_low"}
+FLOAT64 |= {"upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
 
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
 for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
@@ -96,10 +98,12 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         "CROSS": samples == 2,
         "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
         "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
+        "FORM": not x_weighted, "SIZE": 10, "DIAGONAL": not x_weighted, "BLOCK": 32,
     }
     for kernel, warps in (
         (prepare.statistics_kernel, 4), (prepare.near_pairs_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
         (kernel_matmul.factors_kernel, 4), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
+        (quadratic_form.form_kernel, 4), (quadratic_form.pair_values_kernel, 4), (quadratic_form.pair_upstreams_kernel, 4),
     ):
         scalar = "*fp64" if double else "*fp32"
         types = {name: scalar if name.endswith("_ptr") else "i32" for name in kernel.arg_names if name.islower()}
@@ -108,8 +112,11 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
             types |= {name: "*bf16" for name in types if "16_ptr" in name}
         if "numbers" in types:
             types["numbers"] = "*fp64" if on_device else ("fp32",) * (3 * numbers)
+        if not x_weighted and kernel is not kernel_matmul.matmul_finish_kernel:
+            # Labels of groups, as columns of booleans.
+            types |= {name: "*i1" for name in types if name in ("g_ptr", "v_ptr", "valid_ptr", "pairs_ptr")}
         own_constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"num_warps": warps}
-        if kernel is prepare.near_pairs_kernel:
+        if kernel in (prepare.near_pairs_kernel, quadratic_form.form_kernel):
             own_constants["BLOCK_N"] = 16
         binary = compile_kernel(kernel, types, own_constants, 90)
         assert binary.stack == binary.local == 0, (kernel, family, binary.registers)

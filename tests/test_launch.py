@@ -14,7 +14,7 @@ from tests.fake_cuda import fake_cuda, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
-MODULES = ("prepare", "mmd", "kernel_matmul", "total_correlation", "reparameterize_kl", "ranked_squared_distance")
+MODULES = ("prepare", "mmd", "kernel_matmul", "quadratic_form", "total_correlation", "reparameterize_kl", "ranked_squared_distance")
 SIZES = [(1, 1), (5, 2), (7, 1), (8, 16), (20, 17), (33, 100), (64, 7), (300, 64)]  # features and columns
 
 
@@ -80,6 +80,8 @@ def calls(dtype, d, c):
     yield lambda: fastvae.mmd_to_normal(rows(n, d), bandwidth=[1.0, 2.0])
     yield lambda: fastvae.kernel_matmul(rows(n, d), rows(m, d).detach(), aside(m, c), kernel="laplace")
     yield lambda: fastvae.group_mmd(rows(n, d), torch.empty(n, c, device="cuda")).mean()
+    for estimator in ("biased", "unbiased"):
+        yield lambda e=estimator: fastvae.group_mmd(rows(n, d), torch.zeros(n, dtype=int, device="cuda"), num_groups=c, estimator=e).mean()
     for estimator in ("minibatch_weighted", "minibatch_stratified"):
         yield lambda e=estimator: sum(fastvae.total_correlation(*(rows(n, d) for _ in range(3)), dataset_size=1000, estimator=e))
     yield lambda: sum(t.sum() for t in fastvae.reparameterize_kl(rows(n, d), rows(n, d)))

@@ -68,13 +68,14 @@ def quadratic_form_backward_op(*args: Any) -> Tensor:
 def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """MMD² (G, G), which groups are valid, which pairs, and if `gradient` the gradient of the sum over the given pairs, else empty."""
     problem, groups, gradient = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]), args[-1]
-    weights = groups.weights()
-    upstreams = pair_upstreams(groups.counts(weights.pairs), weights) if gradient else None
-    sums, pull = _evaluate(problem, None if upstreams is None else upstreams[0])
-    values = pair_values(sums, pairs_with_self(problem.z, problem.v, *kernel_numbers(problem)), weights).to(
-        accumulation_dtype(problem.z.dtype)
-    )
-    return values, weights.valid, weights.pairs, pull if upstreams is None else _with_own(problem, pull, upstreams[1])
+    if problem.backend == "triton":
+        return _triton_group_mmd(problem, groups)
+    weights, dtype = groups.weights(), accumulation_dtype(problem.z.dtype)
+    to_sums = pair_upstreams(groups.counts(weights.pairs), weights) if gradient else None
+    sums, pull = _evaluate(problem, to_sums)
+    values = pair_values(sums, pairs_with_self(problem.z, problem.v, *kernel_numbers(problem)), weights).to(dtype)
+    gradient_of_sum = sums.new_empty(0, dtype=dtype) if to_sums is None else _with_own(problem, pull, to_sums, groups.unbiased)
+    return values, weights.valid, weights.pairs, gradient_of_sum
 
 
 @torch.library.custom_op(
@@ -83,6 +84,8 @@ def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def group_mmd_backward_op(*args: Any) -> Tensor:
     """The gradient to z from the upstream (G, G), by that of the sum over the given pairs if this is not empty."""
     problem, groups, (upstream, expected_grad) = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2:]
+    if problem.backend == "triton":
+        return _triton_group_mmd_backward(problem, groups, upstream)
     weights = groups.weights()
     if expected_grad.numel():
         # Of a pair and its opposite only the sum counts.
@@ -90,22 +93,30 @@ def group_mmd_backward_op(*args: Any) -> Tensor:
         ratio = found.sum() / expected.sum()
         if torch.allclose(found, ratio * expected, rtol=32 * torch.finfo(expected_grad.dtype).eps, atol=0):
             return cast(Tensor, ratio * expected_grad)
-    to_sums, to_own = pair_upstreams(upstream, weights)
-    return _with_own(problem, _evaluate(problem, to_sums, values=False)[1], to_own)
+    to_sums = pair_upstreams(upstream, weights)
+    return _with_own(problem, _evaluate(problem, to_sums, values=False)[1], to_sums, groups.unbiased)
 
 
+@quadratic_form_op.register_kernel("cuda")
 def _cuda(*args: Any) -> Tensor:
     *problem, diagonal = args
-    return _triton(Problem(*problem), None, True, diagonal)[0]
+    return _evaluate(Problem(*problem)._replace(backend="triton"), None, diagonal=diagonal)[0]
 
 
+@quadratic_form_backward_op.register_kernel("cuda")
 def _cuda_backward(*args: Any) -> Tensor:
     *problem, upstream = args
-    return _triton(Problem(*problem), upstream, False, False)[1]
+    return _triton(Problem(*problem), upstream)
 
 
-quadratic_form_op.register_kernel("cuda")(_cuda)
-quadratic_form_backward_op.register_kernel("cuda")(_cuda_backward)
+@group_mmd_op.register_kernel("cuda")
+def _cuda_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _triton_group_mmd(Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]))
+
+
+@group_mmd_backward_op.register_kernel("cuda")
+def _cuda_group_mmd_backward(*args: Any) -> Tensor:
+    return _triton_group_mmd_backward(Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2])
 
 
 @quadratic_form_op.register_fake
@@ -138,7 +149,7 @@ class GroupProblem(NamedTuple):
     given: Tensor | None  # pairs of groups (P, 2), whose sum is to be expected; all if None
 
     def weights(self) -> GroupWeights:
-        return GroupWeights(self.total, self.products, self.members, self.unbiased)
+        return GroupWeights.of(self.total, self.products, self.members, self.unbiased)
 
     def counts(self, pairs: Tensor) -> Tensor:
         """(G, G), how often each of the valid `pairs` is given."""
@@ -148,15 +159,34 @@ class GroupProblem(NamedTuple):
         return torch.zeros_like(counts).index_put_(self.given.unbind(1), counts.new_ones(1), accumulate=True) * counts
 
 
-def _triton(problem: Problem, upstream: Tensor | None, values: bool, diagonal: bool) -> tuple[Tensor, Tensor]:
+def _triton(problem: Problem, upstream: Tensor | None = None, diagonal: bool = False) -> Tensor:
+    """S as parts that sum to it, its diagonal, or from an upstream the gradient to z."""
     from fastvae.kernels import quadratic_form as kernels
 
-    z, dtype = problem.z, accumulation_dtype(problem.z.dtype)
-    with without_autocast(z.device):
-        numbers = KernelNumbers.of(*kernel_numbers(problem), z.shape[1], False, z.device)
-        precision = matmul_precision(problem.precision)
-        total, gradient = kernels.quadratic_form(numbers, z, problem.v.to(dtype), upstream, values, diagonal, precision)
-        return total, z.new_empty(0, dtype=dtype) if gradient is None else gradient
+    with without_autocast(problem.z.device):
+        numbers = KernelNumbers.of(*kernel_numbers(problem), problem.z.shape[1], False, problem.z.device)
+        arguments, precision = (numbers, problem.z, problem.v), matmul_precision(problem.precision)
+        if upstream is not None:
+            return cast(Tensor, kernels.quadratic_form_backward(*arguments, upstream, precision))
+        form = kernels.quadratic_form_diagonal if diagonal else kernels.quadratic_form
+        return cast(Tensor, form(*arguments, precision))
+
+
+def _triton_group_mmd(problem: Problem, groups: GroupProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastvae.kernels import quadratic_form as kernels
+
+    own = pairs_with_self(problem.z, problem.v, *kernel_numbers(problem))
+    if isinstance(own, Tensor) and own.ndim == 0:
+        own = own * groups.weights().products
+    dtype = accumulation_dtype(problem.z.dtype)
+    return *kernels.pair_values(_triton(problem), own, *groups[:4], dtype), problem.z.new_empty(0, dtype=dtype)
+
+
+def _triton_group_mmd_backward(problem: Problem, groups: GroupProblem, upstream: Tensor) -> Tensor:
+    from fastvae.kernels import quadratic_form as kernels
+
+    to_sums = kernels.pair_upstreams(upstream, *groups[:4])
+    return _with_own(problem, _triton(problem, to_sums), to_sums, groups.unbiased)
 
 
 def _evaluate(
@@ -167,7 +197,11 @@ def _evaluate(
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     if problem.backend == "triton":
-        return _triton(problem, upstream, values, diagonal)
+        empty = problem.z.new_empty(0)
+        if not values:
+            return empty, _triton(problem, upstream)
+        found = _triton(problem, None, diagonal)
+        return found if diagonal else found.sum(0), empty
     with without_autocast(problem.z.device):
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
@@ -196,11 +230,13 @@ def _evaluate(
         return total, (pull * (-2 * kernel.gamma[0]).to(dtype)).contiguous()
 
 
-def _with_own(problem: Problem, gradient: Tensor, to_own: Tensor) -> Tensor:
-    """The gradient to z with that of O."""
+def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
+    """The gradient to z through S, and with it that through O, from the upstream of S."""
     family, h, a = kernel_numbers(problem)
     if not isinstance(family, Polynomial):
         return gradient
+    # The diagonal of O is for the biased estimator alone.
+    to_own = to_sums - torch.diag(to_sums.diagonal()) if unbiased else to_sums
     z, v = problem.z.double(), problem.v.double()
     gamma = family.gamma(as_vector(h, z.device), z.shape[1])
     slopes = (family.slope(z.square().sum(1, keepdim=True) * gamma) * gamma) @ as_vector(a, z.device)
@@ -255,16 +291,21 @@ class GroupMMD(torch.autograd.Function):
 
 
 def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Of which there are none but that of the values.
+    ctx.set_materialize_grads(False)
     *weights, ctx.unbiased, given, _ = inputs[_OPTIONS:]
     ctx.save_for_backward(*inputs[:4], *weights, given, output[3])
     ctx.options = inputs[4:_OPTIONS]
 
 
-def _group_mmd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    nothing = [None] * (_OPTIONS + len(GroupProblem._fields))
+    if grad is None:
+        return (None, *nothing)
     z, *tensors = ctx.saved_tensors
     gradient = group_mmd_backward_op(z, *tensors[:3], *ctx.options, *tensors[3:6], ctx.unbiased, tensors[6], grad, tensors[7])
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
-    return (gradient, *[None] * (_OPTIONS + len(GroupProblem._fields)))
+    return (gradient, *nothing)
 
 
 quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)

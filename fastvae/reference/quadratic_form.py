@@ -14,9 +14,8 @@ of v it holds the sums of the MMD of each pair of groups, with O_gh = Σ_i v_ig�
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,41 +39,34 @@ def quadratic_form(
     return (v * (k @ v)).sum(0) if diagonal else v.T @ k @ v
 
 
-@dataclass(frozen=True, eq=False)
-class GroupWeights:
+class GroupWeights(NamedTuple):
     """What formula (3) takes of the weights of G groups: numbers alone, without gradient.
 
     Attributes:
-        total: t, (G,).
-        products: P, (G, G), or its diagonal (G,) where all else is 0.
-        members: the number of rows whose weight is not 0, (G,).
+        products: P, (G, G).
+        valid: which groups have two members or more, (G,).
+        pairs: which pairs are of two valid groups that differ, (G, G).
+        across, within: what c (G, G) and w (G,) are divided by, 1 for groups that are not valid.
         unbiased: whether w leaves the pairs of a row with itself out.
     """
 
-    total: Tensor
     products: Tensor
-    members: Tensor
+    valid: Tensor
+    pairs: Tensor
+    across: Tensor
+    within: Tensor
     unbiased: bool
 
-    @functools.cached_property
-    def valid(self) -> Tensor:
-        """(G,), of two members or more."""
-        return self.members >= 2
-
-    @functools.cached_property
-    def pairs(self) -> Tensor:
-        """(G, G), of two valid groups that differ."""
-        return (self.valid[:, None] & self.valid).fill_diagonal_(False)
-
-    @functools.cached_property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """What c (G, G) and w (G,) are divided by, 1 for groups that are not valid."""
-        total = self.total.where(self.valid, 1)
+    @staticmethod
+    def of(total: Tensor, products: Tensor, members: Tensor, unbiased: bool) -> GroupWeights:
+        """From t (G,), P or, where all else is 0, its diagonal (G,), and the number of rows whose weight is not 0 (G,)."""
+        valid = members >= 2
+        total, products = total.where(valid, 1), torch.diag(products) if products.ndim == 1 else products
         within = total.square()
-        if self.unbiased:
-            squares = self.products if self.products.ndim == 1 else self.products.diagonal()
-            within = (within - squares).where(self.valid, 1)
-        return total[:, None] * total, within
+        if unbiased:
+            within = (within - products.diagonal()).where(valid, 1)
+        pairs = (valid[:, None] & valid).fill_diagonal_(False)
+        return GroupWeights(products, valid, pairs, total[:, None] * total, within, unbiased)
 
 
 def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Tensor | float:
@@ -88,19 +80,15 @@ def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, we
 
 def pair_values(sums: Tensor, own: Tensor | float, weights: GroupWeights) -> Tensor:
     """MMD² (G, G), formula (3), from S and O, (G, G) or a multiple of P, in float64; 0 where a group is not valid."""
-    across_norm, within_norm = weights.norms
     if not isinstance(own, Tensor) or own.ndim == 0:
-        own = own * (torch.diag(weights.products) if weights.products.ndim == 1 else weights.products)
-    across = (sums + own) / across_norm
-    within = (sums if weights.unbiased else sums + own).diagonal() / within_norm
+        own = own * weights.products
+    across = (sums + own) / weights.across
+    within = (sums if weights.unbiased else sums + own).diagonal() / weights.within
     return torch.where(weights.pairs, within[:, None] + within - across - across.T, 0)
 
 
-def pair_upstreams(upstream: Tensor, weights: GroupWeights) -> tuple[Tensor, Tensor]:
-    """The gradients of `pair_values` to S and O from its upstream (G, G)."""
-    across_norm, within_norm = weights.norms
+def pair_upstreams(upstream: Tensor, weights: GroupWeights) -> Tensor:
+    """The gradient of `pair_values` to S from its upstream (G, G), and to O, but that unbiased its diagonal has none."""
     both = torch.where(weights.pairs, upstream, 0).double()
     both = both + both.T
-    across = both / -across_norm
-    to_sums = across + torch.diag(both.sum(0) / within_norm)
-    return to_sums, across if weights.unbiased else to_sums
+    return torch.diag(both.sum(0) / weights.within) - both / weights.across
