@@ -39,6 +39,11 @@ _PAIRS = 1 << 20
 _PAIRS_AT_ONCE = 1 << 18
 _NUMBERS_AT_ONCE = 1 << 17
 
+# Pairs up to which adding the halves takes less time than a product with them.
+_PAIRS_OF_SUMS = 1 << 16
+# Numbers that Python reads faster than PyTorch reduces them.
+_READ = 256
+
 # Scales and mean squares whose products are numbers of float32: of others the streaming path takes care.
 _SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
@@ -53,7 +58,8 @@ class _Plan(NamedTuple):
     profile: Profile
     scale: float  # of the points, a number of their dtype
     bandwidths: tuple[float, ...]  # that this scale stands for, widest first
-    farthest: float  # exponent of a power of two that a pair of rows can have
+    diagonal: float  # k(z, z) without its shift
+    factor: float  # of a gradient, from the moments of scaled rows
 
 
 @functools.lru_cache(maxsize=256)
@@ -65,7 +71,9 @@ def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ..
     scale = (ladder.gamma * (2 * profile.unit if kernel.radial else 1.0)) ** 0.5
     rounded = scale if dtype == torch.float64 else float(np.float32(scale))
     # A rounded scale is that of other bandwidths, and so has to be the closed form of a prior.
-    return _Plan(ladder, profile, rounded, tuple(h * scale / rounded for h in kernels.bandwidth.tolist()), 0.0)
+    bandwidths = tuple(h * scale / rounded for h in kernels.bandwidth.tolist())
+    diagonal = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
+    return _Plan(ladder, profile, rounded, bandwidths, diagonal, rounded / profile.unit if kernel.radial else rounded)
 
 
 def problems_at_once(rows: int, dim: int) -> int:
@@ -104,62 +112,50 @@ def mmd(
     assert not isinstance(a, Tensor)
     if (planned := _plan_for(kernel, h, a, z, y is None)) is None:
         return None
-    plan, scaled, squares = planned
-    ladder, gradient = plan.ladder, x_grad or y_grad
-    samples = [slice(0, x.shape[-2]), slice(x.shape[-2], z.shape[-2])][: 1 if y is None else 2]
-    weights = _weights(x, y, x_weights, y_weights, dtype)
-    extras = [_extra(s, p, unbiased, dtype) for s, p in zip(samples, (x_weights, y_weights), strict=False)]
+    plan, farthest, scaled, half = planned
+    ladder, wanted, first = plan.ladder, (x_grad, y_grad), x.shape[-2]
+    signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
 
-    points, exponent = _exponents(kernel, scaled, squares)
-    # Rows whose pull is wanted; of all of them one product has the sums of k too, where the slope is k.
-    moved = slice(0, x.shape[-2] if not y_grad else z.shape[-2])
-    at_once = gradient and plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased and moved.stop == z.shape[-2]
-    sums, own_sums, slope = _sums(plan, exponent, weights, samples if unbiased else [], unbiased or kernel.radial, gradient, at_once)
-    moments = None
-    if slope is not None:
-        weighted = points * weights
-        for rows, extra in zip(samples, extras, strict=True):
-            if unbiased:
-                block = slope[..., rows, rows]
-                block.addcmul_(block, extra) if isinstance(extra, Tensor) else block.add_(block, alpha=extra)
-        moments = _product(slope[..., moved, :], weighted)
-        if at_once:
-            sums = moments[..., -1:].clone() if ladder.slope_shift else moments[..., -1:]
-        if ladder.slope_shift:
-            # Every pair's 1, which the slopes leave out.
-            for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
-                own = weighted[..., rows, :].sum(-2, keepdim=True)
-                moments[..., rows, :] += ladder.slope_shift * (weighted.sum(-2, keepdim=True) + extra * own)
-    assert sums is not None
-    value = (sums * weights).sum((-2, -1), dtype=torch.float64)
-    for rows, extra, own_sum in zip(samples, extras, own_sums, strict=False):
-        form = (own_sum * weights[..., rows, :]).sum((-2, -1), dtype=torch.float64)
+    exponent = _exponents(kernel, scaled, scaled, half, half)
+    own = samples if unbiased else []
+    sums, own_sums, slope = _sums(plan, farthest, exponent, signed, own, unbiased or kernel.radial, x_grad or y_grad)
+    value = (sums * signed).sum((-2, -1), dtype=torch.float64)
+    for rows, extra, own_sum in zip(own, extras, own_sums, strict=False):
+        form = (own_sum * signed[..., rows, :]).sum((-2, -1), dtype=torch.float64)
         value = value + form * (extra[..., 0, 0] if isinstance(extra, Tensor) else extra)
     if kernel.radial and not unbiased:
-        constant = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-        if x_weights is None and y_weights is None:
-            value = value + constant * sum(1 / (rows.stop - rows.start) for rows in samples)
-        else:
-            value = value + constant * weights.double().square().sum((-2, -1))
+        value = value + plan.diagonal * sum_of_squares
     gradients: list[Tensor | None] = [None, None]
-    if moments is not None:
+    if slope is not None:
+        weighted = scaled * signed
+        for rows, extra in zip(own, extras, strict=False):
+            block = slope[..., rows, rows]
+            block.addcmul_(block, extra) if isinstance(extra, Tensor) else block.add_(block, alpha=extra)
+        if not y_grad:
+            slope, scaled = slope[..., :first, :], scaled[..., :first, :]
+        pull = _product(slope, weighted)
         if kernel.radial:
-            pull = (scaled[..., moved, :] * moments[..., -1:]).sub_(moments[..., :-1])
-            factor = -2 * plan.scale / plan.profile.unit
-        else:
-            pull, factor = moments, 2 * plan.scale
-        for n, (rows, sign, p) in enumerate(zip(samples, (1, -1), (x_weights, y_weights), strict=False)):
-            if (x_grad, y_grad)[n]:
-                row_weights = sign / (rows.stop - rows.start) if p is None else weights[..., rows, :]
-                gradients[n] = (pull[..., rows, :] * (factor * row_weights)).to(result_dtype)
+            is_sum = plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased
+            slope_sums = sums[..., : slope.shape[-2], :] if is_sum else slope @ signed
+            if ladder.slope_shift:
+                # Every pair's 1, which the slopes leave out.
+                slope_sums = slope_sums.clone()
+                for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
+                    for total, part in ((pull, weighted), (slope_sums, signed)):
+                        own_part = part[..., rows, :].sum(-2, keepdim=True)
+                        total[..., rows, :] += ladder.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
+            pull.addcmul_(scaled, slope_sums, value=-1)
+        for n, rows in enumerate(samples):
+            if wanted[n]:
+                gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype)
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
         exponents = given.square().sum(-1, keepdim=True, dtype=torch.float64) * prior.slopes + prior.constants
         powers = exponents.exp()
         shifted = torch.where(prior.shifts, exponents.expm1(), powers) if any(ladder.shifts) else powers
-        value = value - 2 * ((shifted @ prior.weights)[..., None] * weights).sum((-2, -1)) + prior.within
+        value = value - 2 * ((shifted @ prior.weights)[..., None] * signed).sum((-2, -1)) + prior.within
         if gradients[0] is not None:
-            gradients[0] += given * ((powers @ prior.slope_weights)[..., None] * weights).to(dtype)
+            gradients[0] += given * ((powers @ prior.slope_weights)[..., None] * signed).to(dtype)
     return value.to(result_dtype), gradients[0], gradients[1]
 
 
@@ -182,11 +178,9 @@ def quadratic_form(
     assert not isinstance(a, Tensor)
     if (planned := _plan_for(kernel, h, a, z, False)) is None:
         return None
-    plan, scaled, squares = planned
+    plan, farthest, scaled, half = planned
     ladder = plan.ladder
-    points, exponent = _exponents(kernel, scaled, squares)
-    sums, _, slope = _sums(plan, exponent, v, [], True, upstream is not None, False)
-    assert sums is not None
+    sums, _, slope = _sums(plan, farthest, _exponents(kernel, scaled, scaled, half, half), v, [], True, upstream is not None)
     exact = v.double()
     total = exact.T @ sums.double()
     if any(ladder.shifts):
@@ -196,42 +190,50 @@ def quadratic_form(
     if upstream is None or slope is None:
         return total, None
     coefficients = v @ (upstream + upstream.T).to(dtype)
-    moments = _product(slope.mul_(coefficients @ v.T), points)
-    if ladder.slope_shift:
-        moments += ladder.slope_shift * (coefficients @ (v.T @ points))
-    if not kernel.radial:
-        return total, (moments * plan.scale).to(result_dtype)
-    pull = (scaled * moments[:, -1:]).sub_(moments[:, :-1])
-    return total, (pull * (-plan.scale / plan.profile.unit)).to(result_dtype)
+    pull = _product(slope.mul_(coefficients @ v.T), scaled)
+    if kernel.radial:
+        slope_sums = slope.sum(1, keepdim=True)
+        if ladder.slope_shift:
+            pull += ladder.slope_shift * (coefficients @ (v.T @ scaled))
+            slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
+        pull.addcmul_(scaled, slope_sums, value=-1)
+    return total, (pull * plan.factor).to(result_dtype)
 
 
-def _exponents(kernel: Kernel, scaled: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """What the moments are taken of, and a number for each pair of rows of which k is a function; may write to `squares`."""
-    if not kernel.radial:
-        return scaled, _product(scaled, scaled.mT)
-    ones = torch.ones_like(squares)
+def _exponents(kernel: Kernel, left: Tensor, right: Tensor, left_half: Tensor, right_half: Tensor) -> Tensor:
+    """A number for each pair of scaled rows of which k is a function; `left_half` is −½‖left_i‖²."""
     if kernel.rooted:
-        return torch.cat([scaled, ones], -1), torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist")
-    half = squares.mul_(-0.5)
-    left = torch.cat([scaled, ones, half], -1)
-    return left[..., :-1], _product(left, torch.cat([scaled, half, ones], -1).mT)
+        return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    if not kernel.radial:
+        return _product(left, right.mT)
+    if left.ndim == 2 and left.shape[0] * right.shape[0] > _PAIRS_OF_SUMS:
+        ones = torch.ones_like(left_half), torch.ones_like(right_half)
+        return _product(torch.cat([left, left_half, ones[0]], 1), torch.cat([right, ones[1], right_half], 1).T)
+    product = torch.addmm if left.ndim == 2 else torch.baddbmm
+    return product(left_half, left, right.mT).add_(right_half.mT)
 
 
-def _plan_for(kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Tensor, prior: bool) -> tuple[_Plan, Tensor, Tensor] | None:
-    """The plan for these rows, they themselves, scaled, and their squares; None if products of them are not exact enough."""
+def _plan_for(
+    kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Tensor, prior: bool
+) -> tuple[_Plan, float, Tensor, Tensor] | None:
+    """The plan for these rows, the largest exponent of two of a pair, the rows, scaled, and −½ of their squares.
+
+    None if products of them are not exact enough."""
     dim, dtype = z.shape[-1], z.dtype
     plan = _plan(kernel, h, a, dim, dtype, 0)
     if not _SCALES[0] < plan.scale < _SCALES[1]:
         return None
     scaled = z * plan.scale
-    # Of the scaled rows, so that what they were rounded by cancels between near ones.
-    squares = scaled.square().sum(-1, keepdim=True)
-    means = squares.mean(-2)
-    least, most = float(means) if means.numel() == 1 else float(means.min()), float(squares.max())
+    half = _half_squares(scaled)
+    if half.numel() <= _READ and half.ndim == 2:
+        numbers = half.view(-1).tolist()
+        least, most = -2 * sum(numbers) / len(numbers), -2 * min(numbers)
+    else:
+        least, most = -2 * float(half.mean(-2).max()), -2 * float(half.min())
     if not (least > _LEAST_SQUARE and most < math.inf):
         return None
     if not kernel.radial:
-        return plan, scaled, squares
+        return plan, math.inf, scaled, half
     # The exponents' size in natural units: of the widest bandwidth t = ‖scaled‖²/(2·unit).
     half_unit, ratios = 0.5 / plan.profile.unit, plan.ladder.ratios
     if not kernel.rooted and not half_unit * most * ratios[-1] * torch.finfo(dtype).eps <= EXPONENT_ERROR[dtype]:
@@ -242,58 +244,70 @@ def _plan_for(kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Ten
     if shifted := sum(((2 * t) ** 0.5 if kernel.rooted else t) < SHIFT_BELOW for t in exponents):
         plan = _plan(kernel, h, a, dim, dtype, shifted)
         scaled = z * plan.scale
-        squares = scaled.square().sum(-1, keepdim=True)
-    return plan._replace(farthest=4 * LOG2_E * half_unit * most), scaled, squares
+        half = _half_squares(scaled)
+    return plan, 4 * LOG2_E * half_unit * most, scaled, half
 
 
-def _weights(x: Tensor, y: Tensor | None, p: Tensor | None, q: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[p; −q], (..., N + M, 1), or one for all problems."""
-    if p is None and q is None:
-        return _equal_weights(x.shape[-2], 0 if y is None else y.shape[-2], dtype)
-    parts = [x.new_full(x.shape[:-1], 1 / x.shape[-2], dtype=dtype) if p is None else p.to(dtype)]
-    if y is not None:
-        parts.append(y.new_full(y.shape[:-1], -1 / y.shape[-2], dtype=dtype) if q is None else -q.to(dtype))
-    return torch.cat(parts, -1)[..., None]
+def _half_squares(scaled: Tensor) -> Tensor:
+    """−½‖z_i‖² of the scaled rows, so that what they were rounded by cancels between near ones."""
+    return scaled.square().sum(-1, keepdim=True).mul_(-0.5)
+
+
+class _Weights(NamedTuple):
+    """The weights of [x; y], and of each sample its rows and what its own sums are more in formula (2) of `fastvae.reference.mmd`."""
+
+    signed: Tensor  # [p; −q], (..., N + M, 1), or one for all problems
+    rows: list[slice]
+    row_weights: Sequence[float | Tensor]  # p_i, and −q_j
+    extras: Sequence[float | Tensor]  # 1/(1 − Σ p_i²) − 1
+    sum_of_squares: float | Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor | None, p: Tensor | None, q: Tensor | None, unbiased: bool, dtype: torch.dtype) -> _Weights:
+        if p is None and q is None:
+            return _equal_weights(x.shape[-2], 0 if y is None else y.shape[-2], unbiased, dtype)
+        parts = [x.new_full(x.shape[:-1], 1 / x.shape[-2], dtype=dtype) if p is None else p.to(dtype)]
+        if y is not None:
+            parts.append(y.new_full(y.shape[:-1], 1 / y.shape[-2], dtype=dtype) if q is None else q.to(dtype))
+        squares = [part.double().square().sum(-1) for part in parts]
+        signed = torch.cat([parts[0], *(-part for part in parts[1:])], -1)[..., None]
+        rows = _rows([part.shape[-1] for part in parts])
+        extras = [(square / (1 - square) if unbiased else 0 * square)[..., None, None].to(dtype) for square in squares]
+        return _Weights(signed, rows, [signed[..., own, :] for own in rows], extras, torch.stack(squares).sum(0))
+
+
+def _rows(sizes: list[int]) -> list[slice]:
+    return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(len(sizes))]
 
 
 @functools.lru_cache(maxsize=64)
-def _equal_weights(n: int, m: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([1 / n] * n + [-1 / m for _ in range(m)], dtype=dtype, device="cpu")[:, None]
-
-
-def _extra(rows: slice, weights: Tensor | None, unbiased: bool, dtype: torch.dtype) -> float | Tensor:
-    """1/(1 − Σ p_i²) − 1, by which a sample's own sums are more in formula (2) of `fastvae.reference.mmd`."""
-    if not unbiased:
-        return 0.0
-    if weights is None:
-        n: int = rows.stop - rows.start
-        return 1 / (n - 1)
-    square = weights.double().square().sum(-1)[..., None, None]
-    extra: Tensor = (square / (1 - square)).to(dtype)
-    return extra
+def _equal_weights(n: int, m: int, unbiased: bool, dtype: torch.dtype) -> _Weights:
+    sizes = [n, m] if m else [n]
+    signed = torch.tensor([1 / n] * n + [-1 / m for _ in range(m)], dtype=dtype, device="cpu")[:, None]
+    extras = [1 / (size - 1) if unbiased else 0.0 for size in sizes]
+    row_weights = [1 / n, -1 / m] if m else [1 / n]
+    return _Weights(signed, _rows(sizes), row_weights, extras, sum(map(abs, row_weights)))
 
 
 def _sums(
-    plan: _Plan, exponent: Tensor, weights: Tensor, samples: Sequence[slice], without_diagonal: bool, gradient: bool, at_once: bool
-) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+    plan: _Plan, farthest: float, exponent: Tensor, weights: Tensor, samples: Sequence[slice], without_diagonal: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """K·w, of `samples` the same over their own rows, and for a gradient W, which may take the place of the exponents."""
     ladder, profile = plan.ladder, plan.profile
-    own: list[Tensor] = []
-    sums: Tensor | None = None
+    sums: list[Tensor] = []
     total: Tensor | None = None
     value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
     scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
     single = len(ladder.ratios) == 1
     for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
-        slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(plan.farthest * ratio, exponent.dtype))
+        slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
         if without_diagonal:
             for t in (value,) if slope is value else (value, slope):
-                t.diagonal(dim1=-2, dim2=-1).zero_()
-        if not at_once:
-            parts = [value @ weights, *(value[..., rows, rows] @ weights[..., rows, :] for rows in samples)]
-            more = parts if single and weight == 1 else [part * weight for part in parts]
-            sums = more[0] if sums is None else sums.add_(more[0])
-            own = [old.add_(new) for old, new in zip(own, more[1:], strict=True)] if own else more[1:]
+                t.fill_diagonal_(0) if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1).zero_()
+        more = [value @ weights, *(value[..., rows, rows] @ weights[..., rows, :] for rows in samples)]
+        if not single or weight != 1:
+            more = [part * weight for part in more]
+        sums = [old.add_(new) for old, new in zip(sums, more, strict=True)] if sums else more
         if not gradient:
             continue
         if single:
@@ -302,7 +316,7 @@ def _sums(
             total = slope * (weight * ratio)
         else:
             total.add_(slope, alpha=weight * ratio)
-    return sums, own, total
+    return sums[0], sums[1:], total
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class Problem(NamedTuple):
 _BATCHED = Problem._fields.index("x_start")
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of which a gradient that is not asked for is None.
+Found = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 # Elements of a padded sample of all problems of one launch, 64 MiB in float32, of which a sweep has about ten copies: four thousand
 # problems of up to 128 rows and 32 features, which fill any GPU.
@@ -92,14 +94,17 @@ def mmd_op(*args: Any) -> Result:
     """(MMD², its gradients to x, y, bandwidths and their weights) in the accumulation dtype, the last two in float64; y = None is N(0, I).
 
     A gradient not asked for is empty."""
-    return _on_device(Problem(*args))
+    value, *gradients = _on_device(Problem(*args))
+    dtypes = (value.dtype, value.dtype, torch.float64, torch.float64)
+    empty = (value.new_empty(0, dtype=dtype) if t is None else t for t, dtype in zip(gradients, dtypes, strict=True))
+    return cast(Result, (value, *empty))
 
 
-def _on_device(problem: Problem) -> Result:
+def _on_device(problem: Problem) -> Found:
     return (_triton if problem.backend == "triton" or problem.x.device.type == "cuda" else _on_cpu)(problem)
 
 
-def _on_cpu(problem: Problem) -> Result:
+def _on_cpu(problem: Problem) -> Found:
     with without_autocast(problem.x.device):
         if problem.x.ndim == 2:
             return _small(problem) or _streaming(problem)
@@ -111,25 +116,24 @@ def _on_cpu(problem: Problem) -> Result:
                 continue
             # One problem at a time, whose tiles stay in cache.
             singles = (_streaming(_of_tensors(some, itemgetter(k))) for k in range(some.x.shape[0]))
-            parts += [cast(Result, tuple(t[None] if t.numel() else t for t in single)) for single in singles]
+            parts += [cast(Found, tuple(None if t is None else t[None] for t in single)) for single in singles]
         return _joined(parts)
 
 
-def _streaming(problem: Problem) -> Result:
+def _streaming(problem: Problem) -> Found:
     """Of one problem."""
     family, h, a = kernel_numbers(problem)
     sweep = cpu.BandwidthSweep if problem.bandwidth_grad else compiled.Sweep if problem.backend == "inductor" else cpu.Sweep
     dtype = accumulation_dtype(problem.x.dtype)
     samples = _samples(problem, torch.float64 if problem.bandwidth_grad else dtype)
     value, gradients, kernel, sums = cpu.mmd(sweep, samples, family, h, a, problem.unbiased)
-    grad_x, grad_y = (value.new_empty(0) if g is None else g for g in [*gradients, None][:2])
-    grad_h, grad_a = value.new_empty(0), value.new_empty(0)
-    if problem.bandwidth_grad:
-        grad_h, grad_a = bandwidth_gradients(samples, kernel, h, problem.unbiased, *sums.chunk(2))
-    return value.to(dtype), grad_x.to(dtype), grad_y.to(dtype), grad_h, grad_a
+    grad_x, grad_y = (None if g is None else g.to(dtype) for g in [*gradients, None][:2])
+    if not problem.bandwidth_grad:
+        return value.to(dtype), grad_x, grad_y, None, None
+    return value.to(dtype), grad_x, grad_y, *bandwidth_gradients(samples, kernel, h, problem.unbiased, *sums.chunk(2))
 
 
-def _triton(problem: Problem) -> Result:
+def _triton(problem: Problem) -> Found:
     precision = matmul_precision(problem.precision)
     with without_autocast(problem.x.device):
         if problem.x.ndim == 2:
@@ -139,7 +143,7 @@ def _triton(problem: Problem) -> Result:
         return _joined([_sweep(_of_tensors(problem, part), precision) for part in parts])
 
 
-def _sweep(problem: Problem, precision: str) -> Result:
+def _sweep(problem: Problem, precision: str) -> Found:
     """Of one problem, or of a batch in the same launches."""
     from fastvae.kernels import mmd as kernels
 
@@ -158,15 +162,13 @@ def _sweep(problem: Problem, precision: str) -> Result:
         y = sample(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
     dim = problem.x.shape[-1]
     numbers = KernelNumbers.of(family, h, a, dim, y is None, device)
-    value, *grads, sums, shifts = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
-    grad_x, grad_y = (value.new_empty(0) if grad is None else grad for grad in grads)
-    grad_h, grad_a = sums.new_empty(0), sums.new_empty(0)
-    if problem.bandwidth_grad:
-        kernel = KernelSum.of(family, h, a, dim, device, None)
-        kernel = replace(kernel, shifts=shifts.double().view(*value.shape, -1) if family.radial else torch.ones_like(kernel.gamma))
-        terms = (t.view(*value.shape, -1) for t in _sums_of_terms(kernel, sums))
-        grad_h, grad_a = bandwidth_gradients(_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
-    return value, grad_x, grad_y, grad_h, grad_a
+    value, grad_x, grad_y, sums, shifts = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
+    if not problem.bandwidth_grad:
+        return value, grad_x, grad_y, None, None
+    kernel = KernelSum.of(family, h, a, dim, device, None)
+    kernel = replace(kernel, shifts=shifts.double().view(*value.shape, -1) if family.radial else torch.ones_like(kernel.gamma))
+    terms = (t.view(*value.shape, -1) for t in _sums_of_terms(kernel, sums))
+    return value, grad_x, grad_y, *bandwidth_gradients(_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
 
 
 def _sums_of_terms(kernel: KernelSum, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +189,12 @@ def _sums_of_terms(kernel: KernelSum, sums: Tensor) -> tuple[Tensor, Tensor]:
     return values, -math.log(2) * ratios.sqrt() * slopes
 
 
-def _joined(parts: list[Result]) -> Result:
+def _joined(parts: list[Found]) -> Found:
     """Of a batch, from those of its parts."""
-    return parts[0] if len(parts) == 1 else cast(Result, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    columns: Any = zip(*parts, strict=True)
+    return cast(Found, tuple(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @mmd_op.register_fake
@@ -228,17 +233,14 @@ def _small_problems(problem: Problem) -> int:
     return small.problems_at_once(rows, problem.x.shape[-1])
 
 
-def _small(problem: Problem) -> Result | None:
+def _small(problem: Problem) -> Found | None:
     if not _small_problems(problem):
         return None
     dtype = accumulation_dtype(problem.x.dtype)
-    p, q = (None if w is None else unit_weights(w, None, dtype) for w in (problem.x_weights, problem.y_weights))
+    p, q = problem.x_weights, problem.y_weights
+    p, q = p if p is None else unit_weights(p, None, dtype), q if q is None else unit_weights(q, None, dtype)
     result = small.mmd(problem.x, problem.y, p, q, *kernel_numbers(problem), problem.unbiased, problem.x_grad, problem.y_grad)
-    if result is None:
-        return None
-    value, *gradients = result
-    grad_x, grad_y = (value.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return value, grad_x, grad_y, value.new_empty(0, dtype=torch.float64), value.new_empty(0, dtype=torch.float64)
+    return None if result is None else (*result, None, None)
 
 
 def _problems_at_once(problem: Problem) -> int:
@@ -323,7 +325,7 @@ class _EagerMMD(torch.autograd.Function):
         return (*_gradients(ctx, grads[0], ctx.needs_input_grad), None, None, None)
 
 
-def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor]) -> None:
+def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
     # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
     ctx.save_for_backward(*(source if want else None for source, want in zip(sources, wanted, strict=True)), *gradients)
 
@@ -337,7 +339,7 @@ def _gradients(ctx: Any, grad_value: Tensor, wanted: Sequence[bool]) -> list[Ten
         if not wanted[place]:
             continue
         source, grad = sources[place], gradients[place]
-        if grad.numel() == 0:
+        if grad is None or grad.numel() == 0:
             raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
         grad = forbid_second_derivative("mmd", grad, *sources)
         if place > 1:
