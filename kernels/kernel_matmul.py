@@ -534,7 +534,8 @@ class Product:
         sums = torch.empty(splits * n * c, dtype=self.dtype, device=self.device)
         key, half = (self.operands.key, self.count, within), self.operands.half
         for number, (mode, config) in enumerate(zip(self.evaluation.modes, configs, strict=True)):
-            hi, lo = (part[0] for part in self.operands.parts(mode))
+            # Rows of bfloat16 lie side by side too, in the first half of their memory.
+            hi, lo = (part.view(-1, d) for part in self.operands.parts(mode))
             launch(
                 matmul_kernel, (key, number), self.device, (n // config.block_n, c // config.block_c, splits),
                 (

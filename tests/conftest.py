@@ -26,6 +26,14 @@ def seed():
 
 
 @pytest.fixture
+def deterministic_algorithms():
+    """PyTorch's, and memory that nothing has written to is nan."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def interpreter_warnings():
     """numpy warns where the interpreter computes with a padded column's exponent of −inf or with a nan; a GPU does not."""
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""What the kernels read and write: nothing outside of their tensors, and no place of which another program of the launch writes.
+"""What the kernels read and write: nothing outside of their tensors, no place of which another program of the launch writes, and none that
+nothing has written to.
 
 Triton's interpreter runs one program after another, on raw addresses: it would show neither. `compute-sanitizer` does, on a GPU.
 """
@@ -107,6 +108,12 @@ CALLS = {
     "mmd, many chunks": (lambda x, y: fastvae.mmd(x, y, kernel="polynomial", backend="triton"), rows(520, 2), rows(7, 2)),
     "mmd_to_normal": (lambda x: fastvae.mmd_to_normal(x, bandwidth=[1.0, 2.0], backend="triton"), rows(70, 5)),
     "kernel_matmul": (lambda x, y, v: fastvae.kernel_matmul(x, y, v, backend="triton").sum(), rows(70, 5), rows(33, 5), rows(33, 3)),
+    "kernel_matmul, bfloat16 products": (
+        lambda x, y, v: fastvae.kernel_matmul(x, y, v, precision="medium", backend="triton").sum(),
+        rows(70, 5),
+        rows(33, 5),
+        rows(33, 3),
+    ),
     "kernel_matmul, small bandwidth": (
         lambda x, y, v: fastvae.kernel_matmul(x, y, v, bandwidth=0.01, kernel="imq", backend="triton").sum(),
         rows(33, 5),
@@ -133,12 +140,14 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("deterministic_algorithms")
 @pytest.mark.parametrize("name", CALLS)
 def test_places(name, monkeypatch):
     function, *inputs = CALLS[name]
     with watched(monkeypatch) as launches:
-        evaluate(function, *inputs) if name != "mmd, value" else function(*inputs)
+        results = evaluate(function, *inputs) if name != "mmd, value" else (function(*inputs),)
     assert launches
+    assert all(t.isfinite().all() for t in results)
 
 
 def test_what_is_outside_is_seen(monkeypatch):

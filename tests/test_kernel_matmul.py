@@ -6,7 +6,7 @@ import torch
 import fastvae
 from fastvae import reference
 from fastvae.radial import KERNELS, RationalQuadratic
-from tests.cases import DEVICE, TOLERANCE, evaluate, needs_triton
+from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, needs_triton
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -52,6 +52,21 @@ def test_several_tiles_far_from_the_origin(kernel):
     actual = evaluate(loss(fastvae.kernel_matmul, g.float(), kernel=kernel), x, y, v)
     exact = evaluate(loss(reference.kernel_matmul, g, kernel=kernel), x.double(), y.double(), v.double())
     assert max(relative_errors(actual[1:], exact[1:])) < 2e-5
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "polynomial"])
+@pytest.mark.parametrize("precision", ["ieee", "high", "medium"])
+def test_triton_precisions(precision, kernel):
+    x, y, v = problem(dtype=torch.float32)
+    g = torch.randn(70, 3, dtype=torch.float64, device=DEVICE)
+    options = {"bandwidth": 1.7, "kernel": kernel}
+    precise = {"backend": "triton", "precision": precision, **options}
+    actual = evaluate(loss(fastvae.kernel_matmul, g.float(), **precise), x, y, v)
+    exact = evaluate(loss(reference.kernel_matmul, g, **options), x.double(), y.double(), v.double())
+    out, expected = fastvae.kernel_matmul(x, y, v, **precise), reference.kernel_matmul(x.double(), y.double(), v.double(), **options)
+    assert max(relative_errors((out, *actual[1:]), (expected, *exact[1:]))) < TRITON_TOLERANCE[precision][1]
 
 
 @needs_triton

@@ -839,13 +839,6 @@ def test_same_input_same_bits_in_every_process():
         assert runs[0].stdout == runs[1].stdout
 
 
-@pytest.fixture
-def deterministic_algorithms():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("deterministic_algorithms")
 def test_deterministic_algorithms_hold_for_every_operation():
     assert bits(40) == bits(40)
