@@ -461,7 +461,7 @@ def pairs(value: Any, num_groups: int) -> Tensor:
     """Pairs of groups as an integer tensor (P, 2)."""
     if isinstance(value, str):
         raise TypeError("pairs must be pairs of integers, got str")
-    index = torch.as_tensor(value)
+    index = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or index.is_floating_point():
         raise ValueError(f"pairs must be pairs of integers, shape (P, 2), got shape {tuple(index.shape)} of {index.dtype}")
     if _readable(index) and not bool(((index >= 0) & (index < num_groups)).all()):

@@ -317,7 +317,7 @@ def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
     if isinstance(numbers, Tensor):
         return numbers.to(device)
     if device.type == "cpu":
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
     if len(set(numbers)) == 1:
         return torch.full((len(numbers),), numbers[0], dtype=torch.float64, device=device)
     return filled(numbers, device)

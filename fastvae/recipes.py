@@ -380,7 +380,7 @@ def kid(
     for name, t in (("x", x), ("y", y)):
         if t.shape[0] < subset_size:
             raise ValueError(f"{name} must have at least subset_size = {subset_size} rows, got {t.shape[0]}: or pass subsets=None")
-    drawn = torch.stack([torch.randperm(len(t), generator=generator)[:subset_size] for _ in range(subsets) for t in (x, y)])
+    drawn = torch.stack([torch.randperm(len(t), generator=generator, device="cpu")[:subset_size] for _ in range(subsets) for t in (x, y)])
     rows = _sent(drawn, x.device).reshape(subsets, 2, subset_size)
     stacked = torch.stack([mmd(x[of_x], y[of_y], bandwidth=h, kernel=kernel, estimator="unbiased", **options) for of_x, of_y in rows])
     stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan where a row is not finite, also one that no subset has

@@ -17,7 +17,7 @@ from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance
 from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_values
-from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
+from fastvae.radial import RBF, Kernel, Laplace, Numbers, RationalQuadratic, as_vector
 from fastvae.reference.mmd import bandwidths
 
 # Of MMDAgg: steps of the bisection, each of which halves an interval of length one or so.
@@ -146,7 +146,7 @@ def two_sample_test(
         h, a = checks.bandwidths("median" if bandwidth is None else bandwidth, bandwidth_weights, x.device)
         if bandwidth is None or isinstance(bandwidth, str):
             h = resolve(bandwidth or "median", x, y)
-        h, a = (torch.as_tensor(numbers, dtype=torch.float64).detach() for numbers in (h, a))
+        h, a = _constant(h), _constant(a)
         members = [(families[0], h, a)]
     else:
         members = [(family, h, torch.ones_like(h)) for family in families for h in _collection(aggregate, bandwidth, x, y).reshape(-1, 1)]
@@ -195,14 +195,15 @@ class _Data(NamedTuple):
     def columns(self, count: int, generator: torch.Generator | None) -> Tensor:
         """v (N + M, 1 + count), whose vᵀKv is a multiple of MMD²: first as observed, and then permuted."""
         of_x, of_y = self.signs
-        v = torch.full((1 + count, self.n + self.m), of_y, dtype=accumulation_dtype(self.z.dtype))
+        # On the CPU, whatever the default device, as its generator is.
+        v = torch.full((1 + count, self.n + self.m), of_y, dtype=accumulation_dtype(self.z.dtype), device="cpu")
         v[0, : self.n] = of_x
         for row in v[1:]:
             if self.swaps:
-                signs = 2 * torch.randint(2, (self.n,), generator=generator) - 1
+                signs = 2 * torch.randint(2, (self.n,), generator=generator, device="cpu") - 1
                 row[: self.n], row[self.n :] = signs, -signs
             else:
-                row[torch.randperm(self.n + self.m, generator=generator)[: self.n]] = of_x
+                row[torch.randperm(self.n + self.m, generator=generator, device="cpu")[: self.n]] = of_x
         return v.T.contiguous().to(self.z.device)
 
     def statistics(
@@ -288,11 +289,15 @@ def _pointwise(family: Kernel, h: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Te
     return family.phi(t[:, None] * family.gamma(h, x.shape[1])) @ a
 
 
+def _constant(numbers: Numbers) -> Tensor:
+    return numbers.detach().double() if isinstance(numbers, Tensor) else as_vector(numbers, torch.device("cpu"))
+
+
 def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tensor | None, x: Tensor, y: Tensor) -> Tensor:
     """The bandwidths of a set, (B,)."""
     if bandwidth is not None:
         h, _ = checks.bandwidths(bandwidth, None, x.device)
-        return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else torch.as_tensor(h, dtype=torch.float64).detach()
+        return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else _constant(h)
     if aggregate == "agg":
         median = median_bandwidth(x, y)
         return torch.stack([median * 2.0**power for power in _AGG_POWERS])

@@ -38,6 +38,7 @@ from tests.cases import (
     PairErrors,
     accumulation,
     assert_close,
+    evaluate,
     needs_triton,
     output_rounding,
     peak_bytes,
@@ -842,6 +843,31 @@ def test_same_input_same_bits_in_every_process():
 @pytest.mark.usefixtures("deterministic_algorithms")
 def test_deterministic_algorithms_hold_for_every_operation():
     assert bits(40) == bits(40)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in all_operations(4)])
+def test_default_device(name):
+    """Numbers and indices lie where the data are, or on the CPU, and not on the device that PyTorch makes new tensors on."""
+    ((_, function, inputs),) = (operation for operation in all_operations(1300) if operation[0] == name)
+    with torch.device("meta"):
+        actual = evaluate(function, *inputs)
+    torch.testing.assert_close(actual, evaluate(function, *inputs), rtol=0, atol=0)
+
+
+def test_default_device_of_a_test_and_of_pairs():
+    x, y = (torch.randn(40, 3, device=DEVICE) for _ in range(2))
+    labels = torch.arange(40, device=DEVICE) % 3
+
+    def results():
+        p_values = [
+            fastvae.two_sample_test(x, y, permutations=20, seed=0, **o).p_value
+            for o in ({}, {"bandwidth": 1.0, "method": "wild_bootstrap"})
+        ]
+        return *p_values, fastvae.group_mmd(x, labels, num_groups=3, pairs=[(0, 1)]).values
+
+    with torch.device("meta"):
+        actual = results()
+    torch.testing.assert_close(actual, results(), rtol=0, atol=0)
 
 
 # Peak of the bytes that value and gradients of float32 samples take beyond the inputs, their results among them: for each row more, as a

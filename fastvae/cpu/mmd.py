@@ -93,7 +93,7 @@ class BandwidthSweep(Sweep):
         derivative = torch.mul(t, rung.slope, out=self.buffer("derivative", i, j))
         if self.profile.kernel_is_slope and self.profile.shifts[n]:
             derivative.add_(t)
-        sums = torch.zeros(1 + 2 * count, dtype=torch.float64)
+        sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device="cpu")
         sums[1 + n] = _quadratic_form(rung.value, a, i, b, j)
         sums[1 + count + n] = self.ladder.ratios[n] * _quadratic_form(derivative, a, i, b, j)
         sums[0] = rung.weight * sums[1 + n]
