@@ -33,6 +33,7 @@ from fastvae.kernels.config import (
     MatmulConfig,
     RowConfig,
     SweepConfig,
+    TermsConfig,
     density_config,
     difference_config,
     difference_products,
@@ -40,6 +41,7 @@ from fastvae.kernels.config import (
     padded_dim,
     row_config,
     sweep_config,
+    terms_config,
 )
 from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
@@ -74,6 +76,7 @@ class Sweep:
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
     finer: bool = False  # the pass of more exact products, for smaller bandwidths
     batched: bool = False
+    terms: bool = False  # the sums for derivatives to bandwidths and their weights
 
     @property
     def symmetric(self) -> bool:
@@ -82,7 +85,7 @@ class Sweep:
     @property
     def name(self) -> str:
         parts = [
-            "value+gradient" if self.gradient else "value",
+            "terms" if self.terms else "value+gradient" if self.gradient else "value",
             self.precision,
             f"D{self.dim}",
             "within" if self.within else "across",
@@ -102,11 +105,13 @@ class Differences:
     gradient: bool
     bandwidths: int = 1
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    terms: bool = False
     within: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        parts = ["value+gradient" if self.gradient else "value", self.dtype, f"D{self.dim}", "within", f"bandwidths{self.bandwidths}"]
+        sums = "terms" if self.terms else "value+gradient" if self.gradient else "value"
+        parts = [sums, self.dtype, f"D{self.dim}", "within", f"bandwidths{self.bandwidths}"]
         return " ".join(parts + kernel_words(self.kernel))
 
 
@@ -276,6 +281,8 @@ def quick(variant: Variant, architecture: int) -> bool:
 def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
     if isinstance(variant, Sweep):
         products = products_of(variant.kernel, variant.precision, finer=variant.finer)[1]
+        if variant.terms:
+            return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
         return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, _powers(variant.kernel))
     if isinstance(variant, Matmul):
         products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
@@ -284,6 +291,9 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         backward = variant.direction == "backward"
         return matmul_config(variant.dim, variant.columns, products, backward, variant.bandwidths, architecture, _powers(variant.kernel))
     if isinstance(variant, Differences):
+        if variant.terms:
+            products = difference_products(8 if variant.dtype == "fp64" else 4)
+            return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
         return difference_config(8 if variant.dtype == "fp64" else 4)
     if isinstance(variant, Density):
         gradient = variant.direction in ("rows", "columns")
@@ -348,6 +358,10 @@ def _powers(kernel: Kernel) -> bool:
     return isinstance(kernel, RationalQuadratic)
 
 
+def _steep(kernel: Kernel) -> bool:
+    return pairs.family_of(kernel) == pairs.QUADRATIC_STEEP.value
+
+
 def products_of(kernel: Kernel, precision: str, finer: bool = False, self_pairs: bool = False) -> tuple[int, str]:
     """The constexpr MODE, and what `kernels.config` calls its products."""
     mode = pairs.modes_of(kernel, "ieee" if precision == "float64" else precision, self_pairs)[int(finer)]
@@ -368,7 +382,8 @@ def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architectu
         "SAMPLES": 1 if variant.within else 2,
         "BATCHED": isinstance(variant, Sweep) and variant.batched,
         "GRADIENT": variant.gradient,
-        "TERMS": 0,
+        "TERMS": pairs.term_count(variant.kernel, config.bandwidths) if isinstance(config, TermsConfig) else 0,
+        "GROUPS": config.groups(variant.bandwidths) if isinstance(config, TermsConfig) else 1,
         "WEIGHTED": isinstance(variant, Sweep) and variant.weighted,
         "MODE": mode,
         "FAMILY": pairs.family_of(variant.kernel),

@@ -78,6 +78,21 @@ class MatmulConfig(SweepConfig):
 
 
 @dataclass(frozen=True)
+class TermsConfig(SweepConfig):
+    """As `SweepConfig`, of the sums that derivatives to bandwidths are made of.
+
+    Attributes:
+        bandwidths: whose sums a program keeps.
+    """
+
+    bandwidths: int = field(kw_only=True)
+
+    def groups(self, bandwidths: int) -> int:
+        """Into which so many fall."""
+        return -(-bandwidths // self.bandwidths)
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """A block of a row-wise kernel.
 
@@ -248,6 +263,21 @@ def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, arch
         config = replace(config, block_m=config.block_m // 2)
     whole = max(16, _next_power_of_2(dim))
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
+
+
+def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, steep: bool) -> TermsConfig:
+    """`precision` may also be that of `difference_products`; `steep` says that φ is a power whose logarithm is corrected by a quotient."""
+    double = precision in ("float64", difference_products(8))
+    # As many in each group, and no more than spill nothing.
+    groups = -(-bandwidths // (2 if steep else 4 if double else 5))
+    share = -(-bandwidths // groups)
+    if precision in (difference_products(4), difference_products(8)):
+        return TermsConfig(32, 16 if double else 32, 16, 16, 4, 1, bandwidths=share)
+    if precision in ("ieee", "float64"):
+        return TermsConfig(32 if double else 64, 32, 16, 16, 4, 2, bandwidths=share)
+    # Three products of tf32 take twice the room.
+    block_k = min(max(16, _next_power_of_2(dim)), 32 if precision == "tf32x3" else 64)
+    return TermsConfig(64, 64 if architecture in _WGMMA + _TCGEN05 else 32, block_k, block_k, 4, 2, bandwidths=share)
 
 
 def padded_dim(dim: int, config: SweepConfig) -> int:

@@ -8,6 +8,7 @@ atomics, a fixed order, the same bits every time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +16,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae.kernels.config import SweepConfig, column_splits, device_limits, difference_config, padded_dim, sweep_config
+from fastvae.kernels.config import (
+    SweepConfig,
+    TermsConfig,
+    column_splits,
+    device_limits,
+    difference_config,
+    difference_products,
+    padded_dim,
+    sweep_config,
+    terms_config,
+)
 from fastvae.kernels.launch import launch
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
-    ENERGY,
     GAUSSIAN,
     POLYNOMIAL,
+    QUADRATIC_STEEP,
     SPLIT,
     bandwidth_terms,
     column_exponent,
     column_parts,
     difference_exponent,
     dot,
+    load_group,
     load_parameters,
     load_parts,
     load_table,
@@ -37,6 +49,7 @@ from fastvae.kernels.pairs import (
     row_sums,
     split,
     term_count,
+    term_number,
 )
 from fastvae.kernels.prepare import (
     DIAGONAL,
@@ -96,7 +109,7 @@ def _counted(
 @triton.jit
 def _tile(
     row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-    table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, last_m, d_out, value_acc, slope_acc, moments, terms,
+    table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, last_m, d_out, value_acc, slope_acc, moments, terms,
     DIAGONAL: tl.constexpr, SLOPES: tl.constexpr, TERMS: tl.constexpr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr,
     WEIGHTED: tl.constexpr, MODE: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -110,16 +123,17 @@ def _tile(
         exponent, col_hi, col_lo = column_exponent(
             row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, hi_ptr, lo_ptr, half_ptr, start_m, FAMILY, MODE, D, BLOCK_M, BLOCK_K
         )
-    value, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, GRADIENT, BANDWIDTHS, SQUARINGS)
-    value = _counted(value, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
-    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
-    value_acc += row_sums(value)
     if TERMS > 0:
-        tiles = bandwidth_terms(exponent, table, table_ptr, shift_ptr, parameters, FAMILY, BANDWIDTHS, SQUARINGS)
         sums = ()
+        tiles = bandwidth_terms(exponent, table, parameters, FAMILY, TERMS)
         for n in tl.static_range(TERMS):
-            sums += (terms[n] + row_sums(_counted(tiles[n], offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)),)
+            sums += (terms[n] + tl.sum(_counted(tiles[n], offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE), 1),)
         terms = sums
+    else:
+        value, slope = radial(exponent, table, table_ptr, parameters, value_shift, slope_shift, FAMILY, GRADIENT, BANDWIDTHS, SQUARINGS)
+        value = _counted(value, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
+        slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)
+        value_acc += row_sums(value)
     if GRADIENT:
         if MODE == DIFFERENCES:
             offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -133,6 +147,15 @@ def _tile(
             # A tensor core's accumulator truncates: each tile starts from zero, and its sum is added in the accumulation dtype.
             moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), MODE)
     return value_acc, slope_acc, moments, terms
+
+
+@triton.jit
+def _store_terms(out_ptr, part_size, terms, group, FAMILY: tl.constexpr, TERMS: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """Sums of one block of rows, each behind all parts of the one before."""
+    stride = tl.cast(tl.num_programs(2), tl.int64) * part_size
+    for t in tl.static_range(TERMS):
+        term_ptr = out_ptr + (1 + term_number(group, t, FAMILY, TERMS, BANDWIDTHS)) * stride
+        tl.store(term_ptr + tl.arange(0, terms[t].shape[0]), terms[t])
 
 
 @triton.jit(
@@ -157,7 +180,7 @@ def sweep_kernel(
     weight_ptr,  # (B, rows)
     plan_ptr,  # (B, PLAN)
     table_ptr,  # (B, TABLE)
-    value_ptr,  # (1 + TERMS, PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²: of the kernel, then `bandwidth_terms`
+    value_ptr,  # (1 + terms, PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²: of the kernel, then `bandwidth_terms`
     slope_ptr,  # (PARTS, B, rows with gradient), Σ_j w_j·(W − shift)
     moments_ptr,  # (PARTS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
     n,
@@ -177,7 +200,8 @@ def sweep_kernel(
     SAMPLES: tl.constexpr,
     BATCHED: tl.constexpr,  # B > 1
     GRADIENT: tl.constexpr,
-    TERMS: tl.constexpr,  # sums for derivatives to bandwidths and their weights, if they are wanted
+    TERMS: tl.constexpr,  # not the kernel's sums but this many `bandwidth_terms` a program
+    GROUPS: tl.constexpr,  # of bandwidths, each of its own programs
     WEIGHTED: tl.constexpr,
     MODE: tl.constexpr,
     FAMILY: tl.constexpr,
@@ -191,7 +215,8 @@ def sweep_kernel(
 ):
     """Sums of a block of rows over a share of the columns of its own or of the other sample.
 
-    Program 0 is the block of rows, program 1 the block of moments and the problem of a batch, program 2 the share, own and other in turn.
+    Program 0 is the block of rows, program 1 the block of moments or the group of bandwidths and the problem of a batch, program 2 the
+    share, own and other in turn.
     """
     # where
     d_out = tl.program_id(1)
@@ -199,7 +224,7 @@ def sweep_kernel(
     batches = 1
     if BATCHED:
         # Bases of their own for the pointers take registers, which one problem is spared.
-        d_blocks: tl.constexpr = D // BLOCK_D if GRADIENT else 1
+        d_blocks: tl.constexpr = D // BLOCK_D if GRADIENT else GROUPS
         problem = (tl.program_id(1) // d_blocks).to(tl.int64)
         d_out = tl.program_id(1) % d_blocks
         batches = tl.num_programs(1) // d_blocks
@@ -228,13 +253,16 @@ def sweep_kernel(
     if GRADIENT and D > BLOCK_D:  # noqa: SIM102, one is known to the compiler and the other is not
         if (d_out > 0) & ((flags & _GRADIENT) == 0):
             return
+    terms = ()
+    for _ in tl.static_range(TERMS):
+        terms += (tl.zeros([BLOCK_N], dtype=dtype),)
     if SAMPLES == 2:  # noqa: SIM102
         if (other == 1) & ((flags & _CROSS) == 0):
             # Without a gradient.
             out_ptr = value_ptr + (tl.cast(part, tl.int64) * batches * blocks + block) * BLOCK_N
-            tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
-            for _ in tl.static_range(TERMS):
-                out_ptr += tl.cast(tl.num_programs(2), tl.int64) * batches * blocks * BLOCK_N
+            if TERMS > 0:
+                _store_terms(out_ptr, batches * blocks * BLOCK_N, terms, d_out, FAMILY, TERMS, BANDWIDTHS)
+            else:
                 tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
             return
     start_n = tl.where(is_y, first_y + y_start + (block - x_blocks) * BLOCK_N, x_start + block * BLOCK_N)
@@ -254,9 +282,11 @@ def sweep_kernel(
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     value_shift = tl.load(plan_ptr + VALUE_SHIFT).to(dtype)
     slope_shift = tl.load(plan_ptr + SLOPE_SHIFT).to(dtype)
-    table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
+    if TERMS > 0:
+        table = load_group(table_ptr, d_out, FAMILY, TERMS, BANDWIDTHS, TABLE)
+    else:
+        table = load_table(table_ptr, GRADIENT, BANDWIDTHS, SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, MODE)
-    shift_ptr = table_ptr + (TABLE - BANDWIDTHS)
 
     # The columns of the own sample without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
     # products would swamp small sums. Or those of the other sample, which has no such band.
@@ -280,14 +310,11 @@ def sweep_kernel(
     value_acc = tl.zeros([BLOCK_N, 8], dtype=dtype)
     slope_acc = value_acc
     moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
-    terms = ()
-    for _ in tl.static_range(TERMS):
-        terms += (value_acc,)
     for offset in range(first, last, BLOCK_M):
         start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
         value_acc, slope_acc, moments, terms = _tile(
             row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-            table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
+            table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
             moments, terms, False, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     if twice:
@@ -301,7 +328,7 @@ def sweep_kernel(
         for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
             value_acc, slope_acc, moments, terms = _tile(
                 row_hi, row_lo, row_half, row_out, row_hi_ptrs, row_lo_ptrs, offs_n, hi_ptr, lo_ptr, half_ptr, weight_ptr,
-                table, table_ptr, shift_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
+                table, table_ptr, parameters, value_shift, slope_shift, scale, start_m, true_m, d_out, value_acc, slope_acc,
                 moments, terms, True, SLOPES, TERMS, FAMILY, GRADIENT, WEIGHTED, MODE, BANDWIDTHS, SQUARINGS, D, BLOCK_M, BLOCK_K, BLOCK_D,
             )  # fmt: skip
     value = tl.sum(value_acc, 1)
@@ -316,15 +343,19 @@ def sweep_kernel(
 
     # store
     out = tl.cast(part, tl.int64) * batches
-    if d_out == 0:
+    if TERMS > 0:
+        factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
+        sums = ()
+        for t in tl.static_range(TERMS):
+            term = terms[t]
+            if len(table) > 0 and t % 2 == 0 and not WEIGHTED and MODE != DIFFERENCES:
+                term += padded * table[t + 1]
+            sums += (term * factor,)
+        out_ptr = value_ptr + (out * blocks + block) * BLOCK_N
+        _store_terms(out_ptr, batches * blocks * BLOCK_N, sums, d_out, FAMILY, TERMS, BANDWIDTHS)
+    elif d_out == 0:
         factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
         tl.store(value_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
-        for t in tl.static_range(TERMS):
-            term = tl.sum(terms[t], 1)
-            if not WEIGHTED and MODE != DIFFERENCES and FAMILY < ENERGY and t < BANDWIDTHS:
-                term += padded * tl.load(shift_ptr + t)
-            term_ptr = value_ptr + tl.cast(tl.num_programs(2), tl.int64) * batches * blocks * BLOCK_N * (1 + t)
-            tl.store(term_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), term * factor)
     if GRADIENT:  # noqa: SIM102
         if (flags & _GRADIENT) != 0:
             factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_PULL, OTHER_PULL) + sample)).to(dtype)
@@ -543,22 +574,34 @@ class _Choice:
 
     evaluation: Evaluation
     configs: tuple[SweepConfig, ...]  # of each pass
+    terms: tuple[TermsConfig, ...]  # the same of `bandwidth_terms`, if they are wanted
     features: int
     block: int  # rows
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, terms: int, device: torch.device) -> _Choice:
+def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, terms: bool, device: torch.device) -> _Choice:
     architecture, powers = device_limits(device).architecture, isinstance(evaluation.kernel, RationalQuadratic)
     configs = [
         difference_config(dtype.itemsize)
         if mode == DIFFERENCES.value
-        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths + terms, architecture, powers)
+        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths, architecture, powers)
         for mode in evaluation.modes
     ]
-    products = [config for mode, config in zip(evaluation.modes, configs, strict=True) if mode != DIFFERENCES.value]
-    features = max(padded_dim(dim, config) for config in products)
-    return _Choice(evaluation, tuple(configs), features, max(ROW_BLOCK, *(config.block_n for config in configs)))
+    term_configs = [
+        terms_config(dim, difference_products(dtype.itemsize) if mode == DIFFERENCES.value else products_of(mode, dtype),
+                     evaluation.bandwidths, architecture, evaluation.family == QUADRATIC_STEEP.value)
+        for mode in evaluation.modes * terms
+    ]  # fmt: skip
+    both = [*zip(evaluation.modes, configs, strict=True), *zip(evaluation.modes, term_configs, strict=False)]
+    features = max(padded_dim(dim, config) for mode, config in both if mode != DIFFERENCES.value)
+    block = max(ROW_BLOCK, *(config.block_n for _, config in both))
+    return _Choice(evaluation, tuple(configs), tuple(term_configs), features, block)
+
+
+def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
+    symmetric = sample.whole and not gradient
+    return gradient * _GRADIENT.value | cross * _CROSS.value | symmetric * _SYMMETRIC.value
 
 
 def mmd(
@@ -574,7 +617,7 @@ def mmd(
     weighted = any(sample.weights is not None for sample in samples)
     evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, dtype, precision)
     terms = term_count(kernel.kernel, kernel.count) if bandwidth_grad else 0
-    choice = _choice(evaluation, dim, dtype, gradient, terms, device)
+    choice = _choice(evaluation, dim, dtype, gradient, terms > 0, device)
     d = choice.features
 
     # The rows that are swept, and what of them.
@@ -584,13 +627,7 @@ def mmd(
     # Rows with a gradient meet the other sample. The value takes those of x, as every rank does whatever its gradients, or those of y where
     # they alone are swept so.
     counted = x.gradient or not all(sample.whole for sample in samples) or not samples[-1].gradient
-    crosses = [two and (counted, samples[-1].gradient)[k] for k in range(len(samples))]
-    flags = [
-        (_GRADIENT.value if sample.gradient else 0)
-        | (_CROSS.value if cross else 0)
-        | (_SYMMETRIC.value if sample.whole and not sample.gradient else 0)
-        for sample, cross in zip(samples, crosses, strict=True)
-    ]
+    flags = _flags(x, x.gradient, two and counted), _flags(samples[-1], samples[-1].gradient, two and samples[-1].gradient)
     first_gradient = 0 if x.gradient else x_padded
     gradient_rows = sum(size for sample, size in zip(samples, sizes, strict=True) if sample.gradient)
     own = NORMAL_PRIOR if y is None else NO_OWN_TERM if kernel.kernel.radial or unbiased else POLYNOMIAL_DIAGONAL
@@ -611,21 +648,28 @@ def mmd(
     if gradient:
         slope, moments = empty(parts * batch * gradient_rows), empty(parts * batch * gradient_rows * d)
     key = operands.key, gradient, terms
-    for number, (mode, config) in enumerate(zip(evaluation.modes, choice.configs, strict=True)):
-        block = config.block_n
-        launch(
-            sweep_kernel, (key, number), device,
-            ((x_padded + y_padded) // block, batch * (d // config.block_d if gradient else 1), parts),
-            (
-                *operands.parts(mode), operands.half, operands.weights, operands.plan, operands.table, value, slope, moments, n, m,
-                operands.first_y, operands.rows, x.start, x_padded // block, y_start, flags[0], flags[-1], first_gradient // block,
-                gradient_rows,
-            ),
-            lambda number=number, mode=mode, config=config: {
-                "PLAN_SIZE": PLAN, "TABLE": evaluation.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
-                "GRADIENT": gradient, "TERMS": terms, "WEIGHTED": weighted, "MODE": mode, "D": d,
-            } | evaluation.constants | config.launch(),
-        )  # fmt: skip
+    sweeps: list[tuple[bool, tuple[int, int], Sequence[SweepConfig]]] = [(gradient, flags, choice.configs)]
+    if terms:
+        sweeps.append((False, (_flags(x, False, two and counted), _flags(samples[-1], False, two and not counted)), choice.terms))
+    for pulls, (x_flags, y_flags), configs in sweeps:
+        for number, (mode, config) in enumerate(zip(evaluation.modes, configs, strict=True)):
+            share, groups = 0, 1
+            if isinstance(config, TermsConfig):
+                share, groups = term_count(kernel.kernel, config.bandwidths), config.groups(evaluation.bandwidths)
+            block = config.block_n
+            launch(
+                sweep_kernel, (key, number, share), device,
+                ((x_padded + y_padded) // block, batch * (d // config.block_d if pulls else groups), parts),
+                (
+                    *operands.parts(mode), operands.half, operands.weights, operands.plan, operands.table, value, slope, moments, n, m,
+                    operands.first_y, operands.rows, x.start, x_padded // block, y_start, x_flags, y_flags, first_gradient // block,
+                    gradient_rows,
+                ),
+                lambda number=number, mode=mode, config=config, pulls=pulls, share=share, groups=groups: {
+                    "PLAN_SIZE": PLAN, "TABLE": evaluation.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,
+                    "GRADIENT": pulls, "TERMS": share, "GROUPS": groups, "WEIGHTED": weighted, "MODE": mode, "D": d,
+                } | evaluation.constants | config.launch(),
+            )  # fmt: skip
 
     # finish
     result, sums = empty(shape), torch.empty((batch, terms), dtype=torch.float64, device=device)

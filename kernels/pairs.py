@@ -264,10 +264,34 @@ def radial(
 
 
 @triton.jit
-def bandwidth_terms(
-    exponent, table, table_ptr, shift_ptr, parameters, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr
-):  # fmt: skip
-    """What derivatives to bandwidths and weights are sums of: each k_b − shift, then each t·s_b, t as `_phi` takes it of the widest.
+def _bandwidth(group, b: tl.constexpr, TERMS: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """The b-th bandwidth of a group; the last one again where there are no more."""
+    return tl.minimum(group * (TERMS // 2) + b, BANDWIDTHS - 1)
+
+
+@triton.jit
+def term_number(group, t: tl.constexpr, FAMILY: tl.constexpr, TERMS: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """Of the t-th of a group among all `bandwidth_terms`."""
+    if FAMILY == ENERGY or FAMILY >= POLYNOMIAL:
+        return t
+    else:
+        return 2 * _bandwidth(group, t // 2, TERMS, BANDWIDTHS) + t % 2
+
+
+@triton.jit
+def load_group(table_ptr, group, FAMILY: tl.constexpr, TERMS: tl.constexpr, BANDWIDTHS: tl.constexpr, TABLE: tl.constexpr):
+    """Ratio and shift of each bandwidth of a group."""
+    table = ()
+    if FAMILY != ENERGY and FAMILY < POLYNOMIAL:
+        for b in tl.static_range(TERMS // 2):
+            entry_ptr = table_ptr + _bandwidth(group, b, TERMS, BANDWIDTHS)
+            table += (tl.load(entry_ptr) if BANDWIDTHS > 1 else 1.0, tl.load(entry_ptr + (TABLE - BANDWIDTHS)))
+    return table
+
+
+@triton.jit
+def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl.constexpr):
+    """What derivatives to bandwidths and weights are sums of: k_b − shift and t·s_b of each of a group, t as `_phi` takes it of the widest.
 
     Of energy the k_0 that all others are multiples of, of a polynomial the powers of t_0 from the first on.
     """
@@ -276,30 +300,22 @@ def bandwidth_terms(
         terms += (exponent * _inverse_root(exponent, parameters),)
     elif FAMILY >= POLYNOMIAL:
         power = exponent
-        for _ in tl.static_range(FAMILY - POLYNOMIAL):
+        for _ in tl.static_range(TERMS):
             terms += (power,)
             power = power * exponent
     else:
         t = exponent
         if FAMILY == LAPLACE:
             t = exponent * _inverse_root(exponent, parameters)
-        slopes = ()
-        for b in tl.static_range(BANDWIDTHS):
-            scaled = t
-            if b > 0 and (SQUARINGS >> (3 * b)) & 7 == 0:
-                # As `radial` takes it, so that the compiler takes each exponential once.
-                scaled = t * _entry(table, table_ptr, b, BANDWIDTHS)
-            elif b > 0:
-                scaled = t * tl.load(table_ptr + b)
+        # Of a padded column t is infinite, and s zero.
+        finite = tl.where(t == float("-inf"), 0.0, t)
+        for b in tl.static_range(TERMS // 2):
             if FAMILY == GAUSSIAN:
-                k = tl.exp2(scaled)
+                k = tl.exp2(t * table[2 * b])
                 s = k
             else:
-                k, s = _phi(scaled, parameters, FAMILY, True)
-            terms += (k - tl.load(shift_ptr + b),)
-            # Of a padded column t is infinite.
-            slopes += (tl.where(s != 0.0, t * s, 0.0),)
-        terms += slopes
+                k, s = _phi(t * table[2 * b], parameters, FAMILY, True)
+            terms += (k - table[2 * b + 1], finite * s)
     return terms
 
 

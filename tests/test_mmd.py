@@ -465,7 +465,7 @@ BACKENDS = ["cpu", "inductor", pytest.param("triton", marks=[needs_triton, pytes
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("options", ["biased", "unbiased", "weights"])
-@pytest.mark.parametrize("kernel", [*KERNELS, RationalQuadratic(2.3), RationalQuadratic(0.5), "normal"])
+@pytest.mark.parametrize("kernel", [*KERNELS, RationalQuadratic(2.3), RationalQuadratic(0.5), RationalQuadratic(50.0), "normal"])
 def test_gradients_to_bandwidths_and_weights(kernel, options, batch, backend):
     x, y = (torch.randn(*batch, rows, 5, dtype=torch.float64, device=DEVICE) for rows in (70, 40))
     h = torch.tensor((1.0, 30.0, 0.5, 2.0, 1.0), dtype=torch.float64, device=DEVICE)
