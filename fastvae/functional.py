@@ -196,7 +196,8 @@ def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a:
         return apply(h, a)
     # The result is linear in the kernel, and the derivative to one bandwidth comes with the gradient to the points.
     parts = torch.stack([apply(h[n : n + 1], [1.0]) for n in range(len(h))], -1)
-    return parts @ as_vector(a, parts.device).to(parts)
+    # Not a product of matrices, which autocast rounds.
+    return (parts * as_vector(a, parts.device).to(parts)).sum(-1)
 
 
 def _dense_mmd(

@@ -108,6 +108,14 @@ def test_gradient_to_the_bandwidths():
     assert torch.autograd.gradcheck(lambda *t: fastvae.kernel_matmul(*t[:3], bandwidth=t[3], bandwidth_weights=t[4]), (x, y, v, h, a))
 
 
+def test_autocast_computes_in_float32():
+    x, y, v = problem(dtype=torch.float32)
+    h = torch.tensor([0.8, 1.7], device=DEVICE, requires_grad=True)
+    exact = fastvae.kernel_matmul(x, y, v, bandwidth=h)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.testing.assert_close(fastvae.kernel_matmul(x, y, v, bandwidth=h), exact, rtol=0, atol=0)
+
+
 def test_vector_and_a_sample_with_itself():
     x, _, _ = problem()
     v = torch.randn(70, dtype=torch.float64, device=DEVICE)
