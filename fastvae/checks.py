@@ -449,7 +449,7 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
     if num_groups is not None and not _readable(value):
         assert isinstance(num_groups, int)
         return num_groups
-    low, high = int(value.min()), int(value.max())
+    low, high = (int(end) for end in value.aminmax())
     size = high + 1 if num_groups is None else num_groups
     assert isinstance(size, int)
     if low < 0 or high >= size:

@@ -45,8 +45,8 @@ FAULTS = [
     Fault(
         "group_mmd of a process group: pairs of two ranks count twice",
         "fastvae/functional.py",
-        "sums = sums + across - 0.5 * across.detach()",
-        "sums = sums + across",
+        "sum_shares(sums + across - 0.5 * across.detach(), process_group)",
+        "sum_shares(sums + across, process_group)",
         ("tests/test_distributed.py", "-k", "test_on_ranks and 2"),
     ),
     Fault(
@@ -206,9 +206,23 @@ FAULTS = [
     Fault(
         "group_mmd: rounded weights are not divided by their sum",
         "fastvae/functional.py",
-        "    total = exact.sum(0).where(valid, 1)\n",
-        "    total = torch.ones_like(exact[0])\n",
+        "(exact.sum(0), exact.T @ exact, members)",
+        "(torch.ones_like(exact[0]), exact.T @ exact, members)",
         ("tests/test_properties.py", "-k", "groups_under"),
+    ),
+    Fault(
+        "group_mmd of few rows: the gradient of a uniform upstream for any",
+        "fastvae/ops/quadratic_form.py",
+        "given is None and not any(grad.stride())",
+        "given is None",
+        ("tests/test_quadratic_form.py", "-k", "one_mmd_a_pair and any"),
+    ),
+    Fault(
+        "Triton: the upstream of a pair counts without that of its opposite",
+        "kernels/quadratic_form.py",
+        "            both += tl.load(upstream_ptr + h[None, :] * stride_g + g[:, None] * stride_h, mask=pairs, other=0.0).to(tl.float64)\n",
+        "            both += both\n",
+        ("tests/test_quadratic_form.py", "-k", "one_mmd_a_pair and any"),
     ),
     Fault(
         "Triton: a padded column counts",

@@ -715,10 +715,12 @@ def test_one_outlier_leaves_the_other_pairs_their_direction(kernel):
 
 @pytest.mark.parametrize("bandwidth", [30.0, 1000.0])
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
-def test_groups_under_a_wide_bandwidth_keep_their_digits(bandwidth, estimator):
-    """Weights of a third, rounded, do not sum to one: MMD² of a nearly constant kernel is a difference of such sums."""
+@pytest.mark.parametrize("soft", [False, True])
+def test_groups_under_a_wide_bandwidth_keep_their_digits(bandwidth, estimator, soft):
+    """Weights of a thirtieth, rounded, do not sum to one: MMD² of a nearly constant kernel is a difference of such sums."""
     z, labels = torch.randn(90, 3), torch.arange(90) % 3
-    values = fastvae.group_mmd(z, labels, bandwidth=bandwidth, estimator=estimator, backend="cpu").values
+    groups = torch.nn.functional.one_hot(labels).float() if soft else labels
+    values = fastvae.group_mmd(z, groups, bandwidth=bandwidth, estimator=estimator, backend="cpu").values
     a, b = (z[labels == n].double() for n in (0, 1))
     exact = reference.mmd(a, b, bandwidth=bandwidth, estimator=estimator).item()
     assert values[0, 1].item() == pytest.approx(exact, rel=1e-4, abs=1e-9 / bandwidth**2)

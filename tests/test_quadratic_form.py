@@ -49,6 +49,24 @@ def test_group_mmd_is_one_mmd_a_pair(kernel, estimator, upstream, backend):
     torch.testing.assert_close(fastvae.group_mmd(z, labels, backend=backend, **options).values, one_by_one(z, labels, 5, **options))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+def test_many_soft_groups_and_weights_of_bandwidths_in_a_tensor(kernel, estimator, backend):
+    """More groups than a block of a kernel has, some of them without a member."""
+    z, _ = groups_of_rows(150)
+    weights = torch.rand(150, 70, dtype=torch.float64, device=DEVICE).sub(0.9).clamp(min=0)
+    weights[:, ::9] = 0
+    upstream = torch.randn(70, 70, dtype=torch.float64, device=DEVICE).T
+    options = {"kernel": kernel, "estimator": estimator, "bandwidth_weights": torch.tensor([0.3], dtype=torch.float64, device=DEVICE)}
+    results = [
+        evaluate(lambda z, b=b: (upstream * fastvae.group_mmd(z, weights, backend=b, **options).values).sum(), z)
+        for b in (backend, "reference")
+    ]
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
 @pytest.mark.parametrize("bandwidth", [1.0, 40.0])
 def test_several_tiles_in_float32(bandwidth):
     z, labels = groups_of_rows(1300, 6, 7, torch.float32)

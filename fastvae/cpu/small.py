@@ -27,7 +27,6 @@ from fastvae.radial import (
     KernelSum,
     Ladder,
     Numbers,
-    middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
@@ -172,7 +171,9 @@ def quadratic_form(
     dtype = torch.float64 if kernel.rooted else result_dtype
     z, v = z.to(dtype), v.to(dtype)
     if kernel.radial:
-        z = z - middle(z)
+        # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
+        z = z - z[0]
+        z -= z.mean(0)
     h, a = read(bandwidth), read(bandwidth_weights)
     assert not isinstance(h, Tensor)
     assert not isinstance(a, Tensor)

@@ -232,9 +232,10 @@ def _evaluate(
 
 def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
     """The gradient to z through S, and with it that through O, from the upstream of S."""
-    family, h, a = kernel_numbers(problem)
-    if not isinstance(family, Polynomial):
+    if problem.kernel != Polynomial.name:
         return gradient
+    family, h, a = kernel_numbers(problem)
+    assert isinstance(family, Polynomial)
     # The diagonal of O is for the biased estimator alone.
     to_own = to_sums - torch.diag(to_sums.diagonal()) if unbiased else to_sums
     z, v = problem.z.double(), problem.v.double()
@@ -302,8 +303,12 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
     nothing = [None] * (_OPTIONS + len(GroupProblem._fields))
     if grad is None:
         return (None, *nothing)
-    z, *tensors = ctx.saved_tensors
-    gradient = group_mmd_backward_op(z, *tensors[:3], *ctx.options, *tensors[3:6], ctx.unbiased, tensors[6], grad, tensors[7])
+    z, *tensors, given, expected_grad = ctx.saved_tensors
+    if expected_grad.numel() and given is None and not any(grad.stride()):
+        # One number for all pairs, as of their sum or mean.
+        gradient = grad[0, 0] * expected_grad
+    else:
+        gradient = group_mmd_backward_op(z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
     return (gradient, *nothing)
 

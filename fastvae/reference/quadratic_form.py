@@ -62,11 +62,10 @@ class GroupWeights(NamedTuple):
         """From t (G,), P or, where all else is 0, its diagonal (G,), and the number of rows whose weight is not 0 (G,)."""
         valid = members >= 2
         total, products = total.where(valid, 1), torch.diag(products) if products.ndim == 1 else products
-        within = total.square()
-        if unbiased:
-            within = (within - products.diagonal()).where(valid, 1)
+        across = total[:, None] * total
+        within = (across - products).diagonal().where(valid, 1) if unbiased else across.diagonal()
         pairs = (valid[:, None] & valid).fill_diagonal_(False)
-        return GroupWeights(products, valid, pairs, total[:, None] * total, within, unbiased)
+        return GroupWeights(products, valid, pairs, across, within, unbiased)
 
 
 def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Tensor | float:
@@ -83,12 +82,12 @@ def pair_values(sums: Tensor, own: Tensor | float, weights: GroupWeights) -> Ten
     if not isinstance(own, Tensor) or own.ndim == 0:
         own = own * weights.products
     across = (sums + own) / weights.across
-    within = (sums if weights.unbiased else sums + own).diagonal() / weights.within
+    within = sums.diagonal() / weights.within if weights.unbiased else across.diagonal()
     return torch.where(weights.pairs, within[:, None] + within - across - across.T, 0)
 
 
 def pair_upstreams(upstream: Tensor, weights: GroupWeights) -> Tensor:
     """The gradient of `pair_values` to S from its upstream (G, G), and to O, but that unbiased its diagonal has none."""
-    both = torch.where(weights.pairs, upstream, 0).double()
+    both = upstream.double().where(weights.pairs, 0)
     both = both + both.T
     return torch.diag(both.sum(0) / weights.within) - both / weights.across
