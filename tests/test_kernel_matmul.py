@@ -5,6 +5,7 @@ import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.cpu import small
 from fastvae.radial import KERNELS, RationalQuadratic
 from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, needs_triton
 
@@ -29,11 +30,14 @@ def loss(function, g, **options):
     return lambda x, y, v: (function(x, y, v, **options) * g).sum()
 
 
-@pytest.mark.parametrize("bandwidth", [(1.7,), (0.8, 1.6, 3.2)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bandwidth", [(1.7,), (0.8, 1.6, 3.2), (60.0,)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "streaming"])
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients(kernel, backend, bandwidth, dtype):
+def test_values_and_gradients(kernel, backend, bandwidth, dtype, monkeypatch):
+    if backend == "streaming":
+        monkeypatch.setattr(small, "_PAIRS", 0)
+        backend = None
     x, y, v = problem(dtype=dtype)
     g = torch.randn(70, 3, dtype=torch.float64, device=DEVICE)
     options = {"bandwidth": bandwidth, "bandwidth_weights": (0.5, 1.0, 2.0)[: len(bandwidth)], "kernel": kernel}

@@ -58,6 +58,7 @@ class _Plan(NamedTuple):
     scale: float  # of the points, a number of their dtype
     bandwidths: tuple[float, ...]  # that this scale stands for, widest first
     diagonal: float  # k(z, z) without its shift
+    shift: float  # of k
     factor: float  # of a gradient, from the moments of scaled rows
 
 
@@ -72,7 +73,8 @@ def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ..
     # A rounded scale is that of other bandwidths, and so has to be the closed form of a prior.
     bandwidths = tuple(h * scale / rounded for h in kernels.bandwidth.tolist())
     diagonal = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-    return _Plan(ladder, profile, rounded, bandwidths, diagonal, rounded / profile.unit if kernel.radial else rounded)
+    shift = kernel.at_zero * math.fsum(a * shift for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
+    return _Plan(ladder, profile, rounded, bandwidths, diagonal, shift, rounded / profile.unit if kernel.radial else rounded)
 
 
 def problems_at_once(rows: int, dim: int) -> int:
@@ -184,10 +186,9 @@ def quadratic_form(
     sums, _, slope = _sums(plan, farthest, _exponents(kernel, scaled, scaled, half, half), v, [], True, upstream is not None)
     exact = v.double()
     total = exact.T @ sums.double()
-    if any(ladder.shifts):
+    if plan.shift:
         column_sums = exact.sum(0)
-        constant = kernel.at_zero * math.fsum(a * shift for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-        total += constant * (column_sums[:, None] * column_sums - exact.T @ exact)
+        total += plan.shift * (column_sums[:, None] * column_sums - exact.T @ exact)
     if upstream is None or slope is None:
         return total, None
     coefficients = v @ (upstream + upstream.T).to(dtype)
@@ -199,6 +200,68 @@ def quadratic_form(
             slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
         pull.addcmul_(scaled, slope_sums, value=-1)
     return total, (pull * plan.factor).to(result_dtype)
+
+
+class Rows(NamedTuple):
+    """Rows of x and y, as `kernel_matmul` and its gradients take them."""
+
+    kernel: Kernel
+    plan: _Plan
+    farthest: float
+    x: Tensor  # scaled
+    y: Tensor
+    x_half: Tensor
+    y_half: Tensor
+
+    @staticmethod
+    def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers) -> Rows | None:
+        """None where there are too many, or as of `mmd`."""
+        if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.rooted and x.dtype == torch.float64):
+            return None
+        z = torch.cat([x, y])
+        z = z.double() if kernel.rooted else z
+        if kernel.radial:
+            z = z - z.mean(0)
+        h, a = read(bandwidth), read(bandwidth_weights)
+        assert not isinstance(h, Tensor)
+        assert not isinstance(a, Tensor)
+        if (planned := _plan_for(kernel, h, a, z, False)) is None:
+            return None
+        plan, farthest, scaled, half = planned
+        sizes = x.shape[0], y.shape[0]
+        return Rows(kernel, plan, farthest, *scaled.split_with_sizes(sizes), *half.split_with_sizes(sizes))
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """Σ_j k(x_i, y_j)·v_j, (N, C), of v (M, C), in the dtype of v."""
+        exponent = _exponents(self.kernel, self.x, self.y, self.x_half, self.y_half)
+        weights = v.to(self.x.dtype)
+        sums, _, _ = _sums(self.plan, self.farthest, exponent, weights, [], False, False)
+        return self._whole(sums, weights).to(v.dtype)
+
+    def gradients(self, v: Tensor, grad: Tensor, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Of Σ_ij grad_i·v_j·k(x_i, y_j) to x and y, those wanted, and to v, in the dtype of v."""
+        plan, dtype = self.plan, v.dtype
+        # From the columns' side, whose sums are the gradient to v.
+        exponent = _exponents(self.kernel, self.y, self.x, self.y_half, self.x_half)
+        v, grad = v.to(self.x.dtype), grad.to(self.x.dtype)
+        sums, _, slope = _sums(plan, self.farthest, exponent, grad, [], False, x or y)
+        pulls: list[Tensor | None] = [None, None]
+        if slope is not None:
+            if plan.ladder.slope_shift:
+                slope.add_(plan.ladder.slope_shift)
+            slope.mul_(v @ grad.T)
+            for n, (wanted, to, of, weights) in enumerate(((x, self.x, self.y, slope.T), (y, self.y, self.x, slope))):
+                if wanted:
+                    pull = weights @ of
+                    if self.kernel.radial:
+                        pull.addcmul_(to, weights.sum(1, keepdim=True), value=-1)
+                    pulls[n] = (pull * plan.factor).to(dtype)
+        return pulls[0], pulls[1], self._whole(sums, grad).to(dtype)
+
+    def _whole(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """With what the shifts leave out of each pair. Weights that are not finite make every sum nan."""
+        left_out = self.plan.shift * weights.sum(0, dtype=torch.float64)
+        return sums + (left_out + 0 * left_out.sum())
 
 
 def _exponents(kernel: Kernel, left: Tensor, right: Tensor, left_half: Tensor, right_half: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
+from fastvae.cpu import small
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
+    needs_dispatcher,
     without_autocast,
     zero_if_finite,
 )
@@ -50,6 +52,12 @@ class Problem(NamedTuple):
         kernel = KernelSum.of(family, bandwidth, weights, x.shape[1], x.device, distance)
         return kernel, x, y, v, centre
 
+    def rows(self) -> small.Rows | None:
+        """For the CPU, if they are few."""
+        dtype = accumulation_dtype(self.x.dtype)
+        family, bandwidth, weights = kernel_numbers(self)
+        return small.Rows.of(family, self.x.to(dtype), self.y.to(dtype), bandwidth, weights)
+
     def numbers(self) -> KernelNumbers:
         """For the kernels."""
         return KernelNumbers.of(*kernel_numbers(self), self.x.shape[1], False, self.x.device)
@@ -61,10 +69,16 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op("fastvae::kernel_matmul", mutates_args=(), schema=f"({ARGUMENTS}) -> Tensor")
 def kernel_matmul_op(*args: Any) -> Tensor:
     """K(x, y)·v (N, C) in the accumulation dtype."""
+    return _forward(*args)
+
+
+def _forward(*args: Any) -> Tensor:
     problem = Problem(*args)
-    if problem.backend == "triton":
+    if problem.backend == "triton" or problem.x.device.type == "cuda":
         return _triton(*args)
     with without_autocast(problem.x.device):
+        if (rows := problem.rows()) is not None:
+            return rows.matmul(problem.v.to(accumulation_dtype(problem.v.dtype)))
         kernel, x, y, v, centre = problem.plan(shifted=True)
         out = cpu.kernel_matmul(kernel, x, y, v, centre)
         # What the shifts leave out of each k, in closed form. A row that no v reaches would not show that it is not finite.
@@ -79,10 +93,18 @@ def kernel_matmul_op(*args: Any) -> Tensor:
 )
 def kernel_matmul_backward_op(grad: Tensor, *args: Any) -> Gradients:
     """The gradients to x, y and v in the accumulation dtype, and to the one bandwidth in float64. One not asked for is empty."""
+    return _gradients(grad, *args)
+
+
+def _gradients(grad: Tensor, *args: Any) -> Gradients:
     problem, x_grad, y_grad, v_grad, bandwidth_grad = Problem(*args[:-4]), *args[-4:]
-    if problem.backend == "triton":
+    if problem.backend == "triton" or problem.x.device.type == "cuda":
         return _triton_backward(grad, *args)
     with without_autocast(problem.x.device):
+        if not bandwidth_grad and (rows := problem.rows()) is not None:
+            dtype = accumulation_dtype(problem.v.dtype)
+            found = rows.gradients(problem.v.to(dtype), grad.to(dtype), x_grad, y_grad)
+            return _wanted(problem, found, problem.x, args[-4:])
         kernel, x, y, v, centre = problem.plan(shifted=False)
         grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
         pulls = cpu.kernel_matmul_backward(kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
@@ -110,10 +132,6 @@ def _triton_backward(grad: Tensor, *args: Any) -> Gradients:
         arguments = (problem.numbers(), problem.x, problem.y, problem.v, grad, *flags, precision)
         *grads, centre = kernels.kernel_matmul_backward(*arguments)
         return _wanted(problem, grads, centre, args[-4:])
-
-
-kernel_matmul_op.register_kernel("cuda")(_triton)
-kernel_matmul_backward_op.register_kernel("cuda")(_triton_backward)
 
 
 @kernel_matmul_op.register_fake
@@ -146,7 +164,8 @@ def apply_kernel_matmul(*args: Any) -> Tensor:
     """K(x, y)·v, differentiable; arguments of `torch.ops.fastvae.kernel_matmul`."""
     if torch.compiler.is_compiling():
         return cast(Tensor, kernel_matmul_op(*args))
-    return cast(Tensor, KernelMatmul.apply(*args))  # type: ignore[no-untyped-call]
+    function = KernelMatmul if needs_dispatcher(*args[:3]) else _PlainKernelMatmul
+    return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 class KernelMatmul(torch.autograd.Function):
@@ -165,6 +184,19 @@ class KernelMatmul(torch.autograd.Function):
         return _backward(ctx, *grads)
 
 
+class _PlainKernelMatmul(torch.autograd.Function):
+    """`KernelMatmul` without `setup_context` and the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _setup_context(ctx, args, args[0])
+        return _forward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.options = inputs[5:]
@@ -173,7 +205,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sources = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:4]
-    gradients = kernel_matmul_backward_op(grad, *sources, *ctx.options, *wanted)
+    gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
+    gradients = gradients_of(grad, *sources, *ctx.options, *wanted)
     grads: list[Tensor | None] = [None] * len(Problem._fields)
     for n, want in enumerate(wanted):
         if want:
