@@ -20,6 +20,7 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
+    needs_dispatcher,
     needs_grad,
     without_autocast,
 )
@@ -67,8 +68,12 @@ def quadratic_form_backward_op(*args: Any) -> Tensor:
 )
 def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """MMD² (G, G), which groups are valid, which pairs, and if `gradient` the gradient of the sum over the given pairs, else empty."""
+    return _group_mmd(*args)
+
+
+def _group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem, groups, gradient = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]), args[-1]
-    if problem.backend == "triton":
+    if problem.backend == "triton" or problem.z.device.type == "cuda":
         return _triton_group_mmd(problem, groups)
     weights, dtype = groups.weights(), accumulation_dtype(problem.z.dtype)
     to_sums = pair_upstreams(groups.counts(weights.pairs), weights) if gradient else None
@@ -83,8 +88,12 @@ def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 )
 def group_mmd_backward_op(*args: Any) -> Tensor:
     """The gradient to z from the upstream (G, G), by that of the sum over the given pairs if this is not empty."""
+    return _group_mmd_gradient(*args)
+
+
+def _group_mmd_gradient(*args: Any) -> Tensor:
     problem, groups, (upstream, expected_grad) = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2:]
-    if problem.backend == "triton":
+    if problem.backend == "triton" or problem.z.device.type == "cuda":
         return _triton_group_mmd_backward(problem, groups, upstream)
     weights = groups.weights()
     if expected_grad.numel():
@@ -95,28 +104,6 @@ def group_mmd_backward_op(*args: Any) -> Tensor:
             return cast(Tensor, ratio * expected_grad)
     to_sums = pair_upstreams(upstream, weights)
     return _with_own(problem, _evaluate(problem, to_sums, values=False)[1], to_sums, groups.unbiased)
-
-
-@quadratic_form_op.register_kernel("cuda")
-def _cuda(*args: Any) -> Tensor:
-    *problem, diagonal = args
-    return _evaluate(Problem(*problem)._replace(backend="triton"), None, diagonal=diagonal)[0]
-
-
-@quadratic_form_backward_op.register_kernel("cuda")
-def _cuda_backward(*args: Any) -> Tensor:
-    *problem, upstream = args
-    return _triton(Problem(*problem), upstream)
-
-
-@group_mmd_op.register_kernel("cuda")
-def _cuda_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _triton_group_mmd(Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]))
-
-
-@group_mmd_backward_op.register_kernel("cuda")
-def _cuda_group_mmd_backward(*args: Any) -> Tensor:
-    return _triton_group_mmd_backward(Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2])
 
 
 @quadratic_form_op.register_fake
@@ -196,7 +183,7 @@ def _evaluate(
     diagonal: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if problem.backend == "triton":
+    if problem.backend == "triton" or problem.z.device.type == "cuda":
         empty = problem.z.new_empty(0)
         if not values:
             return empty, _triton(problem, upstream)
@@ -246,10 +233,8 @@ def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: boo
 
 def quadratic_form_values(*args: Any, diagonal: bool = False, progress: Callable[[float], None] | None = None) -> Tensor:
     """S, not differentiable; `progress` is called with the fraction done, on a CPU only."""
-    problem = Problem(*args)
-    backend = "triton" if problem.z.device.type == "cuda" else problem.backend
     with torch.no_grad():
-        return _evaluate(problem._replace(backend=backend), None, diagonal=diagonal, progress=progress)[0]
+        return _evaluate(Problem(*args), None, diagonal=diagonal, progress=progress)[0]
 
 
 def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -269,7 +254,9 @@ def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(*args[:_OPTIONS])
     # On a GPU the gradient of another upstream than that of the sum would be a sweep too many.
     gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
-    apply: Any = group_mmd_op if torch.compiler.is_compiling() else GroupMMD.apply
+    apply: Any = _PlainGroupMMD.apply
+    if needs_dispatcher(*args[:2]):
+        apply = group_mmd_op if torch.compiler.is_compiling() else GroupMMD.apply
     values, valid, pairs, _ = apply(*args, gradient)
     return values, valid, pairs
 
@@ -283,8 +270,21 @@ class GroupMMD(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
         _group_mmd_setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _group_mmd_backward(ctx, *grads)
+
+
+class _PlainGroupMMD(torch.autograd.Function):
+    """`GroupMMD` without `setup_context` and the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result = _group_mmd(*args)
+        _group_mmd_setup(ctx, args, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -294,6 +294,7 @@ class GroupMMD(torch.autograd.Function):
 def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Of which there are none but that of the values.
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     *weights, ctx.unbiased, given, _ = inputs[_OPTIONS:]
     ctx.save_for_backward(*inputs[:4], *weights, given, output[3])
     ctx.options = inputs[4:_OPTIONS]
@@ -308,7 +309,8 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
         # One number for all pairs, as of their sum or mean.
         gradient = grad[0, 0] * expected_grad
     else:
-        gradient = group_mmd_backward_op(z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
+        backward = group_mmd_backward_op if needs_dispatcher(z, grad) else _group_mmd_gradient
+        gradient = backward(z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
     return (gradient, *nothing)
 
