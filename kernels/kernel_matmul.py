@@ -189,7 +189,7 @@ def matmul_kernel(
     last = tl.minimum(first + share, M)
     for start_m in range(first, last, BLOCK_M):
         if MODE == DIFFERENCES:
-            exponent = difference_exponent(row_hi_ptr, col_hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
+            exponent = difference_exponent(row_hi_ptr, col_hi_ptr, offs_n, start_m, scale, FAMILY, D, BLOCK_M)
         else:
             exponent, _, _ = column_exponent(
                 row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, col_hi_ptr, col_lo_ptr, col_half_ptr, start_m,
@@ -276,7 +276,7 @@ def gradient_kernel(
     for start_m in range(first, last, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
         if MODE == DIFFERENCES:
-            exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
+            exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, FAMILY, D, BLOCK_M)
         else:
             exponent, col_hi, col_lo = column_exponent(
                 row_hi, row_lo, row_half, row_hi_ptrs, row_lo_ptrs, hi_ptr, lo_ptr, half_ptr, start_m,

@@ -31,7 +31,9 @@ from fastvae.kernels.launch import launch
 from fastvae.kernels.pairs import (
     BF16,
     DIFFERENCES,
+    ENERGY,
     GAUSSIAN,
+    LAPLACE,
     POLYNOMIAL,
     QUADRATIC_STEEP,
     SPLIT,
@@ -55,6 +57,7 @@ from fastvae.kernels.prepare import (
     DIAGONAL,
     GRADIENT_SCALE,
     LEFT_OUT,
+    LOG2_E,
     NO_OWN_TERM,
     NORMAL_PRIOR,
     OTHER_PULL,
@@ -117,7 +120,7 @@ def _tile(
     """One tile of the sweep: its sums added to the accumulators."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if MODE == DIFFERENCES:
-        exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, D, BLOCK_M)
+        exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, scale, FAMILY, D, BLOCK_M)
         col_hi, col_lo = row_hi, row_lo
     else:
         exponent, col_hi, col_lo = column_exponent(
@@ -460,7 +463,16 @@ def finish_kernel(
             shares += p
         if TERMS > 0:  # noqa: SIM102, one is known to the compiler and the other is not
             if tl.program_id(0) > 0:
-                tl.store(term_ptr + problem * TERMS + (tl.program_id(0) - 1), tl.sum(total))
+                term = tl.program_id(0) - 1
+                sum_of_terms = tl.sum(total)
+                if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109, Triton has no `in`
+                    # Of energy, and of each t·s_b, in units of the widest bandwidth, not of `scaled_gamma`.
+                    gammas = gammas_of(load_numbers(numbers, NUMBERS, ON_DEVICE), FAMILY, KERNELS, FEATURES)
+                    factor = 2.0 * tl.sqrt(gammas[0]) / tl.load(plan_ptr + SCALE)
+                    if FAMILY == LAPLACE:
+                        factor = tl.where(term % 2 == 1, LOG2_E * factor, 1.0)
+                    sum_of_terms *= factor
+                tl.store(term_ptr + problem * TERMS + term, sum_of_terms)
                 return
         mmd = tl.load(plan_ptr + UNIT) * tl.sum(total) + tl.load(plan_ptr + DIAGONAL) * tl.sum(squares)
         if OWN == NORMAL_PRIOR:

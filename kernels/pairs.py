@@ -1,8 +1,8 @@
 """What the kernels over pairs of rows share: products in every precision, φ and φ' of every family, and the operands of a sample.
 
 Rows come in scaled so that the product with the norms added, u_i·u_j − ½‖u_i‖² − ½‖u_j‖² = −½‖u_i − u_j‖², is what φ takes of the widest
-bandwidth: −t_0·log₂e for RBF, −t_0/α for the rational quadratic, −(d·log₂e/h_0)² for Laplace, −(d/h_0)² for energy. Of a polynomial it is
-u_i·u_j = t_0.
+bandwidth: −t_0·log₂e for RBF, −t_0/α for the rational quadratic, −(d·log₂e/h_0)² for Laplace unless that vanishes, −d² in units of the
+data's own for energy. Of a polynomial it is u_i·u_j = t_0.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def column_exponent(
 
 
 @triton.jit
-def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, D: tl.constexpr, BLOCK_M: tl.constexpr):
+def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, FAMILY: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
     """The exponent of a radial kernel from u_j − u_i itself, feature by feature; rows as they came, whose differences round least."""
     row_ptrs = row_ptr + offs_n.to(tl.int64) * D
     col_ptrs = col_ptr + (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * D
@@ -364,6 +364,9 @@ def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, D: tl.constexp
     for k in range(D):
         difference = (tl.load(row_ptrs + k)[:, None] - tl.load(col_ptrs + k)[None, :]) * scale
         exponent -= difference * difference
+    if FAMILY == LAPLACE:
+        # An infinite distance times its inverse is nan.
+        exponent = tl.maximum(exponent, -1e308 if exponent.dtype == tl.float64 else -3e38)
     return 0.5 * exponent
 
 

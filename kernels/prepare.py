@@ -63,6 +63,9 @@ CONSTANT = tl.constexpr(19)  # what each pair lacks of the kernel after it
 TOTAL = tl.constexpr(20)  # sum of the rows' weights as they came, or their number; x, then y
 PLAN = 22
 
+# Least ‖u‖² of the farthest row with the Laplace kernel, in float32 and float64: k is then one, and the squares of distances are numbers.
+_LEAST, _LEAST_DOUBLE = tl.constexpr(1e-24), tl.constexpr(1e-40)
+
 _SHIFT_BELOW = tl.constexpr(radial.SHIFT_BELOW)
 LOG2_E = tl.constexpr(radial.LOG2_E)
 
@@ -351,6 +354,22 @@ def shifts_of(spread, gammas, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
 
 
 @triton.jit
+def scaled_gamma(gamma, furthest, dtype: tl.constexpr, FAMILY: tl.constexpr):
+    """The γ that a function of the root is evaluated with; what is left is a factor.
+
+    An energy kernel has the same shape at each, and the one of Laplace is one less a multiple of d at all small ones.
+    """
+    # The scale of denormal numbers is none of float32.
+    furthest = tl.maximum(furthest, 1e-70)
+    if FAMILY == ENERGY:
+        return 0.25 / furthest
+    else:
+        least = (_LEAST_DOUBLE if dtype == tl.float64 else _LEAST) / (furthest * (4 * LOG2_E * LOG2_E))
+        # A comparison with nan is false: nan stays nan.
+        return tl.where(gamma < least, least, gamma)
+
+
+@triton.jit
 def _round_tf32(z):
     # Tensor cores truncate. The sum of bits would carry out of a nan.
     rounded = ((z.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
@@ -490,6 +509,8 @@ def operands_kernel(
         if NEAR_BLOCKS > 0:
             near = tl.sum(tl.load(near_ptr + problem * NEAR_BLOCKS + tl.arange(0, NEAR_BLOCKS)))
             route = tl.where(near > 1.0, 1, route)
+    if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109, Triton has no `in`
+        gamma = scaled_gamma(gamma, furthest, dtype, FAMILY)
     if FAMILY == GAUSSIAN:
         gain = gamma * (2 * LOG2_E)
     elif FAMILY == LAPLACE:
@@ -588,7 +609,8 @@ def operands_kernel(
             if OWN == NORMAL_PRIOR:
                 prior += weight * exp_minus(values[2 * KERNELS + b], shifts[b] > 0)
             if b < BANDWIDTHS:
-                tl.store(table_ptr + b, ratio.to(dtype))
+                # Under one, of `scaled_gamma`, k is one in any case, but that of a padded column is not zero.
+                tl.store(table_ptr + b, tl.where(ratio < 1.0, 1.0, ratio).to(dtype))
                 tl.store(table_ptr + (BANDWIDTHS + b), weight.to(dtype))
                 tl.store(table_ptr + (2 * BANDWIDTHS + b), (weight * ratio).to(dtype))
                 tl.store(table_ptr + (TABLE - BANDWIDTHS + b), shifts[b].to(dtype))
@@ -644,6 +666,8 @@ def operands_kernel(
             gradient_scale = -4.0 * (gamma / scale) * unit
             if FAMILY == LAPLACE:
                 gradient_scale *= LOG2_E
+                if KERNELS == 1:
+                    gradient_scale *= tl.sqrt(gammas[0] / gamma)
         else:
             gradient_scale = 2.0 * scale
         tl.store(plan_ptr + GRADIENT_SCALE, gradient_scale + poison)

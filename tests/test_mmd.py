@@ -782,6 +782,28 @@ def test_tiny_data_and_bandwidth():
     assert_close(actual, evaluate(reference.mmd, x.double(), y.double(), bandwidth=1e-20), TOLERANCE[torch.float32], 40)
 
 
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bandwidth", [1e-30, 1e-20, 1e-10, 1e10, 1e25, 1e30])
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "energy", RationalQuadratic(2.3), RationalQuadratic(50.0)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_bandwidths_of_any_size(kernel, bandwidth, backend, count):
+    """With data of their size and of size one, in float32; what float32 can't hold is there zero."""
+    h = bandwidth * torch.tensor((1.0, 3.0 if bandwidth < 1 else 0.3), dtype=torch.float64, device=DEVICE)[:count]
+    a = torch.tensor((1.0, 0.5), dtype=torch.float64, device=DEVICE)[:count]
+    for size in (bandwidth, 1.0):
+        x, y = torch.randn(30, 3, device=DEVICE) * size, (torch.randn(20, 3, device=DEVICE) + 0.5) * size
+        actual = with_bandwidths(fastvae.mmd, x, y, h, a, kernel=kernel, backend=backend)
+        exact = with_bandwidths(reference.mmd, x.double(), y.double(), h, a, kernel=kernel)
+        # Of k, and of its derivative to log h.
+        t = size / bandwidth if kernel in ("laplace", "energy") else (size / bandwidth) ** 2
+        scales = (t, t) if kernel == "energy" else (1.0, min(t, 1.0))
+        scales = scales[0], *(float(g.abs().max()) for g in exact[1:3]), scales[1] / bandwidth, scales[0]
+        for got, wanted, scale, tolerance in zip(actual, exact, scales, (1e-5, 1e-4, 1e-4, 1e-4, 1e-5), strict=True):
+            least = 1e-37 / bandwidth if wanted.numel() == count and bandwidth < 1 else 1e-37
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=max(tolerance * scale, least))
+
+
 def test_reference_backend_keeps_the_contract():
     x, y = torch.randn(20, 3), torch.randn(15, 3)
     exact = fastvae.mmd(x.bfloat16(), y.bfloat16())
