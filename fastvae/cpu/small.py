@@ -132,15 +132,15 @@ def mmd(
         for rows, extra in zip(own, extras, strict=False):
             block = slope[..., rows, rows]
             block.addcmul_(block, extra) if isinstance(extra, Tensor) else block.add_(block, alpha=extra)
-        if not y_grad:
-            slope, scaled = slope[..., :first, :], scaled[..., :first, :]
+        if slope.shape[-2] > first and not y_grad:
+            slope, scaled = slope.narrow(-2, 0, first), scaled.narrow(-2, 0, first)
         pull = _product(slope, weighted)
         if kernel.radial:
             is_sum = plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased
-            slope_sums = sums[..., : slope.shape[-2], :] if is_sum else slope @ signed
+            slope_sums = sums.narrow(-2, 0, slope.shape[-2]) if is_sum else slope @ signed
             if ladder.slope_shift:
                 # Every pair's 1, which the slopes leave out.
-                slope_sums = slope_sums.clone()
+                slope_sums = slope_sums.clone() if is_sum else slope_sums
                 for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
                     for total, part in ((pull, weighted), (slope_sums, signed)):
                         own_part = part[..., rows, :].sum(-2, keepdim=True)
@@ -151,12 +151,14 @@ def mmd(
                 gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype)
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
-        exponents = given.square().sum(-1, keepdim=True, dtype=torch.float64) * prior.slopes + prior.constants
+        squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
+        exponents = torch.addcmul(prior.constants, squares, prior.slopes)
         powers = exponents.exp()
-        shifted = torch.where(prior.shifts, exponents.expm1(), powers) if any(ladder.shifts) else powers
-        value = value - 2 * ((shifted @ prior.weights)[..., None] * signed).sum((-2, -1)) + prior.within
+        means = powers @ prior.factors
+        shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(ladder.shifts) else means
+        value = value + (shifted.narrow(-1, 0, 1) * signed).sum((-2, -1)) + prior.within
         if gradients[0] is not None:
-            gradients[0] += given * ((powers @ prior.slope_weights)[..., None] * signed).to(dtype)
+            gradients[0].addcmul_(given, (means.narrow(-1, 1, 1) * signed).to(dtype))
     return value.to(result_dtype), gradients[0], gradients[1]
 
 
@@ -314,7 +316,13 @@ def _plan_for(
 
 def _half_squares(scaled: Tensor) -> Tensor:
     """−½‖z_i‖² of the scaled rows, so that what they were rounded by cancels between near ones."""
-    return scaled.square().sum(-1, keepdim=True).mul_(-0.5)
+    # A product takes half the time of a sum.
+    return scaled.square() @ _minus_halves(scaled.shape[-1], scaled.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _minus_halves(features: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((features, 1), -0.5, dtype=dtype, device="cpu")
 
 
 class _Weights(NamedTuple):
@@ -399,8 +407,7 @@ class _Prior(NamedTuple):
     slopes: Tensor  # −½/(h_b² + 1), of the exponent in ‖x‖²
     constants: Tensor  # log E k(0, y)
     shifts: Tensor
-    weights: Tensor  # a_b
-    slope_weights: Tensor  # 2·a_b/(h_b² + 1)
+    factors: Tensor  # −2·a_b and 2·a_b/(h_b² + 1), of the value and of the gradient s·x
     within: float
 
 
@@ -411,4 +418,5 @@ def _prior(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, .
     shifts, slopes = torch.arange(len(bandwidth), device="cpu") < shifted, -0.5 / (h.square() + 1)
     constants = rbf_normal_mean_exponent(torch.zeros(1, dim, dtype=torch.float64, device="cpu"), h)[0]
     within = rbf_normal_self_exponent(dim, h)
-    return _Prior(slopes, constants, shifts, a, -4 * a * slopes, float(torch.where(shifts, within.expm1(), within.exp()) @ a))
+    factors = torch.stack([-2 * a, -4 * a * slopes], 1)
+    return _Prior(slopes, constants, shifts, factors, float(torch.where(shifts, within.expm1(), within.exp()) @ a))

@@ -86,7 +86,10 @@ def matmul_precision(precision: str) -> str:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:

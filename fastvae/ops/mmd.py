@@ -276,8 +276,8 @@ _DIFFERENTIABLE = tuple(Problem._fields.index(name) for name in ("x", "y", "band
 
 def apply_mmd(*args: Any) -> Tensor:
     """MMD², differentiable; arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
-    sources = [args[n] for n in _DIFFERENTIABLE]
-    problem = Problem._make((*args, needs_grad(sources[0]), needs_grad(sources[1]), needs_grad(*sources[2:])))
+    x, y, h, a = sources = [args[n] for n in _DIFFERENTIABLE]
+    problem = Problem._make((*args, needs_grad(x), y is not None and needs_grad(y), needs_grad(h, a)))
     # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if torch.compiler.is_compiling():
         return cast(Tensor, mmd_op(*problem)[0])
