@@ -553,6 +553,14 @@ def test_a_batch_of_more_than_one_launch(monkeypatch):
     torch.testing.assert_close(fastvae.mmd(x, y, backend="triton"), expected_values, rtol=0, atol=0)
 
 
+def test_gradient_from_outside_of_vmap():
+    xs, y = torch.randn(3, 20, 4, device=DEVICE), torch.randn(15, 4, device=DEVICE)
+    exact = evaluate(lambda xs, y: torch.stack([fastvae.mmd(x, y) for x in xs]).sum(), xs, y)
+    nested = torch.vmap(torch.vmap(fastvae.mmd, (0, None)), (0, None))
+    actual = evaluate(lambda xs, y: nested(xs[:, None], y).sum(), xs, y)
+    torch.testing.assert_close(actual, exact)
+
+
 def test_vmap_and_jacobians():
     xs, y = torch.randn(3, 6, 2, dtype=torch.float64, device=DEVICE), torch.randn(5, 2, dtype=torch.float64, device=DEVICE)
     values = torch.stack([fastvae.mmd(x, y) for x in xs])

@@ -66,7 +66,9 @@ class _Plan(NamedTuple):
 def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, dtype: torch.dtype, shifted: int) -> _Plan:
     """With sums of k − φ(0) for the `shifted` widest bandwidths."""
     kernels = KernelSum.of(kernel, bandwidth, weights, dim, torch.device("cpu"), None)
-    ladder = Ladder.of(replace(kernels, shifts=torch.tensor([float(n < shifted or not kernel.radial) for n in range(len(bandwidth))])))
+    ladder = Ladder.of(
+        replace(kernels, shifts=torch.tensor([float(n < shifted or not kernel.radial) for n in range(len(bandwidth))], device="cpu"))
+    )
     profile = Profile.of(ladder)
     scale = (ladder.gamma * (2 * profile.unit if kernel.radial else 1.0)) ** 0.5
     rounded = scale if dtype == torch.float64 else float(np.float32(scale))

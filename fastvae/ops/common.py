@@ -87,9 +87,16 @@ def matmul_precision(precision: str) -> str:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     for t in tensors:
-        if t is not None and t.requires_grad:
+        if t is not None and _requires_grad(t):
             return torch.is_grad_enabled()
     return False
+
+
+def _requires_grad(t: Tensor) -> bool:
+    if t.requires_grad or torch.compiler.is_compiling():
+        return t.requires_grad
+    # Within torch.vmap a tensor does not say that it requires grad outside of it.
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) and _requires_grad(torch._C._functorch.get_unwrapped(t))
 
 
 def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
