@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.distributed import Heard, gather_rows, sum_shares
-from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
@@ -196,8 +196,8 @@ def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a:
         return apply(h, a)
     # The result is linear in the kernel, and the derivative to one bandwidth comes with the gradient to the points.
     parts = torch.stack([apply(h[n : n + 1], [1.0]) for n in range(len(h))], -1)
-    # Not a product of matrices, which autocast rounds.
-    return (parts * as_vector(a, parts.device).to(parts)).sum(-1)
+    with without_autocast(parts.device):
+        return parts @ as_vector(a, parts.device).to(parts)
 
 
 def _dense_mmd(
