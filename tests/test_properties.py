@@ -155,6 +155,7 @@ def small_tiles(small: bool):
     values = [
         (cpu_tiles, "TILE", 3),
         (cpu_small, "_PAIRS", 0),
+        (cpu_small, "_FORM_PAIRS", 0),
         (cpu_quadratic_form, "_OWN_TILE", 0.7),
         (cpu_quadratic_form, "_LARGEST_TILE", 1.4),
         (cpu_reparameterize_kl, "BLOCK", 7),

@@ -34,6 +34,8 @@ from fastvae.radial import (
 
 # Pairs of rows of [x; y] up to which one array of them is faster than tiles.
 _PAIRS = 1 << 20
+# The same of a quadratic form, of which tiles need half.
+_FORM_PAIRS = 3 << 18
 # Pairs, and numbers of a sample, of the problems of a batch that are taken at once: arrays that stay in the second-level cache.
 _PAIRS_AT_ONCE = 1 << 18
 _NUMBERS_AT_ONCE = 1 << 17
@@ -172,7 +174,7 @@ def quadratic_form(
     None where z has too many rows, or as of `mmd`.
     """
     result_dtype = z.dtype
-    if not problems_at_once(*z.shape) or (kernel.rooted and result_dtype == torch.float64):
+    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and result_dtype == torch.float64):
         return None
     dtype = torch.float64 if kernel.rooted else result_dtype
     z, v = z.to(dtype), v.to(dtype)
