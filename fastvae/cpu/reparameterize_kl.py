@@ -86,7 +86,7 @@ def _backward(
     # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL; where the result is of another dtype, a dz that was converted is a copy to write to.
     out = grad_logvar if grad_logvar is None or grad_logvar.dtype == dz.dtype else dz
     term = torch.mul(dz, eps, out=out).addcmul_(dkl, std)
-    return grad_mu, torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=grad_logvar)
+    return grad_mu, torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=term if grad_logvar is None else grad_logvar)
 
 
 def _std(logvar: Tensor, out: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from fastvae.radial import (
     KernelSum,
     Ladder,
     Numbers,
+    middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
@@ -149,7 +150,8 @@ def mmd(
                     for total, part in ((pull, weighted), (slope_sums, signed)):
                         own_part = part[..., rows, :].sum(-2, keepdim=True)
                         total[..., rows, :] += ladder.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
-            pull.addcmul_(scaled, slope_sums, value=-1)
+            # Not in one operation: of equal rows the two products are the same number, which multiply-adds would not cancel.
+            pull.sub_(scaled * slope_sums)
         for n, rows in enumerate(samples):
             if wanted[n]:
                 gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype)
@@ -204,7 +206,7 @@ def quadratic_form(
         if ladder.slope_shift:
             pull += ladder.slope_shift * (coefficients @ (v.T @ scaled))
             slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
-        pull.addcmul_(scaled, slope_sums, value=-1)
+        pull.sub_(scaled * slope_sums)
     return total, (pull * plan.factor).to(result_dtype)
 
 
@@ -227,7 +229,8 @@ class Rows(NamedTuple):
         z = torch.cat([x, y])
         z = z.double() if kernel.rooted else z
         if kernel.radial:
-            z = z - z.mean(0)
+            # As the streaming path sees them.
+            z = z - 0.5 * (middle(x) + middle(y))
         h, a = read(bandwidth), read(bandwidth_weights)
         assert not isinstance(h, Tensor)
         assert not isinstance(a, Tensor)
@@ -260,7 +263,7 @@ class Rows(NamedTuple):
                 if wanted:
                     pull = weights @ of
                     if self.kernel.radial:
-                        pull.addcmul_(to, weights.sum(1, keepdim=True), value=-1)
+                        pull.sub_(to * weights.sum(1, keepdim=True))
                     pulls[n] = (pull * plan.factor).to(dtype)
         return pulls[0], pulls[1], self._whole(sums, grad).to(dtype)
 
