@@ -515,6 +515,7 @@ class Product:
             lambda: {
                 "CHUNKS": chunks, "COLUMNS": self.count, "C": c, "MODE": self.evaluation.modes[0],
                 "RADIAL": self.evaluation.kernel.radial, "FORM": upstream is not None, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
+                "num_warps": 8,
             },
         )  # fmt: skip
         return _Factors(buffers, sums.view(len(given), chunks, c), poison)

@@ -164,8 +164,8 @@ FAULTS = [
     Fault(
         "reparameterize_kl: backward ignores the noise",
         "fastvae/cpu/reparameterize_kl.py",
-        "        term = torch.mul(dz, e, out=",
-        "        term = torch.mul(dz, 0 * e, out=",
+        "    term = torch.mul(dz, eps, out=",
+        "    term = torch.mul(dz, 0 * eps, out=",
         ("tests/test_reparameterize_kl.py", "-k", "cpu and values"),
     ),
     Fault(

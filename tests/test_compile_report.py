@@ -81,6 +81,7 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
     (pairs.GAUSSIAN.value, 0, 1, 2, False, False, False, False, 0, SPLIT, SPLIT_TF32),
     (pairs.GAUSSIAN.value, 0, 5, 2, True, False, False, True, 0, SPLIT, SPLIT_TF32),
     (pairs.GAUSSIAN.value, 0, 2, 1, True, False, True, False, 1, pairs.IEEE.value, NONE),
+    (pairs.GAUSSIAN.value, 0, 1, 2, False, False, True, False, 0, pairs.IEEE.value, NONE),
     (pairs.QUADRATIC.value, 1, 2, 2, False, True, False, False, 0, pairs.TF32.value, NONE),
     (pairs.LAPLACE.value, 1, 2, 2, True, True, False, False, 0, SPLIT_TF32, NONE),
     (pairs.ENERGY.value, 1, 1, 2, False, False, False, False, 0, pairs.BF16.value, NONE),
@@ -102,7 +103,7 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
     }
     for kernel, warps in (
         (prepare.statistics_kernel, 4), (prepare.near_pairs_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
-        (kernel_matmul.factors_kernel, 4), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
+        (kernel_matmul.factors_kernel, 8), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
         (quadratic_form.form_kernel, 4), (quadratic_form.pair_values_kernel, 4), (quadratic_form.pair_upstreams_kernel, 4),
     ):
         scalar = "*fp64" if double else "*fp32"
