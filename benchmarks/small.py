@@ -1,10 +1,11 @@
 """Small problems on a CPU, where a loss must not take longer than the lines that it replaces.
 
-    python -m benchmarks.small                      one thread, N = M from 32 to 1,024, and two batches of problems
-    python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --seconds 1
+    python -m benchmarks.small                      one thread: `mmd` of N = M from 32 to 2,048, two batches of problems, other operations
+    python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --no-operations --seconds 1
 
-Of each case all providers once a round, in one process; medians of the processor's time, and their ratio to eager's. Values and gradients
-are checked against float64 first. Rows are appended to benchmarks/results/small.jsonl.
+Of each case all providers once a round, in one process; medians of the processor's time, and their ratio to eager's, which is the
+dense reference of `total_correlation` and `group_mmd`. Values are checked against float64 first. Rows are appended to
+benchmarks/results/small.jsonl.
 """
 
 from __future__ import annotations
@@ -88,10 +89,104 @@ def rows(
         times = interleaved(steps, "cpu", args.rounds, args.seconds)
         found = {name: summary(taken, "cpu") for name, taken in times.items()}
         for p in listed:
-            row = {"benchmark": "small", "direction": direction, **case, "dtype": "float32", "provider": p.name, "status": status[p.name]}
+            row = {
+                "benchmark": "small",
+                "operation": "mmd",
+                "direction": direction,
+                **case,
+                "dtype": "float32",
+                "provider": p.name,
+                "status": status[p.name],
+            }
             if p.name in found:
                 row |= found[p.name] | {"over_eager": round(found[p.name]["processor_ms"] / found["eager"]["processor_ms"], 3)}
             yield row | {"note": p.note}
+
+
+def code(n: int, dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mu, logvar = (torch.randn(n, dim, generator=generator) for _ in range(2))
+    return mu, 0.3 * logvar
+
+
+def eager_reparameterize_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    std = torch.exp(0.5 * logvar)
+    return mu + std * torch.randn_like(std), -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), 1)
+
+
+def eager_kernel_matmul(x: Tensor, y: Tensor, v: Tensor, h: float) -> Tensor:
+    return torch.exp(torch.cdist(x, y).square() / (-2 * h * h)) @ v
+
+
+Operation = tuple[dict[str, Callable[..., Any]], Callable[[int, int], tuple[Tensor, ...]], tuple[int, ...], tuple[tuple[int, int], ...]]
+
+
+def operations() -> dict[str, Operation]:
+    """Providers, of which the first is ours, their arguments, which of these have a gradient, and sizes N × D."""
+
+    def total_correlation(backend: str | None) -> Callable[..., Tensor]:
+        return lambda z, mu, logvar: fastvae.total_correlation(z, mu, logvar, dataset_size=50_000, backend=backend).total_correlation
+
+    def group_mmd(groups: int, backend: str | None) -> Callable[..., Tensor]:
+        return lambda z: fastvae.group_mmd(
+            z, torch.arange(len(z)) % groups, num_groups=groups, bandwidth=z.shape[1] ** 0.5, backend=backend
+        ).mean()
+
+    kernel_matmul = {
+        "fastvae": lambda x, y, v: fastvae.kernel_matmul(x, y, v, bandwidth=x.shape[1] ** 0.5),
+        "eager": lambda x, y, v: eager_kernel_matmul(x, y, v, x.shape[1] ** 0.5),
+    }
+    few, more = ((64, 16), (128, 16), (256, 16), (512, 16)), ((64, 64), (512, 64))
+    codes = ((32, 2), (64, 16), (128, 20), (512, 16), (512, 64), (2048, 16), (4096, 64), (65536, 64))
+    found: dict[str, Operation] = {
+        "reparameterize_kl": ({"fastvae": fastvae.reparameterize_kl, "eager": eager_reparameterize_kl}, code, (0, 1), codes),
+        "total_correlation": (
+            {"fastvae": total_correlation(None), "eager": total_correlation("reference")},
+            lambda n, dim: (code(n, dim)[0] + 0.1, *code(n, dim)),
+            (0, 1, 2),
+            ((64, 10), (128, 10), (256, 10), (512, 10), (64, 32), (512, 32)),
+        ),
+        "kernel_matmul": (kernel_matmul, lambda n, dim: (*code(n, dim), torch.ones(n, 4)), (0,), ((32, 16), *few, *more)),
+    }
+    for groups in (2, 10):
+        both = {"fastvae": group_mmd(groups, None), "eager": group_mmd(groups, "reference")}
+        found[f"group_mmd, {groups} groups"] = (both, lambda n, dim: code(n, dim)[:1], (0,), (*few, *more))
+    return found
+
+
+def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, (functions, make, wanted, sizes) in operations().items():
+        for n, dim in sizes:
+            tensors = make(n, dim)
+            torch.manual_seed(0)
+            found = _first(functions["fastvae"](*tensors))
+            torch.manual_seed(0)
+            exact = _first(functions["eager"](*(t if name == "reparameterize_kl" else t.double() for t in tensors)))
+            wrong = float((found - exact).norm() / exact.norm())
+            status = "ok" if wrong < 1e-3 else f"wrong value: relative error {wrong:.1e}"
+            inputs = [t.clone().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
+            leaves = [inputs[k] for k in wanted]
+            steps: dict[str, Callable[[], object]] = {
+                provider: partial(_step, function, inputs, leaves) for provider, function in functions.items() if status == "ok"
+            }
+            interleaved(steps, "cpu", 10, args.seconds)
+            times = {key: summary(taken, "cpu") for key, taken in interleaved(steps, "cpu", args.rounds, args.seconds).items()}
+            case = {"operation": name, "batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": 1, "dtype": "float32"}
+            for provider in functions:
+                row = {"benchmark": "small", "direction": "forward+backward", **case, "provider": provider, "status": status}
+                if provider in times:
+                    row |= times[provider] | {"over_eager": round(times[provider]["processor_ms"] / times["eager"]["processor_ms"], 3)}
+                yield row
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _step(function: Callable[..., Any], inputs: list[Tensor], leaves: list[Tensor]) -> None:
+    result = function(*inputs)
+    results = list(result) if isinstance(result, tuple) else [result]
+    torch.autograd.grad(results, leaves, [torch.ones_like(t) for t in results])
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -110,6 +205,8 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             x, y = (t.reshape(batch, n, dim) for t in samples(batch * n, dim, "cpu"))
             case = {"batch": batch, "n": n, "m": n, "dim": dim, "bandwidths": count}
             yield from rows(args, case, batch_providers(), x, y, batch_verdict)
+    if args.operations:
+        yield from operation_rows(args)
 
 
 def main() -> None:
@@ -118,6 +215,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     parser.add_argument("--batches", nargs="*", default=["x".join(map(str, shape)) for shape in BATCHES], help="B×N×D, as 1024x32x16")
+    parser.add_argument("--operations", action=argparse.BooleanOptionalAction, default=True, help="those besides mmd")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=2.0, help="for the rounds of one case; three rounds at least")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -129,7 +227,9 @@ def main() -> None:
     common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
     args.output.mkdir(exist_ok=True)
     for row in cases(args):
-        case = f"{row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']} {row['direction']:24}"
+        case = (
+            f"{row['operation']:20} {row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']} {row['direction']:24}"
+        )
         time = f"{row['processor_ms']:9.3f} ms, {row['over_eager']:.2f} of eager" if "processor_ms" in row else row["status"]
         print(f"{case} {row['provider']:26} {time}", flush=True)
         with (args.output / "small.jsonl").open("a") as file:
