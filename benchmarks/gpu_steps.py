@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
 from benchmarks.measure import interleaved, peak_extra_mib, summary, synchronize
 from benchmarks.providers import GeomLoss, keops, matrix
+from benchmarks.training import PlainVAE, plain_mmd_vae, plain_vae, training_step
 from fastvae import reference
 
 # Chosen before Triton is imported.
@@ -346,44 +347,6 @@ def speed() -> Iterator[list[Row]]:
 
 
 # Training
-
-
-class PlainVAE(nn.Module):
-    """The perceptron 784-400-20 of PyTorch's example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 40))
-        self.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return self.decoder(z), z, mu, logvar
-
-
-def plain_vae(model: nn.Module, x: Tensor) -> Tensor:
-    logits, _, mu, logvar = model(x)
-    kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
-    return (F.binary_cross_entropy_with_logits(logits, x, reduction="sum") + kl) / len(x)
-
-
-def plain_mmd_vae(model: nn.Module, x: Tensor) -> Tensor:
-    logits, z, _, _ = model(x)
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x) + 1000 * matrix(z, torch.randn_like(z), (20**0.5,))
-
-
-def training_step(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Step:
-    model = model.to(DEVICE)
-    on_gpu = DEVICE == "cuda"
-    optimizer = torch.optim.Adam(model.parameters(), fused=on_gpu, capturable=on_gpu)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss(model, x).backward()
-        optimizer.step()
-
-    return step
 
 
 def training() -> Iterator[list[Row]]:

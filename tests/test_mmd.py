@@ -869,3 +869,18 @@ def test_second_derivative_to_the_other_sample():
     (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(grad.sum(), y)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "inductor"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("n", "dim"), [(33, 5), (256, 20), (512, 20), (1100, 20)])
+def test_gradients_lie_as_the_compiler_expects_them(n, dim, kernel, backend):
+    """Their fakes are contiguous, which products of some shapes are not."""
+    x, y = torch.randn(n, dim, requires_grad=True), torch.randn(n, dim, requires_grad=True)
+    for inputs in ((x,), (x, y)):
+        loss = fastvae.mmd(x, y if len(inputs) == 2 else y.detach(), kernel=kernel, backend=backend)
+        assert all(grad.is_contiguous() for grad in torch.autograd.grad(loss, inputs))
+    labels = torch.arange(n) % 3
+    others = [fastvae.kernel_matmul(x, y, y, kernel=kernel), fastvae.group_mmd(x, labels, num_groups=3, kernel=kernel).mean()]
+    for loss in others:
+        assert torch.autograd.grad(loss.sum(), x)[0].is_contiguous()

@@ -62,7 +62,7 @@ class _Plan(NamedTuple):
     bandwidths: tuple[float, ...]  # that this scale stands for, widest first
     diagonal: float  # k(z, z) without its shift
     shift: float  # of k
-    factor: float  # of a gradient, from the moments of scaled rows
+    factor: float  # of a gradient, from Σ_j W_ij·(s_i − s_j) of the scaled rows s, of a kernel of x·y from Σ_j W_ij·s_j
 
 
 @functools.lru_cache(maxsize=256)
@@ -79,7 +79,7 @@ def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ..
     bandwidths = tuple(h * scale / rounded for h in kernels.bandwidth.tolist())
     diagonal = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
     shift = kernel.at_zero * math.fsum(a * shift for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-    return _Plan(ladder, profile, rounded, bandwidths, diagonal, shift, rounded / profile.unit if kernel.radial else rounded)
+    return _Plan(ladder, profile, rounded, bandwidths, diagonal, shift, -rounded / profile.unit if kernel.radial else rounded)
 
 
 def problems_at_once(rows: int, dim: int) -> int:
@@ -151,10 +151,10 @@ def mmd(
                         own_part = part[..., rows, :].sum(-2, keepdim=True)
                         total[..., rows, :] += ladder.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
             # Not in one operation: of equal rows the two products are the same number, which multiply-adds would not cancel.
-            pull.sub_(scaled * slope_sums)
+            pull = (scaled * slope_sums).sub_(pull)
         for n, rows in enumerate(samples):
             if wanted[n]:
-                gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype)
+                gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype).contiguous()
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
         squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
@@ -206,8 +206,8 @@ def quadratic_form(
         if ladder.slope_shift:
             pull += ladder.slope_shift * (coefficients @ (v.T @ scaled))
             slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
-        pull.sub_(scaled * slope_sums)
-    return total, (pull * plan.factor).to(result_dtype)
+        pull = (scaled * slope_sums).sub_(pull)
+    return total, (pull * plan.factor).to(result_dtype).contiguous()
 
 
 class Rows(NamedTuple):
@@ -263,7 +263,7 @@ class Rows(NamedTuple):
                 if wanted:
                     pull = weights @ of
                     if self.kernel.radial:
-                        pull.sub_(to * weights.sum(1, keepdim=True))
+                        pull = (to * weights.sum(1, keepdim=True)).sub_(pull)
                     pulls[n] = (pull * plan.factor).to(dtype)
         return pulls[0], pulls[1], self._whole(sums, grad).to(dtype)
 

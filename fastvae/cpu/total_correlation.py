@@ -58,9 +58,9 @@ def backward(
     sweep = _Sweep(z, mu, logvar, weights, offset)
     joint, marginals = sweep.from_nats(joint, marginals)
     a, b = grad_joint.to(sweep.dtype), grad_marginals.T.to(sweep.dtype)
-    dz = torch.zeros_like(sweep.z)
+    dz = torch.empty_like(sweep.z)
     # Σ_i of G, G·(z − μ)/σ² and G·(z − μ)²/σ².
-    moments = [torch.zeros_like(sweep.mu) for _ in range(3 * posterior_grad)]
+    moments = [torch.empty_like(sweep.mu) for _ in range(3 * posterior_grad)]
     for rows in sweep.row_tiles():
         tiles, density, reference = sweep, joint[rows], marginals[:, rows]
         if sweep.is_far(density, reference):
@@ -78,13 +78,13 @@ def backward(
                 exponent.sub_(reference[:, :, None])
             g = torch.addcmul(pairs, tiles.exp2_(exponent), scale[:, :, None], out=exponent)
             if posterior_grad:
-                moments[0][:, columns] += g.sum(1)
+                _add_sum(moments[0][:, columns], g, 1, first=rows.start == 0)
             g.mul_(slope)
             if z_grad:
-                dz[:, rows] += g.sum(2)
+                _add_sum(dz[:, rows], g, 2, first=columns.start == 0)
             if posterior_grad:
-                moments[1][:, columns] += g.sum(1)
-                moments[2][:, columns] += g.mul_(difference).sum(1)
+                _add_sum(moments[1][:, columns], g, 1, first=rows.start == 0)
+                _add_sum(moments[2][:, columns], g.mul_(difference), 1, first=rows.start == 0)
     grad_z = (dz * -sweep.unit).T.contiguous() if z_grad else None
     if not posterior_grad:
         return grad_z, None, None
@@ -145,7 +145,8 @@ class _Sweep:
         self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(3)]
 
     def is_far(self, joint: Tensor, marginals: Tensor) -> bool:
-        return self.dtype == torch.float32 and bool((joint.amin() < FAR) | (marginals.amin() < FAR))
+        # Comparisons that are not met by nan either.
+        return self.dtype == torch.float32 and (float(joint.amin()) < FAR or float(marginals.amin()) < FAR)
 
     def finer(self) -> _Sweep:
         """The same in float64, in the same tiles."""
@@ -198,19 +199,26 @@ class _Sweep:
 
     def density(self, rows: slice, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Σ_j exp2(exponent − reference) of each dimension (D, rows), and log2 Σ_j exp2(joint exponent) (rows,)."""
-        total = self.z.new_zeros(self.z.shape[0], rows.stop - rows.start)
-        lowest = torch.finfo(self.dtype).min
-        joint_most = self.z.new_full((rows.stop - rows.start,), lowest)
-        joint_total = torch.zeros_like(joint_most)
+        total: Tensor | None = None
+        joint_most: Tensor | None = None
+        joint_total: Tensor | None = None
         for columns in self.column_tiles():
             _, _, exponent = self.tile(rows, columns)
             joint, exponent = self.weigh(exponent, rows, columns)
-            most = torch.maximum(joint_most, joint.amax(1))
-            joint_total.mul_((joint_most - most).exp2_()).add_(self.exp2_(joint.sub_(most[:, None])).sum(1))
-            joint_most = most
+            most = joint.amax(1).clamp_(min=torch.finfo(self.dtype).min)
+            if joint_most is not None:
+                most = torch.maximum(joint_most, most)
+            part = self.exp2_(joint.sub_(most[:, None])).sum(1)
+            if joint_total is not None and joint_most is not None:
+                part.add_(joint_total.mul_((joint_most - most).exp2_()))
+            joint_most, joint_total = most, part
             if reference is not None:
                 exponent.sub_(reference[:, :, None])
-            total += self.exp2_(exponent).sum(2)
+            part = self.exp2_(exponent).sum(2)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        assert joint_most is not None
+        assert joint_total is not None
         return total, joint_total.log2_().add_(joint_most)
 
     def maximum(self, rows: slice) -> Tensor:
@@ -235,6 +243,16 @@ class _Sweep:
         dim = bound.shape[0]
         weight = self.weights.other * LOG2_E
         return bound.sum() - dim * HALF_LOG_2PI * LOG2_E + weight, bound - HALF_LOG_2PI * LOG2_E + weight
+
+
+def _add_sum(total: Tensor, t: Tensor, dim: int, *, first: bool) -> None:
+    """total += t.sum(dim), of which the first finds nothing there."""
+    if first and t.dtype == total.dtype:
+        torch.sum(t, dim, out=total)
+    elif first:
+        total.copy_(t.sum(dim))
+    else:
+        total += t.sum(dim)
 
 
 def _tiles(count: int, step: int) -> Iterator[slice]:
