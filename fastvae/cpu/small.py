@@ -122,13 +122,19 @@ def mmd(
     ladder, wanted, first = plan.ladder, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
 
+    # Of one sample all sums are its own.
+    scale: float | Tensor = 1.0
+    if y is None and unbiased:
+        scale, extras = 1 + extras[0], [0.0]
     exponent = _exponents(kernel, scaled, scaled, half, half)
-    own = samples if unbiased else []
+    own = samples if unbiased and y is not None else []
     sums, own_sums, slope = _sums(plan, farthest, exponent, signed, own, unbiased or kernel.radial, x_grad or y_grad)
     value = (sums * signed).sum((-2, -1), dtype=torch.float64)
     for rows, extra, own_sum in zip(own, extras, own_sums, strict=False):
         form = (own_sum * signed[..., rows, :]).sum((-2, -1), dtype=torch.float64)
         value = value + form * (extra[..., 0, 0] if isinstance(extra, Tensor) else extra)
+    if y is None and unbiased:
+        value = value * (scale[..., 0, 0] if isinstance(scale, Tensor) else scale)
     if kernel.radial and not unbiased:
         value = value + plan.diagonal * sum_of_squares
     gradients: list[Tensor | None] = [None, None]
@@ -141,7 +147,7 @@ def mmd(
             slope, scaled = slope.narrow(-2, 0, first), scaled.narrow(-2, 0, first)
         pull = _product(slope, weighted)
         if kernel.radial:
-            is_sum = plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not unbiased
+            is_sum = plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not own
             slope_sums = sums.narrow(-2, 0, slope.shape[-2]) if is_sum else slope @ signed
             if ladder.slope_shift:
                 # Every pair's 1, which the slopes leave out.
@@ -154,7 +160,8 @@ def mmd(
             pull = (scaled * slope_sums).sub_(pull)
         for n, rows in enumerate(samples):
             if wanted[n]:
-                gradients[n] = ((pull[..., rows, :] if y_grad else pull) * (2 * plan.factor * row_weights[n])).to(result_dtype).contiguous()
+                part = pull[..., rows, :] if y_grad else pull
+                gradients[n] = (part * (2 * plan.factor * scale * row_weights[n])).to(result_dtype).contiguous()
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
         squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
