@@ -108,6 +108,13 @@ def test_the_gpu_suite_runs_to_its_end(stage, tmp_path):
     assert all(name in absent and reason.startswith("ModuleNotFoundError") for name, reason in failed.items()), failed
 
 
+@pytest.mark.slow
+def test_the_gpu_suite_finds_tests_for_a_dry_run(monkeypatch):
+    gpu = pytest.importorskip("benchmarks.gpu")
+    monkeypatch.setattr(gpu, "DRY", True)
+    assert gpu.tests(300.0) == 0
+
+
 @pytest.mark.interpreter
 def test_the_steps_of_the_gpu_suite_have_one_gradient():
     gpu_steps = pytest.importorskip("benchmarks.gpu_steps")
