@@ -8,8 +8,8 @@ Here is the host's time without the last two:
   through Python at each operator, and take fifty times as long.)
 
 A launch takes some microseconds, and eager code has ten times as many, so that the ratio of these times is not that of a GPU, which
-`python -m benchmarks.gpu --stage host` measures. `launch_us` is how long one must take for `fastvae` to take 0.8 of eager's time.
-The row goes to benchmarks/results/host_time.jsonl.
+`python -m benchmarks.gpu --stage host` measures. `launch_us` is how long one must take for `fastvae` to take 0.8 of eager's time; below
+zero it takes less than that without them. The row goes to benchmarks/results/host_time.jsonl.
 """
 
 from __future__ import annotations
