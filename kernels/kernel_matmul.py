@@ -435,7 +435,6 @@ def gradient_finish_kernel(
 class _Choice:
     """What a launch takes from the kernel, dtype and numbers of features and columns alone; configs by whether it is the gradient's."""
 
-    evaluation: Evaluation
     configs: dict[bool, tuple[MatmulConfig, ...]]  # of each pass
     features: int
     columns: int
@@ -455,7 +454,6 @@ def _choice(evaluation: Evaluation, dim: int, columns: int, dtype: torch.dtype, 
         )
     every = [*configs[False], *configs[True]]
     return _Choice(
-        evaluation,
         configs,
         features=max(config.padded(dim, config.block_k, config.block_d) for config in every),
         columns=max(config.padded(columns, config.block_c) for config in every),

@@ -261,7 +261,7 @@ def sweep_kernel(
         terms += (tl.zeros([BLOCK_N], dtype=dtype),)
     if SAMPLES == 2:  # noqa: SIM102
         if (other == 1) & ((flags & _CROSS) == 0):
-            # Without a gradient.
+            # Nor have they a gradient: a value of zero is all there is to store.
             out_ptr = value_ptr + (tl.cast(part, tl.int64) * batches * blocks + block) * BLOCK_N
             if TERMS > 0:
                 _store_terms(out_ptr, batches * blocks * BLOCK_N, terms, d_out, FAMILY, TERMS, BANDWIDTHS)
@@ -584,7 +584,6 @@ def _sum(sum_ptr, offs_d, CHUNKS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.con
 class _Choice:
     """What a launch takes from the kernel, dtype and number of features alone."""
 
-    evaluation: Evaluation
     configs: tuple[SweepConfig, ...]  # of each pass
     terms: tuple[TermsConfig, ...]  # the same of `bandwidth_terms`, if they are wanted
     features: int
@@ -608,7 +607,7 @@ def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool
     both = [*zip(evaluation.modes, configs, strict=True), *zip(evaluation.modes, term_configs, strict=False)]
     features = max(padded_dim(dim, config) for mode, config in both if mode != DIFFERENCES.value)
     block = max(ROW_BLOCK, *(config.block_n for _, config in both))
-    return _Choice(evaluation, tuple(configs), tuple(term_configs), features, block)
+    return _Choice(tuple(configs), tuple(term_configs), features, block)
 
 
 def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
@@ -645,8 +644,8 @@ def mmd(
     own = NORMAL_PRIOR if y is None else NO_OWN_TERM if kernel.kernel.radial or unbiased else POLYNOMIAL_DIAGONAL
 
     operands = prepare(
-        samples, kernel, evaluation, d, choice.block, sums=gradient and evaluation.family == GAUSSIAN.value, normal=y is None,
-        unbiased=unbiased, own=own.value, counts=(-2.0, 0.0) if counted else (0.0, -2.0),
+        samples, kernel, evaluation, d, choice.block, sums=gradient and evaluation.family == GAUSSIAN.value, unbiased=unbiased,
+        own=own.value, counts=(-2.0, 0.0) if counted else (0.0, -2.0),
     )  # fmt: skip
 
     # sweep

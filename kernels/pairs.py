@@ -234,7 +234,7 @@ def radial(
 ):  # fmt: skip
     """Σ_b a_b·k_b and Σ_b a_b·(γ_b/γ_0)·s_b, each less its shift; k_0 − shift and s_0 for one bandwidth.
 
-    The second lacks the factor that `Evaluation.slope_unit` holds.
+    The second lacks a factor of the family, which is part of GRADIENT_SCALE in the plan.
     """
     if FAMILY == GAUSSIAN:
         return _gaussian(exponent, table, table_ptr, value_shift, slope_shift, GRADIENT, BANDWIDTHS, SQUARINGS)

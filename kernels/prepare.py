@@ -300,7 +300,7 @@ def _some_rows(x_ptr, y_ptr, offs, n, m, SAMPLES: tl.constexpr, FEATURES: tl.con
 
 
 @triton.jit
-def exp_minus(t, shifted):
+def _exp_minus(t, shifted):
     """exp(t), or exp(t) − 1 without cancellation."""
     power = tl.exp(t)
     # Kahan's quotient: (e^t − 1)·t/log(e^t) of the rounded power.
@@ -323,7 +323,7 @@ def own_term(norm2, p, shifts, values, gammas, OWN: tl.constexpr, FAMILY: tl.con
             weight = values[KERNELS + b]
             steepness = values[4 * KERNELS + b]
             exponent = values[3 * KERNELS + b] - 0.5 * steepness * norm2
-            value -= weight * exp_minus(exponent, shifts[b] > 0)
+            value -= weight * _exp_minus(exponent, shifts[b] > 0)
             slope += weight * steepness * tl.exp(exponent)
         value *= 2 * p
         slope *= 2 * p
@@ -571,7 +571,7 @@ def operands_kernel(
             if route == 1:
                 seen = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, inside, DIFFERENCES)
         half -= 0.5 * tl.sum(seen * seen, 1)
-        if OWN != 0:
+        if OWN != NO_OWN_TERM:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
     if RADIAL:
         # Farther than float32, as an argument is, can say.
@@ -584,7 +584,7 @@ def operands_kernel(
         row_weight = (_weight(sample_weight_ptr, local, mask_n, is_x, X_WEIGHTED, Y_WEIGHTED) / weight_sum).to(dtype)
         tl.store(weight_ptr + own_row, row_weight, mask=row_mask)
         p = row_weight.to(tl.float64)
-    if OWN != 0:
+    if OWN != NO_OWN_TERM:
         value, _ = own_term(norm2, tl.where(swept, p, 0.0), shifts, values, gammas, OWN, FAMILY, KERNELS)
         tl.store(own_ptr + problem * tl.num_programs(0) + tl.program_id(0), tl.sum(value))
 
@@ -607,7 +607,7 @@ def operands_kernel(
             if FAMILY == GAUSSIAN:
                 slope_shift += shifts[b] * weight * ratio
             if OWN == NORMAL_PRIOR:
-                prior += weight * exp_minus(values[2 * KERNELS + b], shifts[b] > 0)
+                prior += weight * _exp_minus(values[2 * KERNELS + b], shifts[b] > 0)
             if b < BANDWIDTHS:
                 # Under one, of `scaled_gamma`, k is one in any case, but that of a padded column is not zero.
                 tl.store(table_ptr + b, tl.where(ratio < 1.0, 1.0, ratio).to(dtype))
@@ -786,8 +786,8 @@ class Operands:
     """What the kernels of one call read, as `operands_kernel` writes it.
 
     Attributes:
-        key: of `launch`, for what depends on the samples and on the kernel.
-        plan_constants: makes the constexprs of a kernel that reads the numbers of the kernel.
+        key: of `launch`, for what depends on the samples and on the sum of kernels.
+        plan_constants: makes the constexprs of a Triton kernel that reads bandwidths, their weights and the plan.
         first_y, rows: the row at which y starts, and all of them, with their padding.
         blocks: programs of a problem that wrote them.
         inputs: both samples, x twice for one, and their weights.
@@ -830,18 +830,17 @@ def prepare(
     block: int,
     *,
     sums: bool = False,
-    normal: bool = False,
     unbiased: bool = False,
     own: int = NO_OWN_TERM.value,
     counts: tuple[float, float] = (0.0, 0.0),
 ) -> Operands:
     """Statistics and operands of one or two samples, padded to `d` features and whole blocks of `block` rows.
 
-    `sums` asks for the sums of the rows, `normal` says that a sample stands against N(0, I), `own` which closed form a row adds, `counts`
-    with what factor a sweep over each sample takes the mean over the pairs of both.
+    `sums` asks for the sums of the rows, `own` says which closed form a row adds, `counts` with what factor a sweep over each sample takes
+    the mean over the pairs of both.
     """
     two = len(samples) == 2
-    x, y = samples[0], samples[-1]
+    x, y, normal = samples[0], samples[-1], own == NORMAL_PRIOR.value
     points = x.points
     batch, (n, dim), m, device = x.problems, points.shape[-2:], y.points.shape[-2], points.device
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
@@ -864,7 +863,7 @@ def prepare(
     inputs = (points, y.points, *(half if sample.weights is None else sample.weights for sample in (x, y)))
     on_device = isinstance(kernel.arguments, Tensor)
     key = (
-        evaluation, kernel.count, on_device, chunks, two, given, sums, normal, unbiased, own, batch > 1, dim, d, tensor_key(*inputs)
+        evaluation, kernel.count, on_device, chunks, two, given, sums, unbiased, own, batch > 1, dim, d, tensor_key(*inputs)
     )  # fmt: skip
 
     def constants() -> dict[str, Any]:
