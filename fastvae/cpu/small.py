@@ -1,4 +1,4 @@
-"""MMD² of samples of few rows and of batches of them, and quadratic forms: value and gradient from one array of all pairs of rows.
+"""MMD² of samples of few rows and of batches of them, quadratic forms and K·v: value and gradient from one array of all pairs of rows.
 
 With rows z = [x; y] and signed weights w = [p; −q] the value is wᵀKw, and the gradient to row i a sum over j of w_j·φ'(t_ij)·(z_i − z_j),
 for which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles. A quadratic form has
@@ -113,10 +113,7 @@ def mmd(
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
-    h, a = read(bandwidth), read(bandwidth_weights)
-    assert not isinstance(h, Tensor)
-    assert not isinstance(a, Tensor)
-    if (planned := _plan_for(kernel, h, a, z, y is None)) is None:
+    if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
     plan, farthest, scaled, half = planned
     ladder, wanted, first = plan.ladder, (x_grad, y_grad), x.shape[-2]
@@ -191,10 +188,7 @@ def quadratic_form(
         # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
         z = z - z[0]
         z -= z.mean(0)
-    h, a = read(bandwidth), read(bandwidth_weights)
-    assert not isinstance(h, Tensor)
-    assert not isinstance(a, Tensor)
-    if (planned := _plan_for(kernel, h, a, z, False)) is None:
+    if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
         return None
     plan, farthest, scaled, half = planned
     ladder = plan.ladder
@@ -238,10 +232,7 @@ class Rows(NamedTuple):
         if kernel.radial:
             # As the streaming path sees them.
             z = z - 0.5 * (middle(x) + middle(y))
-        h, a = read(bandwidth), read(bandwidth_weights)
-        assert not isinstance(h, Tensor)
-        assert not isinstance(a, Tensor)
-        if (planned := _plan_for(kernel, h, a, z, False)) is None:
+        if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
             return None
         plan, farthest, scaled, half = planned
         sizes = x.shape[0], y.shape[0]
@@ -294,11 +285,14 @@ def _exponents(kernel: Kernel, left: Tensor, right: Tensor, left_half: Tensor, r
 
 
 def _plan_for(
-    kernel: Kernel, h: tuple[float, ...], a: tuple[float, ...], z: Tensor, prior: bool
+    kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool
 ) -> tuple[_Plan, float, Tensor, Tensor] | None:
-    """The plan for these rows, the largest exponent of two of a pair, the rows, scaled, and −½ of their squares.
+    """The plan for these rows, the largest exponent to base 2 of a pair, the rows, scaled, and −½ of their squared norms.
 
-    None if products of them are not exact enough."""
+    None if products of them are not exact enough. `prior` says that they stand against N(0, I)."""
+    h, a = read(bandwidth), read(bandwidth_weights)
+    assert not isinstance(h, Tensor)
+    assert not isinstance(a, Tensor)
     dim, dtype = z.shape[-1], z.dtype
     plan = _plan(kernel, h, a, dim, dtype, 0)
     if not _SCALES[0] < plan.scale < _SCALES[1]:
@@ -340,7 +334,7 @@ def _minus_halves(features: int, dtype: torch.dtype) -> Tensor:
 
 
 class _Weights(NamedTuple):
-    """The weights of [x; y], and of each sample its rows and what its own sums are more in formula (2) of `fastvae.reference.mmd`."""
+    """The weights of [x; y], and of each sample its rows and how often its own sum counts in formula (2), beyond once."""
 
     signed: Tensor  # [p; −q], (..., N + M, 1), or one for all problems
     rows: list[slice]
