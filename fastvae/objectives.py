@@ -372,17 +372,18 @@ class VAEObjective(GroupModule):
         if _counts(self.kl_weight):
             if output.kl is None or kl is None:
                 raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(self.kl_weight):g}")
-            summands["kl"] = _weight(self.kl_weight, kl) * self._kl_penalty(output, output.kl)
+            penalty = kl if self.capacity is None and not self.free_bits else self._kl_penalty(output, output.kl)
+            summands["kl"] = _weighted(self.kl_weight, penalty)
         elif kl is not None:
             kl = kl.detach()
         if _counts(self.mmd_weight):
             distance = self._mmd(output.z, prior)
-            summands["mmd"] = _weight(self.mmd_weight, distance) * distance
+            summands["mmd"] = _weighted(self.mmd_weight, distance)
         elif all_terms and (len(output.z) > 1 or self.estimator == "biased"):
             distance = self._mmd(output.z.detach(), prior)
         if _counts(self.tc_weight):
             tc = self._total_correlation(output)
-            summands["total_correlation"] = _weight(self.tc_weight, tc) * tc
+            summands["total_correlation"] = _weighted(self.tc_weight, tc)
         if any(self.dip_weights):
             dip = summands["dip"] = self._dip(output)
         loss = functools.reduce(torch.add, summands.values())
@@ -399,8 +400,6 @@ class VAEObjective(GroupModule):
     def _kl_penalty(self, output: VAEOutput, kl: Tensor) -> Tensor:
         if self.capacity is not None:
             return self._mean((kl - _weight(self.capacity, kl)).abs())
-        if not self.free_bits:
-            return self._mean(kl)
         assert output.logvar is not None
         d = output.mu.shape[1]
         if d % self.free_bits_group:
@@ -524,6 +523,10 @@ def log_importance_weights(log_likelihood: Tensor, z: Tensor, mu: Tensor, logvar
 def _counts(weight: float | Tensor) -> bool:
     """Whether its term is computed: not at a constant zero."""
     return isinstance(weight, Tensor) or weight != 0
+
+
+def _weighted(weight: float | Tensor, term: Tensor) -> Tensor:
+    return term if isinstance(weight, float) and weight == 1 else _weight(weight, term) * term
 
 
 def _weight(weight: float | Tensor, term: Tensor) -> float | Tensor:
