@@ -174,8 +174,12 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_nan_out(backend):
     x, y, v = problem(5, 4, 3, 2)
-    y[1, 1] = float("nan")
-    assert fastvae.kernel_matmul(x, y, v, backend=backend).isnan().all()
+    for t, finite in ((y, y.clone()), (v, v.clone())):
+        t[1, 1] = float("nan")
+        assert fastvae.kernel_matmul(x, y, v, backend=backend).isnan().all()
+        _, *gradients = evaluate(lambda *inputs: fastvae.kernel_matmul(*inputs, backend=backend).sum(), x, y, v)
+        assert all(gradient.isnan().all() for gradient in gradients)
+        t.copy_(finite)
 
 
 @needs_triton

@@ -103,7 +103,9 @@ def _gradients(grad: Tensor, *args: Any) -> Gradients:
     with without_autocast(problem.x.device):
         if not bandwidth_grad and (rows := problem.rows()) is not None:
             dtype = accumulation_dtype(problem.v.dtype)
-            found = rows.gradients(problem.v.to(dtype), grad.to(dtype), x_grad, y_grad)
+            # x and y are finite here.
+            grad = grad.to(dtype) + zero_if_finite(problem.v).to(dtype)
+            found = rows.gradients(problem.v.to(dtype), grad, x_grad, y_grad)
             return _wanted(problem, found, problem.x, args[-4:])
         kernel, x, y, v, centre = problem.plan(shifted=False)
         grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
