@@ -2,7 +2,7 @@
 
 A perceptron 784-400-20 and Adam, on one thread; `fastvae.VAE` with `VAEObjective` against hand-written PyTorch, each as it is and compiled.
 Of each batch size all providers once a round, in one process; medians of the processor's time, and their ratio to that of the hand-written
-VAE, whose loss has no MMD. Rows are appended to benchmarks/results/training.jsonl.
+VAE, whose loss has no MMD. Rows are appended to benchmarks/results/training_steps.jsonl.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
     for row in rows(args.seconds):
         print(f"{row['batch']:5} {row['provider']:40} {row['processor_ms']:9.3f} ms, {row['over_eager']:.2f} of eager", flush=True)
-        with (RESULTS / "training.jsonl").open("a") as file:
+        with (RESULTS / "training_steps.jsonl").open("a") as file:
             file.write(json.dumps(row | common) + "\n")
 
 
