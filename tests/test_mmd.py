@@ -884,3 +884,18 @@ def test_gradients_lie_as_the_compiler_expects_them(n, dim, kernel, backend):
     others = [fastvae.kernel_matmul(x, y, y, kernel=kernel), fastvae.group_mmd(x, labels, num_groups=3, kernel=kernel).mean()]
     for loss in others:
         assert torch.autograd.grad(loss.sum(), x)[0].is_contiguous()
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("kernel", ["laplace", "energy"])
+@pytest.mark.parametrize("rows", [(40, 30), (300, 150)])
+def test_triton_takes_differences_where_many_pairs_are_near(kernel, rows):
+    """A function of the root, of rows near to one another and one far away: products would lose the directions between them."""
+    x, y = (1e-4 * torch.randn(n, 5, device=DEVICE) for n in rows)
+    x[0] += 10
+    actual = evaluate(fastvae.mmd, x, y, kernel=kernel, bandwidth=10.0, backend="triton")
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=10.0)
+    for a, e in zip(actual[1:], exact[1:], strict=True):
+        assert (a - e)[1:].norm() < 1e-5 * e[1:].norm()
