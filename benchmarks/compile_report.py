@@ -283,7 +283,8 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         products = products_of(variant.kernel, variant.precision, finer=variant.finer)[1]
         if variant.terms:
             return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
-        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, _powers(variant.kernel))
+        plain = variant.kernel == RBF() and not variant.within and not variant.batched
+        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, _powers(variant.kernel), plain)
     if isinstance(variant, Matmul):
         products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
         if variant.differences:

@@ -154,9 +154,9 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     ),
     ("wgmma", True): (
         # Small blocks, several a multiprocessor, of which one multiplies while others take exponentials: at D 16 0.8 and at D 64 0.75 of
-        # the time of one block of 8 warps (H100).
+        # the time of one block of 8 warps (H100); four blocks at D 64 0.89 of that of three (H200).
         _Rule(32, _ANY, SweepConfig(64, 64, _ALL, _ALL, 4, 3)),
-        _Rule(64, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
+        _Rule(64, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2, registers=128)),
         _Rule(64, _ANY, SweepConfig(128, 64, _ALL, _ALL, 8, 2)),
         _Rule(128, 1, SweepConfig(64, 64, _ALL, _ALL, 4, 2)),
         _Rule(128, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
@@ -252,8 +252,11 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
     return max(1, min(2 * multiprocessors // programs, tiles // MIN_TILES))
 
 
-def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False) -> SweepConfig:
-    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of t."""
+def sweep_config(
+    dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False, plain: bool = True
+) -> SweepConfig:
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of t, `plain`
+    that it is a Gaussian between two samples of one problem."""
     unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     unit += " tf32x3" * (precision == "tf32x3") + " tf32" * (precision == "high" and gradient and unit == "wgmma")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
@@ -261,6 +264,9 @@ def sweep_config(dim: int, precision: str, gradient: bool, bandwidths: int, arch
     if powers and config.block_m > (32 if bandwidths > 1 else 64 if gradient else math.inf):
         # The powers of all bandwidths, or with them the slope, take more registers than the products.
         config = replace(config, block_m=config.block_m // 2)
+    if gradient and not plain:
+        # What else these compute would spill.
+        config = replace(config, registers=None)
     whole = max(16, _next_power_of_2(dim))
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
 

@@ -89,6 +89,9 @@ from fastvae.kernels.prepare import (
 )
 from fastvae.radial import KernelNumbers, RationalQuadratic
 
+# Pairs within a sample from which on its value is worth a launch of its own.
+_APART = 1 << 26
+
 # Bits of the flags of a sample: the gradient of its rows is wanted, they meet the other sample, each pair within it is met once.
 _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
@@ -167,6 +170,8 @@ def _store_terms(out_ptr, part_size, terms, group, FAMILY: tl.constexpr, TERMS: 
         "m",
         "first_y",
         "rows",
+        "swept_rows",
+        "first_block",
         "x_start",
         "x_blocks",
         "y_start",
@@ -183,13 +188,15 @@ def sweep_kernel(
     weight_ptr,  # (B, rows)
     plan_ptr,  # (B, PLAN)
     table_ptr,  # (B, TABLE)
-    value_ptr,  # (1 + terms, PARTS, B, blocks·BLOCK_N), sums over the columns as they enter MMD²: of the kernel, then `bandwidth_terms`
+    value_ptr,  # (1 + terms, PARTS, B, swept_rows), sums over the columns as they enter MMD²: of the kernel, then `bandwidth_terms`
     slope_ptr,  # (PARTS, B, rows with gradient), Σ_j w_j·(W − shift)
     moments_ptr,  # (PARTS, B, rows with gradient, D), Σ_j w_j·(W − shift)·u_j, in DIFFERENCES mode of u_j − u_i
     n,
     m,
     first_y,
     rows,
+    swept_rows,  # by all launches together
+    first_block,  # of this one
     x_start,  # rows of x from here on are swept, by x_blocks blocks, then those of y
     x_blocks,
     y_start,
@@ -218,12 +225,11 @@ def sweep_kernel(
 ):
     """Sums of a block of rows over a share of the columns of its own or of the other sample.
 
-    Program 0 is the block of rows, program 1 the block of moments or the group of bandwidths and the problem of a batch, program 2 the
-    share, own and other in turn.
+    Program 0 is the block of rows from `first_block` on, program 1 the block of moments or the group of bandwidths and the problem of a
+    batch, program 2 the share, own and other in turn.
     """
     # where
     d_out = tl.program_id(1)
-    blocks = tl.num_programs(0)
     batches = 1
     if BATCHED:
         # Bases of their own for the pointers take registers, which one problem is spared.
@@ -239,7 +245,7 @@ def sweep_kernel(
         lo_ptr += problem * rows * (halves * D)
         half_ptr += problem * rows
         weight_ptr += problem * rows
-        value_ptr += problem * blocks * BLOCK_N
+        value_ptr += problem * swept_rows
         slope_ptr += problem * gradient_rows
         moments_ptr += problem * gradient_rows * D
     if tl.load(plan_ptr + ROUTE) != PASS:
@@ -247,9 +253,9 @@ def sweep_kernel(
     # One bandwidth of a Gaussian has its value for slope, and of a polynomial only moments are wanted.
     SLOPES: tl.constexpr = FAMILY < POLYNOMIAL and (FAMILY != GAUSSIAN or BANDWIDTHS > 1)
     dtype: tl.constexpr = half_ptr.dtype.element_ty
-    block = tl.program_id(0)
+    block = first_block + tl.program_id(0)
     part = tl.program_id(2)
-    is_y = block >= x_blocks
+    is_y = (block >= x_blocks) & (SAMPLES == 2)
     sample = is_y.to(tl.int32)
     other = part % SAMPLES
     flags = tl.where(is_y, y_flags, x_flags)
@@ -262,9 +268,9 @@ def sweep_kernel(
     if SAMPLES == 2:  # noqa: SIM102
         if (other == 1) & ((flags & _CROSS) == 0):
             # Nor have they a gradient: a value of zero is all there is to store.
-            out_ptr = value_ptr + (tl.cast(part, tl.int64) * batches * blocks + block) * BLOCK_N
+            out_ptr = value_ptr + tl.cast(part, tl.int64) * batches * swept_rows + block * BLOCK_N
             if TERMS > 0:
-                _store_terms(out_ptr, batches * blocks * BLOCK_N, terms, d_out, FAMILY, TERMS, BANDWIDTHS)
+                _store_terms(out_ptr, batches * swept_rows, terms, d_out, FAMILY, TERMS, BANDWIDTHS)
             else:
                 tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
             return
@@ -354,11 +360,11 @@ def sweep_kernel(
             if len(table) > 0 and t % 2 == 0 and not WEIGHTED and MODE != DIFFERENCES:
                 term += padded * table[t + 1]
             sums += (term * factor,)
-        out_ptr = value_ptr + (out * blocks + block) * BLOCK_N
-        _store_terms(out_ptr, batches * blocks * BLOCK_N, sums, d_out, FAMILY, TERMS, BANDWIDTHS)
+        out_ptr = value_ptr + out * swept_rows + block * BLOCK_N
+        _store_terms(out_ptr, batches * swept_rows, sums, d_out, FAMILY, TERMS, BANDWIDTHS)
     elif d_out == 0:
         factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
-        tl.store(value_ptr + (out * blocks + block) * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
+        tl.store(value_ptr + out * swept_rows + block * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
     if GRADIENT:  # noqa: SIM102
         if (flags & _GRADIENT) != 0:
             factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_PULL, OTHER_PULL) + sample)).to(dtype)
@@ -585,29 +591,37 @@ class _Choice:
     """What a launch takes from the kernel, dtype and number of features alone."""
 
     configs: tuple[SweepConfig, ...]  # of each pass
+    values: tuple[SweepConfig, ...]  # the same without gradient, if some rows are swept apart
     terms: tuple[TermsConfig, ...]  # the same of `bandwidth_terms`, if they are wanted
     features: int
     block: int  # rows
 
 
 @functools.lru_cache(maxsize=256)
-def _choice(evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, terms: bool, device: torch.device) -> _Choice:
+def _choice(
+    evaluation: Evaluation, dim: int, dtype: torch.dtype, gradient: bool, apart: bool, terms: bool, pair: bool, device: torch.device
+) -> _Choice:
+    """`pair` says that there are two samples, of one problem."""
     architecture, powers = device_limits(device).architecture, isinstance(evaluation.kernel, RationalQuadratic)
-    configs = [
-        difference_config(dtype.itemsize)
-        if mode == DIFFERENCES.value
-        else sweep_config(dim, products_of(mode, dtype), gradient, evaluation.bandwidths, architecture, powers)
-        for mode in evaluation.modes
-    ]
+    plain = pair and evaluation.family == GAUSSIAN.value
+    configs, values = (
+        [
+            difference_config(dtype.itemsize)
+            if mode == DIFFERENCES.value
+            else sweep_config(dim, products_of(mode, dtype), pulls, evaluation.bandwidths, architecture, powers, plain)
+            for mode in evaluation.modes * wanted
+        ]
+        for pulls, wanted in ((gradient, True), (False, apart))
+    )
     term_configs = [
         terms_config(dim, difference_products(dtype.itemsize) if mode == DIFFERENCES.value else products_of(mode, dtype),
                      evaluation.bandwidths, architecture, evaluation.family == QUADRATIC_STEEP.value)
         for mode in evaluation.modes * terms
     ]  # fmt: skip
-    both = [*zip(evaluation.modes, configs, strict=True), *zip(evaluation.modes, term_configs, strict=False)]
-    features = max(padded_dim(dim, config) for mode, config in both if mode != DIFFERENCES.value)
-    block = max(ROW_BLOCK, *(config.block_n for _, config in both))
-    return _Choice(tuple(configs), tuple(term_configs), features, block)
+    all_configs = [pair for of in (configs, values, term_configs) for pair in zip(evaluation.modes, of, strict=False)]
+    features = max(padded_dim(dim, config) for mode, config in all_configs if mode != DIFFERENCES.value)
+    block = max(ROW_BLOCK, *(config.block_n for _, config in all_configs))
+    return _Choice(tuple(configs), tuple(values), tuple(term_configs), features, block)
 
 
 def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
@@ -628,7 +642,10 @@ def mmd(
     weighted = any(sample.weights is not None for sample in samples)
     evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, dtype, precision)
     terms = term_count(kernel.kernel, kernel.count) if bandwidth_grad else 0
-    choice = _choice(evaluation, dim, dtype, gradient, terms > 0, device)
+    # Rows without gradient beside rows with one take a third less time in a kernel of values alone, if they are worth its launches.
+    lone = [sample for sample in samples if gradient and not sample.gradient]
+    apart = any(batch * sample.rows * sample.points.shape[-2] >= _APART for sample in lone)
+    choice = _choice(evaluation, dim, dtype, gradient, apart, terms > 0, two and batch == 1, device)
     d = choice.features
 
     # The rows that are swept, and what of them.
@@ -651,30 +668,38 @@ def mmd(
     # sweep
     empty = functools.partial(torch.empty, dtype=dtype, device=device)
     config = choice.configs[0]
-    programs = len(samples) * batch * ((x_padded + y_padded) // config.block_n) * (d // config.block_d if gradient else 1)
+    swept_rows = x_padded + y_padded
+    programs = len(samples) * batch * (swept_rows // config.block_n) * (d // config.block_d if gradient else 1)
     tiles = -(-max(n, m) // config.block_m)
     parts = len(samples) * column_splits(programs, tiles, device_limits(device).multiprocessors)
-    value = empty((1 + terms) * parts * batch * (x_padded + y_padded))
+    value = empty((1 + terms) * parts * batch * swept_rows)
     slope, moments = value, value
     if gradient:
         slope, moments = empty(parts * batch * gradient_rows), empty(parts * batch * gradient_rows * d)
     key = operands.key, gradient, terms
-    sweeps: list[tuple[bool, tuple[int, int], Sequence[SweepConfig]]] = [(gradient, flags, choice.configs)]
+    of_x, of_y, of_all = (0, x_padded), (x_padded, y_padded), (0, swept_rows)
+    sweeps: list[tuple[bool, tuple[int, int], Sequence[SweepConfig], tuple[int, int]]]
+    if apart:
+        pulled, rest = (of_x, of_y) if x.gradient else (of_y, of_x)
+        sweeps = [(True, flags, choice.configs, pulled), (False, flags, choice.values, rest)]
+    else:
+        sweeps = [(gradient, flags, choice.configs, of_all)]
     if terms:
-        sweeps.append((False, (_flags(x, False, two and counted), _flags(samples[-1], False, two and not counted)), choice.terms))
-    for pulls, (x_flags, y_flags), configs in sweeps:
+        value_flags = _flags(x, False, two and counted), _flags(samples[-1], False, two and not counted)
+        sweeps.append((False, value_flags, choice.terms, of_all))
+    for pulls, (x_flags, y_flags), configs, (first_row, some_rows) in sweeps:
         for number, (mode, config) in enumerate(zip(evaluation.modes, configs, strict=True)):
             share, groups = 0, 1
             if isinstance(config, TermsConfig):
                 share, groups = term_count(kernel.kernel, config.bandwidths), config.groups(evaluation.bandwidths)
             block = config.block_n
             launch(
-                sweep_kernel, (key, number, share), device,
-                ((x_padded + y_padded) // block, batch * (d // config.block_d if pulls else groups), parts),
+                sweep_kernel, (key, number, share, pulls), device,
+                (some_rows // block, batch * (d // config.block_d if pulls else groups), parts),
                 (
                     *operands.parts(mode), operands.half, operands.weights, operands.plan, operands.table, value, slope, moments, n, m,
-                    operands.first_y, operands.rows, x.start, x_padded // block, y_start, x_flags, y_flags, first_gradient // block,
-                    gradient_rows,
+                    operands.first_y, operands.rows, swept_rows, first_row // block, x.start, x_padded // block, y_start, x_flags, y_flags,
+                    first_gradient // block, gradient_rows,
                 ),
                 lambda number=number, mode=mode, config=config, pulls=pulls, share=share, groups=groups: {
                     "PLAN_SIZE": PLAN, "TABLE": evaluation.table, "PASS": number, "SAMPLES": len(samples), "BATCHED": batch > 1,

@@ -835,6 +835,37 @@ def test_compiled_call_gives_nan_for_what_it_cannot_check():
 
 @needs_triton
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("kernel", ["rbf", "laplace"])
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_a_large_sample_without_gradient_is_swept_apart(monkeypatch, wanted, kernel, batch, estimator):
+    from fastvae.kernels import mmd as kernels
+
+    points = [torch.randn(*batch, n, 70, device=DEVICE) for n in (90, 130)]
+    options = {"bandwidth": (4.0, 8.0), "kernel": kernel, "estimator": estimator}
+
+    def result(points, **more):
+        points = [p.clone().requires_grad_(number == wanted) for number, p in enumerate(points)]
+        value = fastvae.mmd(*points, **options, **more)
+        return value.detach(), *torch.autograd.grad(value.sum(), points[wanted])
+
+    launches, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args: launches.append(args[0]) or launch(*args))
+    together = result(points, backend="triton")
+    sweeps = launches.count(kernels.sweep_kernel)
+    monkeypatch.setattr(kernels, "_APART", 1)
+    apart = result(points, backend="triton")
+    assert launches.count(kernels.sweep_kernel) == 3 * sweeps
+    exact = result([p.double() for p in points], backend="reference")
+    for a, b, e in zip(apart, together, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["mmd", "mmd_to_normal"])
 def test_options_reach_the_kernels(monkeypatch, name):
     from fastvae.kernels import mmd as kernels
