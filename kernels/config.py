@@ -126,7 +126,7 @@ DEFAULT_DEVICE = Device(90, 132)
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 # How a multiprocessor multiplies: Hopper by groups of warps, the B200 in tensor memory, all others as sm_80 does.
-_WGMMA, _TCGEN05 = (90,), (100, 103)
+WGMMA, _TCGEN05 = (90,), (100, 103)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def sweep_config(
 ) -> SweepConfig:
     """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of t, `plain`
     that it is a Gaussian between two samples of one problem."""
-    unit = "wgmma" if architecture in _WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
+    unit = "wgmma" if architecture in WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     unit += " tf32x3" * (precision == "tf32x3") + " tf32" * (precision == "high" and gradient and unit == "wgmma")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
     config = next(rule.config for rule in rules if dim <= rule.dim and bandwidths <= rule.bandwidths)
@@ -283,7 +283,7 @@ def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, s
         return TermsConfig(32 if double else 64, 32, 16, 16, 4, 2, bandwidths=share)
     # Three products of tf32 take twice the room.
     block_k = min(max(16, _next_power_of_2(dim)), 32 if precision == "tf32x3" else 64)
-    return TermsConfig(64, 64 if architecture in _WGMMA + _TCGEN05 else 32, block_k, block_k, 4, 2, bandwidths=share)
+    return TermsConfig(64, 64 if architecture in WGMMA + _TCGEN05 else 32, block_k, block_k, 4, 2, bandwidths=share)
 
 
 def padded_dim(dim: int, config: SweepConfig) -> int:
@@ -312,11 +312,11 @@ def matmul_config(
     block_d = min(max(16, _next_power_of_2(dim)), 64)
     small = max(block_c, block_d) <= 16 and not (powers and bandwidths > 1)
     if gradient:
-        tile = (128, 64, 8) if small and architecture in _WGMMA else (64, 32, 4)
+        tile = (128, 64, 8) if small and architecture in WGMMA else (64, 32, 4)
         # All registers: the compiler's own limit for sm_86 is three blocks a multiprocessor, and spills.
-        limit = None if architecture in _WGMMA or architecture in _TCGEN05 or small else 255
+        limit = None if architecture in WGMMA or architecture in _TCGEN05 or small else 255
         return MatmulConfig(tile[0], tile[1], min(block_d, 32), block_d, tile[2], 1, limit, block_c=min(block_c, 32))
-    if architecture in _WGMMA or small:
+    if architecture in WGMMA or small:
         many = powers and bandwidths > 1
         return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c=min(block_c, 32) if many else block_c)
     return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, block_c=min(block_c, 32))

@@ -866,6 +866,21 @@ def test_a_large_sample_without_gradient_is_swept_apart(monkeypatch, wanted, ker
 
 @needs_triton
 @pytest.mark.interpreter
+def test_high_precision_of_large_samples_is_the_highest_on_hopper(monkeypatch):
+    from fastvae.kernels import config
+    from fastvae.kernels import mmd as kernels
+
+    if kernels.device_limits(torch.device(DEVICE)).architecture not in config.WGMMA:
+        pytest.skip("another architecture")
+    x, y = torch.randn(40, 5, device=DEVICE), torch.randn(30, 5, device=DEVICE)
+    wanted = evaluate(fastvae.mmd, x, y, backend="triton", precision="highest")
+    assert evaluate(fastvae.mmd, x, y, backend="triton", precision="high")[0] != wanted[0]
+    monkeypatch.setattr(kernels, "_APART", 40 * 30)
+    assert evaluate(fastvae.mmd, x, y, backend="triton", precision="high")[0] == wanted[0]
+
+
+@needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["mmd", "mmd_to_normal"])
 def test_options_reach_the_kernels(monkeypatch, name):
     from fastvae.kernels import mmd as kernels
