@@ -62,9 +62,9 @@ def mmd(
         x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient. Not for estimator="linear".
         y_weights: (..., M), likewise.
         precision: of the products on a GPU; None follows PyTorch's switch, `torch.set_float32_matmul_precision` or its newer form
-            `torch.backends.cuda.matmul.fp32_precision`. "highest": three of bfloat16 parts, nearly as good as float32, "high": tf32,
-            "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the input's precision, but where
-            PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
+            `torch.backends.cuda.matmul.fp32_precision`. "highest": three of bfloat16 parts, nearly as good as float32, "high": tf32
+            or, where they are faster, those, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the
+            input's precision, but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
             "inductor" is "cpu", and for the RBF kernel and samples of 1,024 rows and more has loops that `torch.compile` makes: faster for
             up to 8 features, and for bandwidths whose h² are powers of two times one another. It needs a C++ compiler, and seconds the
