@@ -156,7 +156,7 @@ def real(name: str, value: Any, *, above: float | None = None, at_least: float |
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")

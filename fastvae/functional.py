@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
+from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.distributed import Heard, gather_rows, sum_shares
 from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
@@ -86,7 +88,7 @@ def mmd(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
-    with Heard(process_group):
+    with _heard(process_group):
         checks.points("x", x, batched=True)
         checks.points("y", y, batched=True)
         checks.same_features("x", x, "y", y)
@@ -128,11 +130,8 @@ def mmd_to_normal(
 
     Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
     """
-    with Heard(process_group):
+    with _heard(process_group):
         checks.points("x", x, batched=True)
-        checks.option("estimator", estimator, checks.ESTIMATORS)
-        checks.closed_form(kernel)
-        checks.no_bandwidth_rule(bandwidth)
     return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
 
 
@@ -149,10 +148,8 @@ def _mmd(
     backend: str | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
-    with Heard(process_group):
-        family = checks.kernel_options(kernel, precision, backend, x.device, checks.MMD_BACKENDS)
-        checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
-        h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    with _heard(process_group):
+        (family, h, a), kernel_options = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, y is None)
         for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
             if points is not None and weights is not None:
                 checks.no_linear_weights(f"{name}_weights", estimator)
@@ -184,10 +181,51 @@ def _mmd(
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (estimator == "unbiased", precision or "", backend or "")
-    value = apply_mmd(*tensors, *whole, *starts, *kernel_arguments(family, h, a), *arguments)
+    value = apply_mmd(*tensors, *whole, *starts, *(kernel_options or kernel_arguments(family, h, a)), *arguments)
     if process_group is not None:
         return sum_shares(value, process_group)
     return value.reshape(x.shape[:-2]) if x.ndim > 3 else value
+
+
+Options = tuple[tuple[Kernel, Numbers, Numbers], tuple[Any, ...] | None]
+
+
+def _options(*options: Any) -> Options:
+    """The kernel, its bandwidths and their weights, and if they are known the same as arguments of an operation."""
+    _, _, _, backend, bandwidth, weights, *_ = options
+    # Of the same number once: between the other operations of a training step the checks take as long as some of the sums.
+    if type(bandwidth) is float and weights is None and backend is None and not torch.compiler.is_compiling():
+        try:
+            return _known_options(*options)
+        except TypeError:
+            # Of an option that has no hash, or that is refused: what is wrong is said below.
+            pass
+    return _checked_options(*options), None
+
+
+@functools.lru_cache(maxsize=256)
+def _known_options(*options: Any) -> Options:
+    checked = _checked_options(*options)
+    return checked, kernel_arguments(*checked)
+
+
+def _checked_options(
+    kernel: str | Kernel,
+    estimator: str,
+    precision: str | None,
+    backend: str | None,
+    bandwidth: float | str | Sequence[float] | Tensor,
+    bandwidth_weights: Sequence[float] | Tensor | None,
+    device: torch.device,
+    to_normal: bool,
+) -> tuple[Kernel, Numbers, Numbers]:
+    if to_normal:
+        checks.option("estimator", estimator, checks.ESTIMATORS)
+        checks.closed_form(kernel)
+        checks.no_bandwidth_rule(bandwidth)
+    family = checks.kernel_options(kernel, precision, backend, device, checks.MMD_BACKENDS)
+    checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
+    return family, *checks.bandwidths(bandwidth, bandwidth_weights, device)
 
 
 def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:
@@ -198,6 +236,13 @@ def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a:
     parts = torch.stack([apply(h[n : n + 1], [1.0]) for n in range(len(h))], -1)
     with without_autocast(parts.device):
         return parts @ as_vector(a, parts.device).to(parts)
+
+
+_NO_GROUP: AbstractContextManager[None] = nullcontext()
+
+
+def _heard(group: ProcessGroup | None) -> AbstractContextManager[None]:
+    return _NO_GROUP if group is None else Heard(group)
 
 
 def _dense_mmd(
@@ -493,23 +538,26 @@ def reparameterize_kl(
     """
     checks.rows("mu", mu)
     checks.floating_tensor("logvar", logvar)
-    mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
     checks.same_shape("mu", mu, "logvar", logvar)
+    mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
     checks.same_kind("mu", mu, "logvar", logvar)
-    checks.option("backend", backend, checks.BACKENDS)
-    checks.backend_device(backend, mu.device)
+    if backend is not None or mu.is_cuda:
+        checks.option("backend", backend, checks.BACKENDS)
+        checks.backend_device(backend, mu.device)
     if eps is not None:
         checks.noise(eps, generator, mu)
     shape = mu.shape
     if len(shape) != 2:
         mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
     noise = _noise(mu, generator, backend) if eps is None else eps
+    on_cpu = backend is None and mu.device.type == "cpu"
     # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it.
-    inlined = backend is None and mu.device.type == "cpu" and torch.compiler.is_compiling()
-    if backend == "reference" or inlined:
+    if backend == "reference" or (on_cpu and torch.compiler.is_compiling()):
         dtype = accumulation_dtype(mu.dtype)
         z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
         z = z.to(mu.dtype)
+    elif on_cpu and mu.numel() <= cpu.SMALL:
+        z, kl = cpu.differentiable(mu, logvar, noise, per_dimension)
     else:
         z, kl = apply_reparameterize_kl(mu, logvar, noise, per_dimension, backend or "")
     if len(shape) == 2:

@@ -162,13 +162,21 @@ def mmd(
     if y is None:
         prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
         squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
-        exponents = torch.addcmul(prior.constants, squares, prior.slopes)
-        powers = exponents.exp()
-        means = powers @ prior.factors
-        shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(ladder.shifts) else means
-        value = value + (shifted.narrow(-1, 0, 1) * signed).sum((-2, -1)) + prior.within
-        if gradients[0] is not None:
-            gradients[0].addcmul_(given, (means.narrow(-1, 1, 1) * signed).to(dtype))
+        value = value + prior.within
+        if x_weights is None and prior.single is not None:
+            slope_of_square, *factors = prior.single
+            powers = squares.mul_(slope_of_square).exp_()
+            value.add_(powers.sum((-2, -1)), alpha=factors[0] / first)
+            if gradients[0] is not None:
+                gradients[0].addcmul_(given, powers.to(dtype), value=factors[1] / first)
+        else:
+            exponents = torch.addcmul(prior.constants, squares, prior.slopes)
+            powers = exponents.exp()
+            means = powers @ prior.factors
+            shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(ladder.shifts) else means
+            value = value + (shifted.narrow(-1, 0, 1) * signed).sum((-2, -1))
+            if gradients[0] is not None:
+                gradients[0].addcmul_(given, (means.narrow(-1, 1, 1) * signed).to(dtype))
     return value.to(result_dtype), gradients[0], gradients[1]
 
 
@@ -417,6 +425,7 @@ class _Prior(NamedTuple):
     shifts: Tensor
     factors: Tensor  # −2·a_b and 2·a_b/(h_b² + 1), of the value and of the gradient s·x
     within: float
+    single: tuple[float, float, float] | None  # of one bandwidth without shift its slope, and its factors times E k(0, y)
 
 
 @functools.lru_cache(maxsize=256)
@@ -427,4 +436,8 @@ def _prior(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, .
     constants = rbf_normal_mean_exponent(torch.zeros(1, dim, dtype=torch.float64, device="cpu"), h)[0]
     within = rbf_normal_self_exponent(dim, h)
     factors = torch.stack([-2 * a, -4 * a * slopes], 1)
-    return _Prior(slopes, constants, shifts, factors, float(torch.where(shifts, within.expm1(), within.exp()) @ a))
+    single = None
+    if len(bandwidth) == 1 and not shifted:
+        value, gradient = (factors[0] * constants.exp()).tolist()
+        single = float(slopes), value, gradient
+    return _Prior(slopes, constants, shifts, factors, float(torch.where(shifts, within.expm1(), within.exp()) @ a), single)
