@@ -536,28 +536,27 @@ def reparameterize_kl(
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
+    if eps is None and backend is None and cpu.is_small(mu, logvar):
+        return cpu.differentiable(mu, logvar, _noise(mu, generator, None), per_dimension)
     checks.rows("mu", mu)
     checks.floating_tensor("logvar", logvar)
-    checks.same_shape("mu", mu, "logvar", logvar)
     mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
+    checks.same_shape("mu", mu, "logvar", logvar)
     checks.same_kind("mu", mu, "logvar", logvar)
-    if backend is not None or mu.is_cuda:
-        checks.option("backend", backend, checks.BACKENDS)
-        checks.backend_device(backend, mu.device)
+    checks.option("backend", backend, checks.BACKENDS)
+    checks.backend_device(backend, mu.device)
     if eps is not None:
         checks.noise(eps, generator, mu)
     shape = mu.shape
     if len(shape) != 2:
         mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
     noise = _noise(mu, generator, backend) if eps is None else eps
-    on_cpu = backend is None and mu.device.type == "cpu"
     # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it.
-    if backend == "reference" or (on_cpu and torch.compiler.is_compiling()):
+    inlined = backend is None and mu.device.type == "cpu" and torch.compiler.is_compiling()
+    if backend == "reference" or inlined:
         dtype = accumulation_dtype(mu.dtype)
         z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
         z = z.to(mu.dtype)
-    elif on_cpu and mu.numel() <= cpu.SMALL:
-        z, kl = cpu.differentiable(mu, logvar, noise, per_dimension)
     else:
         z, kl = apply_reparameterize_kl(mu, logvar, noise, per_dimension, backend or "")
     if len(shape) == 2:

@@ -7,10 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
 from fastvae import reference
 from fastvae.cpu import memory
+from fastvae.cpu import reparameterize_kl as small
 from fastvae.cpu.memory import new_empty
 from fastvae.kernels.config import RowConfig
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
@@ -431,3 +433,30 @@ def test_functional_gradient_with_its_own_noise(backend):
 
     grad, z = torch.func.grad(loss, has_aux=True)(logvar)
     torch.testing.assert_close(grad, 0.5 * (z - mu))
+
+
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_few_rows_on_a_cpu(per_dimension):
+    """PyTorch's own derivatives: the same numbers as the operation's, from the same state of the generator."""
+    mu, logvar = torch.randn(40, 6), torch.randn(40, 6)
+
+    def result(**options):
+        inputs = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
+        z, kl = fastvae.reparameterize_kl(*inputs, generator=torch.Generator().manual_seed(3), per_dimension=per_dimension, **options)
+        loss = (z * torch.linspace(-1, 1, 6)).sum() + kl.square().sum()
+        return z.detach(), kl.detach(), *torch.autograd.grad(loss, inputs)
+
+    assert small.is_small(mu, logvar)
+    for few, many in zip(result(), result(backend="cpu"), strict=True):
+        torch.testing.assert_close(few, many)
+
+
+def test_small_is_what_passes_every_check():
+    mu = torch.randn(4, 3)
+    assert small.is_small(mu, mu)
+    for other in (mu.double(), mu[:2], mu[None], mu.to("meta"), mu[:0], torch.randn(4, 3, dtype=torch.bfloat16), torch.randn(4096, 3)):
+        assert not small.is_small(mu, other)
+        assert len(other) == 2 or not small.is_small(other, other)
+    assert not small.is_small(3, 3)
+    with FakeTensorMode():
+        assert not small.is_small(torch.randn(4, 3), torch.randn(4, 3))

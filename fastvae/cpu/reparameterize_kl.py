@@ -8,27 +8,38 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu.memory import new_empty
-from fastvae.ops.common import accumulation_dtype
+from fastvae.ops.common import accumulation_dtype, needs_dispatcher
 from fastvae.radial import LOG2_E
 
 # Elements of a block for each thread: with half as many, calls cost more than what the cache saves, a twentieth of the time with one thread
 # and a fifth with two.
 BLOCK = 131_072
 
-# Elements up to which PyTorch's own derivatives of these operations take less time, between others of a training step, than a Function.
-SMALL = 8_192
+# Elements up to which PyTorch's own derivatives take less time, between other operations of a training step, than a Function of ours.
+_SMALL = 8_192
 
 _MINUS_ONE = torch.tensor(-1.0, device="cpu")
 
 
+def is_small(mu: Tensor, logvar: Tensor) -> bool:
+    """Whether `differentiable` takes them: matrices of float32 for which no transform or mode of PyTorch is at work."""
+    return (
+        type(mu) is type(logvar) is Tensor
+        and mu.dtype is logvar.dtype is torch.float32
+        and mu.ndim == 2
+        and mu.shape == logvar.shape
+        and 0 < mu.numel() <= _SMALL
+        and mu.device.type == logvar.device.type == "cpu"
+        and not needs_dispatcher(mu)
+    )
+
+
 def differentiable(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
     """As `forward`, in operations that PyTorch differentiates."""
-    dtype = accumulation_dtype(mu.dtype)
-    m, lv = mu.to(dtype), logvar.to(dtype)
-    std = (0.5 * lv).exp()
-    z = torch.addcmul(m, std, eps.to(dtype)).to(mu.dtype)
-    twice_kl = torch.addcmul(_MINUS_ONE, std, std).addcmul(m, m) - lv
-    return z, 0.5 * twice_kl if per_dimension else torch.mv(twice_kl, _halves(mu.shape[1], dtype))
+    std = (0.5 * logvar).exp()
+    twice_kl = torch.addcmul(_MINUS_ONE, std, std).addcmul(mu, mu) - logvar
+    kl = 0.5 * twice_kl if per_dimension else torch.mv(twice_kl, _halves(mu.shape[1], mu.dtype))
+    return torch.addcmul(mu, std, eps), kl
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
