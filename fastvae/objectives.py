@@ -58,6 +58,10 @@ class Likelihood(nn.Module):
         """log p(x|z) in nats, summed over the features of each sample, shape (N,)."""
         raise NotImplementedError
 
+    def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        """The mean of `log_prob` over the samples, which a likelihood may know a shorter way to."""
+        return self.log_prob(reconstruction, x).mean(0)
+
     def mean(self, reconstruction: Tensor) -> Tensor:
         """E[x|z], in the units of the data and the shape of `reconstruction`."""
         raise NotImplementedError
@@ -102,9 +106,20 @@ class Gaussian(Likelihood):
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)
         squares = (x - reconstruction).square()
+        return self._of_squares(squares.sum(1), squares, x.shape[1])
+
+    def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        if type(self).log_prob is not Gaussian.log_prob:
+            return super().mean_log_prob(reconstruction, x)
+        reconstruction, x = _flat(reconstruction, x)
+        mean = F.mse_loss(reconstruction, x)
+        return self._of_squares(mean * x.shape[1], mean, x.shape[1])
+
+    def _of_squares(self, sums: Tensor, squares: Tensor, features: int) -> Tensor:
+        """From sums of squares over the features, and numbers whose mean is the variance."""
         log_sigma = self._optimal_log_sigma(squares) if self.optimal else self.log_sigma
         precision = (-2 * log_sigma).exp() if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma)
-        return -0.5 * squares.sum(1) * precision - x.shape[1] * (log_sigma + 0.5 * math.log(2 * math.pi))
+        return -0.5 * sums * precision - features * (log_sigma + 0.5 * math.log(2 * math.pi))
 
     def _optimal_log_sigma(self, squares: Tensor) -> Tensor:
         if self.training:
@@ -127,6 +142,12 @@ class Bernoulli(Likelihood):
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)
         return -F.binary_cross_entropy_with_logits(reconstruction, x, reduction="none").sum(1)
+
+    def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        if type(self).log_prob is not Bernoulli.log_prob:
+            return super().mean_log_prob(reconstruction, x)
+        reconstruction, x = _flat(reconstruction, x)
+        return F.binary_cross_entropy_with_logits(reconstruction, x, reduction="sum") / -len(x)
 
     def mean(self, reconstruction: Tensor) -> Tensor:
         return reconstruction.sigmoid()
@@ -365,7 +386,10 @@ class VAEObjective(GroupModule):
         Raises:
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
         """
-        reconstruction = -self._mean(output.likelihood.log_prob(output.reconstruction, x))
+        if self.process_group is None:
+            reconstruction = -output.likelihood.mean_log_prob(output.reconstruction, x)
+        else:
+            reconstruction = -self._mean(output.likelihood.log_prob(output.reconstruction, x))
         summands = {"reconstruction": reconstruction}
         kl = None if output.kl is None else self._mean(output.kl)
         distance = tc = dip = None

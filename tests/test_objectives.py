@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -454,3 +455,27 @@ def test_importance_weighted_bound_of_one_compiled_graph(gradient, model, x):
     parameters = list(model.parameters())
     expected = torch.autograd.grad(importance_weighted(gradient, model, x, eps).loss, parameters)
     torch.testing.assert_close(torch.autograd.grad(compiled(), parameters), expected)
+
+
+class Halved(Bernoulli):
+    def log_prob(self, reconstruction, x):
+        return 0.5 * super().log_prob(reconstruction, x)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Bernoulli(), Halved(), Gaussian(0.3), Gaussian(0.3, learned=True), Gaussian(0.3, optimal=True)],
+    ids=lambda likelihood: f"{type(likelihood).__name__}({likelihood.extra_repr()})",
+)
+def test_mean_of_the_log_likelihood(likelihood):
+    x = torch.rand(6, 3, 4, 5)
+    rows = torch.randn(6, 3, 4, 5, requires_grad=True)
+    leaves = [rows, *likelihood.parameters()]
+    results = []
+    for mean in (copy.deepcopy(likelihood).mean_log_prob, lambda *args: copy.deepcopy(likelihood).log_prob(*args).mean()):
+        assert mean(rows, x).shape == ()
+        results.append(mean(rows, x).detach())
+    torch.testing.assert_close(*results)
+    short = torch.autograd.grad(likelihood.mean_log_prob(rows, x), leaves)
+    for a, b in zip(short, torch.autograd.grad(likelihood.log_prob(rows, x).mean(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
