@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.distributed import Heard, gather_rows, sum_shares
-from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
+from fastvae.ops.common import NO_CONTEXT, accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
@@ -238,11 +238,8 @@ def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a:
         return parts @ as_vector(a, parts.device).to(parts)
 
 
-_NO_GROUP: AbstractContextManager[None] = nullcontext()
-
-
 def _heard(group: ProcessGroup | None) -> AbstractContextManager[None]:
-    return _NO_GROUP if group is None else Heard(group)
+    return NO_CONTEXT if group is None else Heard(group)
 
 
 def _dense_mmd(

@@ -197,7 +197,8 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), R
 
 def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
     """The kernel whose `name` and `parameters` these are."""
-    return type(KERNELS[name])(*parameters)
+    # One without parameters is itself, which caches find faster than an equal one.
+    return type(KERNELS[name])(*parameters) if parameters else KERNELS[name]
 
 
 def rounding_of_sum(dtype: torch.dtype) -> float:

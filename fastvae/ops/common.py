@@ -57,8 +57,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+NO_CONTEXT: AbstractContextManager[None] = nullcontext()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else NO_CONTEXT
 
 
 def unit_weights(weights: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -327,7 +327,7 @@ class _EagerMMD(torch.autograd.Function):
 
 def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
     # The inputs are not needed but to refuse their second derivative: one that needs no gradient may change in place meanwhile.
-    ctx.save_for_backward(*(source if want else None for source, want in zip(sources, wanted, strict=True)), *gradients)
+    ctx.save_for_backward(*[source if want else None for source, want in zip(sources, wanted, strict=True)], *gradients)
 
 
 def _gradients(ctx: Any, grad_value: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
