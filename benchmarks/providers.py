@@ -18,6 +18,8 @@ import fastvae
 
 # The usual snippet holds several arrays of N×M×D; beyond this many bytes in one of them it is not run.
 BROADCAST_LIMIT = 64 << 20
+# The same of N×M arrays in a CPU's memory, of which eager code holds several.
+MATRIX_LIMIT = 1 << 30
 
 MMD = Callable[[Tensor, Tensor, tuple[float, ...]], Tensor]
 
@@ -30,6 +32,7 @@ class Provider:
         missing: why it can't run here, or None.
         prior: whether it takes y ~ N(0, I) in closed form, so that its value is another than that of a sample.
         note: what a reader of its row has to know.
+        limit: bytes of an N×M array beyond which it is not run, or None.
     """
 
     name: str
@@ -37,10 +40,13 @@ class Provider:
     missing: str | None = None
     prior: bool = False
     note: str = ""
+    limit: int | None = None
 
     def refuses(self, n: int, dim: int) -> str | None:
         if self.missing is None and self.compute is broadcast and 4 * n * n * dim > BROADCAST_LIMIT:
             return f"not run: one of its N×M×D arrays takes {4 * n * n * dim / 2**30:.1f} GiB"
+        if self.limit is not None and 4 * n * n > self.limit:
+            return f"not run: one of its N×M arrays takes {4 * n * n / 2**30:.1f} GiB"
         return self.missing
 
 
@@ -119,12 +125,13 @@ def providers(device: str) -> list[Provider]:
     flags = f"built with CXXFLAGS='{os.environ.get('CXXFLAGS', '')}'" if device == "cpu" else ""
     keops_missing = _missing("pykeops")
     geomloss_missing = _missing("geomloss", "pykeops")
+    limit = MATRIX_LIMIT if device == "cpu" else None
     return [
         Provider("fastvae", fused, note="Triton" if device == "cuda" else "CPU path"),
         Provider("fastvae, inductor", inductor, None if device == "cpu" else "a backend of the CPU", note="CPU path, loops compiled"),
         Provider("fastvae, closed-form prior", fused_to_normal, prior=True),
-        Provider("eager", matrix, note="matrix products, N×M"),
-        Provider("torch.compile", compiled_matrix, note="of eager"),
+        Provider("eager", matrix, note="matrix products, N×M", limit=limit),
+        Provider("torch.compile", compiled_matrix, note="of eager", limit=limit),
         Provider("KeOps", keops, keops_missing, note=flags),
         Provider("geomloss", GeomLoss({}), geomloss_missing, note=f"online {flags}".strip()),
         Provider("N×M×D", broadcast, note="broadcast differences"),

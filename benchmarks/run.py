@@ -132,7 +132,7 @@ def samples(n: int, dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cases(args: argparse.Namespace) -> list[tuple[int, int, int, tuple[str, ...]]]:
     """(N, D, bandwidths, directions): the sizes at one D, the largest, and D and bandwidths at one N."""
-    found = [(n, args.series_dim, 1, DIRECTIONS) for n in args.series]
+    found = [(n, args.series_dim, 1, tuple(args.directions)) for n in args.series]
     found += [(n, dim, 1, DIRECTIONS[:1]) for n, dim in args.largest]
     return found + [(args.n, dim, count, DIRECTIONS[1:]) for dim in args.dims for count in args.bandwidths]
 
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16384 if gpu else 4096, help="N = M at which D and bandwidths vary")
     parser.add_argument("--series", type=int, nargs="*", default=[65536, 16384, 4096] if gpu else [2048, 4096, 8192], help="N = M, D fixed")
     parser.add_argument("--series-dim", type=int, default=64)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS, help="of the sizes --series")
     parser.add_argument("--dims", type=int, nargs="*", default=[2, 16, 64, 256])
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     parser.add_argument("--largest", nargs="*", default=["1000000x16"] if gpu else [], help="N×D of which only the value is timed")
