@@ -167,7 +167,9 @@ def _select(z: Tensor, rank: int) -> Tensor:
         elif below + inside <= rank:
             low, high = high, torch.inf
         elif inside == len(kept):
-            return kept.kthvalue(rank - below + 1).values
+            # numpy selects several times faster than PyTorch does.
+            kept.numpy().partition(rank - below)
+            return kept[rank - below]
         elif bool(kept.min() == kept.max()):
             return kept[0]
         else:

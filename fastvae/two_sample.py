@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
 from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
-from fastvae.ops.quadratic_form import quadratic_form_values
+from fastvae.ops.quadratic_form import quadratic_form_diagonal
 from fastvae.radial import RBF, Kernel, Laplace, Numbers, RationalQuadratic, as_vector
 from fastvae.reference.mmd import bandwidths
 
@@ -25,6 +26,8 @@ _BISECTIONS = 50
 # Of the collections where none is given.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
+# Random numbers in memory at once.
+_DRAWN_AT_ONCE = 1 << 20
 # Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
 _TIED_SPREAD, _TIED_SIZE = 256, 8
 
@@ -194,28 +197,33 @@ class _Data(NamedTuple):
 
     def columns(self, count: int, generator: torch.Generator | None) -> Tensor:
         """v (N + M, 1 + count), whose vᵀKv is a multiple of MMD²: first as observed, and then permuted."""
-        of_x, of_y = self.signs
+        n, rows, (of_x, of_y) = self.n, self.n + self.m, self.signs
         # On the CPU, whatever the default device, as its generator is.
-        v = torch.full((1 + count, self.n + self.m), of_y, dtype=accumulation_dtype(self.z.dtype), device="cpu")
-        v[0, : self.n] = of_x
-        for row in v[1:]:
+        v = torch.empty(1 + count, rows, dtype=accumulation_dtype(self.z.dtype), device="cpu")
+        v[0, :n], v[0, n:] = of_x, of_y
+        for part in v[1:].split(max(_DRAWN_AT_ONCE // rows, 1)):
             if self.swaps:
-                signs = 2 * torch.randint(2, (self.n,), generator=generator, device="cpu") - 1
-                row[: self.n], row[self.n :] = signs, -signs
+                part[:, :n] = torch.randint(2, (len(part), n), generator=generator, device="cpu")
+                part[:, :n].mul_(2).sub_(1)
+                part[:, n:] = -part[:, :n]
             else:
-                row[torch.randperm(self.n + self.m, generator=generator, device="cpu")[: self.n]] = of_x
+                part.copy_(_subsets(len(part), rows, n, generator)).mul_(of_x - of_y).add_(of_y)
         return v.T.contiguous().to(self.z.device)
 
     def statistics(
         self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None
     ) -> tuple[Tensor, Tensor]:
         """MMD² of each column, float64, and by how much rounding may set equal ones apart."""
-        n, m = self.n, self.m
+        n, m, unit = self.n, self.m, self.n * self.signs[0]
         # The last column is for the sum over all pairs i ≠ j of rows of z.
-        form = self.form(torch.cat([v, torch.ones_like(v[:, :1])], 1), family, h, a, progress)
-        w = v.double() / (n * self.signs[0])
-        form, total = form[:-1] / (n * self.signs[0]) ** 2, form[-1]
-        biased = form + w.square().T @ _pointwise(family, h, a, self.z, self.z)
+        form = self.form(v if self.swaps else torch.cat([v, torch.ones_like(v[:, :1])], 1), family, h, a, progress, self.swaps)
+        form, total = form[: v.shape[1]] / unit**2, form[-1]
+        own = _pointwise(family, h, a, self.z, self.z)
+        # Of weights 1/n and −1/m: w² = 1/(nm) + (1/n − 1/m)·w.
+        biased = form + own.sum() / (n * m)
+        if n != m:
+            w = v.double() / unit
+            biased = biased + (1 / n - 1 / m) * (w.T @ own)
         if self.estimator == "biased":
             value = biased
         elif self.swaps:
@@ -236,13 +244,15 @@ class _Data(NamedTuple):
         spread, size = value.max() - value.min(), torch.minimum(form.abs().max(), biased.abs().max())
         return value, torch.finfo(v.dtype).eps * (_TIED_SPREAD * spread + _TIED_SIZE * size)
 
-    def form(self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
-        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64."""
+    def form(
+        self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None, opposite: bool = False
+    ) -> Tensor:
+        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64; `opposite` as of `quadratic_form_diagonal`."""
         if self.backend == "reference":
             z = self.z.to(v)
             return reference.quadratic_form(z, v, bandwidth=h, bandwidth_weights=a, kernel=family, diagonal=True).double()
         arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
-        return quadratic_form_values(self.z, v, *arguments, diagonal=True, progress=progress)
+        return quadratic_form_diagonal(self.z, v, *arguments, opposite=opposite, progress=progress)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """Σ_{j≠i} k(z_i, z_j), float64."""
@@ -268,6 +278,16 @@ class _Data(NamedTuple):
         scale = pairs**0.5
         fused = ((scale * values / norm).logsumexp(0) - math.log(len(members))) / scale
         return fused, (ties / norm[:, 0]).max()
+
+
+def _subsets(count: int, rows: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """Random sets of `size` of the rows, (count, rows): those of the least of random numbers, which differ by the row's own in their last bits."""
+    bits = rows.bit_length()
+    keys = torch.empty(count, rows, dtype=torch.int64, device="cpu").random_(generator=generator)
+    keys.bitwise_and_(-1 << bits).add_(torch.arange(rows, device="cpu"))
+    # numpy's selection takes a tenth of the time of PyTorch's.
+    largest = np.partition(keys.numpy(), size - 1, axis=1)[:, size - 1 : size]
+    return keys <= torch.from_numpy(largest)
 
 
 def squared(kernel: Kernel) -> tuple[Kernel, float]:

@@ -45,9 +45,8 @@ def mmd_of_split(k, in_x, estimator):
 
 def splits(n, m, permutations, seed):
     """The permutations that the seed stands for, the observed split first."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = np.arange(n + m)
-    return [rows < n] + [np.isin(rows, torch.randperm(n + m, generator=generator)[:n].numpy()) for _ in range(permutations)]
+    drawn = two_sample._subsets(permutations, n + m, n, torch.Generator().manual_seed(seed))
+    return [np.arange(n + m) < n, *drawn.numpy()]
 
 
 def p_value(values):

@@ -190,16 +190,11 @@ def quadratic_form(
     result_dtype = z.dtype
     if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and result_dtype == torch.float64):
         return None
-    dtype = torch.float64 if kernel.rooted else result_dtype
-    z, v = z.to(dtype), v.to(dtype)
-    if kernel.radial:
-        # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
-        z = z - z[0]
-        z -= z.mean(0)
-    if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
+    if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     plan, farthest, scaled, half = planned
-    ladder = plan.ladder
+    ladder, dtype = plan.ladder, scaled.dtype
+    v = v.to(dtype)
     sums, _, slope = _sums(plan, farthest, _exponents(kernel, scaled, scaled, half, half), v, [], True, upstream is not None)
     exact = v.double()
     total = exact.T @ sums.double()
@@ -217,6 +212,27 @@ def quadratic_form(
             slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
         pull = (scaled * slope_sums).sub_(pull)
     return total, (pull * plan.factor).to(result_dtype).contiguous()
+
+
+def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[Tensor, float] | None:
+    """K (N, N) of z (N, D) less a number in each pair, 0 on its diagonal, and this number. None as of `quadratic_form`."""
+    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and z.dtype == torch.float64):
+        return None
+    if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
+        return None
+    plan, farthest, scaled, half = planned
+    ladder, profile = plan.ladder, plan.profile
+    exponent = _exponents(kernel, scaled, scaled, half, half)
+    value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
+    scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
+    total = value if len(ladder.ratios) == 1 else torch.zeros_like(exponent)
+    for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
+        profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
+        if total is not value:
+            total.add_(value, alpha=weight)
+        elif weight != 1:
+            total.mul_(weight)
+    return total.fill_diagonal_(0), plan.shift
 
 
 class Rows(NamedTuple):
@@ -328,6 +344,16 @@ def _plan_for(
         scaled = z * plan.scale
         half = _half_squares(scaled)
     return plan, 4 * LOG2_E * half_unit * most, scaled, half
+
+
+def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[_Plan, float, Tensor, Tensor] | None:
+    """`_plan_for` z (N, D) as given."""
+    z = z.double() if kernel.rooted else z
+    if kernel.radial:
+        # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
+        z = z - z[0]
+        z -= z.mean(0)
+    return _plan_for(kernel, bandwidth, bandwidth_weights, z, False)
 
 
 def _half_squares(scaled: Tensor) -> Tensor:

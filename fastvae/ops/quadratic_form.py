@@ -231,10 +231,31 @@ def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: boo
     return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
 
 
-def quadratic_form_values(*args: Any, diagonal: bool = False, progress: Callable[[float], None] | None = None) -> Tensor:
-    """S, not differentiable; `progress` is called with the fraction done, on a CPU only."""
+def quadratic_form_diagonal(*args: Any, opposite: bool = False, progress: Callable[[float], None] | None = None) -> Tensor:
+    """The diagonal of S, not differentiable. `opposite` says that the second half of v is the first with the other sign.
+
+    `progress` is called with the fraction done, on a CPU only.
+    """
+    problem = Problem(*args)
     with torch.no_grad():
-        return _evaluate(Problem(*args), None, diagonal=diagonal, progress=progress)[0]
+        if problem.backend != "triton" and problem.z.device.type == "cpu" and (result := _small_diagonal(problem, opposite)) is not None:
+            return result
+        return _evaluate(problem, None, diagonal=True, progress=progress)[0]
+
+
+def _small_diagonal(problem: Problem, opposite: bool) -> Tensor | None:
+    """From one array of all pairs; None as of `small.kernel_matrix`."""
+    with without_autocast(problem.z.device):
+        dtype = accumulation_dtype(problem.z.dtype)
+        v = problem.v.to(dtype)
+        if (found := small.kernel_matrix(*kernel_numbers(problem), problem.z.to(dtype))) is None:
+            return None
+        k, shift = found
+        left_out = 0 if not shift else shift * (v.sum(0, dtype=torch.float64).square() - v.square().sum(0, dtype=torch.float64))
+        if opposite:
+            n = len(v) // 2
+            k, v = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n], v[:n]
+        return (k.to(dtype) @ v).mul_(v).sum(0, dtype=torch.float64) + left_out
 
 
 def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
