@@ -1,17 +1,20 @@
 """Small problems on a CPU, where a loss must not take longer than the lines that it replaces.
 
     python -m benchmarks.small                      one thread: `mmd` of N = M from 32 to 2,048, two batches of problems, other operations
-    python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --no-operations --seconds 1
+    python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --operations --seconds 1
+    python -m benchmarks.small --n --batches --operations two_sample_test
+    python -m benchmarks.small --import             what `import fastvae` adds to `import torch`
 
 Of each case all providers once a round, in one process; medians of the processor's time, and their ratio to eager's, which is the
-dense reference of `total_correlation` and `group_mmd`. Values are checked against float64 first. Rows are appended to
-benchmarks/results/small.jsonl.
+dense reference of `total_correlation` and `group_mmd`, and of `two_sample_test` one kernel matrix and a permutation at a time. Values
+are checked against float64 first. Rows are appended to benchmarks/results/small.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -118,6 +121,75 @@ def eager_kernel_matmul(x: Tensor, y: Tensor, v: Tensor, h: float) -> Tensor:
     return torch.exp(torch.cdist(x, y).square() / (-2 * h * h)) @ v
 
 
+def one_by_one(n: int, count: int) -> Tensor:
+    """Permuted signs, (2n, count)."""
+    v = torch.cat([torch.ones(n), -torch.ones(n)])
+    return torch.stack([v[torch.randperm(2 * n)] for _ in range(count)], 1)
+
+
+def all_at_once(n: int, count: int) -> Tensor:
+    v = torch.cat([torch.ones(n), -torch.ones(n)])
+    return v[torch.rand(count, 2 * n).argsort(1)].T
+
+
+def signs(n: int, count: int) -> Tensor:
+    """Of a wild bootstrap, (n, count)."""
+    return 2.0 * torch.randint(2, (n, count)) - 1
+
+
+def eager_two_sample_test(
+    x: Tensor,
+    y: Tensor,
+    permuted: Callable[[int, int], Tensor],
+    permutations: int = 500,
+    bandwidth: float | None = None,
+    method: str = "permutation",
+    aggregate: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Statistic and p-value, dense, of N = M."""
+    n, z = len(x), torch.cat([x, y])
+    squared, distances = torch.cdist(z, z).square(), torch.pdist(z)
+    if bandwidth is not None:
+        h = [bandwidth]
+    elif aggregate == "fuse":
+        ordered = distances.sort().values
+        h = torch.linspace(float(ordered[len(ordered) // 20]) / 2, 2 * float(ordered[len(ordered) * 19 // 20]), 10).tolist()
+    else:
+        median = float(distances.median()) / 2**0.5
+        h = [median * 2.0**power for power in (range(-3, 4) if aggregate else (0,))]
+    wild = method == "wild_bootstrap"
+    count = 2 * permutations if aggregate == "agg" else permutations
+    v = torch.cat([torch.cat([torch.ones(n), -torch.ones(n)])[: n if wild else 2 * n, None], permuted(n, count)], 1).to(z.dtype)
+    found = []
+    for width in h:
+        k = torch.exp(squared / (-2 * width**2)).fill_diagonal_(0)
+        if wild:
+            pairs = (k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]).fill_diagonal_(0)
+            values = ((pairs @ v) * v).sum(0) / (n * (n - 1))
+        else:
+            form, total = ((k @ v) * v).sum(0), k.sum()
+            values = (total + form) / (2 * n * (n - 1)) - (total - form) / (2 * n * n)
+        found.append(values / (k.square().sum() / (n * (n - 1))).sqrt() if aggregate == "fuse" else values)
+    if aggregate == "fuse":
+        scale = (n * (n - 1)) ** 0.5
+        found = [(torch.stack(found) * scale).logsumexp(0) / scale - math.log(len(h)) / scale]
+    if aggregate == "agg":
+        return eager_agg(torch.stack(found), permutations)
+    return found[0][0], (1 + (found[0][1:] >= found[0][0]).sum()) / (1 + permutations)
+
+
+def eager_agg(values: Tensor, count: int, level: float = 0.05) -> tuple[Tensor, Tensor]:
+    """The least p-value of any kernel, and whether the test rejects at the corrected level: Schrab et al. 2023, algorithm 1."""
+    first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
+    p_value = (values >= values[:, :1]).double().mean(1).min()
+    low, high = 0.0, float(len(values))
+    for _ in range(50):
+        u = (low + high) / 2
+        quantiles = first[:, max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0), None]
+        low, high = (u, high) if (second > quantiles).any(0).double().mean() <= level else (low, u)
+    return p_value, (values[:, :1] > first[:, max(math.ceil((count + 1) * (1 - low / len(values))) - 1, 0), None]).any()
+
+
 Operation = tuple[dict[str, Callable[..., Any]], Callable[[int, int], tuple[Tensor, ...]], tuple[int, ...], tuple[tuple[int, int], ...]]
 
 
@@ -148,6 +220,16 @@ def operations() -> dict[str, Operation]:
         ),
         "kernel_matmul": (kernel_matmul, lambda n, dim: (*code(n, dim), torch.ones(n, 4)), (0,), ((32, 16), *few, *more)),
     }
+    tests = [(n, dim) for n in (32, 64, 128, 256) for dim in (2, 16)]
+    variants: dict[str, dict[str, Any]] = {f"{count} permutations": {"permutations": count} for count in (500, 200)}
+    variants |= {"given bandwidth": {"bandwidth": 4.0}, "wild_bootstrap": {"method": "wild_bootstrap"}}
+    variants |= {aggregate: {"aggregate": aggregate} for aggregate in ("fuse", "agg")}
+    for variant, options in variants.items():
+        functions = {"fastvae": partial(fastvae.two_sample_test, **options)}
+        for name, permuted in (("eager", one_by_one), ("eager, sorted", all_at_once)):
+            functions[name] = partial(eager_two_sample_test, permuted=signs if "method" in options else permuted, **options)
+        sizes = tests if "permutations" in options or "bandwidth" in options else ((128, 16),)
+        found[f"two_sample_test, {variant}"] = (functions, lambda n, dim: samples(n, dim, "cpu"), (), sizes)
     for groups in (2, 10):
         both = {"fastvae": group_mmd(groups, None), "eager": group_mmd(groups, "reference")}
         found[f"group_mmd, {groups} groups"] = (both, lambda n, dim: code(n, dim)[:1], (0,), (*few, *more))
@@ -156,6 +238,8 @@ def operations() -> dict[str, Operation]:
 
 def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, (functions, make, wanted, sizes) in operations().items():
+        if not name.startswith(tuple(args.operations)):
+            continue
         for n, dim in sizes:
             tensors = make(n, dim)
             torch.manual_seed(0)
@@ -163,7 +247,8 @@ def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             torch.manual_seed(0)
             exact = _first(functions["eager"](*(t if name == "reparameterize_kl" else t.double() for t in tensors)))
             wrong = float((found - exact).norm() / exact.norm())
-            status = "ok" if wrong < 1e-3 else f"wrong value: relative error {wrong:.1e}"
+            # Of MMDAgg the statistic is a p-value, of other permutations.
+            status = "ok" if wrong < (0.5 if name.endswith("agg") else 1e-3) else f"wrong value: relative error {wrong:.1e}"
             inputs = [t.clone().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
             leaves = [inputs[k] for k in wanted]
             steps: dict[str, Callable[[], object]] = {
@@ -173,18 +258,21 @@ def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             times = {key: summary(taken, "cpu") for key, taken in interleaved(steps, "cpu", args.rounds, args.seconds).items()}
             case = {"operation": name, "batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": 1, "dtype": "float32"}
             for provider in functions:
-                row = {"benchmark": "small", "direction": "forward+backward", **case, "provider": provider, "status": status}
+                direction = "forward+backward" if leaves else "forward"
+                row = {"benchmark": "small", "direction": direction, **case, "provider": provider, "status": status}
                 if provider in times:
                     row |= times[provider] | {"over_eager": round(times[provider]["processor_ms"] / times["eager"]["processor_ms"], 3)}
                 yield row
 
 
 def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+    return torch.as_tensor(result[0] if isinstance(result, tuple) else result)
 
 
 def _step(function: Callable[..., Any], inputs: list[Tensor], leaves: list[Tensor]) -> None:
     result = function(*inputs)
+    if not leaves:
+        return
     results = list(result) if isinstance(result, tuple) else [result]
     torch.autograd.grad(results, leaves, [torch.ones_like(t) for t in results])
 
@@ -205,8 +293,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             x, y = (t.reshape(batch, n, dim) for t in samples(batch * n, dim, "cpu"))
             case = {"batch": batch, "n": n, "m": n, "dim": dim, "bandwidths": count}
             yield from rows(args, case, batch_providers(), x, y, batch_verdict)
-    if args.operations:
-        yield from operation_rows(args)
+    yield from operation_rows(args)
 
 
 def main() -> None:
@@ -215,7 +302,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     parser.add_argument("--batches", nargs="*", default=["x".join(map(str, shape)) for shape in BATCHES], help="B×N×D, as 1024x32x16")
-    parser.add_argument("--operations", action=argparse.BooleanOptionalAction, default=True, help="those besides mmd")
+    parser.add_argument("--operations", nargs="*", default=[""], help="those besides mmd whose names begin so; all by default")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=2.0, help="for the rounds of one case; three rounds at least")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.radial import KERNELS, RBF, Kernel, Numbers, filled, rounding_of_sum
 
@@ -473,6 +474,17 @@ def pairs(value: Any, num_groups: int) -> Tensor:
 def _readable(t: Tensor) -> bool:
     """Whether reading its values neither waits for a GPU nor breaks a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(t)
+
+
+def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the dispatcher, 25 µs of a call, has more to do than to choose between CPU and CUDA: for the compiler, a transform of
+    `torch.func`, a mode, or a subclass of tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
+        return True
+    for t in (first, *others):
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
+    return first.device.type not in ("cpu", "cuda")
 
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -26,8 +27,8 @@ _BISECTIONS = 50
 # Of the collections where none is given.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
-# Random numbers in memory at once.
-_DRAWN_AT_ONCE = 1 << 20
+# Random numbers in memory at once: more of them would be new pages each time.
+_DRAWN_AT_ONCE = 1 << 13
 # Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
 _TIED_SPREAD, _TIED_SIZE = 256, 8
 
@@ -163,16 +164,18 @@ def two_sample_test(
             ties.append(tied)
             if part is not None:
                 part(1.0)
+        if aggregate == "fuse":
+            fused, tie = data.fuse(torch.stack(values), torch.stack(ties), members)
+            values.append(fused)
+            ties.append(tie)
         null_values, tied = torch.stack(values), torch.stack(ties)
-        fused, tie = data.fuse(null_values, tied, members) if aggregate == "fuse" else (null_values[0], tied[0])
-        p_values = _p_values(torch.cat([null_values, fused[None]]), torch.cat([tied, tie[None]]))
         # All that is read of a GPU, at once.
-        numbers = torch.stack([torch.cat([null_values[:, 0], fused[:1]]), p_values], 1).tolist()
-    each = tuple(KernelTest(family, h, *own) for (family, h, _), own in zip(members, numbers[:-1], strict=True))
+        numbers = torch.stack([null_values[:, 0], _p_values(null_values, tied)], 1).tolist()
+    each = tuple(KernelTest(family, h, *own) for (family, h, _), own in zip(members, numbers, strict=False))
     if aggregate == "agg":
         return _agg(null_values, tied, each, count, level)
     statistic, p_value = numbers[-1]
-    return TwoSampleTest(statistic, p_value, p_value <= level, fused[1:], each)
+    return TwoSampleTest(statistic, p_value, p_value <= level, null_values[-1, 1:], each)
 
 
 class _Data(NamedTuple):
@@ -196,33 +199,41 @@ class _Data(NamedTuple):
         return self.m // divisor, -self.n // divisor
 
     def columns(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """v (N + M, 1 + count), whose vᵀKv is a multiple of MMD²: first as observed, and then permuted."""
+        """v (N + M, 2 + count), whose vᵀKv is a multiple of MMD²: as observed, permuted, and last ones, for the sum over all pairs.
+
+        Of a wild bootstrap the rows of x alone, (N, 1 + count), as those of y have the other sign.
+        """
         n, rows, (of_x, of_y) = self.n, self.n + self.m, self.signs
-        # On the CPU, whatever the default device, as its generator is.
-        v = torch.empty(1 + count, rows, dtype=accumulation_dtype(self.z.dtype), device="cpu")
-        v[0, :n], v[0, n:] = of_x, of_y
-        for part in v[1:].split(max(_DRAWN_AT_ONCE // rows, 1)):
-            if self.swaps:
-                part[:, :n] = torch.randint(2, (len(part), n), generator=generator, device="cpu")
-                part[:, :n].mul_(2).sub_(1)
-                part[:, n:] = -part[:, :n]
-            else:
-                part.copy_(_subsets(len(part), rows, n, generator)).mul_(of_x - of_y).add_(of_y)
-        return v.T.contiguous().to(self.z.device)
+        # On the CPU, whatever the default device, as its generator is; numpy draws in half of PyTorch's time.
+        source = np.random.PCG64(torch.empty(1, dtype=torch.int64, device="cpu").random_(generator=generator).numpy())
+        dtype = accumulation_dtype(self.z.dtype)
+        if self.swaps:
+            bits = np.unpackbits(source.random_raw(-(-count * n // 64)).view(np.uint8))[: count * n].reshape(n, count)
+            signs = torch.ones(n, 1 + count, dtype=dtype, device="cpu")
+            signs[:, 1:].sub_(torch.from_numpy(bits), alpha=2)
+            return signs.to(self.z.device)
+        v = torch.empty(rows, 2 + count, dtype=dtype, device="cpu")
+        v[:n, 0], v[n:, 0], v[:, -1] = of_x, of_y, 1
+        at_once = max(_DRAWN_AT_ONCE // rows, 1)
+        for start in range(1, 1 + count, at_once):
+            part = v[:, start : min(start + at_once, 1 + count)]
+            part.copy_(_subsets(part.shape[1], rows, n, source).T)
+        v[:, 1:-1].mul_(of_x - of_y).add_(of_y)
+        return v.to(self.z.device)
 
     def statistics(
         self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None
     ) -> tuple[Tensor, Tensor]:
-        """MMD² of each column, float64, and by how much rounding may set equal ones apart."""
+        """MMD² of each of the `columns` but that of ones, float64, and by how much rounding may set equal ones apart."""
         n, m, unit = self.n, self.m, self.n * self.signs[0]
-        # The last column is for the sum over all pairs i ≠ j of rows of z.
-        form = self.form(v if self.swaps else torch.cat([v, torch.ones_like(v[:, :1])], 1), family, h, a, progress, self.swaps)
-        form, total = form[: v.shape[1]] / unit**2, form[-1]
-        own = _pointwise(family, h, a, self.z, self.z)
+        form = self.form(v, family, h, a, progress)
+        total = form[-1]
+        form = (form if self.swaps else form[:-1]) / unit**2
+        own = self.own(family, h, a)
         # Of weights 1/n and −1/m: w² = 1/(nm) + (1/n − 1/m)·w.
-        biased = form + own.sum() / (n * m)
-        if n != m:
-            w = v.double() / unit
+        biased = form + own.mean() * (1 / n + 1 / m)
+        w = None if n == m else v[:, :-1].double() / unit
+        if w is not None and own.ndim:
             biased = biased + (1 / n - 1 / m) * (w.T @ own)
         if self.estimator == "biased":
             value = biased
@@ -230,41 +241,43 @@ class _Data(NamedTuple):
             paired = _pointwise(family, h, a, self.z[:n], self.z[n:]).sum()
             value = (form * n * n + 2 * paired) / (n * (n - 1))
         else:
-            if n == m:
-                x_all = total / 2
-            else:
-                row_sums = self.row_sums(family, h, a)
+            # Sums S over i ≠ j: x_all = S_xx + S_xy, total − x_all = S_yy + S_xy, form = S_xx/n² + S_yy/m² − 2·S_xy/(nm).
+            of_xx, of_yy = 1 / (n**2 * (n - 1)), 1 / (m**2 * (m - 1))
+            of_xy = (of_xx + of_yy) / (1 / n + 1 / m) ** 2
+            value = form * (1 + of_xy) + total * (of_yy - of_xy / m**2)
+            if w is not None:
+                row_sums = self.row_sums(family, h, a) - own
                 # Their sum is better known than they are.
                 row_sums = row_sums + (total - row_sums.sum()) / len(row_sums)
                 x_all = (w.T @ row_sums + total / m) / (1 / n + 1 / m)
-            y_all = total - x_all
-            # Sums S over i ≠ j: x_all = S_xx + S_xy, y_all = S_yy + S_xy, form = S_xx/n² + S_yy/m² − 2·S_xy/(nm).
-            cross = (x_all / n**2 + y_all / m**2 - form) / (1 / n + 1 / m) ** 2
-            value = form + (x_all - cross) / (n**2 * (n - 1)) + (y_all - cross) / (m**2 * (m - 1))
-        spread, size = value.max() - value.min(), torch.minimum(form.abs().max(), biased.abs().max())
+                value = value + x_all * (of_xx - of_yy - of_xy * (1 / n**2 - 1 / m**2))
+        low, high = value.aminmax()
+        spread, size = high - low, torch.minimum(form.abs().max(), biased.abs().max())
         return value, torch.finfo(v.dtype).eps * (_TIED_SPREAD * spread + _TIED_SIZE * size)
 
-    def form(
-        self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None, opposite: bool = False
-    ) -> Tensor:
-        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64; `opposite` as of `quadratic_form_diagonal`."""
+    def form(self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
+        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64; v of half the rows stands for [v, −v]."""
         if self.backend == "reference":
             z = self.z.to(v)
+            v = v if len(v) == len(z) else torch.cat([v, -v])
             return reference.quadratic_form(z, v, bandwidth=h, bandwidth_weights=a, kernel=family, diagonal=True).double()
         arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
-        return quadratic_form_diagonal(self.z, v, *arguments, opposite=opposite, progress=progress)
+        return quadratic_form_diagonal(self.z, v, *arguments, progress=progress)
+
+    def own(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
+        """k(z_i, z_i), float64; one number if it is the same for all."""
+        return family.at_zero * a.sum() if family.radial else _pointwise(family, h, a, self.z, self.z)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
-        """Σ_{j≠i} k(z_i, z_j), float64."""
+        """Σ_j k(z_i, z_j), float64."""
         z = self.z.to(accumulation_dtype(self.z.dtype))
-        own = _pointwise(family, h, a, z, z)
         if self.backend == "reference":
             ones = torch.ones_like(z[:, :1])
             sums = reference.kernel_matmul(z, z, ones, bandwidth=h, bandwidth_weights=a, kernel=family)
         else:
             arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
             sums = apply_kernel_matmul(z, z, torch.ones_like(z[:, :1]), *arguments)
-        return sums[:, 0].double() - own
+        return sums[:, 0].double()
 
     def fuse(self, values: Tensor, ties: Tensor, members: list[tuple[Kernel, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """(1/λ)·log mean_k exp(λ·MMD²_k/√N_k) with N_k = Σ_{i≠j} k²/(n(n − 1)) and λ = √(n(n − 1)), n the smaller sample size."""
@@ -280,14 +293,12 @@ class _Data(NamedTuple):
         return fused, (ties / norm[:, 0]).max()
 
 
-def _subsets(count: int, rows: int, size: int, generator: torch.Generator | None) -> Tensor:
-    """Random sets of `size` of the rows, (count, rows): those of the least of random numbers, which differ by the row's own in their last bits."""
-    bits = rows.bit_length()
-    keys = torch.empty(count, rows, dtype=torch.int64, device="cpu").random_(generator=generator)
-    keys.bitwise_and_(-1 << bits).add_(torch.arange(rows, device="cpu"))
-    # numpy's selection takes a tenth of the time of PyTorch's.
-    largest = np.partition(keys.numpy(), size - 1, axis=1)[:, size - 1 : size]
-    return keys <= torch.from_numpy(largest)
+def _subsets(count: int, rows: int, size: int, source: np.random.PCG64) -> Tensor:
+    """Random sets of `size` of the rows, (count, rows): of the least random numbers, whose last bits are the row's own number."""
+    keys = source.random_raw(count * rows).reshape(count, rows)
+    keys &= np.uint64(2**64 - 2 ** rows.bit_length())
+    keys |= np.arange(rows, dtype=np.uint64)
+    return torch.from_numpy(keys <= np.partition(keys, size - 1, axis=1)[:, size - 1 : size])
 
 
 def squared(kernel: Kernel) -> tuple[Kernel, float]:
@@ -346,18 +357,23 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
 
     first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
 
-    def thresholds(u: float) -> Tensor:
-        """Quantiles of order 1 − u/K."""
-        return first[:, max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0), None] + ties[:, None]
+    def rank(u: float) -> int:
+        """Of the quantiles of order 1 − u/K."""
+        return max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0)
+
+    # Of most steps the rank is that of one before.
+    @functools.cache
+    def exceeded(rank: int) -> float:
+        return float((second > first[:, rank, None] + ties[:, None]).any(0).double().mean())
 
     low, high = 0.0, float(len(values))
     for _ in range(_BISECTIONS):
         u = (low + high) / 2
-        if float((second > thresholds(u)).any(0).double().mean()) <= level:
+        if exceeded(rank(u)) <= level:
             low = u
         else:
             high = u
-    reject = bool((values[:, :1] > thresholds(low)).any())
+    reject = bool((values[:, 0] > first[:, rank(low)] + ties).any())
     return TwoSampleTest(float(least[0]), p_value, reject, least[1:].to(device), each)
 
 

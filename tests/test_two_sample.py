@@ -45,8 +45,8 @@ def mmd_of_split(k, in_x, estimator):
 
 def splits(n, m, permutations, seed):
     """The permutations that the seed stands for, the observed split first."""
-    drawn = two_sample._subsets(permutations, n + m, n, torch.Generator().manual_seed(seed))
-    return [np.arange(n + m) < n, *drawn.numpy()]
+    data = two_sample._Data(torch.empty(n + m, 1), n, "unbiased", False, "", "")
+    return list((data.columns(permutations, torch.Generator().manual_seed(seed))[:, :-1] > 0).T.numpy())
 
 
 def p_value(values):
@@ -86,8 +86,9 @@ def test_wild_bootstrap_of_every_kernel(kernel, estimator):
     )
     k = gram(torch.cat([x, y]), 1.3, kernel)
     h = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]
-    generator = torch.Generator().manual_seed(4)
-    signs = [np.ones(n)] + [2 * torch.randint(2, (n,), generator=generator).numpy() - 1.0 for _ in range(40)]
+    data = two_sample._Data(torch.empty(2 * n, 1, dtype=torch.float64), n, estimator, True, "", "")
+    signs = data.columns(40, torch.Generator().manual_seed(4)).T.numpy()
+    assert (signs[0] == 1).all()
     if estimator == "biased":
         expected = np.array([s @ h @ s / n**2 for s in signs])
     else:
@@ -344,7 +345,7 @@ def agg_in_numpy(values, count, level):
 def test_agg(method):
     verdicts = []
     for seed in range(6):
-        x, y = samples(15, 15, shift=0.45, seed=seed)
+        x, y = samples(15, 15, shift=0.6, seed=seed)
         options = {"permutations": 60, "seed": seed, "method": method, "level": 0.1}
         bandwidths = [2.0**power * fastvae.median_bandwidth(x, y).item() for power in range(-3, 4)]
         result = fastvae.two_sample_test(x, y, kernel=("rbf", "laplace"), aggregate="agg", **options)

@@ -7,7 +7,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.radial import Kernel, Numbers, kernel_of, rounding_of_sum
 
@@ -100,17 +99,6 @@ def _requires_grad(t: Tensor) -> bool:
         return t.requires_grad
     # Within torch.vmap a tensor does not say that it requires grad outside of it.
     return torch._C._functorch.is_functorch_wrapped_tensor(t) and _requires_grad(torch._C._functorch.get_unwrapped(t))
-
-
-def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the dispatcher, 25 µs of a call, has more to do than to choose between CPU and CUDA: for the compiler, a transform of
-    `torch.func`, a mode, or a subclass of tensors."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
-        return True
-    for t in (first, *others):
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return True
-    return first.device.type not in ("cpu", "cuda")
 
 
 class _ForbidSecondDerivative(torch.autograd.Function):

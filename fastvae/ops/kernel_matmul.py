@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.cpu import kernel_matmul as cpu
 from fastvae.cpu import small
 from fastvae.ops.common import (
@@ -16,7 +17,6 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
-    needs_dispatcher,
     without_autocast,
     zero_if_finite,
 )
@@ -166,7 +166,7 @@ def apply_kernel_matmul(*args: Any) -> Tensor:
     """K(x, y)·v, differentiable; arguments of `torch.ops.fastvae.kernel_matmul`."""
     if torch.compiler.is_compiling():
         return cast(Tensor, kernel_matmul_op(*args))
-    function = KernelMatmul if needs_dispatcher(*args[:3]) else _PlainKernelMatmul
+    function = KernelMatmul if checks.needs_dispatcher(*args[:3]) else _PlainKernelMatmul
     return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
 
 
@@ -207,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sources = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:4]
-    gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
+    gradients_of = kernel_matmul_backward_op if checks.needs_dispatcher(grad, *sources[:3]) else _gradients
     gradients = gradients_of(grad, *sources, *ctx.options, *wanted)
     grads: list[Tensor | None] = [None] * len(Problem._fields)
     for n, want in enumerate(wanted):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
 from fastvae.cpu.closed_forms import Sample, bandwidth_gradients
@@ -23,7 +24,6 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
-    needs_dispatcher,
     needs_grad,
     unit_weights,
     without_autocast,
@@ -316,7 +316,7 @@ class _EagerMMD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         problem = args[-1]
-        value, *gradients = mmd_op(*problem) if needs_dispatcher(*problem[:2]) else _on_device(problem)
+        value, *gradients = mmd_op(*problem) if checks.needs_dispatcher(*problem[:2]) else _on_device(problem)
         _save(ctx, args[:4], ctx.needs_input_grad[:4], gradients)
         return value
 

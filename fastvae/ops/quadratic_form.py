@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.cpu import quadratic_form as cpu
 from fastvae.cpu import small
 from fastvae.ops.common import (
@@ -20,7 +21,6 @@ from fastvae.ops.common import (
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
-    needs_dispatcher,
     needs_grad,
     without_autocast,
 )
@@ -231,31 +231,35 @@ def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: boo
     return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
 
 
-def quadratic_form_diagonal(*args: Any, opposite: bool = False, progress: Callable[[float], None] | None = None) -> Tensor:
-    """The diagonal of S, not differentiable. `opposite` says that the second half of v is the first with the other sign.
+def quadratic_form_diagonal(*args: Any, progress: Callable[[float], None] | None = None) -> Tensor:
+    """The diagonal of S, not differentiable, where v of half the rows of z stands for [v, −v].
 
     `progress` is called with the fraction done, on a CPU only.
     """
     problem = Problem(*args)
     with torch.no_grad():
-        if problem.backend != "triton" and problem.z.device.type == "cpu" and (result := _small_diagonal(problem, opposite)) is not None:
+        if problem.backend != "triton" and problem.z.device.type == "cpu" and (result := _small_diagonal(problem)) is not None:
             return result
+        if len(problem.v) != len(problem.z):
+            problem = problem._replace(v=torch.cat([problem.v, -problem.v]))
         return _evaluate(problem, None, diagonal=True, progress=progress)[0]
 
 
-def _small_diagonal(problem: Problem, opposite: bool) -> Tensor | None:
+def _small_diagonal(problem: Problem) -> Tensor | None:
     """From one array of all pairs; None as of `small.kernel_matrix`."""
     with without_autocast(problem.z.device):
         dtype = accumulation_dtype(problem.z.dtype)
-        v = problem.v.to(dtype)
         if (found := small.kernel_matrix(*kernel_numbers(problem), problem.z.to(dtype))) is None:
             return None
         k, shift = found
-        left_out = 0 if not shift else shift * (v.sum(0, dtype=torch.float64).square() - v.square().sum(0, dtype=torch.float64))
-        if opposite:
-            n = len(v) // 2
-            k, v = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n], v[:n]
-        return (k.to(dtype) @ v).mul_(v).sum(0, dtype=torch.float64) + left_out
+        v, n = problem.v.to(dtype), len(problem.v)
+        if halved := n != len(k):
+            k = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]
+        form = (k.to(dtype) @ v).mul_(v).sum(0).double()
+        if shift:
+            squares = v.square().sum(0, dtype=torch.float64)
+            form += shift * (-2 * squares if halved else v.sum(0, dtype=torch.float64).square() - squares)
+        return form
 
 
 def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -276,7 +280,7 @@ def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # On a GPU the gradient of another upstream than that of the sum would be a sweep too many.
     gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
     apply: Any = _PlainGroupMMD.apply
-    if needs_dispatcher(*args[:2]):
+    if checks.needs_dispatcher(*args[:2]):
         apply = group_mmd_op if torch.compiler.is_compiling() else GroupMMD.apply
     values, valid, pairs, _ = apply(*args, gradient)
     return values, valid, pairs
@@ -330,7 +334,7 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
         # One number for all pairs, as of their sum or mean.
         gradient = grad[0, 0] * expected_grad
     else:
-        backward = group_mmd_backward_op if needs_dispatcher(z, grad) else _group_mmd_gradient
+        backward = group_mmd_backward_op if checks.needs_dispatcher(z, grad) else _group_mmd_gradient
         gradient = backward(z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
     return (gradient, *nothing)

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.ops.common import accumulation_dtype, needs_dispatcher, needs_grad
+from fastvae.ops.common import accumulation_dtype, needs_grad
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -88,7 +89,7 @@ def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not needs_grad(*args[:2]) and torch.compiler.is_compiling():
         return cast("tuple[Tensor, Tensor]", forward_op(*args))
-    function = ReparameterizeKL if needs_dispatcher(*args[:3]) else _PlainReparameterizeKL
+    function = ReparameterizeKL if checks.needs_dispatcher(*args[:3]) else _PlainReparameterizeKL
     return cast("tuple[Tensor, Tensor]", function.apply(*args))  # type: ignore[no-untyped-call]
 
 
@@ -132,7 +133,7 @@ def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None,
     if needs_grad(*args[:4]):
         grads = ReparameterizeKLBackward.apply(*args)  # type: ignore[no-untyped-call]
     else:
-        grads = backward_op(*args) if needs_dispatcher(*args[:5]) else _gradients(*args)
+        grads = backward_op(*args) if checks.needs_dispatcher(*args[:5]) else _gradients(*args)
     return *grads, None, None, None
 
 

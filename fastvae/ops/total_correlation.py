@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_dispatcher, needs_grad, without_autocast, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, without_autocast, zero_if_finite
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -146,7 +147,7 @@ def terms_backward_op(*args: Any) -> Gradients:
 
 
 def _plain_or_op(*args: Any) -> Gradients:
-    return cast(Gradients, terms_backward_op(*args)) if needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
+    return cast(Gradients, terms_backward_op(*args)) if checks.needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
 
 
 def _terms_gradients(*args: Any) -> Gradients:
@@ -171,7 +172,7 @@ def apply_total_correlation(*args: Any) -> KLDecomposition:
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if not needs_grad(*args[:3]) and torch.compiler.is_compiling():
         return KLDecomposition(*terms_op(*args)[:3])
-    function = TotalCorrelation if needs_dispatcher(*args[:3]) else _PlainTotalCorrelation
+    function = TotalCorrelation if checks.needs_dispatcher(*args[:3]) else _PlainTotalCorrelation
     return KLDecomposition(*function.apply(*args)[:3])  # type: ignore[no-untyped-call]
 
 
