@@ -3,7 +3,7 @@
     python -m benchmarks.small                      one thread: `mmd` of N = M from 32 to 2,048, two batches of problems, other operations
     python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --operations --seconds 1
     python -m benchmarks.small --n --batches --operations two_sample_test
-    python -m benchmarks.small --import             what `import fastvae` adds to `import torch`
+    python -m benchmarks.small --imports 10         what `import fastvae` adds to `import torch`; rows in import.jsonl
 
 Of each case all providers once a round, in one process; medians of the processor's time, and their ratio to eager's, which is the
 dense reference of `total_correlation` and `group_mmd`, and of `two_sample_test` one kernel matrix and a permutation at a time. Values
@@ -16,6 +16,9 @@ import argparse
 import json
 import math
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fastvae
-from benchmarks.measure import commit, interleaved, machine, summary
+from benchmarks.measure import Time, commit, interleaved, machine, summary
 from benchmarks.providers import Provider, expected, providers, versions
 from benchmarks.rows import RESULTS
 from benchmarks.run import bandwidths_of, samples, verdict
@@ -296,6 +299,31 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from operation_rows(args)
 
 
+IMPORTS = {"torch": "import torch", "fastvae": "import fastvae", "fastvae after torch": "import fastvae"}
+
+
+def import_rows(rounds: int) -> Iterator[dict[str, Any]]:
+    """Of the statement in fresh processes, in turn, with bytecode as an installation has it; and how many modules it loads."""
+    code = """import sys, time, {first}
+wall, processor, modules = time.perf_counter(), time.process_time(), len(sys.modules)
+{statement}
+print(time.perf_counter() - wall, time.process_time() - processor, len(sys.modules) - modules)"""
+    found: dict[str, list[list[float]]] = {name: [] for name in IMPORTS}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        environment |= {"PYTHONPYCACHEPREFIX": folder, "PYTHONPATH": str(Path(__file__).parents[1])}
+        for n in range(1 + rounds):
+            for name, statement in IMPORTS.items():
+                program = code.format(first="torch" if name.endswith("after torch") else "os", statement=statement)
+                run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+                # The first writes the bytecode.
+                if n:
+                    found[name].append([float(number) for number in run.stdout.split()])
+    for name, numbers in found.items():
+        times = summary([Time(wall, processor) for wall, processor, _ in numbers], "cpu")
+        yield {"benchmark": "import", "provider": name, "status": "ok"} | times | {"modules": int(numbers[0][2])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="*", default=[32, 64, 128, 256, 512, 1024, 2048], help="N = M")
@@ -305,6 +333,7 @@ def main() -> None:
     parser.add_argument("--operations", nargs="*", default=[""], help="those besides mmd whose names begin so; all by default")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=2.0, help="for the rounds of one case; three rounds at least")
+    parser.add_argument("--imports", type=int, default=0, help="only `import fastvae` and `import torch`, each in so many fresh processes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.batches = [tuple(map(int, shape.split("x"))) for shape in args.batches]
@@ -313,6 +342,12 @@ def main() -> None:
     date = datetime.now(timezone.utc).date().isoformat()
     common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
     args.output.mkdir(exist_ok=True)
+    if args.imports:
+        for row in import_rows(args.imports):
+            print(f"{row['provider']:20} {row['median_ms']:7.0f} ms, {row['modules']} modules", flush=True)
+            with (args.output / "import.jsonl").open("a") as file:
+                file.write(json.dumps(row | common) + "\n")
+        return
     for row in cases(args):
         case = (
             f"{row['operation']:20} {row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']} {row['direction']:24}"

@@ -53,3 +53,17 @@ def test_distributions_install_and_work_outside_the_checkout(wheel, tmp_path, di
     result = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_import_loads_no_more_than_torch_does():
+    """But its own modules: no compiler, and nothing of what few calls need."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import fastvae;"
+        "print(*(name for name in set(sys.modules) - before if name.split('.')[0] != 'fastvae'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.split() == []
+    heavy = ("triton", "lightning", "jsonargparse", "pandas", "scipy", "sklearn", "matplotlib", "torchmetrics", "tqdm")
+    code = f"import sys, fastvae; print(*(set({heavy}) & set(sys.modules)), *(n for n in sys.modules if n.startswith('fastvae.kernels')))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.split() == []
