@@ -27,8 +27,8 @@ _BISECTIONS = 50
 # Of the collections where none is given.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
-# Random numbers in memory at once: more of them would be new pages each time.
-_DRAWN_AT_ONCE = 1 << 13
+# Random numbers in memory at once, more of which would be new pages each time, and permutations, which share cache lines.
+_DRAWN_AT_ONCE, _LEAST_AT_ONCE = 1 << 13, 16
 # Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
 _TIED_SPREAD, _TIED_SIZE = 256, 8
 
@@ -214,7 +214,7 @@ class _Data(NamedTuple):
             return signs.to(self.z.device)
         v = torch.empty(rows, 2 + count, dtype=dtype, device="cpu")
         v[:n, 0], v[n:, 0], v[:, -1] = of_x, of_y, 1
-        at_once = max(_DRAWN_AT_ONCE // rows, 1)
+        at_once = max(_DRAWN_AT_ONCE // rows, _LEAST_AT_ONCE)
         for start in range(1, 1 + count, at_once):
             part = v[:, start : min(start + at_once, 1 + count)]
             part.copy_(_subsets(part.shape[1], rows, n, source).T)

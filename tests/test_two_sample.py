@@ -224,6 +224,38 @@ def test_seed():
     assert torch.equal(one, fastvae.two_sample_test(x, y, permutations=30).null)
 
 
+def columns(n, m, count, swaps=False):
+    data = two_sample._Data(torch.empty(n + m, 1, device=DEVICE), n, "unbiased", swaps, "", "")
+    return data.columns(count, torch.Generator().manual_seed(0)).cpu()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 1), (1, 3)])
+def test_every_split_is_as_likely(n, m):
+    drawn = columns(n, m, 6000)[:, 1:-1]
+    _, counts = (drawn > 0).unique(dim=1, return_counts=True)
+    assert len(counts) == math.comb(n + m, n)
+    # Five standard deviations.
+    torch.testing.assert_close(counts.double(), torch.full((len(counts),), 6000 / len(counts)).double(), rtol=0, atol=5 * 6000**0.5 / 2)
+
+
+def test_every_swap_is_as_likely():
+    drawn = columns(3, 3, 6000, swaps=True)[:, 1:]
+    _, counts = drawn.unique(dim=1, return_counts=True)
+    assert len(counts) == 8
+    torch.testing.assert_close(counts.double(), torch.full((8,), 750.0).double(), rtol=0, atol=5 * 750**0.5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 30), (700, 500)])
+def test_splits_have_the_sizes_of_the_samples(n, m):
+    drawn = columns(n, m, 201)
+    assert drawn.shape == (n + m, 203)
+    assert ((drawn[:, :-1] > 0).sum(0) == n).all()
+    assert len(drawn[:, :-1].unique(dim=1).T) == 202
+    assert (drawn[:, -1] == 1).all()
+    assert (drawn[:n, 0] > 0).all()
+    assert (drawn[:, :-1].sum(0) == 0).all()
+
+
 def rejections(seeds, shift, n=20, m=20, d=2, **options):
     """Shares of rejections and of p-values of at most 0.05; seeds of their own for the data and for the permutations."""
     data = [samples(n, m, d, shift, 200 + seed, torch.float32) for seed in range(seeds)]
