@@ -18,6 +18,9 @@ CAPACITY = 1 << 24
 _ALL, _SHARE, _SAMPLE = 1 << 17, 512, 1 << 18
 # Features of which differences, of few rows, take less time than tiles of products.
 _FEW_FEATURES = 32
+# Features from which float32 differences are vectors, the distances that are numbers of float32 with their squares, and how many numbers
+# of pairs near the one of a rank are few.
+_VECTOR, _DISTANCES, _NEAR_NUMBERS = 8, (1e-15, 1e15), 1 << 16
 # Rows of a tile of float64 distances, which is to stay in the second-level cache.
 _TILE = 256
 # Of ‖x‖² + ‖y‖² − 2x·y below this share of the norms fewer than eight digits are left in float64.
@@ -150,13 +153,16 @@ def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:
 
 def _select(z: Tensor, rank: int) -> Tensor:
     """One sweep counts what is below a bracket, which random pairs suggest, and keeps what is inside it."""
-    z, n = z.double(), z.shape[1]
+    n, dim = z.shape[1:]
     if not bool(z.isfinite().all()):
-        return z.new_full((), torch.nan)
+        return z.new_full((), torch.nan, dtype=torch.float64)
     if rank < 0:
-        return z.new_zeros(())
+        return z.new_zeros((), dtype=torch.float64)
     total = z.shape[0] * (n * (n - 1) // 2)
-    if z.shape[2] <= _FEW_FEATURES and z.shape[0] * n * n <= 2 * _ALL:
+    if z.dtype != torch.float64 and dim >= _VECTOR and total <= _ALL and (found := _select_near(z.float(), rank)) is not None:
+        return found
+    z = z.double()
+    if dim <= _FEW_FEATURES and z.shape[0] * n * n <= _ALL:
         # Rows are at zero distance from themselves, and each pair is there twice.
         distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
         return _least(distances.view(-1), z.shape[0] * n + 2 * rank).square()
@@ -180,6 +186,29 @@ def _select(z: Tensor, rank: int) -> Tensor:
             return kept[0]
         else:
             low, high = _bracket(kept, (rank - below) / inside, low, high)
+
+
+def _select_near(z: Tensor, rank: int) -> Tensor | None:
+    """In float64 only the pairs that float32 puts near the one of this rank; None if they are many, or their squares no float32."""
+    distances = torch.cat([torch.pdist(rows) for rows in z])
+    found = float(_least(distances, rank))
+    if not _DISTANCES[0] < found < _DISTANCES[1]:
+        return None
+    # Four times what sums of so many squares are rounded by.
+    slack = found * (z.shape[2] + 8) * torch.finfo(torch.float32).eps
+    values = distances.numpy()
+    below = int(np.count_nonzero(values < found - slack))
+    near = np.flatnonzero((values >= found - slack) & (values <= found + slack))
+    if len(near) * z.shape[2] > _NEAR_NUMBERS:
+        return None
+    n = z.shape[1]
+    item, pair = np.divmod(near, n * (n - 1) // 2)
+    # Pairs of row i with later ones, and of the rows before it.
+    counts = np.arange(n - 1, 0, -1)
+    starts = np.cumsum(counts) - counts
+    i = np.searchsorted(starts, pair, side="right") - 1
+    j = pair - starts[i] + i + 1
+    return _least((z[item, i].double() - z[item, j].double()).square().sum(1), rank - below)
 
 
 def _sweep(z: Tensor, low: float, high: float, generator: torch.Generator) -> tuple[int, int, Tensor]:

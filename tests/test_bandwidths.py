@@ -270,3 +270,14 @@ def test_errors(call, error, sentence):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("kind", ["normal", "far", "rounded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("items", "n", "dim"), [(1, 2, 8), (3, 17, 16), (1, 200, 2), (1, 200, 40), (2, 150, 9)])
+def test_every_rank_of_few_rows_is_exact(items, n, dim, dtype, kind):
+    z = torch.randn(items, n, dim, generator=torch.Generator().manual_seed(n))
+    z = {"normal": z, "far": 1e-3 * z + 1000, "rounded": z.round()}[kind].to(dtype)
+    exact = torch.cat([torch.pdist(rows) for rows in z.double()]).square().sort().values
+    for rank in {0, len(exact) // 20, (len(exact) - 1) // 2, len(exact) - 1}:
+        torch.testing.assert_close(bandwidths._select(z, rank), exact[rank], rtol=1e-12, atol=0)
