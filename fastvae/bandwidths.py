@@ -18,6 +18,8 @@ CAPACITY = 1 << 24
 _ALL, _SHARE, _SAMPLE = 1 << 17, 512, 1 << 18
 # Features of which differences, of few rows, take less time than tiles of products.
 _FEW_FEATURES = 32
+# Of fewer pairs the distances in float64 take no longer than to choose between them.
+_FEW = 1 << 12
 # Features from which float32 differences are vectors, the distances that are numbers of float32 with their squares, and how many numbers
 # of pairs near the one of a rank are few.
 _VECTOR, _DISTANCES, _NEAR_NUMBERS = 8, (1e-15, 1e15), 1 << 16
@@ -159,7 +161,7 @@ def _select(z: Tensor, rank: int) -> Tensor:
     if rank < 0:
         return z.new_zeros((), dtype=torch.float64)
     total = z.shape[0] * (n * (n - 1) // 2)
-    if z.dtype != torch.float64 and dim >= _VECTOR and total <= _ALL and (found := _select_near(z.float(), rank)) is not None:
+    if z.dtype != torch.float64 and dim >= _VECTOR and _FEW <= total <= _ALL and (found := _select_near(z.float(), rank)) is not None:
         return found
     z = z.double()
     if dim <= _FEW_FEATURES and z.shape[0] * n * n <= _ALL:

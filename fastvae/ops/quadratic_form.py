@@ -254,7 +254,7 @@ def _small_diagonal(problem: Problem) -> Tensor | None:
         k, shift = found
         v, n = problem.v.to(dtype), len(problem.v)
         if halved := n != len(k):
-            k = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]
+            k = (k[:n, :n] + k[n:, n:]).sub_(k[:n, n:]).sub_(k[n:, :n])
         form = (k.to(dtype) @ v).mul_(v).sum(0).double()
         if shift:
             squares = v.square().sum(0, dtype=torch.float64)
