@@ -1,4 +1,4 @@
-"""Training steps on a CPU, in a plain loop: python -m benchmarks.training
+"""Training steps on a CPU, in a plain loop: python -m benchmarks.training; in `fastvae fit`: python -m benchmarks.training --fit
 
 A perceptron 784-400-20 and Adam, on one thread; `fastvae.VAE` with `VAEObjective` against hand-written PyTorch, each as it is and compiled.
 Of each batch size all providers once a round, in one process; medians of the processor's time, and their ratio to that of the hand-written
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import fastvae
 from benchmarks.measure import commit, interleaved, machine, summary
-from benchmarks.providers import matrix, versions
+from benchmarks.providers import matrix, version, versions
 from benchmarks.rows import RESULTS
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -96,12 +96,18 @@ def rows(seconds: float) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch size; three rounds at least")
+    parser.add_argument("--fit", action="store_true", help="what `benchmarks.fit` measures instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     date = datetime.now(timezone.utc).date().isoformat()
     common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
-    for row in rows(args.seconds):
-        print(f"{row['batch']:5} {row['provider']:40} {row['processor_ms']:9.3f} ms, {row['over_eager']:.2f} of eager", flush=True)
+    if args.fit:
+        from benchmarks import fit
+
+        common["pythae"] = version("pythae")
+    for row in fit.rows(args.seconds) if args.fit else rows(args.seconds):
+        ratio = row.get("over_eager", row.get("over_plain"))
+        print(f"{row['batch']:5} {row['provider']:40} {row.get('processor_ms', 0):9.3f} ms, {ratio} of the first", flush=True)
         with (RESULTS / "training_steps.jsonl").open("a") as file:
             file.write(json.dumps(row | common) + "\n")
 
