@@ -582,3 +582,12 @@ def test_a_file_changed_at_random_is_read_or_refused_in_a_sentence(tmp_path, mon
             assert "\n" not in str(error)  # noqa: PT017
             refused += 1
     assert refused > 30
+
+
+def test_validation_draws_nothing_from_the_global_generator():
+    data = ImageData("digits")
+    data.setup()
+    before = torch.get_rng_state()
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        next(iter(loader))
+    assert torch.equal(before, torch.get_rng_state())

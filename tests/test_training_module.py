@@ -293,6 +293,50 @@ def test_a_schedule_of_anyones_module(tmp_path):
         Schedule("lr")
 
 
+class Steps(Callback):
+    """What is logged of each step and epoch, and what the steps were."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at, self.steps, self.epochs = fails_at, [], []
+
+    def on_train_epoch_start(self, *_):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        seen = [outputs["loss"], pl_module.observed["the reconstruction term"], pl_module.observed["kl"].mean()]
+        self.steps.append((len(batch[0]), *map(float, seen)))
+        logged = [trainer.callback_metrics[name].item() for name in ("train/loss", "train/loss_step")]
+        assert logged == [self.steps[-1][1]] * 2
+        if trainer.global_step == self.fails_at:
+            raise RuntimeError("stopped")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        n, *terms = torch.tensor(self.steps, dtype=torch.float64).T
+        logged = [trainer.callback_metrics[f"train/{name}"].item() for name in ("loss", "reconstruction", "kl")]
+        self.epochs.append((logged, [float(n @ term / n.sum()) for term in terms]))
+
+
+def test_each_step_logs_its_loss_and_each_epoch_its_means(tmp_path):
+    data = ImageData("digits", batch_size=500, validation=0)
+    seen = Steps(fails_at=5)
+    run, module = plain(tmp_path, 3, [seen]), ImageVAE(data.shape, hidden=[8], objective="vae")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run.fit(module, data)
+    seen.fails_at = None
+    run.fit(module, data)
+    assert len(seen.epochs) == 3
+    for logged, expected in seen.epochs:
+        assert logged == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", None)])
+def test_adam_is_fused_on_a_cpu_unless_lightning_could_not_clip(tmp_path, precision, fused):
+    module = ImageVAE([1, 8, 8], hidden=[8])
+    run = plain(tmp_path, 1, precision=precision, gradient_clip_val=1.0)
+    run.fit(module, ImageData("digits", batch_size=512))
+    assert run.optimizers[0].defaults["fused"] is fused
+
+
 @pytest.mark.parametrize("validation", [0.0, 0.2])
 def test_the_codes_are_measured_in_each_epoch(tmp_path, validation):
     data = ImageData("digits", batch_size=300, validation=validation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class StopAtNonFinite(Callback):
     """Raises `NonFiniteError` before a non-finite loss or gradient reaches the weights: the last checkpoint written is a good one."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not torch.isfinite(loss.detach()):
+        if not math.isfinite(loss.item()):
             observed = dict(pl_module.observed) if isinstance(pl_module, VAEModule) else {}
             x = {"x": observed.pop("x")} if observed else {}
             self._stop(trainer, "loss", {**x, **dict(pl_module.named_parameters()), **observed, "loss": loss})
@@ -31,9 +32,10 @@ class StopAtNonFinite(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         if trainer.precision == "16-mixed":  # its loss scaler makes infinite gradients, and skips them, by design
             return
-        gradients = {f"the gradient of {name}": p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-        if not torch.isfinite(torch.nn.utils.get_total_norm(list(gradients.values()))):
-            self._stop(trainer, "gradient", gradients)
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        if not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+            named = {f"the gradient of {name}": p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            self._stop(trainer, "gradient", named)
 
     def _stop(self, trainer: Trainer, what: str, named: dict[str, Tensor]) -> None:
         first = next((name for name, tensor in named.items() if not torch.isfinite(tensor.detach()).all()), f"the norm of the {what}")

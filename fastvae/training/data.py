@@ -192,7 +192,8 @@ class ImageData(LightningDataModule):
         batch_size = self.batch_size
         while len(images) > 1 and len(images) % batch_size == 1:
             batch_size += 1
-        return DataLoader(images, batch_size, collate_fn=_whole)
+        # With a generator of its own the loader draws no seed from the global one, of which the training's noise comes.
+        return DataLoader(images, batch_size, collate_fn=_whole, generator=torch.Generator())
 
 
 def load(name: str, path: str | None, image_size: int | None = None) -> tuple[Split, Split | None]:
