@@ -217,3 +217,15 @@ def test_host_time_counts_the_launches_of_a_step():
     row = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert row["launches"]["fastvae"] == 7
     assert row["fastvae"]["rounds"] == row["eager"]["rounds"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["plain loop, fused Adam", "Lightning alone", "fastvae fit"])
+@pytest.mark.filterwarnings("ignore")  # the command's and Lightning's own
+def test_each_way_to_train_is_timed_by_its_steps(variant, monkeypatch):
+    fit = pytest.importorskip("benchmarks.fit")
+    monkeypatch.setattr(fit, "STEPS", 3)
+    monkeypatch.setattr(fit, "EPOCHS", 3)
+    steps, whole = fit.epochs(fit.VARIANTS[variant], "mmd_vae")
+    assert (len(steps), len(whole)) == (2, 1)
+    assert all(time.processor > 0 for time in steps + whole)

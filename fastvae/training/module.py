@@ -172,7 +172,7 @@ class VAEModule(LightningModule):
     def _log_step(self, name: str, value: Tensor, batch_size: int, shown: bool = False) -> None:
         """What `self.log` comes to. The rest of it, checks and copies, takes a twentieth of a small step for each name."""
         name = f"train/{name}"
-        results, key = self.trainer._results, f"training_step.{name}"
+        results, key = getattr(self.trainer, "_results", None), f"training_step.{name}"
         if results is None or key not in results:
             self.log(name, value, on_step=shown, on_epoch=True, prog_bar=shown, batch_size=batch_size)
         else:
