@@ -65,8 +65,9 @@ def mmd(
         y_weights: (..., M), likewise.
         precision: of the products on a GPU; None follows PyTorch's switch, `torch.set_float32_matmul_precision` or its newer form
             `torch.backends.cuda.matmul.fp32_precision`. "highest": three of bfloat16 parts, nearly as good as float32, "high": tf32
-            or, where they are faster, those, "medium": bfloat16, "ieee": float32 multiply-adds. float64 stays float64; the CPU keeps the
-            input's precision, but where PyTorch's own switch stands at "medium" and the processor multiplies bfloat16 matrices (AMX).
+            or, where they are faster, those (on Hopper from 2²⁶ pairs on, if a gradient is wanted), "medium": bfloat16, "ieee": float32
+            multiply-adds. float64 stays float64; the CPU keeps the input's precision, but where PyTorch's own switch stands at "medium"
+            and the processor multiplies bfloat16 matrices (AMX).
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
             "inductor" is "cpu", and for the RBF kernel and samples of 1,024 rows and more has loops that `torch.compile` makes: faster for
             up to 8 features, and for bandwidths whose h² are powers of two times one another. It needs a C++ compiler, and seconds the
@@ -190,10 +191,10 @@ def _mmd(
 Options = tuple[tuple[Kernel, Numbers, Numbers], tuple[Any, ...] | None]
 
 
-def _options(*options: Any) -> Options:
-    """The kernel, its bandwidths and their weights, and if they are known the same as arguments of an operation."""
-    _, _, _, backend, bandwidth, weights, *_ = options
-    # Of the same number once: between the other operations of a training step the checks take as long as some of the sums.
+def _options(kernel: Any, estimator: str, precision: str | None, backend: str | None, bandwidth: Any, weights: Any, *more: Any) -> Options:
+    """The kernel, its bandwidths and their weights; also as arguments of an operation, if they have been asked for before."""
+    options = kernel, estimator, precision, backend, bandwidth, weights, *more
+    # In a training step checks of numbers that never change take as long as some of the sums: they are made once.
     if type(bandwidth) is float and weights is None and backend is None and not torch.compiler.is_compiling():
         try:
             return _known_options(*options)

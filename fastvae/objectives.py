@@ -109,7 +109,7 @@ class Gaussian(Likelihood):
         return self._of_squares(squares.sum(1), squares, x.shape[1])
 
     def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
-        if type(self).log_prob is not Gaussian.log_prob:
+        if getattr(self.log_prob, "__func__", None) is not Gaussian.log_prob:
             return super().mean_log_prob(reconstruction, x)
         reconstruction, x = _flat(reconstruction, x)
         mean = F.mse_loss(reconstruction, x)
@@ -144,7 +144,7 @@ class Bernoulli(Likelihood):
         return -F.binary_cross_entropy_with_logits(reconstruction, x, reduction="none").sum(1)
 
     def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
-        if type(self).log_prob is not Bernoulli.log_prob:
+        if getattr(self.log_prob, "__func__", None) is not Bernoulli.log_prob:
             return super().mean_log_prob(reconstruction, x)
         reconstruction, x = _flat(reconstruction, x)
         return F.binary_cross_entropy_with_logits(reconstruction, x, reduction="sum") / -len(x)
@@ -386,7 +386,7 @@ class VAEObjective(GroupModule):
         Raises:
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
         """
-        if self.process_group is None:
+        if self.process_group is None and isinstance(output.likelihood, Likelihood):
             reconstruction = -output.likelihood.mean_log_prob(output.reconstruction, x)
         else:
             reconstruction = -self._mean(output.likelihood.log_prob(output.reconstruction, x))

@@ -27,7 +27,8 @@ _BISECTIONS = 50
 # Of the collections where none is given.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
-# Random numbers in memory at once, more of which would be new pages each time, and permutations, which share cache lines.
+# Random numbers that are held at once: with more, the memory is new at each draw, which takes longer than the draw. And permutations of one
+# draw: with fewer, those of a row of v lie in fewer than a cache line.
 _DRAWN_AT_ONCE, _LEAST_AT_ONCE = 1 << 13, 16
 # Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
 _TIED_SPREAD, _TIED_SIZE = 256, 8

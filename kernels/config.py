@@ -212,7 +212,8 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     ),
     ("tcgen05 tf32x3", True): (
         _Rule(32, _ANY, SweepConfig(64, 32, _ALL, _ALL, 4, 2)),
-        _Rule(_ANY, _ANY, SweepConfig(64, 64, 32, 64, 4, 2)),
+        _Rule(_ANY, 1, SweepConfig(64, 64, 32, 64, 4, 2)),
+        _Rule(_ANY, _ANY, SweepConfig(64, 32, 32, 64, 4, 2)),
     ),
     ("mma tf32x3", False): (
         _Rule(32, _ANY, SweepConfig(128, 64, _ALL, _ALL, 8, 2)),

@@ -479,3 +479,19 @@ def test_mean_of_the_log_likelihood(likelihood):
     short = torch.autograd.grad(likelihood.mean_log_prob(rows, x), leaves)
     for a, b in zip(short, torch.autograd.grad(likelihood.log_prob(rows, x).mean(), leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_log_likelihood_of_an_instance_counts():
+    likelihood = Bernoulli()
+    likelihood.log_prob = lambda reconstruction, x: torch.zeros(len(x))
+    assert likelihood.mean_log_prob(torch.randn(4, 3), torch.rand(4, 3)) == 0
+
+
+def test_a_module_that_has_but_log_prob():
+    class Zero(torch.nn.Module):
+        def log_prob(self, reconstruction, x):
+            return torch.zeros(len(x))
+
+    x = torch.rand(4, 3)
+    output = VAEOutput(torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2), torch.zeros(4, 2), torch.ones(4), Zero())
+    assert VAEObjective.vae()(output, x).loss == 1

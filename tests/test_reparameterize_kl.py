@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastvae
@@ -460,3 +461,22 @@ def test_small_is_what_passes_every_check():
     assert not small.is_small(3, 3)
     with FakeTensorMode():
         assert not small.is_small(torch.randn(4, 3), torch.randn(4, 3))
+
+
+def test_small_in_inference_mode_first():
+    """What is kept for the next call is fit for gradients."""
+    with torch.inference_mode():
+        fastvae.reparameterize_kl(torch.randn(8, 11), torch.randn(8, 11))
+    mu = torch.randn(8, 11, requires_grad=True)
+    z, kl = fastvae.reparameterize_kl(mu, torch.randn(8, 11))
+    (z.sum() + kl.sum()).backward()
+    assert mu.grad.isfinite().all()
+
+
+def test_the_compiler_does_not_see_what_is_small():
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda mu: fastvae.reparameterize_kl(mu, mu)[1], backend=counter, dynamic=True, fullgraph=True)
+    for rows in (64, 300, 5000):
+        compiled(torch.randn(rows, 20))
+    assert counter.frame_count == 1

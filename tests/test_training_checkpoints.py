@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.training.checkpoints import (
     AtomicCheckpointIO,
@@ -334,3 +335,22 @@ def test_two_runs_at_once_have_a_folder_each(tmp_path):
     assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
     lines = [(folder / "metrics.csv").read_text().count("\n") for folder in folders]
     assert lines[0] == lines[1]
+
+
+def test_a_validation_loader_has_no_part_in_the_training():
+    """Also one that draws its seed from the generator of the training's noise."""
+    x = torch.rand(40, 1, 8, 8)
+
+    def weights(batches):
+        torch.manual_seed(0)
+        module = ImageVAE([1, 8, 8], hidden=[8], objective="vae", diagnostics_size=0)
+        loaders = [DataLoader(TensorDataset(x, torch.zeros(40)), 10) for _ in range(2)]
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        run = Trainer(
+            max_epochs=3, num_sanity_val_steps=0, callbacks=[RandomState()], limit_val_batches=batches, accelerator="cpu", **quiet
+        )
+        run.fit(module, *loaders)
+        return [p.detach() for p in module.parameters()]
+
+    for with_validation, without in zip(weights(1.0), weights(0), strict=True):
+        assert with_validation.equal(without)

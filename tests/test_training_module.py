@@ -316,10 +316,18 @@ class Steps(Callback):
         self.epochs.append((logged, [float(n @ term / n.sum()) for term in terms]))
 
 
-def test_each_step_logs_its_loss_and_each_epoch_its_means(tmp_path):
+class LogsMore(ImageVAE):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("more", loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize(("module_class", "options"), [(ImageVAE, {}), (ImageVAE, {"gradient_norms_every": 1}), (LogsMore, {})])
+def test_each_step_logs_its_loss_and_each_epoch_its_means(tmp_path, module_class, options):
     data = ImageData("digits", batch_size=500, validation=0)
     seen = Steps(fails_at=5)
-    run, module = plain(tmp_path, 3, [seen]), ImageVAE(data.shape, hidden=[8], objective="vae")
+    run, module = plain(tmp_path, 3, [seen]), module_class(data.shape, hidden=[8], objective="vae", **options)
     with pytest.raises(RuntimeError, match="stopped"):
         run.fit(module, data)
     seen.fails_at = None
@@ -327,6 +335,12 @@ def test_each_step_logs_its_loss_and_each_epoch_its_means(tmp_path):
     assert len(seen.epochs) == 3
     for logged, expected in seen.epochs:
         assert logged == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_training_step_needs_no_trainer():
+    module = ImageVAE([1, 8, 8], hidden=[8], objective="vae", diagnostics_size=0)
+    with pytest.warns(UserWarning, match="not registered"):
+        assert module.training_step((torch.rand(5, 1, 8, 8), torch.zeros(5)), 0).isfinite()
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", None)])

@@ -19,19 +19,21 @@ BLOCK = 131_072
 # Elements up to which PyTorch's own derivatives take less time, between other operations of a training step, than a Function of ours.
 _SMALL = 8_192
 
-_MINUS_ONE = torch.tensor(-1.0, device="cpu")
+with torch.inference_mode(False):
+    _MINUS_ONE = torch.tensor(-1.0, device="cpu")
 
 
 def is_small(mu: Tensor, logvar: Tensor) -> bool:
     """Whether `differentiable` takes them: matrices of float32 for which no transform or mode of PyTorch is at work."""
     return (
         type(mu) is type(logvar) is Tensor
+        # First, as the compiler takes what is read of a tensor for what it must be.
+        and not needs_dispatcher(mu)
         and mu.dtype is logvar.dtype is torch.float32
         and mu.ndim == 2
         and mu.shape == logvar.shape
         and 0 < mu.numel() <= _SMALL
         and mu.device.type == logvar.device.type == "cpu"
-        and not needs_dispatcher(mu)
     )
 
 
@@ -121,7 +123,9 @@ def _std(logvar: Tensor, out: Tensor | None) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _halves(size: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((size,), 0.5, dtype=dtype, device="cpu")
+    # For gradients too if `torch.inference_mode` is on now.
+    with torch.inference_mode(False):
+        return torch.full((size,), 0.5, dtype=dtype, device="cpu")
 
 
 def _blocks(mu: Tensor) -> int:

@@ -451,7 +451,7 @@ class _Prior(NamedTuple):
     shifts: Tensor
     factors: Tensor  # −2·a_b and 2·a_b/(h_b² + 1), of the value and of the gradient s·x
     within: float
-    single: tuple[float, float, float] | None  # of one bandwidth without shift its slope, and its factors times E k(0, y)
+    single: tuple[float, float, float] | None  # of one bandwidth without shift: its slope, and its two factors, each times E k(0, y)
 
 
 @functools.lru_cache(maxsize=256)

@@ -35,16 +35,16 @@ class RandomState(Callback):
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
-        self._before_validation: dict[str, Any] | None = None
+        self._after_step: dict[str, Any] | None = None
+        self._validates = False
         self._started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before_validation = None
         self._started = False
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers that the next step begins with, also where they wait for it or for the end of a validation; of all processes."""
-        own = self._loaded or self._before_validation or random_state()
+        own = self._loaded or (self._after_step if self._validates else None) or random_state()
         if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -68,13 +68,17 @@ class RandomState(Callback):
             torch.manual_seed(epoch_seed(torch.initial_seed(), trainer.global_step, stream=1 + trainer.global_rank))
         self._loaded = None
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Here and not at a validation's start, before which its loader has drawn a seed.
+        self._after_step = random_state()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before_validation = random_state()
+        self._validates = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._before_validation is not None:
-            set_random_state(self._before_validation)
-        self._before_validation = None
+        self._validates = False
+        if self._after_step is not None:
+            set_random_state(self._after_step)
 
 
 def random_state() -> dict[str, Any]:

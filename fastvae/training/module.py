@@ -170,10 +170,11 @@ class VAEModule(LightningModule):
         self._codes = []
 
     def _log_step(self, name: str, value: Tensor, batch_size: int, shown: bool = False) -> None:
-        """What `self.log` comes to. The rest of it, checks and copies, takes a twentieth of a small step for each name."""
+        """`self.log`, whose checks and copies take a twentieth of a small step for each name: where it would only add a number to the
+        results of an epoch that it has begun, this is done directly."""
         name = f"train/{name}"
-        results, key = getattr(self.trainer, "_results", None), f"training_step.{name}"
-        if results is None or key not in results:
+        results, key = getattr(self._trainer, "_results", None), f"training_step.{name}"
+        if results is None or key not in results or self.trainer._logger_connector.should_reset_tensors("training_step"):
             self.log(name, value, on_step=shown, on_epoch=True, prog_bar=shown, batch_size=batch_size)
         else:
             results.update_metrics(key, value, batch_size)
