@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -188,8 +188,6 @@ def quadratic_form(
     None where z has too many rows, or as of `mmd`.
     """
     result_dtype = z.dtype
-    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and result_dtype == torch.float64):
-        return None
     if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     plan, farthest, scaled, half = planned
@@ -216,22 +214,18 @@ def quadratic_form(
 
 def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[Tensor, float] | None:
     """K (N, N) of z (N, D) less a number in each pair, 0 on its diagonal, and this number. None as of `quadratic_form`."""
-    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and z.dtype == torch.float64):
-        return None
     if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     plan, farthest, scaled, half = planned
-    ladder, profile = plan.ladder, plan.profile
-    exponent = _exponents(kernel, scaled, scaled, half, half)
-    value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
-    scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
-    total = value if len(ladder.ratios) == 1 else torch.zeros_like(exponent)
-    for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
-        profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
-        if total is not value:
+    total: Tensor | None = None
+    for _, weight, value, _ in _evaluated(plan, farthest, _exponents(kernel, scaled, scaled, half, half)):
+        if total is not None:
             total.add_(value, alpha=weight)
-        elif weight != 1:
-            total.mul_(weight)
+        elif len(plan.ladder.ratios) == 1:
+            total = value if weight == 1 else value.mul_(weight)
+        else:
+            total = value * weight
+    assert total is not None
     return total.fill_diagonal_(0), plan.shift
 
 
@@ -347,7 +341,9 @@ def _plan_for(
 
 
 def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[_Plan, float, Tensor, Tensor] | None:
-    """`_plan_for` z (N, D) as given."""
+    """`_plan_for` z (N, D) as given, against itself; None if its rows are too many."""
+    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and z.dtype == torch.float64):
+        return None
     z = z.double() if kernel.rooted else z
     if kernel.radial:
         # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
@@ -407,14 +403,10 @@ def _sums(
     plan: _Plan, farthest: float, exponent: Tensor, weights: Tensor, samples: Sequence[slice], without_diagonal: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """K·w, of `samples` the same over their own rows, and for a gradient W, which may take the place of the exponents."""
-    ladder, profile = plan.ladder, plan.profile
     sums: list[Tensor] = []
     total: Tensor | None = None
-    value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
-    scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
-    single = len(ladder.ratios) == 1
-    for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
-        slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
+    single = len(plan.ladder.ratios) == 1
+    for ratio, weight, value, slope in _evaluated(plan, farthest, exponent):
         if without_diagonal:
             for t in (value,) if slope is value else (value, slope):
                 t.fill_diagonal_(0) if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1).zero_()
@@ -431,6 +423,16 @@ def _sums(
         else:
             total.add_(slope, alpha=weight * ratio)
     return sums[0], sums[1:], total
+
+
+def _evaluated(plan: _Plan, farthest: float, exponent: Tensor) -> Iterator[tuple[float, float, Tensor, Tensor]]:
+    """Of each bandwidth its ratio and weight, and k and its slope of every pair, which the next one overwrites, as it may the exponents."""
+    ladder, profile = plan.ladder, plan.profile
+    value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
+    scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
+    for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
+        slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
+        yield ratio, weight, value, slope
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
