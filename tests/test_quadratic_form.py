@@ -7,6 +7,7 @@ import torch
 
 import fastvae
 from fastvae import reference
+from fastvae.cpu import small
 from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import quadratic_form_op
 from fastvae.radial import KERNELS
@@ -207,3 +208,13 @@ def test_an_excluded_group_touches_no_other(backend):
     assert result.valid.tolist() == [True, True, False]
     torch.testing.assert_close(result.values[:2, :2], fastvae.group_mmd(z, weights[:, :2], backend=backend).values)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7], [2.0, 0.5, 1.5]])
+@pytest.mark.parametrize("name", ["rbf", "rational_quadratic", "laplace"])
+def test_the_matrix_of_few_rows(name, weights):
+    z, h = torch.randn(20, 4), [3.0, 1.5, 20.0][: len(weights)]
+    matrix, shift = small.kernel_matrix(KERNELS[name], h, weights, z)
+    basis = torch.eye(20, dtype=torch.float64)
+    dense = reference.kernel_matmul(z.double(), z.double(), basis, bandwidth=h, bandwidth_weights=weights, kernel=KERNELS[name])
+    torch.testing.assert_close(matrix.double() + shift * (1 - basis), dense * (1 - basis), rtol=1e-5, atol=1e-5)
