@@ -291,7 +291,7 @@ def kernel_matmul(
         bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`.
 
     Returns:
-        (N,) or (N, C), float64 for float64 inputs, else float32. nan if an input holds a nan or an infinity.
+        (N,) or (N, C), float64 for float64 inputs, else float32. nan where a number that it depends on is nan or infinite.
 
     Raises:
         TypeError: an input is not a floating-point tensor, or their dtypes differ.

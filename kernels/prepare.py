@@ -105,6 +105,23 @@ def gammas_of(values, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.
 
 
 @triton.jit
+def gain_of(gamma, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
+    """The square of the scale that makes of points what `fastvae.kernels.pairs` takes."""
+    if FAMILY == GAUSSIAN:
+        return gamma * (2 * LOG2_E)
+    elif FAMILY == LAPLACE:
+        return gamma * (4 * LOG2_E * LOG2_E)
+    elif FAMILY == ENERGY or FAMILY == QUADRATIC_HALF:  # noqa: SIM109
+        return gamma * 4
+    elif FAMILY == QUADRATIC_ONE:
+        return gamma * 2
+    elif FAMILY < POLYNOMIAL:
+        return gamma * 2 / values[2 * KERNELS]
+    else:
+        return gamma
+
+
+@triton.jit
 def _mean_of_some_rows(z_ptr, rows, offs_d, mask_d, FEATURES: tl.constexpr):
     """The mean of up to `_CENTRE_ROWS` rows, exact where they are equal."""
     count = tl.minimum(rows, _CENTRE_ROWS)
@@ -511,20 +528,7 @@ def operands_kernel(
             route = tl.where(near > 1.0, 1, route)
     if FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109, Triton has no `in`
         gamma = scaled_gamma(gamma, furthest, dtype, FAMILY)
-    if FAMILY == GAUSSIAN:
-        gain = gamma * (2 * LOG2_E)
-    elif FAMILY == LAPLACE:
-        gain = gamma * (4 * LOG2_E * LOG2_E)
-    elif FAMILY == ENERGY:
-        gain = gamma * 4
-    elif FAMILY == QUADRATIC_ONE:
-        gain = gamma * 2
-    elif FAMILY == QUADRATIC_HALF:
-        gain = gamma * 4
-    elif RADIAL:
-        gain = gamma * 2 / values[2 * KERNELS]
-    else:
-        gain = gamma
+    gain = gain_of(gamma, values, FAMILY, KERNELS)
     scale = tl.sqrt(gain)
 
     # load, compute, store

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.kernels import few_pairs
 from fastvae.kernels.kernel_matmul import Product, poison_of, sum_of_columns, sum_of_shares
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.prepare import CONSTANT, ROW_BLOCK, UNIT
@@ -175,6 +176,8 @@ def pair_upstreams_kernel(
 
 def quadratic_form(kernel: KernelNumbers, z: Tensor, v: Tensor, precision: str) -> Tensor:
     """S of z (N, D) and v (N, C) as parts (P, C, C) that sum to it, float64."""
+    if (few := few_pairs.evaluation_of_few(kernel, z, z, v.shape[1])) is not None:
+        return few_pairs.quadratic_form(few, kernel, z, v)
     v = v.contiguous()
     product, (n, columns) = Product(kernel, [z], v.shape[1], precision), v.shape
     factors = product.factors(v)
@@ -193,14 +196,19 @@ def quadratic_form(kernel: KernelNumbers, z: Tensor, v: Tensor, precision: str) 
 
 def quadratic_form_diagonal(kernel: KernelNumbers, z: Tensor, v: Tensor, precision: str) -> Tensor:
     """The diagonal of S, (C,), float64."""
+    if (few := few_pairs.evaluation_of_few(kernel, z, z, v.shape[1])) is not None:
+        return (v * few_pairs.matmul(few, kernel, z, z, v, torch.float64, within=True)).sum(0)
     product, v = Product(kernel, [z], v.shape[1], precision), v.contiguous()
     return (v * product.matmul(product.factors(v), torch.float64, within=v)).sum(0)
 
 
 def quadratic_form_backward(kernel: KernelNumbers, z: Tensor, v: Tensor, upstream: Tensor, precision: str) -> Tensor:
     """The gradient to z (N, D), from the upstream (C, C)."""
+    upstream = upstream.double().contiguous()
+    if (few := few_pairs.evaluation_of_few(kernel, z, z, v.shape[1])) is not None:
+        return few_pairs.gradient(few, kernel, z, z, v, v, upstream)
     product, v = Product(kernel, [z], v.shape[1], precision), v.contiguous()
-    factors = product.factors(v, v, upstream=upstream.double().contiguous())
+    factors = product.factors(v, v, upstream=upstream)
     (gradient, _) = product.gradients(factors, x=True, y=False, within=True)
     assert gradient is not None
     return gradient

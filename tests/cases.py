@@ -144,6 +144,14 @@ STREAMING_CASES = [
 ]
 
 
+def without_few_pairs(monkeypatch) -> None:
+    """Problems of any size are swept by Triton kernels."""
+    from fastvae.kernels import few_pairs
+
+    monkeypatch.setattr(few_pairs, "_MOST_WORK", 0)
+    monkeypatch.setattr(few_pairs, "_MOST_WORK_OF_A_GRAPH", 0)
+
+
 def problems(cases: list[Case]) -> list:
     """(case, function) for every function that has the case."""
     return [pytest.param(case, name, id=f"{case.name}-{name}") for case in cases for name in case.functions]

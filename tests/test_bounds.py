@@ -14,7 +14,7 @@ import torch
 
 import fastvae
 from fastvae.checks import triton_interpreter
-from tests.cases import evaluate
+from tests.cases import evaluate, without_few_pairs
 
 pytestmark = [
     pytest.mark.skipif(not triton_interpreter(), reason="needs Triton's interpreter"),
@@ -108,7 +108,7 @@ CALLS = {
     "mmd, many chunks": (lambda x, y: fastvae.mmd(x, y, kernel="polynomial", backend="triton"), rows(520, 2), rows(7, 2)),
     "mmd_to_normal": (lambda x: fastvae.mmd_to_normal(x, bandwidth=[1.0, 2.0], backend="triton"), rows(70, 5)),
     "kernel_matmul": (lambda x, y, v: fastvae.kernel_matmul(x, y, v, backend="triton").sum(), rows(70, 5), rows(33, 5), rows(33, 3)),
-    "kernel_matmul, bfloat16 products": (
+    "kernel_matmul, sweeps of bfloat16": (
         lambda x, y, v: fastvae.kernel_matmul(x, y, v, precision="medium", backend="triton").sum(),
         rows(70, 5),
         rows(33, 5),
@@ -121,6 +121,10 @@ CALLS = {
         rows(130, 70),
     ),
     "group_mmd": (lambda z: fastvae.group_mmd(z, torch.arange(70) % 3, backend="triton").mean(), rows(70, 5)),
+    "kernel_matmul, sweeps": (
+        lambda x, y, v: fastvae.kernel_matmul(x, y, v, backend="triton").sum(), rows(70, 5), rows(33, 5), rows(33, 3)
+    ),
+    "group_mmd, sweeps": (lambda z: fastvae.group_mmd(z, torch.arange(70) % 3, backend="triton").mean(), rows(70, 5)),
     "group_mmd, many groups": (
         lambda z: fastvae.group_mmd(z, torch.arange(200) % 70, estimator="unbiased", backend="triton").values[0].sum(), rows(200, 5)
     ),
@@ -144,6 +148,8 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_places(name, monkeypatch):
     function, *inputs = CALLS[name]
+    if "sweeps" in name:
+        without_few_pairs(monkeypatch)
     with watched(monkeypatch) as launches:
         results = evaluate(function, *inputs) if name != "mmd, value" else (function(*inputs),)
     assert launches

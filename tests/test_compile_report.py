@@ -149,8 +149,41 @@ for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")
 """
 
 
+_OF_FEW_PAIRS = """
+from benchmarks.sass import compile_kernel
+from fastvae.kernels import few_pairs, pairs
+
+def assert_fits(fn, family, count, columns, scalar, given, on_device, blocks, **flags):
+    numbers = 2 * count + (family != pairs.GAUSSIAN.value)
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in fn.arg_names if name.islower()}
+    types |= {"numbers": "*fp64" if on_device else ("fp32",) * (3 * numbers), "x_ptr": scalar, "y_ptr": scalar}
+    types |= {name: given for name in types if name in ("g_ptr", "v_ptr")}
+    types |= {name: "*fp64" for name in types if name == "upstream_ptr" or (name == "out_ptr" and flags["WITHIN"])}
+    constants = {
+        "NUMBERS": numbers, "ON_DEVICE": on_device, "FAMILY": family, "BANDWIDTHS": count, "SQUARINGS": 0, "BLOCK_N": few_pairs._BLOCK_N,
+        "BLOCK_M": few_pairs._BLOCK_M, "BLOCK_C": columns, "UNROLL": few_pairs._UNROLL, "BLOCK_D": few_pairs._BLOCK_D, "BLOCKS": blocks,
+        "num_warps": 8,
+    }
+    binary = compile_kernel(fn, types, constants | flags, 90)
+    # A few outside of the loops.
+    assert binary.local <= 16, (fn, family, count, columns, scalar, given, flags, binary.registers, binary.local)
+
+for family, count, columns, scalar, given, on_device, blocks in (
+    (pairs.GAUSSIAN.value, 1, 16, "*fp32", "*fp32", False, 2),
+    (pairs.GAUSSIAN.value, 1, 16, "*fp32", "*i1", False, 8),
+    (pairs.GAUSSIAN.value, 6, 32, "*bf16", "*fp32", True, 8),
+    (pairs.QUADRATIC.value, 6, 32, "*fp32", "*i1", False, 8),
+    (pairs.QUADRATIC_ONE.value, 2, 16, "*fp32", "*fp32", False, 1),
+):
+    for within, form in ((False, False), (True, False), (True, True)):
+        assert_fits(few_pairs.matmul_kernel, family, count, columns, scalar, given, on_device, blocks, WITHIN=within, FORM=form)
+    for form in (False, True):
+        assert_fits(few_pairs.gradient_kernel, family, count, columns, scalar, given, on_device, blocks, FORM=form)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES], ids=["mmd", "total_correlation"])
+@pytest.mark.parametrize("code", [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS], ids=["mmd", "total_correlation", "few_pairs"])
 def test_kernels_around_the_sweep_compile_without_spills(code):
     """The interpreter takes what the compiler refuses, such as a name of two types."""
     compile_by(code)

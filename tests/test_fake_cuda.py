@@ -106,12 +106,14 @@ CALLS = {
     "kernel_matmul": Call(kernel_matmul, (X, X, (N, 8)), (), (((N, 8), f32),)),
     "kernel_matmul, gradient to x": Call(kernel_matmul, (X, X, (N, 8)), (0,), (((N, 8), f32),)),
     "kernel_matmul, gradients": Call(kernel_matmul, (X, X, (N, 8)), (0, 1, 2), (((N, 8), f32),)),
+    "kernel_matmul, few rows, gradients": Call(kernel_matmul, ((512, D), (512, D), (512, 8)), (0, 1, 2), (((512, 8), f32),)),
     "kernel_matmul, laplace": Call(functools.partial(kernel_matmul, kernel="laplace"), (X, X, (N,)), (0, 1, 2), (((N,), f32),)),
     "kernel_matmul, gradient to the bandwidth": Call(
         lambda x, y, v, h: fastvae.kernel_matmul(x, y, v, bandwidth=h), (X, X, (N, 8), (1,)), (0, 3), (((N, 8), f32),)
     ),
     "witness": Call(functools.partial(fastvae.witness, bandwidth=8.0), ((500, D), X, X), (0,), (((500,), f32),)),
     "group_mmd, labels": Call(group_mmd, (X,), (0,)),
+    "group_mmd, labels of few rows": Call(group_mmd, ((512, D),), (0,)),
     "group_mmd, soft weights": Call(group_mmd, (X, (N, 10)), (0,)),
     "group_mmd, given pairs": Call(functools.partial(group_mmd, pairs=[(0, 1), (2, 3)]), (X,), (0,)),
     "total_correlation": Call(total_correlation, (X, X, X), results=(((), f32),) * 3),

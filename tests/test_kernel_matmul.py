@@ -7,7 +7,7 @@ import fastvae
 from fastvae import reference
 from fastvae.cpu import small
 from fastvae.radial import KERNELS, RationalQuadratic
-from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, needs_triton
+from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, needs_triton, without_few_pairs
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -31,13 +31,18 @@ def loss(function, g, **options):
 
 
 @pytest.mark.parametrize("bandwidth", [(1.7,), (0.8, 1.6, 3.2), (60.0,)])
-@pytest.mark.parametrize("backend", [*BACKENDS, "streaming"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "streaming", pytest.param("sweeps", marks=BACKENDS[1].marks)])
 @pytest.mark.parametrize("kernel", ALL_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_and_gradients(kernel, backend, bandwidth, dtype, monkeypatch):
     if backend == "streaming":
         monkeypatch.setattr(small, "_PAIRS", 0)
         backend = None
+    if backend == "sweeps":
+        if dtype == torch.float64:
+            pytest.skip("float64 has no other way")
+        without_few_pairs(monkeypatch)
+        backend = "triton"
     x, y, v = problem(dtype=dtype)
     g = torch.randn(70, 3, dtype=torch.float64, device=DEVICE)
     options = {"bandwidth": bandwidth, "bandwidth_weights": (0.5, 1.0, 2.0)[: len(bandwidth)], "kernel": kernel}
@@ -62,7 +67,8 @@ def test_several_tiles_far_from_the_origin(kernel):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "polynomial"])
 @pytest.mark.parametrize("precision", ["ieee", "high", "medium"])
-def test_triton_precisions(precision, kernel):
+def test_triton_precisions(precision, kernel, monkeypatch):
+    without_few_pairs(monkeypatch)
     x, y, v = problem(dtype=torch.float32)
     g = torch.randn(70, 3, dtype=torch.float64, device=DEVICE)
     options = {"bandwidth": 1.7, "kernel": kernel}
@@ -77,8 +83,11 @@ def test_triton_precisions(precision, kernel):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "energy"])
 @pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 100.0), (torch.float64, 1e4)])
-def test_triton_clusters_far_apart_with_a_small_bandwidth(kernel, dtype, distance):
+@pytest.mark.parametrize("few", [True, False])
+def test_triton_clusters_far_apart_with_a_small_bandwidth(kernel, dtype, distance, few, monkeypatch):
     """Where products lose the distances within a cluster, differences keep them."""
+    if not few:
+        without_few_pairs(monkeypatch)
     x, y, v = problem(40, 30, 3, 2)
     x, y = (0.1 * z + distance * (torch.arange(len(z), device=DEVICE) % 2)[:, None] for z in (x, y))
     y[0] = x[0]
@@ -180,6 +189,56 @@ def test_nan_in_nan_out(backend):
         _, *gradients = evaluate(lambda *inputs: fastvae.kernel_matmul(*inputs, backend=backend).sum(), x, y, v)
         assert all(gradient.isnan().all() for gradient in gradients)
         t.copy_(finite)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_triton_few_pairs_that_are_not_finite(bad):
+    """In float32 a row of x alone is lost with its own numbers, a number of y or v loses all that depends on it."""
+    inputs = problem(20, 9, 3, 2, torch.float32)
+    for lost in range(3):
+        x, y, v = (t.clone() for t in inputs)
+        (x, y, v)[lost][1, 1] = bad
+        _, to_x, to_y, to_v = evaluate(lambda *t: fastvae.kernel_matmul(*t, backend="triton").sum(), x, y, v)
+        out = fastvae.kernel_matmul(x, y, v, backend="triton")
+        if lost == 0:
+            assert out[1].isnan().all()
+            assert to_x[1].isnan().all()
+            assert to_y.isnan().all()
+            assert to_v.isnan().all()
+            assert out[2:].isfinite().all()
+        else:
+            assert out.isnan().all()
+            assert to_x.isnan().all()
+            assert to_y[1].isnan().all()
+            assert to_v[1].isnan().all() or lost == 2
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_triton_few_pairs_have_bounds(monkeypatch):
+    from fastvae.kernels import few_pairs
+    from fastvae.radial import RBF, KernelNumbers
+
+    def few(n, m, features, columns, dtype=torch.float32, bandwidths=1):
+        x, y = (torch.empty(size, features, dtype=dtype, device="meta") for size in (n, m))
+        numbers = KernelNumbers.of(RBF(), (1.0,) * bandwidths, (1.0,) * bandwidths, features, False, torch.device("cpu"))
+        return few_pairs.evaluation_of_few(numbers, x, y, columns) is not None
+
+    assert few(2048, 2048, 64, 32)
+    assert few(4096, 4096, 16, 16)
+    assert few(10, 1_000_000, 16, 16)
+    assert not few(4096, 4096, 64, 16)
+    assert not few(10, 10, 65, 1)
+    assert not few(10, 10, 2, 33)
+    assert not few(10, 10, 2, 2, torch.float64)
+    assert few(10, 10, 2, 2, bandwidths=6)
+    assert not few(10, 10, 2, 2, bandwidths=7)
+    monkeypatch.setattr(few_pairs, "_is_captured", lambda x: True)
+    assert few(512, 512, 16, 16)
+    assert not few(1024, 1024, 16, 16)
 
 
 @needs_triton

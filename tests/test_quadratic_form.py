@@ -11,7 +11,7 @@ from fastvae.cpu import small
 from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import quadratic_form_op
 from fastvae.radial import KERNELS
-from tests.cases import DEVICE, Copies, evaluate, needs_cpu, needs_triton
+from tests.cases import DEVICE, Copies, evaluate, needs_cpu, needs_triton, without_few_pairs
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -75,6 +75,27 @@ def test_several_tiles_in_float32(bandwidth):
     exact = evaluate(lambda z: one_by_one(z, labels, 7, bandwidth=bandwidth, estimator="unbiased").sum() / 42, z.double())
     assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
     assert (actual[1].double() - exact[1]).norm() < 1e-5 * exact[1].norm()
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("bandwidth", [(1.0,), (40.0,), (0.3, 1.0, 300.0)])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("soft", [False, True])
+def test_triton_in_float32(bandwidth, few, soft, monkeypatch):
+    if not few:
+        without_few_pairs(monkeypatch)
+    z, labels = groups_of_rows(300, 6, 7, torch.float32)
+    options = {"bandwidth": bandwidth, "estimator": "unbiased", "kernel": "imq"}
+    groups = torch.rand(300, 7, device=DEVICE) + torch.nn.functional.one_hot(labels, 7) if soft else labels
+    weights = torch.randn(7, 7, dtype=torch.float64, device=DEVICE)
+    actual = evaluate(lambda z: (weights * fastvae.group_mmd(z, groups, backend="triton", **options).values).sum(), z)
+    exact = evaluate(
+        lambda z: (weights * fastvae.group_mmd(z, groups.double() if soft else groups, backend="reference", **options).values).sum(),
+        z.double(),
+    )
+    assert actual[0].item() == pytest.approx(exact[0].item(), rel=1e-4)
+    assert (actual[1].double() - exact[1]).norm() < 1e-4 * exact[1].norm()
 
 
 @pytest.mark.parametrize("rows", [7, 13])

@@ -155,7 +155,7 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], centre: Tensor, wa
     grad_bandwidth = empty.new_empty(0, dtype=torch.float64)
     if wanted[3]:
         # As in `fastvae.ops.mmd`, by Euler's theorem.
-        radial = [((z - centre).double() * g).sum() for z, g in zip((problem.x, problem.y), grads, strict=False) if g is not None]
+        radial = [((z.double() - centre) * g).sum() for z, g in zip((problem.x, problem.y), grads, strict=False) if g is not None]
         h = as_vector(kernel_numbers(problem)[1], empty.device)
         grad_bandwidth = -torch.stack(radial).sum() / h[:1]
     found = (empty.new_empty(0) if g is None or not want else g for g, want in zip(grads, wanted, strict=False))
