@@ -225,7 +225,9 @@ def gradient_kernel(
     poison = x_poison + tl.sum(y_poison)
     for block in tl.static_range(BLOCKS):
         offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-        grad = 2.0 * gamma * unit * pulls[block].to(tl.float64) + poison[:, None]
+        pull = pulls[block].to(tl.float64)
+        # Of an infinite number among g and v the sums are infinite.
+        grad = 2.0 * gamma * unit * pull + (poison[:, None] + pull * 0.0)
         mask = mask_n[:, None] & (offs_d < features)[None, :]
         tl.store(grad_ptr + offs_n[:, None] * features + offs_d[None, :], grad.to(tl.float32), mask=mask)
 
