@@ -372,6 +372,12 @@ def enough_rows(name: str, x: Tensor, estimator: str) -> None:
         raise ValueError(f"{name} must have at least two rows for estimator={estimator!r}, got {x.shape[-2]}: use estimator='biased'")
 
 
+def two_rows(name: str, x: Tensor) -> None:
+    """For what leaves the pairs of a row with itself out, whatever its arguments."""
+    if x.shape[-2] < 2:
+        raise ValueError(f"{name} must have at least two rows, got {x.shape[-2]}")
+
+
 def backend_device(backend: str | None, device: torch.device) -> None:
     """The forced backend can compute on this device, and the default one is there."""
     if backend in ("cpu", "inductor") and device.type != "cpu":

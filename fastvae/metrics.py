@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae import checks, recipes
+from fastvae.ops.common import accumulation_dtype
 from fastvae.radial import Polynomial
 
 try:
@@ -32,17 +33,21 @@ class _EmbeddingMetric(Metric):
     real_features: list[Tensor] | Tensor
     fake_features: list[Tensor] | Tensor
 
-    def __init__(
-        self, *, reset_real_features: bool = True, precision: str | None = None, backend: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, reset_real_features: bool = True, backend: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         checks.option("reset_real_features", reset_real_features, (True, False))
-        checks.option("precision", precision, checks.PRECISIONS)
         checks.option("backend", backend, checks.BACKENDS)
         self.reset_real_features = reset_real_features
-        self.options: recipes.Options = {"precision": precision, "backend": backend}
+        self.backend = backend
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")
+        if not reset_real_features:
+            # A MetricCollection shares the states of metrics that name them alike, and with them what reset() leaves of each.
+            self.add_state("kept", [], dist_reduce_fx=None)
+
+    def forward(self, embeddings: Tensor, real: bool) -> None:
+        """`update`: a batch is of one kind and has no distance of its own."""
+        self.update(embeddings, real)
 
     def update(self, embeddings: Tensor, real: bool) -> None:
         """Add a batch of embeddings (N, D), of real data or not."""
@@ -52,18 +57,18 @@ class _EmbeddingMetric(Metric):
             if isinstance(features, list) and features:
                 checks.same_features("embeddings", embeddings, "the embeddings so far", features[0])
                 checks.same_dtype("embeddings", embeddings, "the embeddings so far", features[0])
-        own = self.real_features if real else self.fake_features
+        name = "real_features" if real else "fake_features"
+        own = getattr(self, name)
         assert isinstance(own, list)
-        own.append(embeddings.detach())
+        setattr(self, name, [*own, embeddings.detach()])  # a new list: a MetricCollection hands the old one to other metrics as well
 
     def reset(self) -> None:
         """Forget all embeddings, or, unless `reset_real_features`, those that are not of real data."""
-        if self.reset_real_features:
-            super().reset()
-            return
-        kept = self._defaults.pop("real_features")
+        real = self.real_features
+        self.real_features, self.fake_features = [], []
         super().reset()
-        self._defaults["real_features"] = kept
+        if not self.reset_real_features:
+            self.real_features = real
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         sets = [dim_zero_cat(f) if len(f) else None for f in (self.real_features, self.fake_features)]
@@ -86,12 +91,13 @@ class CMMD(_EmbeddingMetric):
         metric.update(embeddings_of_samples, real=False)
         metric.compute()
 
-    Memory grows with the embeddings, not with their square. float32 embeddings keep six digits, where a matrix in float32 has three.
+    Memory grows with the embeddings, not with their square. It sums in float64, whatever the embeddings are: of near copies, u and
+    u + 0.001·noise, float32 has not one digit.
 
     Args:
         sigma, scale, normalize: as above.
         reset_real_features: whether `reset()` forgets the real embeddings too.
-        precision, backend: as in `fastvae.mmd`.
+        backend: as in `fastvae.mmd`.
         **kwargs: of `torchmetrics.Metric`.
 
     `update(embeddings, real)` takes (N, D), floating point, `compute()` returns a scalar.
@@ -106,11 +112,10 @@ class CMMD(_EmbeddingMetric):
         *,
         normalize: bool = True,
         reset_real_features: bool = True,
-        precision: str | None = None,
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(reset_real_features=reset_real_features, precision=precision, backend=backend, **kwargs)
+        super().__init__(reset_real_features=reset_real_features, backend=backend, **kwargs)
         self.sigma = checks.real("sigma", sigma, above=0)
         self.scale = checks.real("scale", scale)
         self.normalize = normalize
@@ -118,7 +123,12 @@ class CMMD(_EmbeddingMetric):
     @torch.no_grad()
     def compute(self) -> Tensor:
         """CMMD of all embeddings so far."""
-        return recipes.cmmd(*self._embeddings(), sigma=self.sigma, scale=self.scale, normalize=self.normalize, **self.options)
+        real, fake = self._embeddings()
+        dtype = accumulation_dtype(real.dtype)
+        fine = dtype if real.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        return recipes.cmmd(
+            real.to(fine), fake.to(fine), sigma=self.sigma, scale=self.scale, normalize=self.normalize, backend=self.backend
+        ).to(dtype)
 
 
 class KernelInceptionDistance(_EmbeddingMetric):
@@ -128,6 +138,7 @@ class KernelInceptionDistance(_EmbeddingMetric):
 
     With `subsets=None` all rows at once, exactly, and nan for the standard deviation: the value that the mean over subsets estimates. With
     a `seed` every `compute()` draws the same subsets; without, the global generator does, as in torchmetrics, whose numbers these are.
+    It is off by some 1e-8 of a value of the kernel where the features are float32.
 
     Args:
         subsets, subset_size, degree, gamma, coef: as above.
@@ -155,7 +166,8 @@ class KernelInceptionDistance(_EmbeddingMetric):
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(reset_real_features=reset_real_features, precision=precision, backend=backend, **kwargs)
+        super().__init__(reset_real_features=reset_real_features, backend=backend, **kwargs)
+        checks.option("precision", precision, checks.PRECISIONS)
         if subsets is not None:
             checks.integer("subsets", subsets, at_least=1)
         checks.integer("subset_size", subset_size, at_least=2)
@@ -165,7 +177,7 @@ class KernelInceptionDistance(_EmbeddingMetric):
         if seed is not None:
             checks.integer("seed", seed, at_least=0)
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
-        self.degree, self.gamma, self.coef = degree, gamma, coef
+        self.degree, self.gamma, self.coef, self.precision = degree, gamma, coef, precision
 
     @torch.no_grad()
     def compute(self) -> recipes.KID:
@@ -179,5 +191,6 @@ class KernelInceptionDistance(_EmbeddingMetric):
             gamma=self.gamma,
             coef=self.coef,
             generator=generator,
-            **self.options,
+            precision=self.precision,
+            backend=self.backend,
         )

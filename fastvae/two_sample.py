@@ -136,7 +136,10 @@ def two_sample_test(
     checks.option("backend", backend, checks.BACKENDS)
     checks.backend_device(backend, x.device)
     for name, points in (("x", x), ("y", y)):
-        checks.enough_rows(name, points, estimator)
+        if aggregate is None:
+            checks.enough_rows(name, points, estimator)
+        else:
+            checks.two_rows(name, points)
     if method == "wild_bootstrap":
         checks.same_rows("x", x, "y", y, "method='wild_bootstrap'")
     count = checks.integer("permutations", permutations, at_least=1)

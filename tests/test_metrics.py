@@ -59,6 +59,35 @@ def test_cmmd_keeps_digits_that_float32_loses():
     assert plain > 10 * error
 
 
+@pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_cmmd_of_near_copies(noise, normalize):
+    u, other = embeddings(100, 100, 768)
+    copy = u + noise * other
+    # Where the rows are not divided by their norms, sigma grows as they do.
+    scale = 1 if normalize else u.norm(dim=1).mean().item()
+    x, y = (t.double() / (t.double().norm(dim=1, keepdim=True) if normalize else scale) for t in (u, copy))
+    k = [torch.expm1(-(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2) / 200) for a, b in ((x, x), (y, y), (x, y))]
+    expected = 1000 * (k[0] + k[1] - k[2] - k[2].T).mean()
+    value = feed(CMMD(10 * scale, normalize=normalize), u, copy).compute()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_kid_of_near_copies(noise, shift):
+    u, other = embeddings(100, 100, 768)
+    u = u + shift
+    copy = u + noise * other
+    x, y = u.double(), copy.double()
+    own = [((t @ t.T / 768 + 1) ** 3) for t in (x, y)]
+    expected = sum((k.sum() - k.trace()) / (100 * 99) for k in own) - 2 * ((x @ y.T / 768 + 1) ** 3).mean()
+    largest = max(k.max().item() for k in own)
+    value = feed(KernelInceptionDistance(subsets=None), u, copy).compute().mean
+    torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-7 * largest)
+
+
 def test_kid_is_torchmetrics_kid_of_the_same_subsets():
     real, fake = (t.cpu() for t in embeddings(dtype=torch.float64))
     for options in ({}, {"degree": 2, "gamma": 0.2, "coef": 0.5}):
@@ -112,6 +141,45 @@ def test_reset():
     assert not metric.fake_features
     metric.update(fake, real=False)
     torch.testing.assert_close(metric.compute(), value)
+
+
+@pytest.mark.parametrize("reset_real_features", [True, False])
+def test_a_call_adds_a_batch_once(reset_real_features):
+    real, fake = embeddings()
+    expected = recipes.kid(real, fake, subsets=None).mean
+    metric = KernelInceptionDistance(subsets=None, reset_real_features=reset_real_features)
+    for part in real.split(16):
+        assert metric(part, real=True) is None
+    for part in fake.split(16):
+        assert metric(part, False) is None
+    assert sum(map(len, metric.real_features)) == len(real)
+    assert sum(map(len, metric.fake_features)) == len(fake)
+    torch.testing.assert_close(metric.compute().mean, expected)
+
+
+@pytest.mark.parametrize("call", [MetricCollection.update, MetricCollection.forward])
+def test_a_collection_may_be_called(call):
+    real, fake = embeddings()
+    collection = MetricCollection({"cmmd": CMMD(), "kid": KernelInceptionDistance(subsets=None)})
+    collection.update(real, real=True)
+    for part in fake.split(16):
+        call(collection, part, real=False)
+    result = collection.compute()
+    assert result["cmmd"] == feed(CMMD(), real, fake).compute()
+    torch.testing.assert_close(result["kid"].mean, recipes.kid(real, fake, subsets=None).mean)
+
+
+@pytest.mark.parametrize("first", ["cmmd", "kid"])
+def test_a_collection_resets_each_as_it_is_set(first):
+    real, fake = embeddings()
+    metrics = {"cmmd": CMMD(reset_real_features=first != "cmmd"), "kid": KernelInceptionDistance(None, reset_real_features=first == "cmmd")}
+    keeps = next(name for name, metric in metrics.items() if not metric.reset_real_features)
+    collection = feed(MetricCollection(metrics), real, fake)
+    before = collection.compute()[keeps]
+    collection.reset()
+    assert {name: sum(map(len, metric.real_features)) for name, metric in collection.items()} == {"cmmd": 0, "kid": 0, keeps: len(real)}
+    collection.update(fake, real=False)
+    torch.testing.assert_close(collection[keeps].compute(), before, equal_nan=True)
 
 
 def test_collection_shares_the_embeddings():

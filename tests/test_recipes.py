@@ -1,5 +1,6 @@
 """Each recipe against its library's formula, written down densely in float64 as that library computes it."""
 
+import inspect
 import math
 import re
 from pathlib import Path
@@ -461,6 +462,19 @@ def test_compile():
 def test_errors(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(*(t.cpu() for t in samples()))
+
+
+@pytest.mark.parametrize("rows", [(1, 9), (9, 1), (1, 1), (9, 8)])
+@pytest.mark.parametrize("name", sorted({*recipes.__all__} - {"KID", "trvae"}))
+def test_a_sentence_names_no_argument_that_is_not_there(name, rows):
+    recipe = getattr(recipes, name)
+    arguments = inspect.signature(recipe).parameters
+    options = {key: value for key, value in {"biased": False, "mmd_type": "linear", "subsets": None}.items() if key in arguments}
+    x, y = (t.cpu()[:n] for t, n in zip(samples(), rows, strict=True))
+    try:
+        recipe(x, y, **options)
+    except ValueError as error:
+        assert set(re.findall(r"(\w+)\s?=", str(error))) <= arguments.keys(), error  # noqa: PT017
 
 
 def test_errors_of_types():

@@ -468,6 +468,7 @@ X, Y = torch.zeros(4, 3), torch.ones(5, 3)
     [
         ((X[0], Y), {}, ValueError, "x must have shape (rows, features), got (3,)"),
         ((X[:1], Y), {}, ValueError, "x must have at least two rows for estimator='unbiased', got 1: use estimator='biased'"),
+        ((X, Y[:1]), {"aggregate": "fuse"}, ValueError, "y must have at least two rows, got 1"),
         ((X, Y), {"estimator": "linear"}, ValueError, "estimator must be one of 'biased', 'unbiased', got 'linear'"),
         ((X, Y), {"method": "bootstrap"}, ValueError, "method must be one of 'permutation', 'wild_bootstrap', got 'bootstrap'"),
         (

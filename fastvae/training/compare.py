@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvae.objectives import VAEObjective
 from fastvae.training import pictures
 from fastvae.training.data import ImageData, new_folder, scaled
-from fastvae.training.metrics import active_units, marginal_summary, mutual_information
+from fastvae.training.metrics import active_units, information, marginal_summary
 from fastvae.vae import VAE
 
 ROWS = {
@@ -83,7 +83,7 @@ def measure(vae: VAE, objective: VAEObjective, x: Tensor) -> tuple[dict[str, str
     return {
         "reconstruction": f"{terms.reconstruction:.2f}",
         "kl": f"{terms.kl:.3f}",
-        "mutual_information": f"{mutual_information(output.mu, output.logvar):.3f}",
+        "mutual_information": f"{information(output.mu, output.logvar, output.z)[0]:.3f}",
         "active_units": f"{active_units(output.mu)} of {vae.latent_dim}",
         "marginal_std": f"{marginal['std_min']:.2f} to {marginal['std_max']:.2f}",
         "marginal_mmd": f"{marginal['mmd']:.5f}",

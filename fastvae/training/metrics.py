@@ -10,51 +10,25 @@ from torch import Tensor
 from fastvae.functional import mmd_to_normal, reparameterize_kl, total_correlation
 from fastvae.radial import rbf_normal_mean_exponent, rbf_normal_self_exponent
 
-CHUNK = 1024
 
+def information(mu: Tensor, logvar: Tensor, z: Tensor) -> tuple[float, float]:
+    """I(x; z) and KL(q(z) ‖ Π_d q(z_d)) in nats, of a code z_i ~ q(z|x_i) of each of N samples.
 
-def mutual_information(mu: Tensor, logvar: Tensor, *, generator: torch.Generator | None = None, chunk: int = CHUNK) -> float:
-    """I(x; z) in nats under the aggregated posterior q(z) = 1/N·Σ_j q(z|x_j) of N samples.
+        I = 1/N·Σ_i [log q(z_i|x_i) − log q(z_i)],   q(z) = 1/N·Σ_j q(z|x_j)                                            (1)
 
-        I = 1/N·Σ_i [log q(z_i|x_i) − log(1/N·Σ_j q(z_i|x_j))],   z_i ~ q(z|x_i)                                        (1)
-
-    It is at most log N: where it comes near that, more samples would give more. In float64, by matrix products over `chunk` rows at a
-    time: memory O(chunk·N).
+    I is at most log N: where it comes near that, more samples would give more. So few samples bias the other too, and as a rule upwards.
+    In float64, where also a narrow posterior's densities keep their digits.
 
     Args:
         mu, logvar: of the Gaussian posteriors, shape (N, D).
+        z: the codes, likewise.
 
-    Source: Hoffman and Johnson 2016, "ELBO surgery".
-    """
-    n, _ = mu.shape
-    mu, logvar = mu.detach().double(), logvar.detach().double()
-    eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
-    z = mu + (0.5 * logvar).exp() * eps
-    # −2·log q(z_i|x_j), without the constant D·log 2π, is [z², z]·[1/σ², −2μ/σ²]ᵀ + Σ(μ²/σ² + logvar).
-    # At a small σ that cancels where z_i is near mu_j, which is at i = j: the own pairs come from eps.
-    precision = (-logvar).exp()
-    right = torch.cat([precision, -2 * mu * precision], dim=1).T
-    column = (mu.square() * precision + logvar).sum(1)
-    own = (eps.square() + logvar).sum(1)
-    total = 0.0
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        energy = torch.cat([z[rows].square(), z[rows]], dim=1) @ right + column
-        energy[torch.arange(rows.stop - start, device=mu.device), torch.arange(start, rows.stop, device=mu.device)] = own[rows]
-        log_marginal = torch.logsumexp(-0.5 * energy, dim=1) - math.log(n)
-        total += float((-0.5 * own[rows] - log_marginal).sum())
-    return total / n
-
-
-def aggregate_total_correlation(mu: Tensor, logvar: Tensor, z: Tensor) -> float:
-    """KL(q(z) ‖ Π_d q(z_d)) in nats of the aggregated posterior q(z) = 1/N·Σ_j q(z|x_j), from a code z_i ~ q(z|x_i) of each of N samples.
-
-    Like `mutual_information` it is biased by so few samples, and as a rule upwards. Source: Chen et al. 2018.
+    Source: Hoffman and Johnson 2016, "ELBO surgery"; Chen et al. 2018.
     """
     n, d = z.shape
-    terms = total_correlation(z.detach(), mu.detach(), logvar.detach(), dataset_size=n)
+    terms = total_correlation(z.detach().double(), mu.detach().double(), logvar.detach().double(), dataset_size=n)
     # Each of its 1 + D densities has weights that sum to 1/N in the place of one.
-    return float(terms.total_correlation) - (d - 1) * math.log(n)
+    return float(terms.mutual_information) - math.log(n), float(terms.total_correlation) - (d - 1) * math.log(n)
 
 
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
@@ -142,9 +116,10 @@ def code_summary(mu: Tensor, logvar: Tensor | None, z: Tensor) -> tuple[dict[str
     scalars: dict[str, float] = {"evaluation_size": len(mu), "active_units": active_units(mu)}
     vectors = {"mu_variance": mu.detach().double().var(0, correction=0)}
     if logvar is not None:
+        mutual_information, correlation = information(mu, logvar, z)
         scalars |= {
-            "mutual_information": mutual_information(mu, logvar),
-            "total_correlation": aggregate_total_correlation(mu, logvar, z),
+            "mutual_information": mutual_information,
+            "total_correlation": correlation,
             "collapsed_units": collapsed_units(mu, logvar),
             "logvar_min": float(logvar.min()),
             "logvar_max": float(logvar.max()),
