@@ -204,9 +204,19 @@ def test_table_takes_the_newest_rows_and_says_what_is_missing():
     assert "| forward and backward | 10 | 2 | 1 | 30 |" in two
 
 
-def test_plots_are_drawn_from_rows(results):
+def test_plots_are_drawn_from_rows(results, monkeypatch):
     pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
     plot.main()
+    monkeypatch.undo()
+    for figure in figures:
+        axes, legend = figure.axes[0], figure.axes[0].get_legend()
+        ours = next(line for line in axes.lines if line.get_label() == "fastvae")
+        assert ours.get_linewidth() == max(line.get_linewidth() for line in axes.lines)
+        assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
+        plot.plt.close(figure)
+    assert len(figures) == 3
     assert {path.name for path in results.glob("*.png")} == {"a-cpu-time.png", "a-cpu-memory.png", "a-cpu-speed-up.png"}
 
 

@@ -67,8 +67,10 @@ def test_reconstruct_and_encode(runs, tmp_path):
         assert mine["mu"].shape == (1, 3)
 
 
-def test_traverse_moves_one_dimension_at_a_time(runs, tmp_path):
+def test_traverse_moves_one_dimension_at_a_time(runs, tmp_path, monkeypatch):
     vae = runs()
+    grid, labels = apply.pictures.grid, {}
+    monkeypatch.setattr(apply.pictures, "grid", lambda *args, **options: (labels.update(options), grid(*args, **options)))
     apply.traverse(steps=5, reach=2.0)
     assert imread(tmp_path / "traversal.png").std() > 0.01
     apply.traverse(image=3, steps=5, reach=2.0, output="x.npy")
@@ -79,6 +81,8 @@ def test_traverse_moves_one_dimension_at_a_time(runs, tmp_path):
     x = apply.scaled(data.splits["test"].images)
     mu = vae.encode(x)[0].detach()
     most = int(mu.var(0).argmax())
+    assert labels["row_labels"] == [f"z{d}" for d in mu.var(0).argsort(descending=True)]
+    assert labels["column_labels"] == ["−2", "−1", "0", "1", "2"]
     code = mu[3:4].repeat(5, 1)
     code[:, most] = torch.linspace(-2, 2, 5)
     np.testing.assert_allclose(sheet[0], vae.likelihood.mean(vae.decode(code)).detach(), rtol=1e-4)

@@ -72,6 +72,16 @@ def test_one_page_of_two_runs(tmp_path, capsys):
     assert "Report: " in capsys.readouterr().out
 
 
+def test_nothing_is_cut_off(tmp_path):
+    names = [f"{name}_of_more_words_than_a_panel_is_wide_and_a_date_2026-11-27" for name in "abcde"]
+    for name in names:
+        folder = write_run(tmp_path / name / "version_0", list(rows(1, 7.2, 4)))
+        matplotlib.image.imsave(folder / "latent.png", np.full((40, 100, 3), 0.5))
+    report([str(tmp_path / name) for name in names], str(tmp_path))
+    picture = matplotlib.image.imread(tmp_path / "report.png")[..., :3]
+    assert all((edge == 1).all() for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]))
+
+
 def test_a_run_that_logged_little(tmp_path):
     folder = write_run(tmp_path / "a<b" / "version_0", [{"epoch": 0, "step": 1, "train/loss_epoch": 3.0}])
     report([str(folder)])

@@ -119,8 +119,14 @@ def traverse(
         z[row, :, d] = values
     decoded = vae.likelihood.mean(vae.decode(z.flatten(0, 1)))
     if not _saved(decoded.unflatten(0, z.shape[:2]), output):
-        title = f"z from −{reach:g} to {reach:g}, a dimension a row: " + ", ".join(str(int(d)) for d in order)
-        pictures.grid(_images(decoded), Path(output), title if len(title) < 60 else f"z from −{reach:g} to {reach:g}", columns=len(values))
+        pictures.grid(
+            _images(decoded),
+            Path(output),
+            f"One dimension of the code at a time, from −{reach:g} to {reach:g}",
+            columns=len(values),
+            row_labels=[f"z{d}" for d in order.tolist()],
+            column_labels=[f"{round(value, 2) + 0.0:g}".replace("-", "−") for value in values.tolist()],
+        )
     _tell(output)
 
 

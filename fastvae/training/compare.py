@@ -95,8 +95,9 @@ def draw(x: Tensor, labels: Tensor, codes: dict[str, tuple[VAE, Tensor]], file: 
     figure = Figure(figsize=(15, 4.4 * len(codes)), layout="constrained")
     rows = figure.subplots(len(codes), 3)
     for axes, (name, (vae, z)) in zip(rows, codes.items(), strict=True):
-        pairs = torch.stack([x[:32], vae.reconstruct(x[:32])], dim=1).flatten(0, 1)
-        pictures.show(axes[0], pairs, 8, f"{name}: images and reconstructions")
-        pictures.show(axes[1], vae.sample(64, generator=torch.Generator().manual_seed(0)), 8, "Samples from the prior")
+        pairs = pictures.pairs(x[:32], vae.reconstruct(x[:32]))
+        pictures.show(axes[0], pictures.sheet(pairs, 8, paired=True), f"{name}: images and reconstructions")
+        samples = vae.sample(64, generator=torch.Generator().manual_seed(0))
+        pictures.show(axes[1], pictures.sheet(samples, 8), "Samples from the prior")
         pictures.latent_plane(axes[2], z, labels)
     figure.savefig(file, dpi=100)

@@ -5,96 +5,194 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import IdentityTransform
 from torch import Tensor
 
 from fastvae.training.data import NO_LABEL
 
+DPI = 120
+# A drawn image's longer side in pixels: smaller images grow by a whole factor, larger ones shrink by averages.
+SMALLEST, LARGEST = 64, 256
+GAP, GAP_OF_PAIRS, MARGIN = 5, 16, 10
+# What a legend and a palette can tell apart, and what fits beside the points.
+MOST_IN_LEGEND, MOST_NAMED = 20, 100
 
-def grid(images: Tensor, file: Path, title: str, *, columns: int | None = None) -> None:
+
+def grid(
+    images: Tensor,
+    file: Path,
+    title: str,
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> None:
     """Images (N, C, H, W) in [0, 1], row by row, as a square or with the number of columns given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(0.6 * columns, 0.6 * rows + 0.4), layout="constrained")
-    show(figure.add_subplot(), images, columns, title)
-    figure.savefig(file, dpi=120)
+    _save(sheet(images, columns), file, title, row_labels, column_labels)
 
 
 def reconstructions(x: Tensor, x_hat: Tensor, file: Path, *, columns: int = 8) -> None:
-    """Originals on the left, their reconstructions on the right."""
-    rows = math.ceil(len(x) / columns)
-    figure = Figure(figsize=(1.2 * columns + 0.4, 0.6 * rows + 0.5), layout="constrained")
-    for axes, images, title in zip(figure.subplots(1, 2), (x, x_hat), ("Held-out images", "Reconstructions"), strict=True):
-        show(axes, images, columns, title)
-    figure.savefig(file, dpi=120)
+    """Each original with its reconstruction to the right of it, so many pairs a row."""
+    _save(sheet(pairs(x, x_hat), 2 * min(columns, len(x)), paired=True), file, "Held-out images, the reconstruction to the right of each")
+
+
+def pairs(x: Tensor, x_hat: Tensor) -> Tensor:
+    return torch.stack([x, x_hat], dim=1).flatten(0, 1)
 
 
 def latent(z: Tensor, labels: Tensor, file: Path) -> None:
     """Codes (N, D) on their first two principal axes, by label, beside each coordinate's density; the prior N(0, I) in black."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     plane, line = figure.subplots(1, 2)
     latent_plane(plane, z, labels)
     _marginals(line, z)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def latent_plane(axes: Axes, z: Tensor, labels: Tensor) -> None:
-    points, y = _principal(z.double().cpu()).numpy(), labels.cpu().numpy()
-    for label in np.unique(y):
-        chosen = points[y == label]
-        axes.scatter(chosen[:, 0], chosen[:, 1], s=6, alpha=0.7, color=f"C{label % 10}", label=None if label == NO_LABEL else str(label))
+    points = _principal(z.double().cpu()).numpy()
+    classes, rank = np.unique(labels.cpu().numpy(), return_inverse=True)
+    names = ["none" if label == NO_LABEL else str(label) for label in classes]
+    few = len(classes) <= MOST_IN_LEGEND
+    palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "turbo"]
+    colours = palette(np.arange(len(classes)) if few else np.linspace(0, 1, len(classes)))
+    axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.7, color=colours[rank], linewidths=0)
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (1, 2, 3):
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="black", linewidth=0.8, linestyle=":" if radius > 1 else "-")
     reach = max(3.2, float(np.quantile(np.abs(points), 0.995)))
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Codes on two principal axes; N(0, I) at 1, 2, 3σ")
-    if (y != NO_LABEL).any():
-        axes.legend(loc="upper right", fontsize=7, markerscale=2)
+    if (classes == NO_LABEL).all():
+        return
+    if few:
+        handles = [axes.scatter([], [], s=24, color=[colour], label=name) for name, colour in zip(names, colours, strict=True)]
+        axes.legend(handles=handles, **_BESIDE)
+        return
+    if len(classes) <= MOST_NAMED:
+        for k, name in enumerate(names):
+            at = np.clip(points[rank == k].mean(0), -0.97 * reach, 0.97 * reach)
+            box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": colours[k], "linewidth": 0.5, "alpha": 0.8}
+            axes.text(at[0], at[1], name, fontsize=5, ha="center", va="center", bbox=box)
+    bar = axes.figure.colorbar(matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(classes) - 1), palette), ax=axes)
+    ticks = np.linspace(0, len(classes) - 1, 6).round().astype(int)
+    bar.set_ticks(ticks, labels=[names[k] for k in ticks])
+    bar.set_label(f"label, {len(classes)} of them")
 
 
 def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:
     """Each term of the loss over the epochs, training and validation."""
-    terms = [
-        term for term in ("loss", "reconstruction", "kl", "mmd") if any(f"train/{term}" in row or f"val/{term}" in row for row in history)
-    ]
-    figure = Figure(figsize=(3.4 * max(len(terms), 1), 3.2), layout="constrained")
-    for axes, term in zip(np.atleast_1d(figure.subplots(1, max(len(terms), 1))), terms, strict=False):
-        for stage in ("train", "val"):
+    titles = {"loss": "Loss", "reconstruction": "−log p(x|z), nats", "kl": "KL, nats", "mmd": "MMD²"}
+    terms = [term for term in titles if any(f"{stage}/{term}" in row for row in history for stage in ("train", "val"))]
+    if not terms:
+        return
+    figure = Figure(figsize=(3.2 * len(terms) + 1.2, 3.2), layout="constrained")
+    lines = {}
+    for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
+        for stage, name, colour in (("train", "training", "C0"), ("val", "validation", "C1")):
             points = [(row["epoch"], row[f"{stage}/{term}"]) for row in history if f"{stage}/{term}" in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label=stage, marker="." if len(points) == 1 else None)
-        axes.set(xlabel="epoch", title="MMD²" if term == "mmd" else f"{term} (nats)")
-        axes.legend()
-    figure.savefig(file, dpi=120)
+                lines[name] = axes.plot(*zip(*points, strict=True), color=colour, marker=marker(len(points)))[0]
+        axes.set(xlabel="epoch", title=titles[term])
+        whole_numbers(axes)
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
+    figure.savefig(file, dpi=DPI)
 
 
-def show(axes: Axes, images: Tensor, columns: int, title: str) -> None:
+def marker(points: int) -> str | None:
+    """A line of few points shows each of them; one of a single point would not be seen."""
+    return "." if points <= 12 else None
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks at whole numbers, also where there are one or two."""
+    low, high = axes.dataLim.intervalx
+    if math.isfinite(low) and high - low < 1:
+        axes.set_xlim(low - 0.5, high + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def sheet(images: Tensor, columns: int, *, paired: bool = False) -> np.ndarray[Any, Any]:
+    """Images (N, C, H, W) in [0, 1], row by row, on one of shape (height, width, 3): none of their pixels is drawn larger than another."""
     n, channels, height, width = images.shape
+    images = images.detach().float().cpu().clamp(0, 1)
+    images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    longer = max(height, width)
+    if longer > LARGEST:
+        size = [max(1, round(side * LARGEST / longer)) for side in (height, width)]
+        images = torch.nn.functional.interpolate(images, size, mode="area")
+    else:
+        factor = max(1, SMALLEST // longer)
+        images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    height, width = images.shape[2:]
     rows = math.ceil(n / columns)
-    # One pixel of grey between the images, so that each is seen as one.
-    sheet = torch.full((rows * (height + 1), columns * (width + 1), 3), 0.5)
-    for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[top : top + height, left : left + width] = image[: 3 if channels >= 3 else 1].permute(1, 2, 0)
-    axes.imshow(sheet[:-1, :-1].numpy(), interpolation="nearest")
+    # Grey between the images, so that each is seen as one.
+    left = [column * (width + GAP) + (column // 2 * (GAP_OF_PAIRS - GAP) if paired else 0) for column in range(columns)]
+    drawn = np.full((rows * (height + GAP) - GAP, left[-1] + width, 3), 0.5, dtype=np.float32)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top = i // columns * (height + GAP)
+        drawn[top : top + height, left[i % columns] : left[i % columns] + width] = image
+    drawn[(rows - 1) * (height + GAP) :, left[(n - 1) % columns] + width :] = 1.0
+    return drawn
+
+
+def show(axes: Axes, drawn: np.ndarray[Any, Any], title: str) -> None:
+    """A sheet in a figure among others."""
+    axes.imshow(drawn, interpolation="antialiased")
     axes.set_title(title)
     axes.axis("off")
 
 
+def _save(drawn: np.ndarray[Any, Any], file: Path, title: str, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> None:
+    """A sheet pixel by pixel, with room for all that is written beside it."""
+    figure = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def write(text: str, size: float, **options: Any) -> tuple[Any, int, int]:
+        written = figure.text(0, 0, text, fontsize=size, transform=IdentityTransform(), va="center", **options)
+        box = written.get_window_extent(renderer)
+        return written, math.ceil(box.width), math.ceil(box.height)
+
+    heading = write(title, 11)
+    rows, columns = [write(text, 8, ha="right") for text in row_labels], [write(text, 8, ha="center") for text in column_labels]
+    height, width = drawn.shape[:2]
+    left = MARGIN + max((w + MARGIN for _, w, _ in rows), default=0)
+    above = max((h + MARGIN for _, _, h in columns), default=0)
+    top = MARGIN + height + above + MARGIN + heading[2] + MARGIN
+    figure.set_size_inches((max(left + width, MARGIN + heading[1]) + MARGIN) / DPI, top / DPI)
+    heading[0].set_position((MARGIN, top - MARGIN - heading[2] / 2))
+    for i, (text, _, _) in enumerate(rows):
+        text.set_position((left - MARGIN / 2, MARGIN + height * (1 - (i + 0.5) / len(rows))))
+    for i, (text, _, h) in enumerate(columns):
+        text.set_position((left + width * (i + 0.5) / len(columns), MARGIN + height + MARGIN / 2 + h / 2))
+    figure.figimage(drawn, left, MARGIN)
+    figure.savefig(file, dpi=DPI)
+
+
 def _marginals(axes: Axes, z: Tensor) -> None:
     values = z.double().cpu().numpy()
-    bins = np.linspace(-4, 4, 41)
+    reach = max(4.0, float(np.quantile(np.abs(values), 0.995)))
+    bins = np.linspace(-reach, reach, 41)
     for d in range(min(values.shape[1], 64)):
-        density, _ = np.histogram(values[:, d], bins=bins, density=True)
-        axes.plot((bins[:-1] + bins[1:]) / 2, density, linewidth=0.8, alpha=0.6)
-    grid_points = np.linspace(-4, 4, 200)
-    axes.plot(grid_points, np.exp(-0.5 * grid_points**2) / math.sqrt(2 * math.pi), color="black", linewidth=1.5, label="N(0, 1)")
+        counts, _ = np.histogram(values[:, d], bins=bins)
+        axes.plot((bins[:-1] + bins[1:]) / 2, counts / (len(values) * (bins[1] - bins[0])), linewidth=0.8, alpha=0.6)
+    at = np.linspace(-reach, reach, 401)
+    axes.plot(at, np.exp(-0.5 * at**2) / math.sqrt(2 * math.pi), color="black", linewidth=1.5, label="N(0, 1)")
     axes.set(title="Density of each coordinate of the codes", xlabel="z")
-    axes.legend()
+    axes.legend(**_BESIDE)
+
+
+# Where no point lies under a legend.
+_BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "fontsize": 8, "frameon": False}
 
 
 def _principal(z: Tensor) -> Tensor:

@@ -18,11 +18,14 @@ import yaml  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fastvae.training.configs import read_yaml
+from fastvae.training.pictures import marker, whole_numbers
 
-PICTURES = {"reconstructions.png": "Reconstructions", "samples.png": "Samples from the prior", "latent.png": "Codes"}
+# Row by row.
+PICTURES = (("reconstructions.png",), ("samples.png", "latent.png"))
 TABLE = {
     "negative_elbo": ("−ELBO", "nats", "{:.2f}"),
     "reconstruction": ("−log p(x|z)", "nats", "{:.2f}"),
@@ -159,30 +162,31 @@ def sentence(runs: list[Run]) -> str:
 
 
 def overview(runs: list[Run]) -> Figure:
-    figure = Figure(figsize=(14, 7.2), layout="constrained")
+    figure = Figure(figsize=(14, 7.4), layout="constrained")
     grid = figure.add_gridspec(2, 4)
-    information = figure.add_subplot(grid[0, 0])
+    information, units, reconstruction, mmd = (figure.add_subplot(grid[0, k]) for k in range(4))
     _bars(information, runs, "mutual_information", "Mutual information I(x; z), nats")
     size = max(np.nan_to_num([run.last("evaluation_size") for run in runs]))
     if size > 1:
         information.axvline(math.log(size), color="#999999", linewidth=1, linestyle=":")
-        information.set_xlim(0, math.log(size) * 1.2)
+        information.set_xlim(0, math.log(size) * 1.3)
         information.set_xlabel(f"at most log {size:.0f} = {math.log(size):.2f}, the number of codes", fontsize=8)
-    units = figure.add_subplot(grid[0, 1])
     _bars(units, runs, "active_units", "Active units")
+    units.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     total = max((len(run.dimensions("mu_variance")) for run in runs), default=0)
     if total:
         units.axvline(total, color="#999999", linewidth=1, linestyle=":")
-        units.set_xlim(0, total * 1.12)
-    _bars(figure.add_subplot(grid[0, 2]), runs, "reconstruction", "−log p(x|z), nats")
-    _bars(figure.add_subplot(grid[0, 3]), runs, "mmd_standardised", "MMD² to N(0, I), in its standard deviations")
+        units.set_xlim(0, total * 1.2)
+    _bars(reconstruction, runs, "reconstruction", "−log p(x|z), nats")
+    _bars(mmd, runs, "mmd_standardised", "MMD² to N(0, I), standardised")
     _dimensions(figure.add_subplot(grid[1, :2]), runs, "kl_dimension", "KL of each latent dimension, nats, largest first")
     _dimensions(figure.add_subplot(grid[1, 2:]), runs, "mu_variance", "Var of the posterior mean of each dimension, largest first")
+    _legend(figure, runs)
     return figure
 
 
 def curves(runs: list[Run]) -> Figure:
-    figure = Figure(figsize=(14, 6.6), layout="constrained")
+    figure = Figure(figsize=(14, 6.9), layout="constrained")
     panels = figure.subplots(2, 4).ravel()
     titles = {
         "reconstruction": "−log p(x|z), nats",
@@ -197,45 +201,47 @@ def curves(runs: list[Run]) -> Figure:
             for stage, style in (("train", ":"), ("val", "-")):
                 points = run.epochs.get(f"{stage}/{metric}", [])
                 if points:
-                    _line(
-                        axes, points, color=colour, linestyle=style, label=f"{run.name}, {'validation' if stage == 'val' else 'training'}"
-                    )
+                    _line(axes, points, color=colour, linestyle=style)
         _finish(axes, title, "epoch")
-    if panels[0].lines:
-        panels[0].legend(fontsize=7, frameon=False)
+    panels[3].yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    terms = dict(zip(sorted({name for run in runs for name in run.steps if "gradient_norm" in name}), ("-", "--", ":", "-."), strict=False))
     for run, colour in zip(runs, COLOURS, strict=False):
         low, high = run.curve("logvar_min")[1], run.curve("logvar_max")[1]
         if low and high:
             panels[6].fill_between([e for e, _ in low], [v for _, v in low], [v for _, v in high], color=colour, alpha=0.25, linewidth=0)
             _line(panels[6], low, color=colour)
             _line(panels[6], high, color=colour)
-        for (name, points), style in zip(
-            ((name, points) for name, points in sorted(run.steps.items()) if "gradient_norm" in name), ("-", "--", ":", "-."), strict=False
-        ):
-            _line(panels[7], points, color=colour, linestyle=style, label=f"{run.name}, {name.split('norm_')[1].replace('_', ' ')}")
+        for name, style in terms.items():
+            if name in run.steps:
+                _line(panels[7], run.steps[name], color=colour, linestyle=style)
     _finish(panels[6], "Range of logvar", "epoch")
     _finish(panels[7], "Gradient norm of each term", "step")
-    if panels[7].lines:
+    if terms:
         panels[7].set_yscale("log")
-        panels[7].legend(fontsize=7, frameon=False)
     for axes in panels:
         if not axes.lines:
-            axes.set_axis_off()
-            axes.text(0.5, 0.5, "not logged", ha="center", va="center", color="#999999", transform=axes.transAxes)
+            _not_logged(axes)
+    styles = {"training": ":", "validation": "-"} | {
+        f"gradient of {name.split('norm_')[1].replace('_', ' ')}": style for name, style in terms.items()
+    }
+    _legend(figure, runs, styles)
     return figure
 
 
 def pictures(run: Run) -> Figure | None:
-    """The run's own pictures in a row, None if it has none."""
-    found = [(title, imread(run.folder / file)) for file, title in PICTURES.items() if (run.folder / file).is_file()]
-    if not found:
+    """The run's own pictures, None if it has none."""
+    found = [[imread(run.folder / file) for file in row if (run.folder / file).is_file()] for row in PICTURES]
+    rows = [row for row in found if row]
+    if not rows:
         return None
-    widths = [image.shape[1] / image.shape[0] for _, image in found]
-    figure = Figure(figsize=(14, 14 / sum(widths) + 0.4), layout="constrained")
+    widths = [[image.shape[1] / image.shape[0] for image in row] for row in rows]
+    heights = [min(14 / sum(row), 5) for row in widths]
+    figure = Figure(figsize=(14, sum(heights) + 0.4), layout="constrained")
     figure.suptitle(run.name, fontsize=12, fontweight="bold")
-    for axes, (_, image) in zip(figure.subplots(1, len(found), width_ratios=widths, squeeze=False)[0], found, strict=True):
-        axes.imshow(image)
-        axes.axis("off")
+    for part, row, width in zip(figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0], rows, widths, strict=True):
+        for axes, image in zip(part.subplots(1, len(row), width_ratios=width, squeeze=False)[0], row, strict=True):
+            axes.imshow(image)
+            axes.axis("off")
     return figure
 
 
@@ -266,31 +272,49 @@ def page(runs: list[Run], images: list[tuple[str, bytes]]) -> str:
     )
 
 
+def _legend(figure: Figure, runs: list[Run], styles: dict[str, str] | None = None) -> None:
+    """Above all panels: the runs by colour, then what the lines' styles mean."""
+    handles = [Line2D([], [], color=colour, linewidth=6, label=run.name) for run, colour in zip(runs, COLOURS, strict=False)]
+    handles += [Line2D([], [], color="#444444", linestyle=style, label=name) for name, style in (styles or {}).items()]
+    columns = 6 if max(len(str(handle.get_label())) for handle in handles) < 25 else 3
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
+
+
 def _bars(axes: Axes, runs: list[Run], metric: str, title: str) -> None:
     values = [run.last(metric) for run in runs]
     positions = np.arange(len(runs))[::-1]
     axes.barh(positions, np.nan_to_num(values), color=COLOURS[: len(runs)], height=0.6)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for position, value in zip(positions, values, strict=True):
         text = f"{value:.4g}" if math.isfinite(value) else "not logged"
-        axes.annotate(text, (max(np.nan_to_num(value), 0), position), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(positions, [run.name for run in runs])
-    axes.margins(x=0.2)
+        axes.annotate(text, (max(np.nan_to_num(value), 0), position), xytext=(4, 0), textcoords="offset points", va="center", bbox=box)
+    axes.set(yticks=[], ylim=(-1, len(runs)))
+    axes.margins(x=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     _finish(axes, title, "")
+    if not np.isfinite(values).any():
+        _not_logged(axes)
 
 
 def _dimensions(axes: Axes, runs: list[Run], metric: str, title: str) -> None:
     width = 0.8 / len(runs)
     for i, (run, colour) in enumerate(zip(runs, COLOURS, strict=False)):
         values = run.dimensions(metric)
-        axes.bar(np.arange(1, len(values) + 1) + (i - (len(runs) - 1) / 2) * width, values, width, color=colour, label=run.name)
-    if any(run.dimensions(metric) for run in runs):
-        axes.legend(frameon=False)
+        axes.bar(np.arange(1, len(values) + 1) + (i - (len(runs) - 1) / 2) * width, values, width, color=colour)
     _finish(axes, title, "latent dimension, sorted")
+    if not any(run.dimensions(metric) for run in runs):
+        _not_logged(axes)
+
+
+def _not_logged(axes: Axes) -> None:
+    for text in axes.texts:
+        text.set_visible(False)
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "not logged", ha="center", va="center", color="#999999", transform=axes.transAxes)
 
 
 def _line(axes: Axes, points: list[tuple[float, float]], **options: Any) -> None:
-    axes.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else None, linewidth=1.4, **options)
+    axes.plot(*zip(*points, strict=True), marker=marker(len(points)), linewidth=1.4, **options)
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
@@ -300,8 +324,8 @@ def _finish(axes: Axes, title: str, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
-    if label in ("epoch", "latent dimension, sorted"):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if label:
+        whole_numbers(axes)
 
 
 def _png(figure: Figure) -> bytes:
