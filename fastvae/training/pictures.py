@@ -22,6 +22,8 @@ from fastvae.training.data import NO_LABEL
 DPI = 120
 # A drawn image's longer side in pixels: smaller images grow by a whole factor, larger ones shrink by averages.
 SMALLEST, LARGEST = 64, 256
+# A picture's longer side, roughly. Matplotlib draws up to 65,535 pixels.
+MOST_PIXELS = 32_000
 GAP, GAP_OF_PAIRS, MARGIN = 5, 16, 10
 # What a legend and a palette can tell apart, and what fits beside the points.
 MOST_IN_LEGEND, MOST_NAMED = 20, 100
@@ -122,26 +124,25 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def sheet(images: Tensor, columns: int, *, paired: bool = False) -> np.ndarray[Any, Any]:
-    """Images (N, C, H, W) in [0, 1], row by row, on one of shape (height, width, 3): none of their pixels is drawn larger than another."""
+    """Images (N, C, H, W) in [0, 1], row by row, on one of bytes (height, width, 3): none of their pixels is drawn larger than another."""
     n, channels, height, width = images.shape
+    rows = math.ceil(n / columns)
     images = images.detach().float().cpu().clamp(0, 1)
     images = images[:, :3] if channels >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    longer = max(height, width)
-    if longer > LARGEST:
-        size = [max(1, round(side * LARGEST / longer)) for side in (height, width)]
+    longer, largest = max(height, width), max(1, min(LARGEST, MOST_PIXELS // max(rows, columns) - GAP))
+    if longer > largest:
+        size = [max(1, round(side * largest / longer)) for side in (height, width)]
         images = torch.nn.functional.interpolate(images, size, mode="area")
-    else:
-        factor = max(1, SMALLEST // longer)
-        images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    factor = max(1, min(SMALLEST, largest) // longer)
+    images = (255 * images).round().to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     height, width = images.shape[2:]
-    rows = math.ceil(n / columns)
     # Grey between the images, so that each is seen as one.
     left = [column * (width + GAP) + (column // 2 * (GAP_OF_PAIRS - GAP) if paired else 0) for column in range(columns)]
-    drawn = np.full((rows * (height + GAP) - GAP, left[-1] + width, 3), 0.5, dtype=np.float32)
+    drawn = np.full((rows * (height + GAP) - GAP, left[-1] + width, 3), 128, dtype=np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         top = i // columns * (height + GAP)
         drawn[top : top + height, left[i % columns] : left[i % columns] + width] = image
-    drawn[(rows - 1) * (height + GAP) :, left[(n - 1) % columns] + width :] = 1.0
+    drawn[(rows - 1) * (height + GAP) :, left[(n - 1) % columns] + width :] = 255
     return drawn
 
 
