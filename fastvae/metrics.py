@@ -32,6 +32,7 @@ class _EmbeddingMetric(Metric):
     plot_lower_bound = 0.0
     real_features: list[Tensor] | Tensor
     fake_features: list[Tensor] | Tensor
+    counts: Tensor
 
     def __init__(self, *, reset_real_features: bool = True, backend: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -41,9 +42,9 @@ class _EmbeddingMetric(Metric):
         self.backend = backend
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")
-        if not reset_real_features:
-            # A MetricCollection shares the states of metrics that name them alike, and with them what reset() leaves of each.
-            self.add_state("kept", [], dist_reduce_fx=None)
+        # A MetricCollection keeps one state for metrics whose states are alike, and compares lists as far as the shorter one goes. This tells
+        # apart metrics that hold other numbers of embeddings or that a reset leaves others.
+        self.add_state("counts", torch.tensor([0, 0, reset_real_features]), dist_reduce_fx="sum")
 
     def forward(self, embeddings: Tensor, real: bool) -> None:
         """`update`: a batch is of one kind and has no distance of its own."""
@@ -60,15 +61,19 @@ class _EmbeddingMetric(Metric):
         name = "real_features" if real else "fake_features"
         own = getattr(self, name)
         assert isinstance(own, list)
-        setattr(self, name, [*own, embeddings.detach()])  # a new list: a MetricCollection hands the old one to other metrics as well
+        # New ones: a MetricCollection hands the old ones to other metrics as well.
+        setattr(self, name, [*own, embeddings.detach()])
+        self.counts = self.counts.clone()
+        self.counts[int(real)] += len(embeddings)
 
     def reset(self) -> None:
         """Forget all embeddings, or, unless `reset_real_features`, those that are not of real data."""
-        real = self.real_features
+        real, counts = self.real_features, self.counts.clone()
         self.real_features, self.fake_features = [], []
         super().reset()
         if not self.reset_real_features:
             self.real_features = real
+            self.counts[1] = counts[1]
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
         sets = [dim_zero_cat(f) if len(f) else None for f in (self.real_features, self.fake_features)]

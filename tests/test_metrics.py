@@ -182,6 +182,16 @@ def test_a_collection_resets_each_as_it_is_set(first):
     torch.testing.assert_close(collection[keeps].compute(), before, equal_nan=True)
 
 
+def test_a_collection_keeps_what_its_metrics_were_given_before():
+    real, fake = embeddings()
+    kid = KernelInceptionDistance(None, reset_real_features=False)
+    kid.update(real, real=True)
+    collection = MetricCollection({"cmmd": CMMD(reset_real_features=False), "kid": kid})
+    collection.update(fake, real=False)
+    torch.testing.assert_close(kid.compute().mean, recipes.kid(real, fake, subsets=None).mean)
+    assert not collection["cmmd"].real_features
+
+
 def test_collection_shares_the_embeddings():
     real, fake = embeddings()
     collection = MetricCollection({"cmmd": CMMD(), "kid": KernelInceptionDistance(subsets=None)})
