@@ -42,8 +42,8 @@ class _EmbeddingMetric(Metric):
         self.backend = backend
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")
-        # A MetricCollection keeps one state for metrics whose states are alike, and compares lists as far as the shorter one goes. This tells
-        # apart metrics that hold other numbers of embeddings or that a reset leaves others.
+        # A MetricCollection keeps one state for metrics whose states are alike, and compares lists as far as the shorter one goes.
+        # This tells apart metrics that hold other numbers of embeddings, or keep others at a reset.
         self.add_state("counts", torch.tensor([0, 0, reset_real_features]), dist_reduce_fx="sum")
 
     def forward(self, embeddings: Tensor, real: bool) -> None:
