@@ -14,6 +14,7 @@ from fastvae.functional import (
 )
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
+from fastvae.preparation import Standardise
 from fastvae.reference import KLDecomposition
 from fastvae.two_sample import KernelTest, TwoSampleTest, two_sample_test
 from fastvae.vae import VAE
@@ -28,6 +29,7 @@ __all__ = [
     "KernelTest",
     "Likelihood",
     "MMDLoss",
+    "Standardise",
     "TwoSampleTest",
     "VAEObjective",
     "VAEOutput",

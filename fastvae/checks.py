@@ -477,6 +477,16 @@ def pairs(value: Any, num_groups: int) -> Tensor:
     return index.long()
 
 
+def unit_interval(name: str, x: Tensor, way: str) -> bool:
+    """Whether x could be looked at; nan is left to become a loss of nan."""
+    if not _readable(x) or not x.numel():
+        return False
+    low, high = (bound.item() for bound in x.detach().aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} must lie in [0, 1] for a Bernoulli likelihood, got values from {low:g} to {high:g}: {way}")
+    return True
+
+
 def _readable(t: Tensor) -> bool:
     """Whether reading its values neither waits for a GPU nor breaks a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(t)

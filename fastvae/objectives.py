@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from fastvae import checks
 from fastvae.distributed import GroupModule, gather, global_mean
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
 
 if TYPE_CHECKING:
@@ -137,20 +138,34 @@ class Gaussian(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Independent Bernoulli features whose logits are the reconstruction: log p = −binary cross-entropy, for x in [0, 1], greys allowed."""
+    """Independent Bernoulli features whose logits are the reconstruction: log p = −binary cross-entropy, for x in [0, 1], greys allowed.
+
+    Raises:
+        ValueError: values outside [0, 1] in the first x that can be read without waiting for a GPU or breaking a graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looked = False
 
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        self._look(x)
         reconstruction, x = _flat(reconstruction, x)
         return -F.binary_cross_entropy_with_logits(reconstruction, x, reduction="none").sum(1)
 
     def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         if getattr(self.log_prob, "__func__", None) is not Bernoulli.log_prob:
             return super().mean_log_prob(reconstruction, x)
+        self._look(x)
         reconstruction, x = _flat(reconstruction, x)
         return F.binary_cross_entropy_with_logits(reconstruction, x, reduction="sum") / -len(x)
 
     def mean(self, reconstruction: Tensor) -> Tensor:
         return reconstruction.sigmoid()
+
+    def _look(self, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and not self._looked:
+            self._looked = checks.unit_interval("x", x, "pixels / 255, say, or a Gaussian likelihood")
 
 
 def _flat(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +181,8 @@ class VAEOutput(NamedTuple):
 
     `reconstruction` (N, …) holds the likelihood's parameters as the decoder returns them: means for `Gaussian`, logits for `Bernoulli`.
     `z` and `mu` have shape (N, D). A deterministic posterior has z = mu and neither `logvar` (N, D) nor `kl` (N,). With K samples of z,
-    `z` and `reconstruction` have N·K rows, those of one x together.
+    `z` and `reconstruction` have N·K rows, those of one x together. `preparation` is what an objective prepares x by, if
+    anything.
     """
 
     reconstruction: Tensor
@@ -175,6 +191,7 @@ class VAEOutput(NamedTuple):
     logvar: Tensor | None
     kl: Tensor | None
     likelihood: Likelihood
+    preparation: Standardise | None = None
 
 
 class ObjectiveTerms(NamedTuple):
@@ -379,13 +396,14 @@ class VAEObjective(GroupModule):
 
         Args:
             output: what the VAE returned.
-            x: the targets, shape (N, …) with as many features as the reconstruction.
+            x: the targets, shape (N, …) with as many features as the reconstruction, in the units that the model was given them in.
             all_terms: compute an MMD of weight zero too, for logging.
             prior: the draws from N(0, I) that stand for the prior where the kernel has no closed form, shape (M, D); (N, D) by default.
 
         Raises:
             ValueError: a KL weight on a deterministic posterior; N = 1 with the unbiased estimator.
         """
+        x = _prepared(output, x)
         if self.process_group is None and isinstance(output.likelihood, Likelihood):
             reconstruction = -output.likelihood.mean_log_prob(output.reconstruction, x)
         else:
@@ -515,7 +533,8 @@ class ImportanceWeighted(VAEObjective):
             raise ValueError("posterior must be 'gaussian' for the importance-weighted bound, got a deterministic one")
         if len(z) != len(mu) * self.samples:
             raise ValueError(f"output must hold samples={self.samples} codes a sample, got {len(z)} codes for {len(mu)} samples")
-        log_likelihood = output.likelihood.log_prob(output.reconstruction, x.repeat_interleave(self.samples, 0))
+        x = _prepared(output, x).repeat_interleave(self.samples, 0)
+        log_likelihood = output.likelihood.log_prob(output.reconstruction, x)
         doubly = self.gradient == "doubly"
         posterior = (mu.detach(), logvar.detach()) if doubly else (mu, logvar)
         log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), z.reshape(len(mu), self.samples, -1), *posterior)
@@ -542,6 +561,10 @@ def log_importance_weights(log_likelihood: Tensor, z: Tensor, mu: Tensor, logvar
     """
     mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
     return log_likelihood + 0.5 * ((z - mu).square() * (-logvar).exp() + logvar - z.square()).sum(2).to(log_likelihood.dtype)
+
+
+def _prepared(output: VAEOutput, x: Tensor) -> Tensor:
+    return x if output.preparation is None else output.preparation(x, output.reconstruction.dtype)
 
 
 def _counts(weight: float | Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvae import checks
 from fastvae.functional import reparameterize_kl
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
+from fastvae.preparation import Standardise
 
 LIKELIHOODS = ("gaussian", "bernoulli")
 POSTERIORS = ("gaussian", "deterministic")
@@ -30,6 +31,8 @@ class VAE(nn.Module):
         logvar_bounds: (low, high) in which to hold logvar: the encoder's value v becomes c + r·tanh((v − c)/r), with c the middle of the
             bounds and r half their distance. Its gradient, 1 − ((logvar − c)/r)², is 1 in the middle and falls to 0 towards the bounds,
             which no v passes. None leaves logvar as the encoder returns it.
+        preparation: `Standardise(mean, scale)` or `Standardise.of(x)`, where x is to be prepared before the encoder and the likelihood see
+            it. Every x that is given, and what `reconstruct` and `sample` return, are in the units of the data all the same.
 
     Raises:
         ValueError: an unknown option, bounds that are not in order, or an encoder whose result has the wrong shape.
@@ -44,6 +47,7 @@ class VAE(nn.Module):
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
+        preparation: Standardise | None = None,
     ) -> None:
         super().__init__()
         checks.option("posterior", posterior, POSTERIORS)
@@ -53,6 +57,7 @@ class VAE(nn.Module):
         self.latent_dim = checks.integer("latent_dim", latent_dim, at_least=1)
         self.likelihood = _likelihood(likelihood)
         self.posterior = posterior
+        self.preparation = preparation
         # Tells `sample` the device and dtype, whatever the decoder is made of.
         self.register_buffer("origin", torch.zeros(self.latent_dim), persistent=False)
         self.origin: Tensor
@@ -67,11 +72,20 @@ class VAE(nn.Module):
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
+        preparation: Standardise | None = None,
     ) -> VAE:
         """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
         encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
         decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
-        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior, logvar_bounds=logvar_bounds)
+        return cls(
+            encoder,
+            decoder,
+            latent_dim=latent_dim,
+            likelihood=likelihood,
+            posterior=posterior,
+            logvar_bounds=logvar_bounds,
+            preparation=preparation,
+        )
 
     @classmethod
     def conv(
@@ -84,13 +98,30 @@ class VAE(nn.Module):
         likelihood: str | Likelihood = "gaussian",
         posterior: str = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
+        preparation: Standardise | None = None,
     ) -> VAE:
         """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
         encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
         decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
-        return cls(encoder, decoder, latent_dim=latent_dim, likelihood=likelihood, posterior=posterior, logvar_bounds=logvar_bounds)
+        return cls(
+            encoder,
+            decoder,
+            latent_dim=latent_dim,
+            likelihood=likelihood,
+            posterior=posterior,
+            logvar_bounds=logvar_bounds,
+            preparation=preparation,
+        )
 
-    def forward(self, x: Tensor, *, eps: Tensor | None = None, generator: torch.Generator | None = None, samples: int = 1) -> VAEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        samples: int = 1,
+        prepared: bool = False,
+    ) -> VAEOutput:
         """Encode, draw z, decode.
 
         Args:
@@ -98,22 +129,24 @@ class VAE(nn.Module):
             eps: the noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim), or (N, samples, latent_dim) for more samples than one;
                 drawn from `generator` where not given.
             samples: K codes for each x. A deterministic posterior has one.
+            prepared: x, and the x that an objective gets with the output, have been through `preparation`.
         """
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, prepared=prepared)
+        preparation = None if prepared else self.preparation
         if checks.integer("samples", samples, at_least=1) == 1:
             if logvar is None:
-                return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood)
+                return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood, preparation)
             z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
-            return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood)
+            return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood, preparation)
         if logvar is None:
             raise ValueError(f"samples must be 1 for a deterministic posterior, which has one code, got {samples}")
         z, kl = reparameterize_kl(_repeated(mu, samples), _repeated(logvar, samples), eps=eps, generator=generator)
         z = z.flatten(0, 1)
-        return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood)
+        return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood, preparation)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior."""
-        code = self.encoder(x)
+    def encode(self, x: Tensor, *, prepared: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior. `prepared` is that of `forward`."""
+        code = self.encoder(x if prepared else self._prepared(x))
         if self.posterior == "deterministic":
             _check_code("a deterministic encoder's result", code, self.latent_dim)
             return code, None
@@ -128,6 +161,9 @@ class VAE(nn.Module):
         mu, logvar = code
         return mu, self._bounded(logvar)
 
+    def _prepared(self, x: Tensor) -> Tensor:
+        return x if self.preparation is None else self.preparation(x, self.origin.dtype)
+
     def _bounded(self, logvar: Tensor) -> Tensor:
         if self.logvar_bounds is None:
             return logvar
@@ -140,9 +176,18 @@ class VAE(nn.Module):
         reconstruction: Tensor = self.decoder(z)
         return reconstruction
 
+    def expected(self, z: Tensor) -> Tensor:
+        """E[x|z] for codes z (N, latent_dim), in the units of the data: in float64 where a `preparation` is undone."""
+        x = self.likelihood.mean(self.decode(z))
+        return x if self.preparation is None else self.preparation.inverse(x)
+
     @torch.no_grad()
-    def log_likelihood(self, x: Tensor, *, samples: int = 500, chunk: int = 50, generator: torch.Generator | None = None) -> Tensor:
+    def log_likelihood(
+        self, x: Tensor, *, samples: int = 500, chunk: int = 50, generator: torch.Generator | None = None, prepared: bool = False
+    ) -> Tensor:
         """An estimate of log p(x) in nats, shape (N,): log 1/K·Σ_k p(x|z_k)·p(z_k)/q(z_k|x) over K = `samples` codes z_k ~ q(z|x).
+
+        It is a density of x as it is given: of the data in their own units or, if x is `prepared`, of what `preparation` makes of them.
 
         It lies below log p(x) on average, and nears it as K grows; K = 1 is the ELBO. Without a gradient, `chunk` codes of each x at a
         time: memory O(N·chunk·features), whatever K is.
@@ -153,7 +198,9 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders".
         """
         checks.integer("chunk", chunk, at_least=1)
-        mu, logvar = self.encode(x)
+        volume = 0.0 if prepared or self.preparation is None else self.preparation.scale.log().sum().item()
+        x = x if prepared else self._prepared(x)
+        mu, logvar = self.encode(x, prepared=True)
         if logvar is None:
             raise ValueError("posterior must be 'gaussian' for a likelihood of x, got 'deterministic'")
         total = None
@@ -166,17 +213,17 @@ class VAE(nn.Module):
             part = log_importance_weights(log_prob, z, mu, logvar).logsumexp(1)
             total = part if total is None else torch.logaddexp(total, part)
         assert total is not None
-        return total - math.log(samples)
+        return total - (math.log(samples) + volume)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[x|z] at the posterior's mean z = mu, in the units of the data."""
-        return self.likelihood.mean(self.decode(self.encode(x)[0]))
+        return self.expected(self.encode(x)[0])
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """E[x|z] for n codes z drawn from N(0, I), in the units of the data."""
         n = checks.integer("n", n, at_least=1)
         z = torch.randn(n, self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, generator=generator)
-        return self.likelihood.mean(self.decode(z))
+        return self.expected(z)
 
 
 def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: str = "gaussian") -> nn.Sequential:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from matplotlib.image import imread
 
+from fastvae.cli import main
 from fastvae.training import apply
 from fastvae.training.checkpoints import AtomicCheckpointIO
 from fastvae.training.data import ImageData
@@ -111,6 +112,80 @@ def test_export_needs_no_fastvae(runs, tmp_path, options):
     copy = ImageVAE([1, 8, 8], **{"latent_dim": 3, "hidden": [8], **options}).vae
     copy.load_state_dict(state)
     torch.testing.assert_close(copy.encode(x)[0], mu)
+
+
+def law(n, seed=0):
+    """One factor behind a date, a tiny and a large number, and a constant."""
+    rng = np.random.default_rng(seed)
+    t = rng.normal(size=(n, 1)) + 0.1 * rng.normal(size=(n, 3))
+    return np.concatenate([np.array([2459000.5, -5e-6, 1e4]) + np.array([0.3, 2e-6, -3e3]) * t, np.full((n, 1), 0.1)], axis=1)
+
+
+def by_hand(layers, x):
+    for k, layer in enumerate(layers):
+        x = (np.maximum(x, 0) if k else x) @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+    return x
+
+
+@pytest.mark.slow
+def test_a_standardised_table_in_its_own_units(tmp_path, monkeypatch):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    monkeypatch.chdir(tmp_path)
+    train, new = law(1000), law(200, seed=1) + 3 * law(1000).std(0)  # which a mean of its own would bring back to 0
+    np.save("train.npy", train)
+    np.save("new.npy", new)
+    table = ["--data.name", "table", "--data.path", "train.npy", "--data.standardise", "true", "--data.test", "0", "--data.validation", "0"]
+    model = [
+        "--model.latent_dim",
+        "2",
+        "--model.hidden",
+        "[32]",
+        "--model.lambda_",
+        "10",
+        "--model.optimal_sigma",
+        "true",
+        "--model.lr",
+        "3e-3",
+    ]
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *table, *model, "--data.batch_size", "100", "--trainer.max_epochs", "60", *quiet])
+    assert end.value.code == 0
+    vae = apply.load("last", "runs").vae
+    encoder, decoder = ([layer for layer in part if isinstance(layer, torch.nn.Linear)] for part in (vae.encoder, vae.decoder))
+    mean, std = train.mean(0), train.std(0)
+    std[3] = 1
+    codes = by_hand(encoder, (new - mean) / std)
+    results = by_hand(decoder, codes[:, :2]) * std + mean
+
+    # The rows of `new` are told apart by their own reconstructions, whatever their order is.
+    apply.encode(path="new.npy", output="codes.npz")
+    with np.load("codes.npz") as file:
+        mu, logvar = file["mu"], file["logvar"]
+    taken = [int(np.abs(codes[:, :2] - row).sum(1).argmin()) for row in mu]
+    assert len(set(taken)) == len(mu) > 30
+    np.testing.assert_allclose(mu, codes[taken, :2], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logvar, codes[taken, 2:], rtol=1e-4, atol=1e-4)
+
+    apply.reconstruct(path="new.npy", n=len(mu), output="x.npy")
+    np.testing.assert_allclose((np.load("x.npy") - mean) / std, (results[taken] - mean) / std, atol=1e-4)
+
+    apply.sample(n=2000, output="s.npy")
+    samples = np.load("s.npy")
+    assert samples.dtype == np.float64
+    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)).double().numpy()
+    np.testing.assert_allclose((samples - mean) / std, by_hand(decoder, z), atol=1e-4)
+    assert np.abs((samples.mean(0) - mean) / std).max() < 0.3
+    assert (np.abs(samples.std(0) / std - 1)[:3] < 0.3).all()
+    assert np.abs(np.corrcoef(samples[:, :3].T)).min() > 0.98
+
+    apply.export(output="out")
+    encode, decode = (torch.export.load(tmp_path / "out" / f"{name}.pt2").module() for name in ("encoder", "decoder"))
+    encode(torch.from_numpy(new).float())
+    for part, exported in zip(encode(torch.from_numpy(new)), (codes[:, :2], codes[:, 2:]), strict=True):
+        np.testing.assert_allclose(part.detach(), exported, rtol=1e-4, atol=1e-4)
+    decoded = decode(torch.from_numpy(codes[:, :2]).float()).detach().numpy()
+    np.testing.assert_allclose((decoded - mean) / std, (results - mean) / std, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_the_configuration_beside_a_checkpoint(tmp_path, data, sentence):
     saved(folder / "a.ckpt")
     (folder.parent / "config.yaml").write_text(f"data: {data}")
     with pytest.raises(ValueError, match=sentence):
-        read_data(str(folder / "a.ckpt"), None, "runs", None)
+        read_data(load(str(folder / "a.ckpt"), "runs"), str(folder / "a.ckpt"), None, "runs", None)
 
 
 def test_the_configuration_beside_a_checkpoint_names_nothing_else(tmp_path, capsys):

@@ -55,7 +55,7 @@ def reconstruct(
         runs: The folder of all runs.
     """
     module = load(ckpt_path, runs)
-    x, _ = test_data(ckpt_path, path, runs, checks.integer("n", n, at_least=1))
+    x, _ = test_data(module, ckpt_path, path, runs, checks.integer("n", n, at_least=1))
     x_hat = torch.cat([module.vae.reconstruct(part) for part in torch.split(x, CHUNK)])
     if not _saved(x_hat, output):
         pictures.reconstructions(_images(x), _images(x_hat.reshape(x.shape)), Path(output))
@@ -74,7 +74,7 @@ def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = Non
         runs: The folder of all runs.
     """
     module = load(ckpt_path, runs)
-    x, labels = test_data(ckpt_path, path, runs, n)
+    x, labels = test_data(module, ckpt_path, path, runs, n)
     codes = [module.vae.encode(part) for part in torch.split(x, CHUNK)]
     arrays = {"mu": torch.cat([mu for mu, _ in codes]).numpy(), "labels": labels.numpy()}
     logvars = [logvar for _, logvar in codes if logvar is not None]
@@ -106,8 +106,9 @@ def traverse(
         output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
         runs: The folder of all runs.
     """
-    vae = load(ckpt_path, runs).vae
-    x, _ = test_data(ckpt_path, path, runs, None)
+    module = load(ckpt_path, runs)
+    vae = module.vae
+    x, _ = test_data(module, ckpt_path, path, runs, None)
     if not 0 <= image < len(x):
         raise ValueError(f"image must be from 0 to {len(x) - 1}, the number of the test data, got {image}")
     mu = torch.cat([vae.encode(part)[0] for part in torch.split(x[:10_000], CHUNK)])
@@ -117,7 +118,7 @@ def traverse(
     z = code.repeat(len(order), len(values), 1)
     for row, d in enumerate(order):
         z[row, :, d] = values
-    decoded = vae.likelihood.mean(vae.decode(z.flatten(0, 1)))
+    decoded = vae.expected(z.flatten(0, 1))
     if not _saved(decoded.unflatten(0, z.shape[:2]), output):
         pictures.grid(
             _images(decoded),
@@ -134,8 +135,8 @@ def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") 
     """Write encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and the weights and options beside them.
 
     encoder.pt2 takes x (N, *shape) to mu and logvar (mu alone if the posterior is deterministic), decoder.pt2 takes z (N, latent_dim) to
-    E[x|z]. Load them with `torch.export.load(file).module()`. The weights are model.safetensors where the package safetensors is there,
-    else model.pt for `torch.load(file, weights_only=True)`.
+    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. The weights are model.safetensors where the
+    package safetensors is there, else model.pt for `torch.load(file, weights_only=True)`.
 
     Args:
         ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
@@ -180,7 +181,7 @@ class _Decoder(nn.Module):
         self.vae = vae
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.vae.likelihood.mean(self.vae.decode(z))
+        return self.vae.expected(z)
 
 
 def load(ckpt_path: str, runs: str) -> ImageVAE:
@@ -192,14 +193,15 @@ def load(ckpt_path: str, runs: str) -> ImageVAE:
         with torch.device("meta"):  # nothing of a size that the weights in the file do not have
             ImageVAE(**options).on_load_checkpoint(saved)
         module = ImageVAE(**options)
+        module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"])
     except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"ckpt_path must be a checkpoint of this model, got {ckpt_path!r} ({error})") from error
     return module.eval()
 
 
-def test_data(ckpt_path: str, path: str | None, runs: str, n: int | None) -> tuple[Tensor, Tensor]:
-    """The first n (all, if None) of the test data in the units of the model, and their labels."""
+def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: int | None) -> tuple[Tensor, Tensor]:
+    """The first n (all, if None) of the test data in their own units, and their labels."""
     config = checkpoint_file(ckpt_path, Path(runs, "*")).parent.parent / "config.yaml"
     try:
         options = read_yaml(config.read_text(encoding="utf-8"))["data"]
@@ -211,6 +213,8 @@ def test_data(ckpt_path: str, path: str | None, runs: str, n: int | None) -> tup
         options |= {"path": path}
         if options.get("name") in ("mnist_5k", "digits"):
             options["name"] = "auto"
+    if len(module.hparams["shape"]) == 1:
+        options |= {"name": "table", "standardise": module.vae.preparation is not None}
     try:
         data = ImageData(**options)
     except TypeError as error:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from fastvae.training import pictures
-from fastvae.training.data import ImageData, scaled
+from fastvae.training.data import ImageData, prepared
 from fastvae.training.module import VAEModule
 
 
@@ -75,9 +75,9 @@ class Pictures(Callback):
         folder = Path(log_dir)
         split = data.splits["val"] if len(data.splits["val"].images) else data.splits["test"]
         shown = split._replace(images=split.images[:2000], labels=split.labels[:2000])
-        x = scaled(shown.images).to(pl_module.device)
+        x = prepared(shown.images, data.preparation).to(pl_module.device)
         vae = pl_module.vae.eval()
-        output = vae(x)
+        output = vae(x, prepared=True)
         generator = torch.Generator(x.device).manual_seed(data.seed)
         if x.ndim == 4:
             pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import lzma
 import math
+import sys
 import tokenize
 import warnings
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvae import checks
+from fastvae.preparation import Standardise
 from fastvae.training.checkpoints import EpochSampler, ResumableLoader, epoch_seed
 
 NAMES = ("auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table")
@@ -30,6 +32,9 @@ OPENML_TRAIN_SIZE = 60_000
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MOST_IDX_DIMENSIONS = 8
 NO_LABEL = -1
+BLOCK = 4096
+# The most that rounding to float32 may move a value, in standard deviations of its column.
+LOST = 0.01
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # Whatever a file is called, no other reader of Pillow's looks at it: that of EPS runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
@@ -45,7 +50,8 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Split(NamedTuple):
-    """images (N, C, H, W), uint8 or floating in [0, 1], or a table's rows (N, F); labels (N,), `NO_LABEL` where there are none."""
+    """images (N, C, H, W), uint8 or floating in [0, 1], or a table's rows (N, F) in its own units; labels (N,), `NO_LABEL` where there are
+    none."""
 
     images: Tensor
     labels: Tensor
@@ -57,8 +63,9 @@ class Split(NamedTuple):
 class Images(Dataset[Batch]):
     """Whole batches at once: the DataLoader hands `__getitems__` a batch's indices, so a large batch costs no loop over its items."""
 
-    def __init__(self, split: Split, *, binarise: int | None = None) -> None:
+    def __init__(self, split: Split, *, binarise: int | None = None, preparation: Standardise | None = None) -> None:
         self.split = split
+        self.preparation = preparation
         self.binarise = binarise
         self.generator = torch.Generator()
         self.start_epoch(0)
@@ -76,7 +83,7 @@ class Images(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         images, labels = self.split.take(torch.as_tensor(indices))
-        x = scaled(images)
+        x = prepared(images, self.preparation)
         return (x if self.binarise is None else torch.bernoulli(x, generator=self.generator)), labels
 
 
@@ -96,7 +103,8 @@ class ImageData(LightningDataModule):
         binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
             once for validation and test).
         image_size: Pictures are cut to a square at their centre and scaled to this many pixels a side; without it they stay as they are.
-        standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows.
+        standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows. The model keeps
+            these numbers: its checkpoints take every table by them, and what they write is in the table's own units.
         validation: The share of the training images that is held out for validation.
         test: The share that is held out for test where the data has no test set of its own. With 0 the training images are tested on.
         seed: Of the split, of the order of the batches and of the binarisation.
@@ -134,6 +142,7 @@ class ImageData(LightningDataModule):
         self.test_share = _share("data.test", test)
         self.seed = seed
         self.splits: dict[str, Split] = {}
+        self.preparation: Standardise | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -151,6 +160,8 @@ class ImageData(LightningDataModule):
         if self.splits:
             return
         train, test = load(self.name, self.path, self.image_size)
+        if not self.standardise:
+            train, test = _narrow(train), test and _narrow(test)
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train.images), generator=generator)
         if test is None:
@@ -170,10 +181,27 @@ class ImageData(LightningDataModule):
             raise ValueError(
                 f"data must leave at least one training image, got {len(order)} before validation={self.validation:g} is taken"
             )
-        self.splits = _standardised(splits) if self.standardise else splits
+        if self.standardise:
+            if splits["train"].images.ndim != 2:
+                raise ValueError("data.standardise must be false for images, which lie in [0, 1], got true")
+            self.preparation = Standardise.of(splits["train"].images)
+        self.splits = splits
+
+    def prepare_by(self, preparation: Standardise | None) -> Standardise | None:
+        """What batches are prepared by from now on: this, which is a model's own, or for None what the training rows gave."""
+        self.setup()
+        self.preparation = preparation or self.preparation
+        return self.preparation
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The rows of all splits as batches have them, a block at a time."""
+        for split in self.splits.values():
+            for part in torch.split(split.images, BLOCK):
+                yield prepared(part, self.preparation)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        images = Images(self.splits["train"], binarise=self.seed if self.binarisation == "dynamic" else None)
+        binarise = self.seed if self.binarisation == "dynamic" else None
+        images = Images(self.splits["train"], binarise=binarise, preparation=self.preparation)
         # A last batch of one image has no unbiased MMD.
         drop_last = len(images) > 1 and len(images) % self.batch_size == 1
         sampler = EpochSampler(images, self.seed)
@@ -188,7 +216,7 @@ class ImageData(LightningDataModule):
         return self._ordered("test")
 
     def _ordered(self, name: str) -> DataLoader[Batch]:
-        images = Images(self.splits[name])
+        images = Images(self.splits[name], preparation=self.preparation)
         batch_size = self.batch_size
         while len(images) > 1 and len(images) % batch_size == 1:
             batch_size += 1
@@ -231,8 +259,13 @@ def new_folder(parent: Path, prefix: str = "version") -> Path:
 
 
 def scaled(images: Tensor) -> Tensor:
-    """float32 in [0, 1]."""
+    """uint8 as float32 in [0, 1], other numbers as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def prepared(images: Tensor, preparation: Standardise | None) -> Tensor:
+    """As batches have them."""
+    return scaled(images) if preparation is None else preparation(scaled(images))
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> tuple[Split, Split | None]:
@@ -332,9 +365,9 @@ def read_table(path: Path) -> tuple[Split, Split | None]:
             shapes = " and ".join(str(part.shape) for part in rows)
             raise ValueError(f"{path} must hold matrices of one number of columns, got shapes {shapes}")
         if rows:
-            x = torch.from_numpy(np.concatenate([part.astype(np.float32) for part in rows]))
+            x = torch.from_numpy(np.concatenate([_floating(part) for part in rows]))
             if not torch.isfinite(x).all():
-                raise ValueError(f"{path} must hold finite numbers, got nan, infinity or a number past float32")
+                raise ValueError(f"{path} must hold finite numbers, got nan or infinity")
             splits.append(Split(x, _labels(found.get((is_test, False)), len(x), str(path))))
     if not splits:
         raise FileNotFoundError(f"data.path must hold a matrix in a .npy, .npz or .csv file, got none in {str(path)!r}")
@@ -369,13 +402,24 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _standardised(splits: dict[str, Split]) -> dict[str, Split]:
-    if splits["train"].images.ndim != 2:
-        raise ValueError("data.standardise must be false for images, which lie in [0, 1], got true")
-    train = splits["train"].images.double()
-    mean, std = train.mean(0), train.std(0, correction=0)
-    std[std == 0] = 1  # a constant column becomes zeros
-    return {name: split._replace(images=((split.images.double() - mean) / std).float()) for name, split in splits.items()}
+def _floating(array: Array) -> Array:
+    """In the file's own precision, whole numbers in float64, which holds those of 32 bits."""
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+
+
+def _narrow(split: Split) -> Split:
+    """float64 as float32, which has to hold what tells its rows apart."""
+    x = split.images
+    if x.dtype != torch.float64:
+        return split
+    narrow = x.float()
+    if not narrow.isfinite().all():
+        raise ValueError("a table must hold numbers within float32, got larger ones: data.standardise true takes them")
+    lost = ((narrow - x).abs().amax(0) > LOST * Standardise.of(x).scale) & (x != x[0]).any(0)
+    if lost.any():
+        columns = ", ".join(str(int(column)) for column in lost.nonzero().flatten()[:10])
+        sys.stderr.write(f"warning: float32 merges values of column {columns} (counted from 0), data.standardise true keeps them apart\n")
+    return split._replace(images=narrow)
 
 
 def _is_test(name: str) -> bool:
@@ -455,7 +499,7 @@ def _as_images(array: Array, source: str) -> Tensor:
         array = array.astype(np.float32)
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"floating images in {source} must lie in [0, 1], got values from {low:g} to {high:g}")
+            raise ValueError(f"floating images in {source} must lie in [0, 1], got values from {low:g} to {high:g}: pixels / 255, or uint8")
     x = torch.from_numpy(np.ascontiguousarray(array))
     if x.ndim == 2:
         side = math.isqrt(x.shape[1])

@@ -10,8 +10,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.distributed import is_initialized
 from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
+from fastvae.preparation import Standardise
+from fastvae.training.data import ImageData
 from fastvae.training.metrics import code_summary
 from fastvae.training.schedule import Schedule
 from fastvae.vae import VAE
@@ -20,14 +23,17 @@ Batch = tuple[Tensor, Tensor]
 
 # One scalar a dimension is a picture; thousands of columns are a burden.
 MOST_LOGGED_DIMENSIONS = 256
+# Its name in a checkpoint.
+PREPARATION = "vae.preparation._extra_state"
 
 
 class VAEModule(LightningModule):
     """Trains `vae` on `objective` with Adam, and measures its codes in validation and test.
 
-    Batches are pairs (x, labels); the labels are not used. Beside the loss's terms, each validation (without one, each epoch of training)
-    reports what `fastvae.training.metrics.code_summary` tells of the first `diagnostics_size` codes (of the last ones, in training), and
-    `test` of the first `evaluation_size`.
+    Batches are pairs (x, labels), x in the units of the data, or prepared already if they come from `ImageData`; the labels are not used.
+    Losses are those of x as the vae's `preparation` leaves it. Beside the loss's terms, each validation (without one, each epoch of
+    training) reports what `fastvae.training.metrics.code_summary` tells of the first `diagnostics_size` codes (of the last ones, in
+    training), and `test` of the first `evaluation_size`.
 
     Args:
         lr: Adam's learning rate.
@@ -67,6 +73,7 @@ class VAEModule(LightningModule):
         self.nll_samples = nll_samples
         self.gradient_norms_every = gradient_norms_every
         self.observed: dict[str, Tensor] = {}
+        self._prepared = False
         self._codes: list[VAEOutput] = []
         self._train_terms: Callable[[Tensor], tuple[VAEOutput, ObjectiveTerms]] = (
             torch.compile(self._terms, fullgraph=True, dynamic=True) if compile else self._terms
@@ -75,15 +82,26 @@ class VAEModule(LightningModule):
     def setup(self, stage: str) -> None:
         if is_initialized() and dist.get_world_size() > 1:
             self.objective.process_group = dist.group.WORLD
+        data = getattr(self.trainer, "datamodule", None)
+        self._prepared = isinstance(data, ImageData)
+        if isinstance(data, ImageData):
+            # One object for both: a checkpoint that is loaded next sets its numbers, for the data too.
+            self.vae.preparation = data.prepare_by(self.vae.preparation)
+            if isinstance(self.vae.likelihood, Bernoulli):
+                for part in data.blocks():
+                    checks.unit_interval("data", part, "model.likelihood gaussian takes any")
 
     def teardown(self, stage: str) -> None:
         self.objective.process_group = None
+        self._prepared = False
 
     def forward(self, x: Tensor) -> VAEOutput:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        samples = self.objective.samples
-        output: VAEOutput = self.vae(x, samples=samples) if samples > 1 else self.vae(x)
+        options: dict[str, Any] = {"samples": self.objective.samples} if self.objective.samples > 1 else {}
+        if self.vae.preparation is not None and self._prepared:
+            options["prepared"] = True
+        output: VAEOutput = self.vae(x, **options)
         return output
 
     def _terms(self, x: Tensor) -> tuple[VAEOutput, ObjectiveTerms]:
@@ -127,14 +145,20 @@ class VAEModule(LightningModule):
         self._evaluation_step("test", batch, self.evaluation_size)
         if self.nll_samples:
             x = batch[0]
-            nll = -self.vae.log_likelihood(x, samples=self.nll_samples).mean()
+            nll = -self.vae.log_likelihood(x, samples=self.nll_samples, prepared=self._prepared).mean()
             self.log("test/nll", nll, batch_size=len(x), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         self._log_codes("test", self.evaluation_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own, saved = self.state_dict(), checkpoint["state_dict"]
+        saved = checkpoint["state_dict"]
+        if PREPARATION in saved and self._trainer is None:
+            self.vae.preparation = Standardise(*saved[PREPARATION])
+        own = self.state_dict()
+        if (PREPARATION in own) != (PREPARATION in saved):
+            is_, must = (str(PREPARATION in state).lower() for state in (own, saved))
+            raise ValueError(f"data.standardise must be {must} as it was for ckpt_path, got {is_}")
         for name in sorted(own.keys() | saved.keys()):
             shapes = [tuple(state[name].shape) if name in state else "absent" for state in (own, saved)]
             if shapes[0] != shapes[1]:
@@ -196,7 +220,7 @@ class ImageVAE(VAEModule):
         latent_dim: The number of latent dimensions.
         hidden: The widths of the perceptron's hidden layers (mlp; conv uses the first).
         channels: The channels of each convolution, each of which halves the image.
-        likelihood: bernoulli (pixels in [0, 1]) or gaussian.
+        likelihood: bernoulli (values in [0, 1]), gaussian, or auto: gaussian for tables or with a learned or optimal sigma, else bernoulli.
         sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned or optimal.
         learn_sigma: Train sigma.
         optimal_sigma: Take in each training batch the sigma that makes it likeliest.
@@ -243,7 +267,7 @@ class ImageVAE(VAEModule):
         latent_dim: int = 6,
         hidden: Sequence[int] = (400,),
         channels: Sequence[int] = (32, 64),
-        likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
+        likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
         sigma: float = 1.0,
         learn_sigma: bool = False,
         optimal_sigma: bool = False,
@@ -286,6 +310,10 @@ class ImageVAE(VAEModule):
     ) -> None:
         if posterior == "auto":
             posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
+        if likelihood == "auto":
+            likelihood = "gaussian" if len(shape) == 1 or learn_sigma or optimal_sigma else "bernoulli"
+        if likelihood == "bernoulli" and (learn_sigma or optimal_sigma):
+            raise ValueError("model.learn_sigma and model.optimal_sigma must be false for model.likelihood bernoulli, got true")
         noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
         vae = (
             VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, likelihood=noise, posterior=posterior, logvar_bounds=logvar_bounds)
