@@ -495,3 +495,23 @@ def test_a_module_that_has_but_log_prob():
     x = torch.rand(4, 3)
     output = VAEOutput(torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2), torch.zeros(4, 2), torch.ones(4), Zero())
     assert VAEObjective.vae()(output, x).loss == 1
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bernoulli_of_other_values_is_refused_once(own):
+    class Own(Bernoulli):
+        def log_prob(self, reconstruction, x):
+            return super().log_prob(reconstruction, x)
+
+    for x, told in (
+        (torch.arange(256.0)[None], "from 0 to 255"),
+        (torch.randn(4, 3) - 9, "from -"),
+        (torch.tensor([[0.5, math.inf]]), "from 0.5 to inf"),
+    ):
+        for call in ("log_prob", "mean_log_prob"):
+            with pytest.raises(ValueError, match=rf"x must lie in \[0, 1\] for a Bernoulli likelihood, got values {told}.*pixels / 255"):
+                getattr(Own() if own else Bernoulli(), call)(torch.zeros_like(x), x)
+    likelihood = Bernoulli()
+    likelihood.log_prob(torch.zeros(2, 3), torch.tensor([[0, 0.5, 1]]).repeat(2, 1))
+    likelihood.log_prob(torch.zeros(2, 3), torch.full((2, 3), 7.0))  # looked at once
+    assert Bernoulli().log_prob(torch.zeros(1, 1), torch.tensor([[math.nan]])).isnan()

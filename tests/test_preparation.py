@@ -17,13 +17,13 @@ def test_it_is_numpys_mean_and_standard_deviation_in_float64():
     x = table(10_000)
     prepare = Standardise.of(x)
     mean, std = np.array([math.fsum(column) / len(x) for column in x.T.tolist()]), x.numpy().std(0)
-    np.testing.assert_allclose(prepare.mean, mean, rtol=1e-14)
-    np.testing.assert_allclose(prepare.scale[:3], std[:3], rtol=1e-7)
-    assert prepare.scale[3] == 1
+    std[3] = 1
+    np.testing.assert_allclose((prepare.mean.numpy() - mean) / std, 0, atol=1e-8)
+    np.testing.assert_allclose(prepare.scale, std, rtol=1e-7)
     assert prepare(x).dtype == torch.float32
     np.testing.assert_allclose(prepare(x)[:, :3], ((x.numpy() - mean) / std)[:, :3], atol=1e-6)
     assert not prepare(x)[:, 3].any()
-    torch.testing.assert_close(prepare.inverse(prepare(x)), x, rtol=1e-12, atol=1e-1 * torch.finfo(torch.float32).eps * 1e6)
+    torch.testing.assert_close(prepare.inverse(prepare(x)), x, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64])

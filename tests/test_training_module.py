@@ -1,7 +1,9 @@
 import logging
 import math
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -10,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae import mmd
-from fastvae.objectives import VAEObjective
+from fastvae.objectives import Bernoulli, Gaussian, VAEObjective
 from fastvae.training.callbacks import NonFiniteError, Pictures, StopAtNonFinite
 from fastvae.training.data import ImageData, scaled
 from fastvae.training.module import ImageVAE, VAEModule
@@ -102,6 +104,79 @@ def test_options_reach_the_objective(options, kl_weight, mmd_weight):
     assert module.objective.bandwidth == options.get("bandwidth")
     assert module.objective.estimator == options.get("estimator", "unbiased")
     assert module.vae.posterior == ("deterministic" if options["objective"] == "wae_mmd" else "gaussian")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "kind"),
+    [
+        ([1, 8, 8], {}, Bernoulli),
+        ([3, 8, 8], {"architecture": "conv", "channels": [4]}, Bernoulli),
+        ([5], {}, Gaussian),
+        ([1, 8, 8], {"optimal_sigma": True}, Gaussian),
+        ([1, 8, 8], {"learn_sigma": True}, Gaussian),
+        ([5], {"likelihood": "bernoulli"}, Bernoulli),
+        ([1, 8, 8], {"likelihood": "gaussian"}, Gaussian),
+    ],
+)
+def test_the_default_likelihood_follows_the_data(shape, options, kind):
+    assert type(ImageVAE(shape, **options).vae.likelihood) is kind
+    if kind is Bernoulli:
+        with pytest.raises(ValueError, match=r"model.optimal_sigma must be false for model.likelihood bernoulli"):
+            ImageVAE(shape, **options | {"likelihood": "bernoulli", "optimal_sigma": True})
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    ("table", "options", "sentence"),
+    [
+        (np.arange(256.0).repeat(3).reshape(-1, 3), {}, "data must lie in [0, 1] for a Bernoulli likelihood, got values from "),
+        (
+            np.random.default_rng(0).random((100, 3)),
+            {"standardise": True},
+            "data must lie in [0, 1] for a Bernoulli likelihood, got values from ",
+        ),
+        (np.random.default_rng(0).random((100, 3)), {}, None),
+    ],
+)
+def test_a_bernoulli_of_other_data_is_refused_before_the_first_step(tmp_path, table, options, sentence, compile):
+    np.save(tmp_path / "x.npy", table)
+    data = ImageData("table", path=str(tmp_path / "x.npy"), validation=0, **options)
+    module = ImageVAE([3], latent_dim=2, hidden=[4], likelihood="bernoulli", compile=compile and sentence is not None)
+    if sentence is None:
+        plain(tmp_path, 1).fit(module, data)
+        return
+    for start in (plain(tmp_path, 1).fit, plain(tmp_path).test):
+        with pytest.raises(ValueError, match=re.escape(sentence) + ".*model.likelihood gaussian takes any"):
+            start(module, data)
+        assert not module.trainer.global_step
+
+
+def test_a_checkpoint_brings_its_preparation_to_whatever_is_tested(tmp_path):
+    rng = np.random.default_rng(0)
+    files = {name: str(tmp_path / f"{name}.npy") for name in ("a", "b")}
+    for k, file in enumerate(files.values()):
+        np.save(file, rng.normal(k, 1 + k, (200, 3)))
+    data = ImageData("table", path=files["a"], standardise=True, validation=0)
+    module = ImageVAE([3], latent_dim=2, hidden=[4])
+    run = plain(tmp_path, 1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    own = module.vae.preparation
+    other = ImageData("table", path=files["b"], standardise=True, validation=0, test=0)
+    fresh = ImageVAE([3], latent_dim=2, hidden=[4])
+    for start in (plain(tmp_path, 2).fit, plain(tmp_path).test):
+        start(fresh, other, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        assert torch.equal(fresh.vae.preparation.mean, own.mean)
+        batch, _ = next(iter(other.test_dataloader()))
+        assert batch.mean() > 0.5  # 1, less its own mean would be 0
+    assert torch.equal(ImageVAE.load_from_checkpoint(tmp_path / "a.ckpt").vae.preparation.scale, own.scale)
+    # A model that has a preparation prepares the next table by it too.
+    last = ImageData("table", path=files["b"], standardise=True, validation=0)
+    plain(tmp_path, 1).fit(module, last)
+    assert last.preparation is own
+    bare = ImageData("table", path=files["b"], validation=0)
+    with pytest.raises(ValueError, match=r"data.standardise must be true as it was for ckpt_path, got false"):
+        plain(tmp_path).test(ImageVAE([3], latent_dim=2, hidden=[4]), bare, ckpt_path=tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(
