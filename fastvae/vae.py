@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
 import math
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +21,9 @@ from fastvae.preparation import Standardise
 
 LIKELIHOODS = ("gaussian", "bernoulli")
 POSTERIORS = ("gaussian", "deterministic")
+WEIGHTS = ("model.safetensors", "model.pt")
+# Its name in a state_dict.
+PREPARATION = "preparation._extra_state"
 
 
 class VAE(nn.Module):
@@ -58,6 +66,8 @@ class VAE(nn.Module):
         self.likelihood = _likelihood(likelihood)
         self.posterior = posterior
         self.preparation = preparation
+        # What `mlp` or `conv` was called with, for `save_pretrained`; of other networks only their weights are known.
+        self.networks: dict[str, Any] | None = None
         # Tells `sample` the device and dtype, whatever the decoder is made of.
         self.register_buffer("origin", torch.zeros(self.latent_dim), persistent=False)
         self.origin: Tensor
@@ -77,7 +87,7 @@ class VAE(nn.Module):
         """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
         encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
         decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
-        return cls(
+        vae = cls(
             encoder,
             decoder,
             latent_dim=latent_dim,
@@ -86,6 +96,8 @@ class VAE(nn.Module):
             logvar_bounds=logvar_bounds,
             preparation=preparation,
         )
+        vae.networks = {"architecture": "mlp", "shape": list(_shape(shape)), "hidden": list(hidden)}
+        return vae
 
     @classmethod
     def conv(
@@ -103,7 +115,7 @@ class VAE(nn.Module):
         """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
         encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
         decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
-        return cls(
+        vae = cls(
             encoder,
             decoder,
             latent_dim=latent_dim,
@@ -112,6 +124,8 @@ class VAE(nn.Module):
             logvar_bounds=logvar_bounds,
             preparation=preparation,
         )
+        vae.networks = {"architecture": "conv", "shape": list(_shape(shape)), "channels": list(channels), "hidden": hidden}
+        return vae
 
     def forward(
         self,
@@ -180,6 +194,82 @@ class VAE(nn.Module):
         """E[x|z] for codes z (N, latent_dim), in the units of the data: in float64 where a `preparation` is undone."""
         x = self.likelihood.mean(self.decode(z))
         return x if self.preparation is None else self.preparation.inverse(x)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, with what the VAE was made with and what it prepares x by, and its weights: model.safetensors where the
+        package safetensors is installed, else model.pt for `torch.load(file, weights_only=True)`.
+
+        Networks that are not those of `mlp` or `conv`, and a likelihood other than `Gaussian` and `Bernoulli`, are named by their classes;
+        `from_pretrained` has to be given them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare, state = self.preparation, self.state_dict()
+        config = {
+            "networks": self.networks or {"encoder": _class_path(self.encoder), "decoder": _class_path(self.decoder)},
+            "latent_dim": self.latent_dim,
+            "likelihood": _likelihood_options(self.likelihood),
+            "posterior": self.posterior,
+            "logvar_bounds": self.logvar_bounds,
+            "preparation": prepare and {"mean": prepare.mean.tolist(), "scale": prepare.scale.tolist()},
+        }
+        state.pop(PREPARATION, None)
+        weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+        for name in WEIGHTS:
+            (folder / name).unlink(missing_ok=True)  # the other one, of an earlier call
+        if importlib.util.find_spec("safetensors"):
+            from safetensors.torch import save_file  # type: ignore[import-not-found, unused-ignore]
+
+            save_file(weights, folder / WEIGHTS[0])
+        else:
+            torch.save(weights, folder / WEIGHTS[1])
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> VAE:
+        """The VAE that `save_pretrained` or `fastvae export` wrote, on the CPU, in evaluation mode. It runs no code of the folder.
+
+        Args:
+            folder: with config.json and model.safetensors or model.pt in it.
+            encoder, decoder: where they are not those of `mlp` or `conv`, modules like those that were saved, which get the weights.
+            likelihood: where it is neither `Gaussian` nor `Bernoulli`, one like it.
+
+        Raises:
+            FileNotFoundError, ImportError: no such files, or the package safetensors that they need.
+            ValueError: files that are not those of a VAE, or weights that do not fit it.
+        """
+        folder = Path(folder)
+        weights = _weights(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            networks = config.pop("networks")
+            if config["preparation"] is not None:
+                config["preparation"] = Standardise(**config["preparation"])
+                weights[PREPARATION] = config["preparation"].get_extra_state()
+            with torch.device("meta"):  # nothing of a size that the weights in the file do not have
+                config["likelihood"] = likelihood or _likelihood_of(config["likelihood"])
+                architecture = networks.pop("architecture", None)
+                if architecture in ("mlp", "conv"):
+                    vae: VAE = getattr(cls, architecture)(**networks, **config)
+            if architecture not in ("mlp", "conv"):
+                if encoder is None or decoder is None:
+                    raise ValueError(f"encoder and decoder must be given for networks of one's own, {networks}, got none")
+                vae = cls(encoder, decoder, **config)
+            vae.load_state_dict(weights, assign=True)
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"folder must hold a VAE's config.json and its weights, got others in {str(folder)!r} ({error})") from error
+        dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
+        vae.origin = torch.zeros(vae.latent_dim, dtype=dtype)
+        return vae.eval()
 
     @torch.no_grad()
     def log_likelihood(
@@ -307,6 +397,48 @@ def _likelihood(likelihood: str | Likelihood) -> Likelihood:
         return likelihood
     checks.option("likelihood", likelihood, LIKELIHOODS)
     return Gaussian() if likelihood == "gaussian" else Bernoulli()
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _likelihood_options(likelihood: Likelihood) -> dict[str, Any]:
+    if type(likelihood) is Gaussian:
+        least_sigma, learned = math.sqrt(likelihood.least_variance), isinstance(likelihood.log_sigma, Tensor)
+        sigma = {"sigma": likelihood.sigma, "learned": learned, "optimal": likelihood.optimal, "least_sigma": least_sigma}
+        return {"kind": "gaussian", **sigma}
+    return {"kind": "bernoulli" if type(likelihood) is Bernoulli else _class_path(likelihood)}
+
+
+def _likelihood_of(options: dict[str, Any]) -> Likelihood:
+    kind = options.pop("kind")
+    if kind not in LIKELIHOODS:
+        raise ValueError(f"likelihood must be given where it is one's own, {kind}, got none")
+    return Gaussian(**options) if kind == "gaussian" else Bernoulli(**options)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None or not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"folder must hold config.json and model.safetensors or model.pt, got none in {str(folder)!r}")
+    if file.suffix == ".pt":
+        try:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file} must hold tensors alone, got another file ({error})") from error
+        if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise ValueError(f"{file} must hold tensors by their names, got others")
+        return weights
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError(f"{file} needs the package safetensors, which is not installed")
+    from safetensors import SafetensorError  # type: ignore[import-not-found, unused-ignore]
+    from safetensors.torch import load_file  # type: ignore[import-not-found, unused-ignore]
+
+    try:
+        return dict(load_file(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file} must hold tensors alone, got another file ({error})") from error
 
 
 def _check_code(name: str, code: object, width: int) -> None:

@@ -1,11 +1,14 @@
+import importlib.util
+import json
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from fastvae import mmd
-from fastvae.objectives import Gaussian, VAEObjective
+from fastvae import Standardise, mmd
+from fastvae.objectives import Gaussian, Likelihood, VAEObjective
 from fastvae.vae import VAE, conv_decoder, conv_encoder, mlp_decoder, mlp_encoder
 
 
@@ -318,3 +321,114 @@ def test_float64_gradients_of_the_whole_model():
     vae = VAE.mlp(3, latent_dim=2, hidden=(4,), likelihood=Gaussian(0.5)).double()
     x, eps = torch.rand(5, 3, dtype=torch.float64, requires_grad=True), torch.randn(5, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: VAEObjective.info_vae(0.5, 10.0)(vae(x, eps=eps), x).loss, x)
+
+
+class Laplace(Likelihood):
+    def log_prob(self, reconstruction, x):
+        return -(reconstruction - x).abs().flatten(1).sum(1)
+
+    def mean(self, reconstruction):
+        return reconstruction
+
+
+PRETRAINED = {
+    "mlp": (lambda: VAE.mlp(5, latent_dim=2, hidden=(4, 3), logvar_bounds=(-8.0, 2.0)), {}),
+    "images": (lambda: VAE.mlp((1, 5, 5), latent_dim=2, hidden=(), likelihood="bernoulli", posterior="deterministic"), {}),
+    "conv": (lambda: VAE.conv((3, 9, 8), latent_dim=2, channels=(4, 5), hidden=6).to(memory_format=torch.channels_last), {}),
+    "learned": (lambda: VAE.mlp(5, latent_dim=2, likelihood=Gaussian(0.3, learned=True)).double(), {}),
+    "optimal": (lambda: VAE.mlp(5, latent_dim=2, likelihood=Gaussian(0.3, optimal=True, least_sigma=0.2)), {}),
+    "prepared": (lambda: VAE.mlp(5, latent_dim=2, preparation=Standardise.of(2459000.5 + torch.rand(20, 5).double())), {}),
+    "bfloat16": (lambda: VAE.mlp(5, latent_dim=2).bfloat16(), {}),
+    "own networks": (
+        lambda: VAE(nn.Linear(5, 4), nn.Linear(2, 5), latent_dim=2),
+        {"encoder": lambda: nn.Linear(5, 4), "decoder": lambda: nn.Linear(2, 5)},
+    ),
+    "own likelihood": (lambda: VAE.mlp(5, latent_dim=2, likelihood=Laplace()), {"likelihood": Laplace}),
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize("case", PRETRAINED)
+def test_a_pretrained_vae_is_the_one_that_was_saved(tmp_path, monkeypatch, case, file):
+    if file == "model.safetensors":
+        pytest.importorskip("safetensors")
+    build, given = PRETRAINED[case]
+    vae = build().eval()
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    if case == "optimal":
+        vae.likelihood.running_variance.fill_(0.7)
+    vae.save_pretrained(tmp_path)  # whichever file this is, it goes with the next
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "safetensors" and file == "model.pt" else find(name))
+    vae.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", file]
+    json.loads((tmp_path / "config.json").read_text())
+    if given:
+        with pytest.raises(ValueError, match=r"must be given"):
+            VAE.from_pretrained(tmp_path)
+    copy = VAE.from_pretrained(tmp_path, **{name: make() for name, make in given.items()})
+    assert not copy.training
+    assert copy.state_dict().keys() == vae.state_dict().keys()
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor), name
+        assert copy.state_dict()[name].dtype == tensor.dtype
+    assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in vae.parameters()]
+    assert copy.logvar_bounds == vae.logvar_bounds
+    assert repr(copy.likelihood) == repr(vae.likelihood)
+    assert torch.equal(copy.sample(3, generator=generator()), vae.sample(3, generator=generator()))
+    x = vae.sample(4).detach()
+    assert torch.equal(copy.reconstruct(x), vae.reconstruct(x))
+    if vae.posterior == "gaussian":
+        a, b = (m.log_likelihood(x, samples=2, generator=generator()) for m in (vae, copy))
+        assert torch.equal(a, b)
+
+
+class Intruder:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda folder, config: (folder / "config.json").unlink(), "must hold config.json and model.safetensors or model.pt, got none"),
+        (lambda folder, config: (folder / "model.pt").unlink(), "must hold config.json and model.safetensors or model.pt, got none"),
+        (lambda folder, config: (folder / "config.json").write_text("{"), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: (folder / "config.json").write_text("[1]"), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: (folder / "config.json").write_text("[" * 100_000), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: config["networks"].update(hidden=[10**9, 10**9]), "size mismatch"),
+        (lambda folder, config: config.update(latent_dim=10**12), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: config["networks"].update(architecture="__init__"), "encoder and decoder must be given"),
+        (lambda folder, config: config.update(posterior="x"), "posterior must be one of"),
+        (lambda folder, config: config.update(bogus=1), "bogus"),
+        (lambda folder, config: config["likelihood"].update(kind="os.system"), "likelihood must be given where it is one's own, os.system"),
+        (lambda folder, config: config["preparation"].update(scale=[0] * 5), "scale positive"),
+        (lambda folder, config: config.update(preparation=None), None),
+        (lambda folder, config: torch.save([1], folder / "model.pt"), "must hold tensors by their names"),
+        (lambda folder, config: (folder / "model.pt").write_bytes(pickle.dumps(Intruder(), protocol=2)), "must hold tensors alone"),
+        (lambda folder, config: (folder / "model.pt").write_bytes(b""), "must hold tensors alone"),
+    ],
+)
+def test_a_folder_of_something_else_is_one_sentence(tmp_path, monkeypatch, capfd, change, sentence):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    VAE.mlp(5, latent_dim=2, preparation=Standardise.of(torch.rand(9, 5))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    before = json.dumps(config)
+    change(tmp_path, config)
+    if json.dumps(config) != before:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if sentence is None:
+        assert VAE.from_pretrained(tmp_path).preparation is None
+        return
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        VAE.from_pretrained(tmp_path)
+    assert "run" not in capfd.readouterr().out
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    VAE.mlp(5, latent_dim=2).save_pretrained(tmp_path)
+    (tmp_path / "model.pt").rename(tmp_path / "model.safetensors")
+    with pytest.raises(ImportError, match=r"model.safetensors needs the package safetensors, which is not installed"):
+        VAE.from_pretrained(tmp_path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -132,11 +130,11 @@ def traverse(
 
 
 def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") -> None:
-    """Write encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and the weights and options beside them.
+    """Write encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and beside them what `fastvae.VAE.from_pretrained` reads.
 
     encoder.pt2 takes x (N, *shape) to mu and logvar (mu alone if the posterior is deterministic), decoder.pt2 takes z (N, latent_dim) to
-    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. The weights are model.safetensors where the
-    package safetensors is there, else model.pt for `torch.load(file, weights_only=True)`.
+    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. config.json has the options and the mean and
+    scale of a standardised table; the weights are in model.safetensors where the package safetensors is there, else in model.pt.
 
     Args:
         ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
@@ -147,21 +145,13 @@ def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch")
-    options = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
     for name, part, example in (
-        ("encoder", _Encoder(module.vae), torch.rand(2, *options["shape"])),
+        ("encoder", _Encoder(module.vae), torch.rand(2, *module.hparams["shape"])),
         ("decoder", _Decoder(module.vae), torch.zeros(2, module.vae.latent_dim)),
     ):
         program = torch.export.export(part.eval(), (example,), dynamic_shapes=({0: batch},))
         torch.export.save(program, folder / f"{name}.pt2")
-    weights = {name: tensor.contiguous() for name, tensor in module.vae.state_dict().items()}
-    if importlib.util.find_spec("safetensors"):
-        from safetensors.torch import save_file  # type: ignore[import-not-found, unused-ignore]
-
-        save_file(weights, folder / "model.safetensors")
-    else:
-        torch.save(weights, folder / "model.pt")
-    (folder / "options.json").write_text(json.dumps(options, indent=1, default=list) + "\n", encoding="utf-8")
+    module.vae.save_pretrained(folder)
     _tell(output)
 
 

@@ -17,6 +17,7 @@ from fastvae.preparation import Standardise
 from fastvae.training.data import ImageData
 from fastvae.training.metrics import code_summary
 from fastvae.training.schedule import Schedule
+from fastvae.vae import PREPARATION as IN_VAE
 from fastvae.vae import VAE
 
 Batch = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ Batch = tuple[Tensor, Tensor]
 # One scalar a dimension is a picture; thousands of columns are a burden.
 MOST_LOGGED_DIMENSIONS = 256
 # Its name in a checkpoint.
-PREPARATION = "vae.preparation._extra_state"
+PREPARATION = f"vae.{IN_VAE}"
 
 
 class VAEModule(LightningModule):
