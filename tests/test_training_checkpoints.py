@@ -1,7 +1,9 @@
 import logging
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.training.checkpoints import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     Checkpoints,
     EpochSampler,
     RandomState,
@@ -24,6 +27,7 @@ from fastvae.training.checkpoints import (
     is_whole,
     newest_first,
     random_state,
+    read_checkpoint,
     set_random_state,
 )
 from fastvae.training.command import NEWEST_TWO
@@ -354,3 +358,47 @@ def test_a_validation_loader_has_no_part_in_the_training():
 
     for with_validation, without in zip(weights(1.0), weights(0), strict=True):
         assert with_validation.equal(without)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
+    class Losses(LightningModule):
+        def __init__(self, losses):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+            self.losses = losses
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.losses[self.current_epoch])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    loader = torch.utils.data.DataLoader(torch.ones(4, 1), 4)
+    for losses, epoch, loaders in (([3.0, 1.0, 2.0, math.nan], 1, [loader]), ([3.0, 2.0, 1.0, 0.5], 3, [loader]), ([0.0] * 4, None, [])):
+        shutil.rmtree(folder, ignore_errors=True)
+        saving = [Checkpoints(dirpath=folder, save_last="link", save_on_train_epoch_end=True, **NEWEST_TWO), BestCheckpoint()]
+        saving[1].dirpath = str(folder)
+        trainer = Trainer(
+            max_epochs=4,
+            callbacks=saving,
+            logger=False,
+            plugins=[AtomicCheckpointIO()],
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Losses(losses), loader, *loaders)
+        if epoch is None:
+            with pytest.raises(FileNotFoundError, match=r"ckpt_path must not be 'best' for a run without validation"):
+                checkpoint_file("best", tmp_path / "runs")
+            continue
+        best = checkpoint_file("best", tmp_path / "runs")
+        assert read_checkpoint(best)["epoch"] == epoch
+        assert read_checkpoint(checkpoint_file("last", tmp_path / "runs"))["epoch"] == 3
+        assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "epoch=2-step=3.ckpt", "epoch=3-step=4.ckpt", "last.ckpt"]

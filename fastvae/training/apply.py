@@ -26,7 +26,7 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
     """Decode draws from the prior N(0, I).
 
     Args:
-        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         n: The number of samples.
         output: A .png picture, or a .npy array.
         seed: Of the draws.
@@ -46,7 +46,7 @@ def reconstruct(
     """Encode test data and decode the means of the codes.
 
     Args:
-        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data; the run's own by default.
         n: How many of the test data.
         output: A .png picture of originals and reconstructions, or a .npy array of reconstructions.
@@ -65,7 +65,7 @@ def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = Non
     """Encode test data: arrays mu and logvar of shape (N, latent_dim), and labels (N,), in one .npz file.
 
     Args:
-        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data; the run's own by default.
         n: How many of the test data; all by default.
         output: The .npz file.
@@ -96,7 +96,7 @@ def traverse(
     """Move one latent dimension of a code at a time, a row each, the most informative dimension first.
 
     Args:
-        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data; the run's own by default.
         image: Which of the test data has the code that is moved.
         reach: From minus this to this.
@@ -137,7 +137,7 @@ def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") 
     scale of a standardised table; the weights are in model.safetensors where the package safetensors is there, else in model.pt.
 
     Args:
-        ckpt_path: A checkpoint, or 'last' for the newest one of all runs.
+        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         output: The folder of the files.
         runs: The folder of all runs.
     """

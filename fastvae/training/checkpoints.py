@@ -113,6 +113,17 @@ class Checkpoints(ModelCheckpoint):
             exception.args = (f"stopped by SIGTERM at step {trainer.global_step}; to go on: fastvae fit --ckpt_path {path}",)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps best.ckpt, of the least validation loss of the run's own epochs; of a run without validation nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", monitor="val/loss", enable_version_counter=False, save_on_train_epoch_end=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the checkpoint and renames, so that its name never stands for a part of it. Reads tensors and plain values alone.
 
@@ -158,16 +169,19 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder of checkpoints, links to one of them left out."""
-    files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink()]
+    """The checkpoints of a run's folder of checkpoints to go on from: neither links to one of them nor the best one, of within an epoch."""
+    files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink() and file.name != "best.ckpt"]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 
 def checkpoint_file(path: str, folder: Path) -> Path:
-    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern."""
+    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern, or for "best" that
+    run's best one."""
     if path == "last":
         return last_checkpoint(folder)
-    checkpoint = Path(path)
+    checkpoint = last_checkpoint(folder).with_name("best.ckpt") if path == "best" else Path(path)
+    if path == "best" and not checkpoint.is_file():
+        raise FileNotFoundError(f"ckpt_path must not be 'best' for a run without validation, got none in {str(checkpoint.parent)!r}")
     if not is_whole(checkpoint):
         before = next((str(file) for file in newest_first(checkpoint.parent) if is_whole(file)), None)
         hint = f"; a whole one beside it is {before!r}" if before else ""

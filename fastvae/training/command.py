@@ -28,7 +28,7 @@ from fastvae import checks
 from fastvae.distributed import is_initialized
 from fastvae.training.apply import encode, export, reconstruct, sample, traverse
 from fastvae.training.callbacks import Pictures, StopAtNonFinite
-from fastvae.training.checkpoints import AtomicCheckpointIO, Checkpoints, RandomState, checkpoint_file, read_checkpoint
+from fastvae.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, Checkpoints, RandomState, checkpoint_file, read_checkpoint
 from fastvae.training.compare import compare
 from fastvae.training.configs import restrict
 from fastvae.training.data import ImageData, new_folder
@@ -204,6 +204,7 @@ def run(args: list[str]) -> int:
                     "num_sanity_val_steps": 0,
                     "callbacks": [
                         Checkpoints(save_last="link", save_on_train_epoch_end=True, save_on_exception=True, **NEWEST_TWO),
+                        BestCheckpoint(),
                         StopAtNonFinite(),
                         Pictures(),
                     ],
