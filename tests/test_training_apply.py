@@ -1,8 +1,10 @@
+import copy
 import logging
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import _common
 from lightning.pytorch import Trainer
 from matplotlib.image import imread
 
@@ -101,8 +103,8 @@ def test_export_needs_no_fastvae(runs, tmp_path, options):
     if logvar is not None:
         torch.testing.assert_close(code[1], logvar)
     torch.testing.assert_close(decoder(z), vae.likelihood.mean(vae.decode(z)))
-    copy = VAE.from_pretrained("out")
-    torch.testing.assert_close(copy.encode(x)[0], mu)
+    loaded = VAE.from_pretrained("out")
+    torch.testing.assert_close(loaded.encode(x)[0], mu)
 
 
 def law(n, seed=0):
@@ -177,8 +179,66 @@ def test_a_standardised_table_in_its_own_units(tmp_path, monkeypatch):
         np.testing.assert_allclose(part.detach(), exported, rtol=1e-4, atol=1e-4)
     decoded = decode(torch.from_numpy(codes[:, :2]).float()).detach().numpy()
     np.testing.assert_allclose((decoded - mean) / std, (results - mean) / std, atol=1e-4)
-    copy = VAE.from_pretrained("out")
-    np.testing.assert_allclose((copy.reconstruct(torch.from_numpy(new)).detach().numpy() - mean) / std, (results - mean) / std, atol=1e-4)
+    loaded = VAE.from_pretrained("out")
+    np.testing.assert_allclose((loaded.reconstruct(torch.from_numpy(new)).detach().numpy() - mean) / std, (results - mean) / std, atol=1e-4)
+
+
+OWN = """
+from torch import nn
+
+class Encoder(nn.Sequential):
+    def __init__(self, width: int = 8):
+        super().__init__(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 4))
+
+class Decoder(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 4)
+"""
+
+
+@pytest.mark.slow
+def test_networks_optimiser_and_schedule_by_class_path(tmp_path, monkeypatch, capfd):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_networks.py").write_text(OWN)
+    np.save("x.npy", law(200))
+
+    settings = _common.parsing_settings
+
+    def call(*args, code=0):
+        # What one call trusts stays trusted in its process.
+        monkeypatch.setattr(_common, "parsing_settings", copy.deepcopy(settings))
+        with pytest.raises(SystemExit) as end:
+            main(args)
+        out, err = capfd.readouterr()
+        assert end.value.code == code, out + err
+        return err
+
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    fit = ["fit", "--data.name", "table", "--data.path", "x.npy", "--data.standardise", "true", "--model.latent_dim", "2", *quiet]
+    own = ["--model.encoder", "own_networks.Encoder", "--model.encoder.width", "16", "--model.decoder", "own_networks.Decoder"]
+    rate = ["--model.optimizer", "SGD", "--model.optimizer.momentum", "0.9", "--model.lr", "1e-4", "--model.lr_scheduler", "StepLR"]
+    rate += ["--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5"]
+    refused = "a configuration may name classes of fastvae, Lightning and PyTorch, got own_networks.Encoder: --trust PACKAGE"
+    assert refused in call(*fit, *own, code=2)
+    call(*fit, *own, *rate, "--trust", "own_networks", "--trainer.max_epochs", "3")
+    saved = torch.load("runs/mmd_vae/version_0/checkpoints/last.ckpt", weights_only=True)
+    [group] = saved["optimizer_states"][0]["param_groups"]
+    assert (group["momentum"], group["lr"]) == (0.9, pytest.approx(1e-4 / 8))
+    for command in (["encode"], ["reconstruct", "--output", "x_hat.npy"], ["sample", "--output", "s.npy"], ["export"]):
+        assert "--trust PACKAGE allows own_networks.Encoder" in call(*command, code=1)
+        call(*command, "--trust", "own_networks")
+    from own_networks import Decoder, Encoder
+
+    with pytest.raises(ValueError, match="encoder and decoder must be given"):
+        VAE.from_pretrained("export")
+    loaded = VAE.from_pretrained("export", encoder=Encoder(16), decoder=Decoder())
+    assert torch.equal(loaded.encoder[0].weight, saved["state_dict"]["vae.encoder.0.weight"])
+    call("test", "--trust", "own_networks", "--trainer.accelerator", "cpu")
+    call("fit", "--ckpt_path", "last", "--trust", "own_networks", "--trainer.max_epochs", "4", *quiet)
+    assert "Option 'lr' is not accepted" in call(*fit, *rate, "--model.optimizer.lr", "3", code=2)  # --model.lr is
+    call(*fit, "--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau", "--data.validation", "0", "--trainer.max_epochs", "2")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import jsonargparse
 import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
@@ -181,13 +184,29 @@ def load(ckpt_path: str, runs: str) -> ImageVAE:
     try:
         options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}
         with torch.device("meta"):  # nothing of a size that the weights in the file do not have
-            ImageVAE(**options).on_load_checkpoint(saved)
-        module = ImageVAE(**options)
+            _module(options).on_load_checkpoint(saved)
+        module = _module(options)
         module.on_load_checkpoint(saved)
         module.load_state_dict(saved["state_dict"])
     except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"ckpt_path must be a checkpoint of this model, got {ckpt_path!r} ({error})") from error
     return module.eval()
+
+
+def _module(options: dict[str, Any]) -> ImageVAE:
+    """The module, its own networks made by the classes that the checkpoint names, if `--trust` allows their packages."""
+    own: dict[str, Any] = {"optimizer": None, "lr_scheduler": None}
+    for name in ("encoder", "decoder"):
+        if options.get(name) is not None:
+            parser = jsonargparse.ArgumentParser(exit_on_error=False)
+            parser.add_argument("--network", type=nn.Module)
+            try:
+                own[name] = parser.instantiate_classes(parser.parse_object({"network": options[name]})).network
+            except jsonargparse.ArgumentError as error:
+                denied = re.search(r"Importing '(.*?)' is not allowed", str(error))
+                why = f"--trust PACKAGE allows {denied[1]}" if denied else " ".join(str(error).split())
+                raise ValueError(f"ckpt_path must name an {name} that can be made, got {options[name]}: {why}") from error
+    return ImageVAE(**options | own)
 
 
 def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: int | None) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,10 @@ class CommandLine(LightningCLI):
             default=0,
             help="Training steps between two checkpoints, beside that of each epoch. The last two of each kind are kept.",
         )
+        for action in parser._actions:
+            if action.dest in ("model.encoder", "model.decoder"):
+                # The hundreds of modules of PyTorch are none of the user's own.
+                action.extra_help = str  # type: ignore[attr-defined]
         parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
         parser.link_arguments("data.train_size", "model.dataset_size", apply_on="instantiate")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
-from torch import Tensor
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae import checks
 from fastvae.distributed import is_initialized
@@ -21,7 +23,12 @@ from fastvae.vae import PREPARATION as IN_VAE
 from fastvae.vae import VAE
 
 Batch = tuple[Tensor, Tensor]
+# From the parameters and the learning rate.
+OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
+# Options that hold more than plain values, but where the command line names them by their classes.
+OWN = ("encoder", "decoder", "optimizer", "lr_scheduler")
 # One scalar a dimension is a picture; thousands of columns are a burden.
 MOST_LOGGED_DIMENSIONS = 256
 # Its name in a checkpoint.
@@ -29,7 +36,7 @@ PREPARATION = f"vae.{IN_VAE}"
 
 
 class VAEModule(LightningModule):
-    """Trains `vae` on `objective` with Adam, and measures its codes in validation and test.
+    """Trains `vae` on `objective`, and measures its codes in validation and test.
 
     Batches are pairs (x, labels), x in the units of the data, or prepared already if they come from `ImageData`; the labels are not used.
     Losses are those of x as the vae's `preparation` leaves it. Beside the loss's terms, each validation (without one, each epoch of
@@ -37,7 +44,11 @@ class VAEModule(LightningModule):
     training), and `test` of the first `evaluation_size`.
 
     Args:
-        lr: Adam's learning rate.
+        lr: the learning rate.
+        optimizer: of the parameters and lr, as `torch.optim.AdamW`; Adam by default.
+        lr_scheduler: of the optimizer, as `lambda optimizer: CosineAnnealingLR(optimizer, 100)`; a constant rate by default.
+            `ReduceLROnPlateau` follows the validation loss, or without a validation the training loss.
+        lr_scheduler_interval: "epoch" or "step", after which the scheduler takes a step.
         evaluation_size: codes measured in test.
         diagnostics_size: codes measured in each epoch; 0 for none.
         nll_samples: codes an x of the importance-weighted −log p(x) that `test` reports as `nll`; 0 for none.
@@ -53,6 +64,9 @@ class VAEModule(LightningModule):
         objective: VAEObjective,
         *,
         lr: float = 1e-3,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         evaluation_size: int = 10_000,
         diagnostics_size: int = 2000,
         nll_samples: int = 0,
@@ -69,6 +83,9 @@ class VAEModule(LightningModule):
         self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae  # type: ignore[call-overload]
         self.objective = objective
         self.lr = lr
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
         self.evaluation_size = evaluation_size
         self.diagnostics_size = diagnostics_size
         self.nll_samples = nll_samples
@@ -165,7 +182,15 @@ class VAEModule(LightningModule):
             if shapes[0] != shapes[1]:
                 raise ValueError(f"ckpt_path must be a checkpoint of this model, got {name} {shapes[1]} in it and {shapes[0]} in the model")
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
+        optimizer = self._adam() if self.optimizer is None else self.optimizer(self.parameters(), self.lr)
+        if self.lr_scheduler is None:
+            return optimizer
+        monitor = "val/loss" if self._trainer is not None and any(self.trainer.num_val_batches) else "train/loss"
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_scheduler_interval, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _adam(self) -> torch.optim.Adam:
         # On a CPU the fused one takes a third of the default's time. With it Lightning does not clip gradients of mixed precision.
         mixed = self._trainer is not None and "mixed" in self.trainer.precision
         return torch.optim.Adam(self.parameters(), lr=self.lr, fused=True if self.device.type == "cpu" and not mixed else None)
@@ -252,7 +277,12 @@ class ImageVAE(VAEModule):
         mmd_schedule_steps: In how many training steps.
         capacity_schedule: The same for the capacity.
         capacity_schedule_steps: In how many training steps.
-        lr: Adam's learning rate.
+        encoder: A class of your own for the encoder, as my_package.Encoder, from images to 2 latent_dim numbers.
+        decoder: The same for the decoder, from codes to what the likelihood takes.
+        lr: The learning rate.
+        optimizer: The optimizer's class, as torch.optim.AdamW; Adam if it is not given.
+        lr_scheduler: The class of a schedule of the learning rate, as torch.optim.lr_scheduler.CosineAnnealingLR.
+        lr_scheduler_interval: epoch or step, after which the schedule goes on.
         evaluation_size: The most test images that the mutual information and the other measures of the codes are taken over.
         diagnostics_size: The same in each epoch, for validation images; 0 for none.
         nll_samples: Codes an image of the importance-weighted -log p(x) that test reports; 0 for none.
@@ -301,7 +331,12 @@ class ImageVAE(VAEModule):
         mmd_schedule_steps: int = 10_000,
         capacity_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "linear",
         capacity_schedule_steps: int = 10_000,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
         lr: float = 1e-3,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         evaluation_size: int = 10_000,
         diagnostics_size: int = 2000,
         nll_samples: int = 0,
@@ -329,6 +364,8 @@ class ImageVAE(VAEModule):
                 logvar_bounds=logvar_bounds,
             )
         )
+        if encoder is not None or decoder is not None:
+            vae.encoder, vae.decoder, vae.networks = encoder or vae.encoder, decoder or vae.decoder, None
         if objective == "beta_tc_vae" and dataset_size is None:
             raise ValueError("model.dataset_size must be given for model.objective beta_tc_vae, got none")
         if free_bits and objective not in ("vae", "beta_vae"):
@@ -348,6 +385,9 @@ class ImageVAE(VAEModule):
             vae,
             terms[objective](),
             lr=lr,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_interval=lr_scheduler_interval,
             evaluation_size=evaluation_size,
             diagnostics_size=diagnostics_size,
             nll_samples=nll_samples,
@@ -355,7 +395,7 @@ class ImageVAE(VAEModule):
             compile=compile,
             channels_last=channels_last,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=OWN if _given_hyperparameters.get() is None else ())
         self._schedules = [
             Schedule("kl_weight", kl_schedule, kl_schedule_steps, cycles=kl_schedule_cycles),
             Schedule("mmd_weight", mmd_schedule, mmd_schedule_steps),
