@@ -479,7 +479,7 @@ def pairs(value: Any, num_groups: int) -> Tensor:
 
 def unit_interval(name: str, x: Tensor, way: str) -> bool:
     """Whether x could be looked at; nan is left to become a loss of nan."""
-    if not _readable(x) or not x.numel():
+    if torch._C._are_functorch_transforms_active() or not _readable(x) or not x.numel():
         return False
     low, high = (bound.item() for bound in x.detach().aminmax())
     if low < 0 or high > 1:

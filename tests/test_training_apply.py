@@ -7,6 +7,7 @@ import torch
 from jsonargparse import _common
 from lightning.pytorch import Trainer
 from matplotlib.image import imread
+from PIL import Image
 
 from fastvae.cli import main
 from fastvae.training import apply
@@ -172,6 +173,14 @@ def test_a_standardised_table_in_its_own_units(tmp_path, monkeypatch):
     assert (np.abs(samples.std(0) / std - 1)[:3] < 0.3).all()
     assert np.abs(np.corrcoef(samples[:, :3].T)).min() > 0.98
 
+    apply.traverse(path="new.npy", image=7, steps=5, output="t.npy")
+    moved = np.load("t.npy")
+    assert moved.shape == (2, 5, 4)
+    for d, row in enumerate(np.argsort(-codes[taken, :2].var(0))):
+        z = np.repeat(codes[taken[7]][None, :2], 5, 0)
+        z[:, row] = np.linspace(-3, 3, 5)
+        np.testing.assert_allclose((moved[d] - mean) / std, by_hand(decoder, z), atol=1e-4)
+
     apply.export(output="out")
     encode, decode = (torch.export.load(tmp_path / "out" / f"{name}.pt2").module() for name in ("encoder", "decoder"))
     encode(torch.from_numpy(new).float())
@@ -263,3 +272,8 @@ def test_a_run_without_its_configuration(runs, tmp_path):
     (tmp_path / "runs" / "a" / "version_0" / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"path must be given where the run has no config.yaml"):
         apply.reconstruct()
+    (tmp_path / "mine").mkdir()
+    for k in range(4):
+        Image.fromarray(np.full((40, 60), 60 * k, np.uint8)).save(tmp_path / "mine" / f"{k}.png")
+    apply.reconstruct(path="mine", output="x.npy")  # cut and scaled to what the model takes
+    assert np.load("x.npy").shape[1:] == (1, 8, 8)

@@ -222,8 +222,11 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
         options |= {"path": path}
         if options.get("name") in ("mnist_5k", "digits"):
             options["name"] = "auto"
-    if len(module.hparams["shape"]) == 1:
+    shape = module.hparams["shape"]
+    if len(shape) == 1:
         options |= {"name": "table", "standardise": module.vae.preparation is not None}
+    elif not options.keys() - {"path"} and shape[1] == shape[2]:
+        options["image_size"] = shape[1]
     try:
         data = ImageData(**options)
     except TypeError as error:
