@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastvae import mmd
+from fastvae import Standardise, mmd
 from fastvae.objectives import Bernoulli, Gaussian, VAEObjective
 from fastvae.training.callbacks import NonFiniteError, Pictures, StopAtNonFinite
 from fastvae.training.data import ImageData, scaled
@@ -149,6 +149,25 @@ def test_a_bernoulli_of_other_data_is_refused_before_the_first_step(tmp_path, ta
         with pytest.raises(ValueError, match=re.escape(sentence) + ".*model.likelihood gaussian takes any"):
             start(module, data)
         assert not module.trainer.global_step
+
+
+@pytest.mark.parametrize("source", ["ImageData", "a loader of one's own"])
+def test_losses_are_those_of_the_prepared_data(tmp_path, source):
+    x = torch.from_numpy(np.random.default_rng(0).normal(1000, 5, (90, 3)))
+    np.save(tmp_path / "x.npy", x)
+    data = ImageData("table", path=str(tmp_path / "x.npy"), standardise=True, validation=0, test=0)
+    module = ImageVAE([3], latent_dim=2, hidden=[4], objective="wae_mmd")
+    if source == "ImageData":
+        [results] = plain(tmp_path).test(module, data, verbose=False)
+    else:
+        module.vae.preparation = Standardise.of(x)
+        [results] = plain(tmp_path).test(module, DataLoader(TensorDataset(x, torch.zeros(90)), 90), verbose=False)
+    y = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
+    code = module.vae.encoder(torch.from_numpy(y).float())
+    error = (module.vae.decoder(code).detach().numpy() - y) ** 2
+    assert results["test/reconstruction"] == pytest.approx(0.5 * error.sum(1).mean() + 1.5 * math.log(2 * math.pi), rel=1e-5)
+    with torch.no_grad():  # out of a run, in the units of the data
+        torch.testing.assert_close(module(x).mu, code)
 
 
 def test_a_checkpoint_brings_its_preparation_to_whatever_is_tested(tmp_path):
