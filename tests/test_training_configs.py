@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 import yaml
 from jsonargparse import _common
 
@@ -105,6 +106,7 @@ def saved(file, **changes):
 
 
 PLAIN = {"shape": [1, 8, 8], "latent_dim": 2, "hidden": [8]}
+LARGE = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 10**6, "out_features": 10**6}}
 CHECKPOINTS = {
     "a pickle": ({"callbacks": Intruder()}, "must be a checkpoint of tensors and plain values"),
     "a pickle of the options": ({"hyper_parameters": Intruder()}, "must be a checkpoint of tensors and plain values"),
@@ -114,6 +116,13 @@ CHECKPOINTS = {
     "an option without a name": ({"hyper_parameters": PLAIN | {1: 2}}, "must be a checkpoint of this model"),
     "an unknown option": ({"hyper_parameters": PLAIN | {"bogus": 1}}, "bogus"),
     "an option of another type": ({"hyper_parameters": PLAIN | {"hidden": {}}}, "hidden"),
+    "an encoder of one's own": ({"hyper_parameters": PLAIN | {"encoder": {"class_path": "intruder.Net"}}}, "PACKAGE allows intruder.Net"),
+    "an encoder that is a function": ({"hyper_parameters": PLAIN | {"encoder": {"class_path": "os.mkdir"}}}, "must name an encoder"),
+    "an encoder that is no module": ({"hyper_parameters": PLAIN | {"encoder": {"class_path": "torch.optim.Adam"}}}, "must name an encoder"),
+    "an encoder that fills the memory": ({"hyper_parameters": PLAIN | {"encoder": LARGE}}, "must be a checkpoint of this model"),
+    "a decoder that is a number": ({"hyper_parameters": PLAIN | {"decoder": 3}}, "must name a decoder"),
+    "a preparation that is none": ({"state_dict": {"vae.preparation._extra_state": torch.ones(())}}, "must be a checkpoint of this model"),
+    "a preparation of no numbers": ({"state_dict": {"vae.preparation._extra_state": torch.full((2, 3), torch.nan)}}, "must be finite"),
     "no weights": ({"state_dict": None}, "got a file without a state_dict"),
 }
 

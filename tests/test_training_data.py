@@ -493,10 +493,8 @@ def test_a_column_of_dates_keeps_its_values(tmp_path, capfd, kind):
     x = data.splits["train"].images
     assert (x.dtype, len(x[:, 0].unique())) == (torch.float64, 200)
     prepared, _ = Images(data.splits["train"], preparation=data.preparation).__getitems__(range(200))
-    order = np.argsort(x[:, 0])
     by_hand = (x.numpy() - table.mean(0)) / table.std(0)
-    np.testing.assert_allclose(prepared[order, 0], by_hand[order, 0], atol=1e-6)
-    np.testing.assert_allclose(prepared[:, 2], by_hand[:, 2], atol=1e-6)
+    np.testing.assert_allclose(prepared[:, ::2], by_hand[:, ::2], atol=1e-6)
     assert not prepared[:, 1].any()  # a constant in binary, though its mean over 200 rows is not
     assert "warning" not in capfd.readouterr().err
     ImageData("table", path=str(file)).setup()

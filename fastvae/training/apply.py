@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastvae import checks
 from fastvae.training import pictures
 from fastvae.training.checkpoints import checkpoint_file, read_checkpoint
-from fastvae.training.configs import read_yaml
+from fastvae.training.configs import read_yaml, restrict
 from fastvae.training.data import ImageData, scaled
 from fastvae.training.module import ImageVAE
 from fastvae.vae import VAE
@@ -196,16 +196,17 @@ def load(ckpt_path: str, runs: str) -> ImageVAE:
 def _module(options: dict[str, Any]) -> ImageVAE:
     """The module, its own networks made by the classes that the checkpoint names, if `--trust` allows their packages."""
     own: dict[str, Any] = {"optimizer": None, "lr_scheduler": None}
-    for name in ("encoder", "decoder"):
+    for article, name in (("an", "encoder"), ("a", "decoder")):
         if options.get(name) is not None:
+            restrict()  # also where no command did
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
             parser.add_argument("--network", type=nn.Module)
             try:
-                own[name] = parser.instantiate_classes(parser.parse_object({"network": options[name]})).network
+                own[name] = parser.instantiate(parser.parse_object({"network": options[name]})).network
             except jsonargparse.ArgumentError as error:
                 denied = re.search(r"Importing '(.*?)' is not allowed", str(error))
                 why = f"--trust PACKAGE allows {denied[1]}" if denied else " ".join(str(error).split())
-                raise ValueError(f"ckpt_path must name an {name} that can be made, got {options[name]}: {why}") from error
+                raise ValueError(f"ckpt_path must name {article} {name} that can be made, got {options[name]}: {why}") from error
     return ImageVAE(**options | own)
 
 
@@ -223,9 +224,9 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
         if options.get("name") in ("mnist_5k", "digits"):
             options["name"] = "auto"
     shape = module.hparams["shape"]
-    if len(shape) == 1:
+    if isinstance(options, dict) and len(shape) == 1:
         options |= {"name": "table", "standardise": module.vae.preparation is not None}
-    elif not options.keys() - {"path"} and shape[1] == shape[2]:
+    elif options == {"path": path} and shape[1] == shape[2]:
         options["image_size"] = shape[1]
     try:
         data = ImageData(**options)
