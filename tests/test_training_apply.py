@@ -2,17 +2,19 @@ import copy
 import logging
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from jsonargparse import _common
 from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 
 from fastvae.cli import main
-from fastvae.training import apply
+from fastvae.training import apply, pictures
 from fastvae.training.checkpoints import AtomicCheckpointIO
-from fastvae.training.data import ImageData
+from fastvae.training.data import NO_LABEL, ImageData
 from fastvae.training.module import ImageVAE
 from fastvae.vae import VAE
 
@@ -23,14 +25,14 @@ def runs(tmp_path, monkeypatch):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     monkeypatch.chdir(tmp_path)
 
-    def make(**options):
+    def make(shape=(1, 8, 8), data="{name: digits, batch_size: 100, test: 0.1, seed: 1}", **options):
         torch.manual_seed(0)
-        module = ImageVAE([1, 8, 8], latent_dim=3, hidden=[8], **options)
+        module = ImageVAE(list(shape), latent_dim=3, hidden=[8], **options)
         trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", plugins=[AtomicCheckpointIO()])
         trainer.strategy.connect(module)
         folder = tmp_path / "runs" / "a" / "version_0"
         trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-        (folder / "config.yaml").write_text("data: {name: digits, batch_size: 100, test: 0.1, seed: 1}\n")
+        (folder / "config.yaml").write_text(f"data: {data}\n")
         return module.vae.eval()
 
     return make
@@ -69,6 +71,91 @@ def test_reconstruct_and_encode(runs, tmp_path):
     apply.encode(path="mine", output="mine.npz", n=1)
     with np.load("mine.npz") as mine:
         assert mine["mu"].shape == (1, 3)
+
+
+@torch.no_grad()
+def test_a_file_of_ones_own_is_taken_whole_and_in_its_order(runs, tmp_path):
+    vae = runs()
+    x = torch.rand(200, 1, 8, 8)
+    np.save("test_new.npy", x)
+    apply.encode(path="test_new.npy")
+    apply.reconstruct(path="test_new.npy", output="x_hat.npy")
+    with np.load("codes.npz") as codes:
+        np.testing.assert_allclose(codes["mu"], vae.encode(x)[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.load("x_hat.npy"), vae.reconstruct(x), rtol=1e-4, atol=1e-6)
+    apply.traverse(path="test_new.npy", image=199, steps=2, output="sheet.npy")
+    for name in ("b/1", "a/2"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), len(name) + int(name[-1]), np.uint8)).save(tmp_path / "pictures" / f"{name}.png")
+    apply.encode(path="pictures", output="codes.csv")
+    table = pd.read_csv("codes.csv")
+    assert table["row"].tolist() == ["a/2.png", "b/1.png"]
+    assert table["label"].tolist() == ["a", "b"]
+    expected = vae.encode(torch.stack([torch.full((1, 8, 8), value / 255) for value in (5, 4)]))
+    np.testing.assert_allclose(table[[f"mu_{d}" for d in range(3)]], expected[0], rtol=1e-4, atol=1e-6)
+    apply.encode(path="pictures/a/2.png", output="one.npz")
+    with np.load("one.npz") as codes:
+        np.testing.assert_allclose(codes["mu"], expected[0][:1], rtol=1e-4, atol=1e-6)
+        assert codes["rows"].tolist() == ["2.png"]
+
+
+def a_table(file, n=50, between=","):
+    x = np.random.default_rng(0).normal(size=(n, 4))
+    rows = [between.join(map(str, [f"cell {k}", "xy"[k % 2], *row])) for k, row in enumerate(x)]
+    file.write_text("\n".join([between.join(["", "label", *"abcd"]), *rows]) + "\n")
+    return torch.from_numpy(x).float()
+
+
+@torch.no_grad()
+def test_a_table_of_ones_own(runs, tmp_path):
+    vae = runs([4], "{name: table, validation: 0.2, test: 0.2}", likelihood="gaussian")
+    x = a_table(tmp_path / "new.tsv", between="\t")
+    mu, logvar = vae.encode(x)
+    apply.encode(path="new.tsv", output="codes.csv")
+    table = pd.read_csv("codes.csv")
+    assert table.columns.tolist() == ["row", "label", *(f"{name}_{d}" for name in ("mu", "logvar") for d in range(3))]
+    assert table["row"].tolist() == [f"cell {k}" for k in range(50)]
+    assert table["label"].tolist() == ["x", "y"] * 25
+    np.testing.assert_allclose(table.iloc[:, 2:], torch.cat([mu, logvar], dim=1), rtol=1e-4, atol=1e-6)
+    apply.encode(path="new.tsv", n=7)
+    with np.load("codes.npz", allow_pickle=False) as codes:
+        assert codes["classes"][codes["labels"]].tolist() == ["x", "y", "x", "y", "x", "y", "x"]
+        assert codes["rows"].tolist() == [f"cell {k}" for k in range(7)]
+    np.save("bare.npy", x)
+    apply.encode(path="bare.npy", output="codes.csv", n=3)
+    assert pd.read_csv("codes.csv").iloc[:, :2].columns.tolist() == ["row", "mu_0"]
+    assert pd.read_csv("codes.csv")["row"].tolist() == [0, 1, 2]
+    apply.reconstruct(path="new.tsv")
+    assert imread(tmp_path / "reconstructions.png").std() > 0.01
+    apply.reconstruct(path="new.tsv", output="x_hat.npy")
+    np.testing.assert_allclose(np.load("x_hat.npy"), vae.reconstruct(x), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_codes_as_anndata(runs, tmp_path, monkeypatch):
+    anndata = pytest.importorskip("anndata")
+    vae = runs([4], "{name: table}", likelihood="gaussian")
+    x = a_table(tmp_path / "new.csv")
+    apply.encode(path="new.csv", output="codes.h5ad")
+    codes = anndata.read_h5ad("codes.h5ad")
+    np.testing.assert_allclose(codes.X, vae.encode(x)[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(codes.layers["logvar"], vae.encode(x)[1], rtol=1e-4, atol=1e-6)
+    assert codes.obs_names.tolist() == [f"cell {k}" for k in range(50)]
+    assert codes.obs["label"].tolist() == ["x", "y"] * 25
+    assert codes.var_names.tolist() == ["mu_0", "mu_1", "mu_2"]
+
+
+def test_names_of_classes_are_in_the_legend():
+    axes = Figure().add_subplot()
+    pictures.latent_plane(axes, torch.randn(6, 2), torch.tensor([0, 1, NO_LABEL] * 2), ("cat", "dog"))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["none", "cat", "dog"]
+
+
+def test_anndata_that_is_not_installed_is_named(runs, monkeypatch):
+    runs()
+    monkeypatch.setattr(apply.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"output must end in .npz or .csv where anndata is not installed \(pip install"):
+        apply.encode(output="codes.h5ad")
 
 
 def test_traverse_moves_one_dimension_at_a_time(runs, tmp_path, monkeypatch):
@@ -255,8 +342,8 @@ def test_networks_optimiser_and_schedule_by_class_path(tmp_path, monkeypatch, ca
     [
         (lambda: apply.sample(output="x.jpg"), "output must end in .png or .npy, got 'x.jpg'"),
         (lambda: apply.sample(n=0), "n must be at least 1, got 0"),
-        (lambda: apply.encode(output="x.npy"), "output must end in .npz, got 'x.npy'"),
-        (lambda: apply.traverse(image=180), "image must be from 0 to 179, the number of the test data, got 180"),
+        (lambda: apply.encode(output="x.npy"), "output must end in .npz or .csv or .h5ad, got 'x.npy'"),
+        (lambda: apply.traverse(image=180), "image must be from 0 to 179, the number of the data, got 180"),
         (lambda: apply.traverse(steps=1), "steps must be at least 2, got 1"),
         (lambda: apply.sample(ckpt_path="absent.ckpt"), "ckpt_path must be 'last' or a whole checkpoint's file, got 'absent.ckpt'"),
     ],

@@ -2,6 +2,7 @@ import gzip
 import io
 import pickle
 import struct
+import sys
 import urllib.error
 import zipfile
 import zlib
@@ -197,8 +198,12 @@ def broken(tmp_path, kind):
         np.savez(tmp_path / "a.npz", x=images(4), y=np.arange(4) / 2)
     elif kind == "labels of nan":
         np.savez(tmp_path / "a.npz", x=images(4), y=np.full(4, np.nan))
-    elif kind == "labels of text":
-        np.savez(tmp_path / "a.npz", x=images(4), y=np.array(list("abcd")))
+    elif kind == "images of text":
+        np.savez(tmp_path / "a.npz", x=np.array([list("abcd")] * 2))
+    elif kind == "labels of another set":
+        np.savez(tmp_path / "a.npz", x_train=images(4), y_test=np.arange(4))
+    elif kind == "no training images":
+        np.savez(tmp_path / "a.npz", x_val=images(4), x_test=images(4))
     elif kind == "idx of no dimension":
         whole.write_bytes(b"\0\0\x08\0\x01")
     elif kind == "no images":
@@ -218,16 +223,18 @@ SENTENCES = {
     "pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
     "bare pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
     "single value": "must hold arrays of images or labels, got the single value a",
-    "integers": "must be uint8 or floating, got int64",
+    "integers": r"images in a in .*a.npy must be uint8, uint16 or floating in \[0, 1\], got int64",
     "range": r"must lie in \[0, 1\], got values from",
     "nan": r"must lie in \[0, 1\], got values from nan",
     "labels": "must have one label an image, got 3 labels for 4 images",
-    "two shapes": r"must hold training and test images of one shape, got \(1, 5, 4\) and \(1, 6, 6\)",
-    "two shapes in one set": r"must have one shape and one dtype, got \(1, 5, 4\) torch.uint8 and \(1, 6, 6\) torch.uint8",
+    "two shapes": r"must have one shape, got \(1, 5, 4\) in a.x_train and \(1, 6, 6\) in a.x_test",
+    "two shapes in one set": r"must have one shape, got \(1, 5, 4\) in a.x1 and \(1, 6, 6\) in a.x2",
     "five dimensions": r"must have shape \(N, F\), .* got \(4, 2, 2, 2, 2\)",
     "labels in between": "labels in .* must be whole numbers, got others",
     "labels of nan": "labels in .* must be whole numbers, got others",
-    "labels of text": "must hold arrays of real numbers, got a.y of <U1",
+    "images of text": "must hold arrays of real numbers, got a.x of <U1",
+    "labels of another set": "labels in .* must go with data of their set, got those of test alone",
+    "no training images": "data.path must hold training data, got sets test and val alone",
     "idx of no dimension": "must be an IDX file, got one that begins with 00 00 08 00",
     "no images": "must hold images in IDX, .npy or .npz files or pictures, got none",
 }
@@ -249,7 +256,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, kind):
         ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
         ({"validation": 1.0}, "data.validation must be less than 1"),
         ({"test": -0.1}, "data.test must be at least 0, got -0.1"),
-        ({"path": "nowhere/at/all"}, "data.path must be a folder that exists, got 'nowhere/at/all'"),
+        ({"path": "nowhere/at/all"}, "data.path must be a folder or a file that exists, got 'nowhere/at/all'"),
     ],
 )
 def test_error_sentences(arguments, sentence):
@@ -259,7 +266,7 @@ def test_error_sentences(arguments, sentence):
 
 def test_an_empty_training_set(tmp_path):
     np.save(tmp_path / "a.npy", images(1))
-    with pytest.raises(ValueError, match="data must leave at least one training image"):
+    with pytest.raises(ValueError, match=r"data must leave at least two images to train on, got 0 of the 1 in .* with validation=0.9"):
         ImageData(path=str(tmp_path), validation=0.9, test=0).setup()
 
 
@@ -417,7 +424,7 @@ def write_pictures(folder, n=4, size=(20, 30), mode="RGB"):
 def test_a_folder_of_pictures(tmp_path, mode, channels):
     write_pictures(tmp_path / "cats", mode=mode)
     write_pictures(tmp_path / "dogs", n=2, size=(50, 20), mode=mode)
-    with pytest.raises(ValueError, match=r"must have one shape, got \(30, 20, .\) and \(20, 50, .\) in 0.png: give data.image_size"):
+    with pytest.raises(ValueError, match=r"must have one size, got \(30, 20\) and \(20, 50\) in 0.png: give data.image_size"):
         ImageData(path=str(tmp_path)).setup()
     data = ImageData(path=str(tmp_path), image_size=16, validation=0, test=0)
     assert data.shape == [channels, 16, 16]
@@ -429,9 +436,223 @@ def test_a_folder_of_pictures(tmp_path, mode, channels):
     data = ImageData(path=str(whole), validation=0)
     assert data.shape == [channels, 30, 20]
     assert len(data.splits["test"].images) == 3
+    assert set(data.splits["train"].labels.tolist()) == {NO_LABEL}
     expected = images(1, (30, 20, 3) if channels == 3 else (30, 20), seed=0).reshape(30, 20, channels)
     found = data.splits["train"].images.permute(0, 2, 3, 1).numpy()
     assert any(np.array_equal(image, expected) for image in found)
+
+
+GREY = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+COLOUR = np.stack([GREY, GREY + 1, GREY + 2], axis=-1)
+DEEP = np.array([[0, 257, 300], [32768, 65535, 4095]], np.uint16)
+
+
+def transparent(colours):
+    """The first pixel is transparent, and black beneath."""
+    alpha = np.full((*colours.shape[:2], 1), 255, np.uint8)
+    alpha[0, 0] = colours[0, 0] = 0
+    return np.concatenate([colours, alpha], axis=-1), np.where(alpha == 0, 255, colours)
+
+
+def turned(image):
+    exif = image.getexif()
+    exif[0x112] = 6
+    return image, {"exif": exif}
+
+
+PICTURE_KINDS = {
+    "grey": (Image.fromarray(GREY), "png", GREY),
+    "black and white": (Image.fromarray(GREY > 100), "png", (GREY > 100) * 255),
+    "black and white TIFF": (Image.fromarray(GREY > 100), "tif", (GREY > 100) * 255),
+    "colours": (Image.fromarray(COLOUR), "tiff", COLOUR),
+    "palette": (Image.fromarray(COLOUR).quantize(24), "png", COLOUR),
+    "grey and alpha": (Image.fromarray(transparent(GREY[..., None].copy())[0]), "png", transparent(GREY[..., None].copy())[1]),
+    "colours and alpha": (Image.fromarray(transparent(COLOUR.copy())[0]), "png", transparent(COLOUR.copy())[1]),
+    "transparent grey of a palette": ((Image.fromarray(GREY), {"transparency": 10}), "png", np.where(GREY == 10, 255, GREY)),
+    "CMYK": (Image.fromarray(COLOUR).convert("CMYK"), "tif", COLOUR),
+    "16 bits": (Image.fromarray(DEEP), "png", DEEP / 257),
+    "16 bits TIFF": (Image.fromarray(DEEP), "tif", DEEP / 257),
+    "16 bits TIFF, the high byte first": (Image.fromarray(DEEP.astype(">u2")), "tif", DEEP / 257),
+    "floats": (Image.fromarray(DEEP.astype(np.float32) / 65535), "tif", DEEP / 257),
+    "turned": (turned(Image.fromarray(COLOUR)), "png", np.rot90(COLOUR, -1)),
+    "turned, 16 bits": (turned(Image.fromarray(DEEP)), "png", np.rot90(DEEP, -1) / 257),
+}
+
+
+def whole_images(path, **options):
+    """(N, H, W, C) in units of 1/255."""
+    images = ImageData(path=str(path), **options).whole().splits["train"].images
+    return data_module.scaled(images).permute(0, 2, 3, 1).double().numpy() * 255
+
+
+@pytest.mark.parametrize("kind", PICTURE_KINDS)
+def test_a_picture_of_each_mode(tmp_path, kind):
+    image, suffix, expected = PICTURE_KINDS[kind]
+    image, options = image if isinstance(image, tuple) else (image, {})
+    image.save(tmp_path / f"a.{suffix}", **options)
+    found = whole_images(tmp_path)[0]
+    np.testing.assert_allclose(found, expected.reshape(*expected.shape[:2], -1), atol=2e-5)
+    assert whole_images(tmp_path / f"a.{suffix}", image_size=2).shape == (1, 2, 2, found.shape[2])
+
+
+def test_pictures_of_several_modes_have_one(tmp_path):
+    Image.fromarray(COLOUR[:2, :3]).save(tmp_path / "a.png")
+    Image.fromarray(GREY[:2, :3]).save(tmp_path / "b.png")
+    np.testing.assert_allclose(whole_images(tmp_path)[1], GREY[:2, :3, None].repeat(3, axis=2), atol=2e-5)
+    assert ImageData(path=str(tmp_path)).whole().splits["train"].images.dtype == torch.uint8
+    Image.fromarray(DEEP).save(tmp_path / "c.png")
+    found = whole_images(tmp_path)
+    np.testing.assert_allclose(found[0], COLOUR[:2, :3], atol=2e-5)
+    np.testing.assert_allclose(found[2], (DEEP / 257)[..., None].repeat(3, axis=2), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "sentence"),
+    [
+        (Image.fromarray(DEEP.astype(np.int32)), {}, "a.tif must be a picture of greys or colours of 8 or 16 bits, .* got mode I"),
+        (Image.fromarray(DEEP.astype(np.float32)), {}, r"a.tif must have floats in \[0, 1\], got values from 0 to 65535"),
+        (Image.fromarray(GREY), {"save_all": True, "append_images": [Image.fromarray(GREY)]}, "a.tif must hold one picture, got 2"),
+    ],
+)
+def test_a_picture_that_is_refused(tmp_path, image, options, sentence):
+    image.save(tmp_path / "a.tif", **options)
+    with pytest.raises(ValueError, match=sentence):
+        ImageData(path=str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize(("array", "expected"), [(DEEP[None], DEEP / 257), (DEEP[None] > 300, (DEEP > 300) * 255)])
+def test_arrays_of_16_bits_and_of_one(tmp_path, array, expected):
+    np.save(tmp_path / "a.npy", array)
+    np.testing.assert_allclose(whole_images(tmp_path / "a.npy")[0, ..., 0], expected, atol=2e-5)
+
+
+def test_arrays_keep_their_size(tmp_path):
+    np.save(tmp_path / "a.npy", images(10))
+    with pytest.raises(ValueError, match=r"data.image_size must be left out for arrays, whose size is given, got 8 for"):
+        ImageData(path=str(tmp_path), image_size=8).setup()
+    assert whole_images(tmp_path, image_size=8).shape == (10, 5, 4, 1)
+
+
+def test_arrays_of_several_dtypes_have_one(tmp_path):
+    np.savez(tmp_path / "a.npz", x1=DEEP[None], x2=GREY[None, :2, :3])
+    np.testing.assert_allclose(whole_images(tmp_path)[..., 0], [DEEP / 257, GREY[:2, :3]], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, "test") for name in ("test", "x_test", "XTest", "imagesTest", "t10k-images-idx3-ubyte", "test_2", "x.test1", "My TEST")),
+        *((name, "train") for name in ("protest", "latest_news", "contest", "testimony", "attestation", "x", "x_train", "values")),
+        *((name, "val") for name in ("val", "y_val", "valid", "x-validation")),
+    ],
+)
+def test_a_word_of_a_name_tells_the_set(tmp_path, name, expected):
+    np.savez(tmp_path / "a.npz", **{"a": images(20), name: images(4)})
+    np.save(tmp_path / "protest_latest.npy", images(3))
+    data = ImageData(path=str(tmp_path), test=0, validation=0)
+    data.setup()
+    expected_sizes = {"train": 23, "val": 0, expected: 27 if expected == "train" else 4}
+    assert {which: len(data.splits[which].images) for which in expected_sizes} == expected_sizes
+
+
+def sets_and_classes(path):
+    data = ImageData(path=str(path), test=0, validation=0)
+    data.setup()
+    return {which: sorted(data.classes[k] if k != NO_LABEL else "" for k in split.labels.tolist()) for which, split in data.splits.items()}
+
+
+def test_folders_are_sets_and_classes(tmp_path):
+    for name in ("protest", "latest_news", "cats/test_tubes"):
+        write_pictures(tmp_path / "words" / name, n=2)
+    classes = ["cats/test_tubes"] * 2 + ["latest_news"] * 2 + ["protest"] * 2
+    assert sets_and_classes(tmp_path / "words") == {"train": classes, "val": [], "test": classes}
+    for which, n in (("train", 3), ("val", 2), ("test", 2)):
+        for name in ("cats", "dogs"):
+            write_pictures(tmp_path / "three" / which / name, n=n)
+    assert sets_and_classes(tmp_path / "three") == {
+        which: ["cats"] * n + ["dogs"] * n for which, n in (("train", 3), ("val", 2), ("test", 2))
+    }
+    for name in ("cats/train", "cats/test", "dogs/train", "dogs/test"):
+        write_pictures(tmp_path / "inside" / name, n=2)
+    each = ["cats", "cats", "dogs", "dogs"]
+    assert sets_and_classes(tmp_path / "inside") == {"train": each, "val": [], "test": each}
+    for name in ("valid", "invalid"):
+        write_pictures(tmp_path / "quality" / name, n=2)
+    quality = ["invalid", "invalid", "valid", "valid"]
+    assert sets_and_classes(tmp_path / "quality") == {"train": quality, "val": [], "test": quality}
+
+
+def test_a_set_of_one_image_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=images(5), x_test=images(1))
+    data = ImageData(path=str(tmp_path))
+    data.setup()
+    with pytest.raises(ValueError, match=r"data must hold more than one image or row for test, got one in"):
+        data.test_dataloader()
+    np.savez(tmp_path / "a.npz", x=images(5))
+    data = ImageData(path=str(tmp_path))
+    data.setup()
+    assert len(next(iter(data.test_dataloader()))[0]) == 2
+
+
+def test_what_is_not_read_is_told(tmp_path, capsys):
+    write_pictures(tmp_path, n=3)
+    for hidden in ("._0.png", ".cache/1.png", "__MACOSX/1.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"\0\5\x16\7")
+    assert len(whole_images(tmp_path)) == 3
+    assert capsys.readouterr().err == ""
+    for name in ("a.gif", "b.GIF", "c.heic", "LICENSE"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(whole_images(tmp_path)) == 3
+    assert capsys.readouterr().err == f"warning: files in {tmp_path} that are not read as data: 2 .gif, 1 without a suffix, 1 .heic\n"
+    np.save(tmp_path / "x.npy", images(2))
+    assert len(whole_images(tmp_path)) == 2
+    assert "3 .png" in capsys.readouterr().err
+    for path in (tmp_path / "t.csv", tmp_path / "tables"):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        (path if path.suffix else path / "t.csv").write_text("a,b\n1,2\n")
+        with pytest.raises(FileNotFoundError, match=r"must hold images .*, got none in .*: a table needs --data.name table"):
+            ImageData(path=str(path)).setup()
+    np.save(tmp_path / "tables" / "t.npy", np.full((3, 4), 7.5))
+    with pytest.raises(
+        ValueError, match=r"images in t in .*t.npy must lie in \[0, 1\], got values from 7.5 to 7.5: a table needs --data.n"
+    ):
+        ImageData(path=str(tmp_path / "tables")).setup()
+
+
+def test_all_of_a_path_in_its_order(tmp_path):
+    x = images(40)
+    np.savez(tmp_path / "a.npz", x_test=x[:10], y_test=np.arange(10), x_train=x[10:30], y_train=np.arange(10, 30), x_val=x[30:])
+    source = ImageData(path=str(tmp_path), seed=3).whole()
+    assert torch.equal(source.splits["train"].images[:, 0], torch.from_numpy(x))
+    assert source.splits["train"].labels.tolist() == [*range(30), *[NO_LABEL] * 10]
+    for name in ("test/cats/b", "train/cats/a", "train/dogs/c"):
+        write_pictures(tmp_path / "pictures" / name, n=2)
+    source = ImageData(path=str(tmp_path / "pictures")).whole()
+    names = [f"{name}/{k}.png" for name in ("test/cats/b", "train/cats/a", "train/dogs/c") for k in range(2)]
+    assert source.rows == {"train": tuple(names)}
+    assert source.classes == ("cats/a", "cats/b", "dogs/c")
+    assert source.splits["train"].labels.tolist() == [1, 1, 0, 0, 2, 2]
+    np.testing.assert_allclose(whole_images(tmp_path / "pictures")[5], images(1, (30, 20, 3), seed=1)[0], atol=2e-5)
+    binary = [ImageData(path=str(tmp_path), binarisation="dynamic").whole().splits["train"].images for _ in range(2)]
+    assert torch.equal(*binary)
+    assert set(binary[0].unique().tolist()) == {0, 255}
+
+
+def test_where_the_test_data_were(tmp_path):
+    data = ImageData("digits", test=0.1, seed=1)
+    data.setup()
+    order = [int(row) for row in data.test_rows]
+    assert len(set(order)) == 180
+    assert torch.equal(data.splits["test"].images, data.whole().splits["train"].images[order])
+    for name, n in (("train", 4), ("test", 6)):
+        write_pictures(tmp_path / name, n=n)
+    data = ImageData(path=str(tmp_path), seed=2)
+    data.setup()
+    assert sorted(data.test_rows) == [f"test/{k}.png" for k in range(6)]
+    assert data.test_rows != tuple(sorted(data.test_rows))
+    for row, image in zip(data.test_rows, data.splits["test"].images, strict=True):
+        assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.asarray(Image.open(tmp_path / row)).copy()))
 
 
 def test_pictures_that_are_none(tmp_path, monkeypatch):
@@ -527,17 +748,165 @@ def test_a_table_in_csv_with_labels_and_a_test_set(tmp_path):
     assert ImageData("table", path=str(tmp_path / "train.csv")).shape == [3]
 
 
+TABLE = np.array([[0.5, -2, 2459000.5000001], [1e-3, 4, 2459000.75], [3, 0, 2459001.25]])
+
+
+def lines(*rows, between=","):
+    return "".join(between.join(map(str, row)) + "\n" for row in rows)
+
+
+TEXTS = {
+    "plain": lines(*TABLE),
+    "a header": lines("abc", *TABLE),
+    "a byte order mark": "\ufeff" + lines("abc", *TABLE),
+    "a byte order mark, no header": "\ufeff" + lines(*TABLE),
+    "pandas' index": lines(["", *"abc"], *([k, *row] for k, row in enumerate(TABLE))),
+    "pandas' index, twice": lines(["Unnamed: 0.1", "Unnamed: 0", *"abc"], *([k, k, *row] for k, row in enumerate(TABLE))),
+    "pandas' names": lines(range(3), *TABLE),
+    "pandas' index and names": lines(["", 0, 1, 2], *([k, *row] for k, row in enumerate(TABLE))),
+    "R's index": lines("abc", *([f'"{k}"', *row] for k, row in enumerate(TABLE))),
+    "numpy's header": "# " + lines("abc", *TABLE),
+    "years as names": lines(["a", 2019, 2020], *TABLE),
+    "blank lines": "\n\n" + lines("abc", *TABLE) + "\n",
+    "blanks": lines("abc", *TABLE, between=" , "),
+    "quotes": lines(['"a, b"', '"c"', '"d"'], *TABLE),
+    "semicolons": lines("abc", *TABLE, between=";"),
+    "semicolons and decimal commas": lines("abc", *TABLE, between=";").replace(".", ","),
+    "tabs": lines("abc", *TABLE, between="\t"),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv.gz"])
+def test_a_table_in_text(tmp_path, kind, suffix):
+    raw = TEXTS[kind].encode("utf-8")
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    split = data_module.read_table(tmp_path / f"a{suffix}").splits["train"]
+    np.testing.assert_allclose(split.images, TABLE, rtol=1e-15)
+    assert split.labels.tolist() == [NO_LABEL] * 3
+
+
+def test_a_table_in_excels_unicode_text(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(lines(["label", *"abc"], *(["ü", *row] for row in TABLE), between="\t").encode("utf-16"))
+    source = data_module.read_table(tmp_path / "a.tsv")
+    np.testing.assert_allclose(source.splits["train"].images, TABLE, rtol=1e-15)
+    assert source.classes == ("ü",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        ("350", (), [3, 5, 0]),
+        (["dog", "cat", "dog"], ("cat", "dog"), [1, 0, 1]),
+        (["dog ", "", "NA"], ("NA", "dog"), [1, NO_LABEL, 0]),
+        (["1.0", "", "2.0"], (), [1, NO_LABEL, 2]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff", "# "])
+def test_labels_of_a_table(tmp_path, labels, classes, numbers, mark):
+    rows = [[label, *row] for label, row in zip(labels, TABLE, strict=True)]
+    (tmp_path / "a.csv").write_text(mark + lines(["Label", *"abc"], *rows), encoding="utf-8")
+    source = data_module.read_table(tmp_path / "a.csv")
+    assert source.classes == classes
+    assert source.splits["train"].labels.tolist() == numbers
+    np.testing.assert_allclose(source.splits["train"].images, TABLE, rtol=1e-15)
+
+
+def test_names_of_classes_are_those_of_all_sets(tmp_path):
+    for name, labels in (("train", "bca"), ("test", "dbb")):
+        (tmp_path / f"{name}.csv").write_text(lines(["label", "x"], *zip(labels, range(3), strict=True)))
+    np.savez(tmp_path / "more.npz", x_val=np.zeros((2, 1)), y_val=np.array(["a", "e"]))
+    data = ImageData("table", path=str(tmp_path))
+    data.setup()
+    assert data.classes == ("a", "b", "c", "d", "e")
+    assert [sorted(data.splits[which].labels.tolist()) for which in ("train", "val", "test")] == [[0, 1, 2], [0, 4], [1, 1, 3]]
+
+
+def test_files_of_one_table_have_its_columns(tmp_path):
+    for name, header in (("a", "xy"), ("b", "yx")):
+        (tmp_path / f"{name}.csv").write_text(lines(header, [1, 2], [3, 4]))
+    with pytest.raises(ValueError, match=r"b.csv must have the columns of the file before, got 'y' in the place of 'x'"):
+        ImageData("table", path=str(tmp_path)).setup()
+    (tmp_path / "b.csv").write_text(lines([5, 6], [7, 8]))
+    assert len(ImageData("table", path=str(tmp_path)).whole().splits["train"].images) == 4
+
+
+def test_a_table_whole_with_the_names_of_its_rows(tmp_path):
+    rows = [[f"cell {k}", "ab"[k % 2], k] for k in range(100)]
+    (tmp_path / "a.csv").write_text(lines(["", "label", "x"], *rows))
+    source = ImageData("table", path=str(tmp_path / "a.csv"), validation=0.2).whole()
+    assert source.rows == {"train": tuple(row[0] for row in rows)}
+    assert source.splits["train"].images.tolist() == [[k] for k in range(100)]
+    assert source.splits["train"].labels.tolist() == [0, 1] * 50
+
+
+def test_a_table_in_parquet(tmp_path):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pd.DataFrame(TABLE, columns=list("abc"), index=["u", "v", "w"]).assign(label=pd.Categorical(["y", "x", "y"]))
+    frame.to_parquet(tmp_path / "a.parquet")
+    source = data_module.read_table(tmp_path / "a.parquet")
+    np.testing.assert_array_equal(source.splits["train"].images, TABLE)
+    assert (source.classes, source.rows, source.splits["train"].labels.tolist()) == (("x", "y"), {"train": ("u", "v", "w")}, [1, 0, 1])
+    for label, numbers, classes in ((["y", None, "x"], [1, NO_LABEL, 0], ("x", "y")), ([7, None, 0], [7, NO_LABEL, 0], ())):
+        frame.assign(label=label).to_parquet(tmp_path / "a.parquet")
+        source = data_module.read_table(tmp_path / "a.parquet")
+        assert (source.splits["train"].labels.tolist(), source.classes) == (numbers, classes)
+    frame.assign(a=["1", "x", "2"]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet must be a table of numbers, got another file \('x' in row 2, column 'a'"):
+        data_module.read_table(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"a.parquet must be a table of numbers, got another file"):
+        data_module.read_table(tmp_path / "a.parquet")
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"pyarrow.* must be installed to read .*a.parquet: pip install 'fastvae-mmd\[tables\]'"):
+        data_module.read_table(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(">f4", "f4"), ("f8", "f8"), ("i4", "f8"), ("u1", "f4"), ("f2", "f4"), ("?", "f4")])
+def test_a_table_is_read_in_its_precision_without_a_copy(tmp_path, dtype, kept):
+    table = (TABLE % 200).astype(dtype)
+    np.save(tmp_path / "a.npy", table)
+    split = data_module.read_table(tmp_path / "a.npy").splits["train"]
+    assert split.images.numpy().dtype == kept
+    np.testing.assert_array_equal(split.images, table)
+    assert isinstance(data_module._arrays(tmp_path / "a.npy")[0][1], np.memmap)
+    data = ImageData("table", path=str(tmp_path / "a.npy"), validation=0, test=0)
+    data.setup()
+    assert data.splits["train"].images.dtype == torch.float32
+
+
+def test_a_gzipped_table_is_bounded(tmp_path, monkeypatch):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"1,2\n" * 10**6))
+    monkeypatch.setattr(data_module, "MAX_BYTES", 10**6)
+    with pytest.raises(ValueError, match=r"a.csv.gz must hold at most 0.001 GB once decompressed, got 0.00104858 GB"):
+        ImageData("table", path=str(tmp_path)).setup()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.csv", "a,b\n1,2\n3\n", "must be a table of numbers in CSV, got another file"),
-        ("a.csv", "a,b\n1,x\n", "must be a table of numbers in CSV, got another file"),
-        ("a.csv", "", "must be a table of numbers in CSV, got another file"),
+        ("a.csv", "a,b\n1,2\n3\n", r"must be a table of numbers, got another file \('' in row 2, column 'b', and text may stand in"),
+        ("a.csv", "a,b\n1,2\n3,4,5\n", r"must be a table of numbers, got another file \(.*Expected 2 fields in line 3, saw 3\)"),
+        ("a.csv", "a,b\n1,2,3,4\n", r"must be a table of numbers, got another file \(2 names in its first row and 4 columns below\)"),
+        ("a.csv", "a,b\n1,x\n", r"must be a table of numbers, got another file \('x' in row 1, column 'b', and text"),
+        ("a.csv", "1,,3\n4,5,6\n", r"must be a table of numbers, got another file \('' in row 1, column 2, and text"),
+        ("a.csv", "1,NA,3\n4,5,6\n", r"must be a table of numbers, got another file \('NA' in row 1, column 2, and text"),
+        ("a.csv", "5.1,3.5,setosa\n4.9,3,setosa\n", r"must be a table of numbers, got another file \('setosa' in row 1, column 3"),
+        ("a.csv", "", r"must be a table of numbers, got another file \(it is empty\)"),
+        ("a.csv", "a,b\n", "must be a table of numbers, got another file"),
+        ("a.csv.gz", "a,b\n", r"a.csv.gz must be a table of numbers, got another file \(Not a gzipped file"),
+        ("a.csv", "label\n1\n", "no rows or no columns of numbers"),
         ("a.csv", "a,label\n1,0.5\n2,1\n", "must be whole numbers, got others"),
-        ("a.csv", "a,label\n1,nan\n2,1\n", "must be whole numbers, got others"),
-        ("a.csv", "1,nan\n2,3\n", "must hold finite numbers, got nan"),
+        ("a.csv", "1,nan\n2,3\n", "a.csv must hold finite numbers, got nan in row 1, column 2"),
         ("a.csv", "1,1e39\n2,3\n", "must hold numbers within float32, got larger ones: data.standardise true takes them"),
-        ("a.txt", "1,2\n", "data.path must hold a matrix in a .npy, .npz or .csv file, got none"),
+        ("a.csv", "1,2\n", "data must leave at least two rows to train on, got 1 of the 1 in"),
+        ("a.txt", "1,2\n", "data.path must hold a matrix in a .npy, .npz, .csv, .* or .parquet file, got none"),
     ],
 )
 def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
@@ -553,6 +922,8 @@ def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
         ({"name": "dsprites"}, "data.path must name the .npz file of dSprites for data.name 'dsprites', got none"),
         ({"name": "table", "path": "x", "binarisation": "dynamic"}, "data.binarisation must be none for a table, got dynamic"),
         ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
+        ({"image_size": 8}, "data.image_size must be left out for data.name 'mnist_5k', whose size is given, got 8"),
+        ({"name": "table", "path": "x", "image_size": 8}, "data.image_size must be left out for data.name 'table'"),
         ({"name": "digits", "standardise": True}, "data.standardise must be false for images"),
     ],
 )
@@ -567,7 +938,10 @@ def whole_files():
     header = b"\0\0\x08\x03" + struct.pack(">3I", *x.shape)
     yield "train-images-idx3-ubyte", header + x.tobytes(), "folder"
     yield "train-images-idx3-ubyte.gz", gzip.compress(header + x.tobytes()), "folder"
-    yield "x.csv", b"a,b,label\n1,2,0\n3,4,1\n5,6,1\n7,8,0\n", "table"
+    table = b"a,b,label\n1,2,0\n3,4,1\n5,6,1\n7,8,0\n"
+    yield "x.csv", table, "table"
+    yield "x.csv", ("\ufeff" + table.decode().replace(",", ";")).encode("utf-16"), "table"
+    yield "x.tsv.gz", gzip.compress(table), "table"
     stream = io.BytesIO()
     np.save(stream, x)
     array = stream.getvalue()
@@ -577,10 +951,15 @@ def whole_files():
         with zipfile.ZipFile(stream, "w", method) as archive:
             archive.writestr("x.npy", array)
         yield "x.npz", stream.getvalue(), "folder"
-    for kind in ("PNG", "JPEG", "BMP", "WEBP"):
-        stream = io.BytesIO()
-        Image.fromarray(images(1, (9, 7, 3))[0]).save(stream, kind)
-        yield "x.png", stream.getvalue(), "folder"
+    colours, greys = images(1, (9, 7, 3))[0], images(1, (9, 14))[0].view(np.uint16)
+    kinds = (("PNG", colours), ("JPEG", colours), ("BMP", colours), ("WEBP", colours), ("TIFF", colours), ("PNG", greys), ("TIFF", greys))
+    for kind, array in kinds:
+        pictures = []
+        for options in ({}, {"exif": turned(Image.fromarray(array))[1]["exif"]}):
+            stream = io.BytesIO()
+            Image.fromarray(array).save(stream, kind, **options)
+            pictures.append(stream.getvalue())
+        yield "x.png", pictures[kind in ("PNG", "TIFF")], "folder"
 
 
 def changed(raw, rng):
@@ -599,14 +978,13 @@ def changed(raw, rng):
 def test_a_file_changed_at_random_is_read_or_refused_in_a_sentence(tmp_path, monkeypatch, name, raw, kind):
     monkeypatch.setattr(data_module, "MAX_BYTES", 10**7)
     rng = np.random.default_rng(0)
-    options = {"path": str(tmp_path), "validation": 0, "test": 0}
     (tmp_path / name).write_bytes(raw)
-    ImageData(kind, **options).setup()
+    ImageData(kind, path=str(tmp_path)).whole()
     refused = 0
     for _ in range(300):
         (tmp_path / name).write_bytes(changed(raw, rng))
         try:
-            ImageData(kind, **options).setup()
+            ImageData(kind, path=str(tmp_path)).whole()
         except (ValueError, FileNotFoundError) as error:
             assert " must " in str(error)  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -17,11 +18,12 @@ from fastvae import checks
 from fastvae.training import pictures
 from fastvae.training.checkpoints import checkpoint_file, read_checkpoint
 from fastvae.training.configs import read_yaml, restrict
-from fastvae.training.data import ImageData, scaled
+from fastvae.training.data import NO_LABEL, ImageData, Source, Split, scaled
 from fastvae.training.module import ImageVAE
 from fastvae.vae import VAE
 
 CHUNK = 1024
+SHOWN = 32
 
 
 @torch.no_grad()
@@ -44,46 +46,85 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
 
 @torch.no_grad()
 def reconstruct(
-    ckpt_path: str = "last", path: str | None = None, n: int = 32, output: str = "reconstructions.png", runs: str = "runs"
+    ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "reconstructions.png", runs: str = "runs"
 ) -> None:
-    """Encode test data and decode the means of the codes.
+    """Encode test data, or all data of a path, and decode the means of the codes.
 
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data; the run's own by default.
-        n: How many of the test data.
+        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
+        n: How many of them; by default all in an array or a table, and 32 images in a picture.
         output: A .png picture of originals and reconstructions, or a .npy array of reconstructions.
         runs: The folder of all runs.
     """
+    _suffix(output, ".png", ".npy")
     module = load(ckpt_path, runs)
-    x, _ = test_data(module, ckpt_path, path, runs, checks.integer("n", n, at_least=1))
+    x, _ = test_data(module, ckpt_path, path, runs, n).splits["train"]
+    if n is None and x.ndim == 4 and output.endswith(".png"):
+        x = x[:SHOWN]
     x_hat = torch.cat([module.vae.reconstruct(part) for part in torch.split(x, CHUNK)])
     if not _saved(x_hat, output):
-        pictures.reconstructions(_images(x), _images(x_hat.reshape(x.shape)), Path(output))
+        picture = pictures.reconstructions if x.ndim == 4 else pictures.table_reconstructions
+        picture(x, x_hat.reshape(x.shape), Path(output))
     _tell(output)
 
 
 @torch.no_grad()
 def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "codes.npz", runs: str = "runs") -> None:
-    """Encode test data: arrays mu and logvar of shape (N, latent_dim), and labels (N,), in one .npz file.
+    """Encode test data, or all data of a path: mu and logvar of shape (N, latent_dim), and what the data have of labels and names.
+
+    A .npz file has labels (N,), -1 for none, the names of their classes, if they have some, and rows (N,): a picture's file, the column
+    without a name that a table begins with, else the place in the data, as test data are shuffled. A .csv file has a row a sample, and so
+    has a .h5ad file, whose X is mu.
 
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data; the run's own by default.
-        n: How many of the test data; all by default.
-        output: The .npz file.
+        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
+        n: How many of them; all by default.
+        output: A .npz, .csv or, where the package anndata is installed, .h5ad file.
         runs: The folder of all runs.
     """
+    _suffix(output, ".npz", ".csv", ".h5ad")
+    if output.endswith(".h5ad") and not importlib.util.find_spec("anndata"):
+        raise ValueError("output must end in .npz or .csv where anndata is not installed (pip install 'fastvae-mmd[tables]'), got .h5ad")
     module = load(ckpt_path, runs)
-    x, labels = test_data(module, ckpt_path, path, runs, n)
+    source = test_data(module, ckpt_path, path, runs, n)
+    x, labels = source.splits["train"]
     codes = [module.vae.encode(part) for part in torch.split(x, CHUNK)]
-    arrays = {"mu": torch.cat([mu for mu, _ in codes]).numpy(), "labels": labels.numpy()}
+    arrays = {"mu": torch.cat([mu for mu, _ in codes]).numpy()}
     logvars = [logvar for _, logvar in codes if logvar is not None]
     if logvars:
         arrays["logvar"] = torch.cat(logvars).numpy()
-    _suffix(output, ".npz")
-    np.savez(output, **arrays)  # type: ignore[arg-type]
+    if output.endswith(".npz"):
+        arrays |= {"labels": labels.numpy(), "rows": np.array(source.rows["train"])}
+        if source.classes:
+            arrays["classes"] = np.array(source.classes)
+        np.savez(output, **arrays)  # type: ignore[arg-type]
+    else:
+        _save_table(arrays, source, output)
     _tell(output)
+
+
+def _save_table(codes: dict[str, np.ndarray[Any, Any]], source: Source, output: str) -> None:
+    import pandas as pd
+
+    labels = source.splits["train"].labels.tolist()
+    rows = pd.Index(source.rows["train"], name="row")
+    about = pd.DataFrame(index=rows)
+    if any(label != NO_LABEL for label in labels):
+        about["label"] = ["" if label == NO_LABEL else source.classes[label] if source.classes else str(label) for label in labels]
+    if output.endswith(".h5ad"):
+        from anndata import AnnData
+
+        layers = {name: values for name, values in codes.items() if name != "mu"}
+        AnnData(codes["mu"], obs=about, var=pd.DataFrame(index=_names("mu", codes["mu"])), layers=layers).write_h5ad(output)
+        return
+    frames = [pd.DataFrame(values, index=rows, columns=_names(name, values)) for name, values in codes.items()]
+    pd.concat([about, *frames], axis=1).to_csv(output)
+
+
+def _names(name: str, values: np.ndarray[Any, Any]) -> list[str]:
+    return [f"{name}_{d}" for d in range(values.shape[1])]
 
 
 @torch.no_grad()
@@ -100,8 +141,8 @@ def traverse(
 
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data; the run's own by default.
-        image: Which of the test data has the code that is moved.
+        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
+        image: Which of them has the code that is moved, counted from 0.
         reach: From minus this to this.
         steps: In how many columns.
         output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
@@ -109,9 +150,9 @@ def traverse(
     """
     module = load(ckpt_path, runs)
     vae = module.vae
-    x, _ = test_data(module, ckpt_path, path, runs, None)
+    x, _ = test_data(module, ckpt_path, path, runs, None).splits["train"]
     if not 0 <= image < len(x):
-        raise ValueError(f"image must be from 0 to {len(x) - 1}, the number of the test data, got {image}")
+        raise ValueError(f"image must be from 0 to {len(x) - 1}, the number of the data, got {image}")
     mu = torch.cat([vae.encode(part)[0] for part in torch.split(x[:10_000], CHUNK)])
     order = mu.var(0, correction=0).argsort(descending=True)
     code = vae.encode(x[image : image + 1])[0]
@@ -210,8 +251,8 @@ def _module(options: dict[str, Any]) -> ImageVAE:
     return ImageVAE(**options | own)
 
 
-def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: int | None) -> tuple[Tensor, Tensor]:
-    """The first n (all, if None) of the test data in their own units, and their labels."""
+def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: int | None) -> Source:
+    """The first n (all, if None) of the run's test data, or of all data of a path, in their own units, as the split "train"."""
     config = checkpoint_file(ckpt_path, Path(runs, "*")).parent.parent / "config.yaml"
     try:
         options = read_yaml(config.read_text(encoding="utf-8"))["data"]
@@ -232,10 +273,15 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
         data = ImageData(**options)
     except TypeError as error:
         raise ValueError(f"{str(config)!r} must hold the options of data, got others ({error})") from error
-    data.setup()
-    images, labels = data.splits["test"]
+    if path is not None:
+        source = data.whole()
+    else:
+        data.setup()
+        source = Source({"train": data.splits["test"]}, data.classes, {"train": data.test_rows})
+    images, labels = source.splits["train"]
     n = len(images) if n is None else checks.integer("n", n, at_least=1)
-    return scaled(images[:n]), labels[:n]
+    rows = {name: names[:n] for name, names in source.rows.items()}
+    return source._replace(splits={"train": Split(scaled(images[:n]), labels[:n])}, rows=rows)
 
 
 def _images(x: Tensor) -> Tensor:

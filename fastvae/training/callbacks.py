@@ -49,7 +49,7 @@ class StopAtNonFinite(Callback):
 
 
 class Pictures(Callback):
-    """Writes latent.png and loss_curves.png, and of images reconstructions.png and samples.png, into the run's folder after the fit."""
+    """Writes latent.png, loss_curves.png, reconstructions.png and, of images, samples.png into the run's folder after the fit."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -83,5 +83,7 @@ class Pictures(Callback):
             pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")
             samples = vae.sample(100, generator=generator).reshape(-1, *x.shape[1:])
             pictures.grid(samples, folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
-        pictures.latent(output.z, shown.labels, folder / "latent.png")
+        else:
+            pictures.table_reconstructions(x, vae.reconstruct(x), folder / "reconstructions.png")
+        pictures.latent(output.z, shown.labels, folder / "latent.png", classes=data.classes)
         pictures.loss_curves(self.history, folder / "loss_curves.png")

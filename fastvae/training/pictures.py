@@ -52,43 +52,62 @@ def pairs(x: Tensor, x_hat: Tensor) -> Tensor:
     return torch.stack([x, x_hat], dim=1).flatten(0, 1)
 
 
-def latent(z: Tensor, labels: Tensor, file: Path) -> None:
-    """Codes (N, D) on their first two principal axes, by label, beside each coordinate's density; the prior N(0, I) in black."""
+def table_reconstructions(x: Tensor, x_hat: Tensor, file: Path) -> None:
+    """Values of a table (N, F) against their reconstructions, and the share of each column's variance that the reconstructions have."""
+    x, x_hat = x.double().cpu(), x_hat.double().cpu()
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    values, columns = figure.subplots(1, 2)
+    points = torch.linspace(0, x.numel() - 1, min(x.numel(), 5000)).long()
+    values.scatter(x.flatten()[points].numpy(), x_hat.flatten()[points].numpy(), s=6, alpha=0.5)
+    values.axline((0, 0), slope=1, color="black", linewidth=0.8)
+    values.set(title="Values and their reconstructions", xlabel="value", ylabel="reconstruction")
+    variance = x.var(0, correction=0)
+    share = 1 - (x - x_hat).square().mean(0) / torch.where(variance > 0, variance, torch.nan)
+    order = share.nan_to_num(-torch.inf).argsort(descending=True)
+    columns.stairs(share[order].clamp_min(-0.1).numpy(), np.arange(len(order) + 1) + 0.5, fill=True)
+    columns.set(title="Variance explained, 1 − MSE/variance", xlabel="column, the best first", ylim=(-0.1, 1.02))
+    columns.axhline(0, color="black", linewidth=0.8)
+    columns.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(file, dpi=120)
+
+
+def latent(z: Tensor, labels: Tensor, file: Path, *, classes: Sequence[str] = ()) -> None:
+    """Codes (N, D) on their first two principal axes, by label or class, beside each coordinate's density; the prior N(0, I) in black."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     plane, line = figure.subplots(1, 2)
-    latent_plane(plane, z, labels)
+    latent_plane(plane, z, labels, classes)
     _marginals(line, z)
     figure.savefig(file, dpi=DPI)
 
 
-def latent_plane(axes: Axes, z: Tensor, labels: Tensor) -> None:
+def latent_plane(axes: Axes, z: Tensor, labels: Tensor, classes: Sequence[str] = ()) -> None:
     points = _principal(z.double().cpu()).numpy()
-    classes, rank = np.unique(labels.cpu().numpy(), return_inverse=True)
-    names = ["none" if label == NO_LABEL else str(label) for label in classes]
-    few = len(classes) <= MOST_IN_LEGEND
-    palette = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20" if few else "turbo"]
-    colours = palette(np.arange(len(classes)) if few else np.linspace(0, 1, len(classes)))
+    found, rank = np.unique(labels.cpu().numpy(), return_inverse=True)
+    names = ["none" if label == NO_LABEL else classes[label] if classes else str(label) for label in found]
+    few = len(found) <= MOST_IN_LEGEND
+    palette = matplotlib.colormaps["tab10" if len(found) <= 10 else "tab20" if few else "turbo"]
+    colours = palette(np.arange(len(found)) if few else np.linspace(0, 1, len(found)))
     axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.7, color=colours[rank], linewidths=0)
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (1, 2, 3):
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="black", linewidth=0.8, linestyle=":" if radius > 1 else "-")
     reach = max(3.2, float(np.quantile(np.abs(points), 0.995)))
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Codes on two principal axes; N(0, I) at 1, 2, 3σ")
-    if (classes == NO_LABEL).all():
+    if (found == NO_LABEL).all():
         return
     if few:
         handles = [axes.scatter([], [], s=24, color=[colour], label=name) for name, colour in zip(names, colours, strict=True)]
         axes.legend(handles=handles, **_BESIDE)
         return
-    if len(classes) <= MOST_NAMED:
+    if len(found) <= MOST_NAMED:
         for k, name in enumerate(names):
             at = np.clip(points[rank == k].mean(0), -0.97 * reach, 0.97 * reach)
             box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": colours[k], "linewidth": 0.5, "alpha": 0.8}
             axes.text(at[0], at[1], name, fontsize=5, ha="center", va="center", bbox=box)
-    bar = axes.figure.colorbar(matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(classes) - 1), palette), ax=axes)
-    ticks = np.linspace(0, len(classes) - 1, 6).round().astype(int)
+    bar = axes.figure.colorbar(matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(found) - 1), palette), ax=axes)
+    ticks = np.linspace(0, len(found) - 1, 6).round().astype(int)
     bar.set_ticks(ticks, labels=[names[k] for k in ticks])
-    bar.set_label(f"label, {len(classes)} of them")
+    bar.set_label(f"label, {len(found)} of them")
 
 
 def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:

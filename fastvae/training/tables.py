@@ -1,0 +1,177 @@
+"""A table of numbers from a text file (CSV or TSV, gzip or not) or a Parquet file, by pandas."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import re
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+CHUNK = 2**20
+# What pandas calls a column without a name, as its own index is in the files it writes.
+UNNAMED = re.compile(r"(unnamed: \d+(\.\d+)*)?", re.IGNORECASE)
+
+
+# What stands for a missing number, also where a file without a header begins with it.
+MISSING = ("", "na", "n/a", "null", "none", "missing", "?", "-", "--", ".")
+
+
+class Table(NamedTuple):
+    """values (N, F) of float64; labels (N,), numbers (nan for none) or text, and the names of rows and columns, if there are any."""
+
+    values: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any] | None
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """How a text file is written: `start` lines go before its first row of numbers, `names` are of its columns, if it has some."""
+
+    encoding: str
+    delimiter: str
+    decimal: str
+    start: int
+    names: list[str]
+
+
+def size(file: Path, at_most: int) -> int:
+    """The bytes of a file, decompressed; of one that has more than `at_most` some number beyond."""
+    if file.suffix == ".parquet":
+        metadata = _parquet_file(file).metadata
+        return int(metadata.num_rows) * int(metadata.num_columns) * np.dtype(np.float64).itemsize
+    if file.suffix != ".gz":
+        return file.stat().st_size
+    total = 0
+    with gzip.open(file) as stream:
+        while total <= at_most and (chunk := stream.read(CHUNK)):
+            total += len(chunk)
+    return total
+
+
+def read(file: Path) -> Table:
+    """The table of a file. A column "label" holds labels; the columns without a name that it begins with name the rows.
+
+    Raises:
+        ValueError: a cell that is no number, named by its row and column, or a file that is none of these.
+    """
+    import pandas as pd
+
+    frame, names = _parquet(file) if file.suffix == ".parquet" else _text(file)
+    n_unnamed = next((at for at, name in enumerate(names) if not UNNAMED.fullmatch(name)), 0)
+    lower = [name.lower() for name in names]
+    label = lower.index("label") if "label" in lower else None
+    columns = [at for at in range(n_unnamed, frame.shape[1]) if at != label]
+    if frame.empty or not columns:
+        raise ValueError("no rows or no columns of numbers")
+    try:
+        values = frame.iloc[:, columns].to_numpy(np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_first_text(frame, columns, names)) from error
+    index = frame.iloc[:, 0] if n_unnamed else None if isinstance(frame.index, pd.RangeIndex) else frame.index
+    labels = None if label is None else _labels(frame.iloc[:, label])
+    return Table(values, labels, () if index is None else tuple(map(str, index)), tuple(names[at] for at in columns) if names else ())
+
+
+def _labels(column: pd.Series[Any]) -> np.ndarray[Any, Any]:
+    values: np.ndarray[Any, Any] = column.to_numpy()
+    if values.dtype.kind in "iuf":
+        return values
+    text = np.where(column.isna(), "", np.char.strip(values.astype(str)))
+    return np.array([float(cell or "nan") for cell in text]) if all(not cell or is_number(cell) for cell in text) else text
+
+
+def _first_text(frame: pd.DataFrame, columns: list[int], names: list[str]) -> str:
+    for at in columns:
+        for row, cell in enumerate(frame.iloc[:, at]):
+            if not is_number(cell):
+                column = f"column {names[at]!r}" if names else f"column {at + 1}"
+                return f"{cell!r} in row {row + 1}, {column}, and text may stand in a column named label alone"
+    return "another kind of columns"
+
+
+def _parquet(file: Path) -> tuple[pd.DataFrame, list[str]]:
+    frame: pd.DataFrame = _parquet_file(file).read().to_pandas()
+    return frame, [str(name) for name in frame.columns]
+
+
+def _parquet_file(file: Path) -> Any:
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(file)
+
+
+def _text(file: Path) -> tuple[pd.DataFrame, list[str]]:
+    import pandas as pd
+
+    layout = _layout(file)
+    with _open(file) as stream:
+        frame = pd.read_csv(
+            stream,
+            sep=layout.delimiter,
+            decimal=layout.decimal,
+            encoding=layout.encoding,
+            skiprows=layout.start,
+            header=None,
+            na_filter=False,
+            low_memory=False,
+            skipinitialspace=True,
+        )
+    names = layout.names
+    if names and len(names) == frame.shape[1] - 1:
+        names = ["", *names]  # R leaves the name of the rows' names out
+    if names and len(names) != frame.shape[1]:
+        raise ValueError(f"{len(names)} names in its first row and {frame.shape[1]} columns below")
+    return frame, names
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def _layout(file: Path) -> Layout:
+    with _open(file) as stream:
+        mark = stream.read(2)
+    encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # the second is UTF-8 with a byte order mark or without
+    with _open(file) as stream, io.TextIOWrapper(stream, encoding) as text:
+        lines = list(itertools.islice(((number, line) for number, line in enumerate(text) if line.strip()), 2))
+    if not lines:
+        raise ValueError("it is empty")
+    delimiter = next((mark for mark in "\t;" if mark in lines[0][1]), ",")
+    decimal = "," if delimiter == ";" and "," in lines[-1][1] else "."
+    first, *rest = ([cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))] for _, line in lines)
+    number = lines[0][0]
+    if not _is_header(first, rest[0] if rest else [], decimal):
+        return Layout(encoding, delimiter, decimal, number, [])
+    first[0] = first[0].lstrip("# ")  # numpy's savetxt begins a header so
+    return Layout(encoding, delimiter, decimal, number + 1, first)
+
+
+def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
+    """Whether it has a label's name, a name above a number, or the names that pandas gives, 0, 1, 2, …
+
+    A row of numbers and a class, in a file without a header, is none, nor is one with a missing number.
+    """
+    below = second[1:] if len(second) == len(first) + 1 else second or ["0"] * len(first)
+    for cell, under in zip(first, below, strict=False):
+        if cell.lower() not in MISSING and not is_number(cell, decimal) and (cell.lower() == "label" or is_number(under, decimal)):
+            return True
+    counted = first[1:] if first[0] == "" else first
+    return len(first) > 2 and counted == [str(k) for k in range(len(counted))]
+
+
+def is_number(cell: Any, decimal: str = ".") -> bool:
+    try:
+        float(cell.replace(decimal, ".") if isinstance(cell, str) else cell)
+    except (ValueError, TypeError):
+        return False
+    return True
