@@ -13,8 +13,9 @@ from fastvae.functional import (
     witness,
 )
 from fastvae.losses import MMDLoss
-from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEObjective, VAEOutput
+from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.preparation import Standardise
+from fastvae.radial import Kernel
 from fastvae.reference import KLDecomposition
 from fastvae.two_sample import KernelTest, TwoSampleTest, two_sample_test
 from fastvae.vae import VAE
@@ -25,10 +26,13 @@ __all__ = [
     "Bernoulli",
     "Gaussian",
     "GroupMMD",
+    "ImportanceWeighted",
     "KLDecomposition",
+    "Kernel",
     "KernelTest",
     "Likelihood",
     "MMDLoss",
+    "ObjectiveTerms",
     "Standardise",
     "TwoSampleTest",
     "VAEObjective",

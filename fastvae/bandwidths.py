@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae import checks
+from fastvae.devices import float64_on_cpu
 
 # Squared distances kept at once by an exact selection (128 MiB).
 CAPACITY = 1 << 24
@@ -31,6 +32,7 @@ _NEAR = 1e-7
 _BLOCK = 1 << 22
 
 
+@float64_on_cpu
 def median_bandwidth(
     x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False, pairs: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -72,6 +74,7 @@ def median_bandwidth(
     return checks.positive_distance("median", (0.5 * squared).sqrt())
 
 
+@float64_on_cpu
 def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False) -> Tensor:
     """h = √(½·mean d²) over the pairs i ≠ j of the rows of x and y together, in closed form, in O((N + M)·D).
 
@@ -144,6 +147,11 @@ def _select_on_gpu(z: Tensor, rank: int) -> Tensor:
 @_ranked_op.register_fake
 def _fake(z: Tensor, rank: int) -> Tensor:
     return z.new_empty((), dtype=torch.float64)
+
+
+@_ranked_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], z: Tensor, rank: int) -> tuple[Tensor, int]:
+    return torch.stack([_ranked_op(one, rank) for one in z.unbind(in_dims[0] or 0)]), 0
 
 
 def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:

@@ -7,22 +7,32 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastvae.radial import KERNELS, RBF, Kernel, Numbers, filled, rounding_of_sum
+from fastvae.devices import lacks_float64
+from fastvae.radial import KERNEL_NAMES, RBF, Kernel, Numbers, filled, rounding_of_sum
 
-BACKENDS = (None, "cpu", "triton", "reference")
-MMD_BACKENDS = (*BACKENDS, "inductor")
-ESTIMATORS = ("biased", "unbiased")
-MMD_ESTIMATORS = (*ESTIMATORS, "linear")
-DENSITY_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
-BANDWIDTH_RULES = ("median", "mean")
-PRECISIONS = (None, "highest", "high", "medium", "ieee")
+KernelName = Literal["rbf", "imq", "rational_quadratic", "laplace", "energy", "polynomial", "gaussian"]
+Backend = Literal["cpu", "triton", "reference"]
+MMDBackend = Literal["cpu", "triton", "reference", "inductor"]
+Estimator = Literal["biased", "unbiased"]
+MMDEstimator = Literal["biased", "unbiased", "linear"]
+DensityEstimator = Literal["minibatch_weighted", "minibatch_stratified"]
+BandwidthRule = Literal["median", "mean"]
+Precision = Literal["highest", "high", "medium", "ieee"]
+
+BACKENDS = (None, *get_args(Backend))
+MMD_BACKENDS = (None, *get_args(MMDBackend))
+ESTIMATORS = get_args(Estimator)
+MMD_ESTIMATORS = get_args(MMDEstimator)
+DENSITY_ESTIMATORS = get_args(DensityEstimator)
+BANDWIDTH_RULES = get_args(BandwidthRule)
+PRECISIONS = (None, *get_args(Precision))
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,13 +45,13 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
 def kernel(value: object) -> Kernel:
     """The kernel of this name, or the kernel itself."""
     if isinstance(value, Kernel):
-        if type(value) not in map(type, KERNELS.values()):
+        if type(value) not in map(type, KERNEL_NAMES.values()):
             raise ValueError(f"kernel must be one of the classes of fastvae.radial, which the backends know, got {type(value).__name__}")
         return value
     if not isinstance(value, str):
         raise TypeError(f"kernel must be a name or a fastvae.radial.Kernel, got {type(value).__name__}")
-    option("kernel", value, KERNELS)
-    return KERNELS[value]
+    option("kernel", value, KERNEL_NAMES)
+    return KERNEL_NAMES[value]
 
 
 def kernels(value: object, aggregate: str | None) -> list[Kernel]:
@@ -261,7 +271,7 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
             raise ValueError(f"{name} must be on {device} or on the CPU, got {value.device}")
         if _readable(value):
             _bandwidth_numbers(name, value.detach().reshape(-1).tolist(), positive)
-        return value.reshape(-1).to(torch.float64)
+        return (value.cpu() if lacks_float64(value.device) else value).reshape(-1).to(torch.float64)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     single = isinstance(value, (float, int, str)) or not isinstance(value, Sequence)
@@ -340,7 +350,7 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"{name} and {x_name} must be on the same device, got {weights.device} and {x.device}")
-    if weights.requires_grad and torch.is_grad_enabled():
+    if requires_grad(weights) and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
 
 
@@ -353,12 +363,7 @@ def sum_of_weights(name: str, weights: Tensor) -> None:
 
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
-    if (
-        estimator == "unbiased"
-        and weights.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and int((weights != 0).sum(-1).min()) < 2
-    ):
+    if estimator == "unbiased" and _readable(weights) and int((weights != 0).sum(-1).min()) < 2:
         raise ValueError(f"{name} must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'")
 
 
@@ -427,7 +432,10 @@ def constant(name: str, value: Numbers) -> None:
 
 
 def requires_grad(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    if not isinstance(value, Tensor) or value.requires_grad or torch.compiler.is_compiling():
+        return isinstance(value, Tensor) and value.requires_grad
+    # Within torch.vmap a tensor does not say that it requires grad outside of it.
+    return torch._C._functorch.is_functorch_wrapped_tensor(value) and requires_grad(torch._C._functorch.get_unwrapped(value))
 
 
 def groups(value: object, num_groups: object, z: Tensor) -> int:
@@ -451,8 +459,8 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
         if _readable(value) and not bool((value >= 0).all()):
             raise ValueError(f"groups must hold weights of at least 0, got {value.min().item():g}")
         return value.shape[1]
-    if num_groups is None and torch.compiler.is_compiling():
-        raise ValueError("num_groups must be given where torch.compile traces, got None")
+    if num_groups is None and (torch.compiler.is_compiling() or _is_batched(value)):
+        raise ValueError("num_groups must be given within torch.compile and torch.vmap, got None")
     if num_groups is not None and not _readable(value):
         assert isinstance(num_groups, int)
         return num_groups
@@ -489,7 +497,16 @@ def unit_interval(name: str, x: Tensor, way: str) -> bool:
 
 def _readable(t: Tensor) -> bool:
     """Whether reading its values neither waits for a GPU nor breaks a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(t)
+    return not torch.compiler.is_compiling() and t.is_cpu and not _is_batched(t)
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether it is one of many to `torch.vmap`, also within another transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
@@ -500,7 +517,7 @@ def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
     for t in (first, *others):
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
-    return first.device.type not in ("cpu", "cuda")
+    return not (first.is_cpu or first.is_cuda)
 
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
@@ -509,7 +526,7 @@ def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
     floating_tensor("eps", eps)
     same_shape("mu", mu, "eps", eps)
     same_kind("mu", mu, "eps", eps)
-    if eps.requires_grad and torch.is_grad_enabled():
+    if requires_grad(eps) and torch.is_grad_enabled():
         raise ValueError("eps must not require grad, as it is taken as a constant: pass eps.detach()")
 
 

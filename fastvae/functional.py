@@ -13,12 +13,13 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
+from fastvae.devices import float64_on_cpu
 from fastvae.distributed import Heard, gather_rows, sum_shares
 from fastvae.ops.common import NO_CONTEXT, accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
-from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
+from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon
 from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.radial import Kernel, Numbers, as_vector
 from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
@@ -28,18 +29,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@float64_on_cpu
 def mmd(
     x: Tensor,
     y: Tensor,
     *,
-    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    estimator: str = "biased",
+    kernel: checks.KernelName | Kernel = "rbf",
+    estimator: checks.MMDEstimator = "biased",
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: checks.Precision | None = None,
+    backend: checks.MMDBackend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between two samples, in memory O((N + M)·D).
@@ -57,8 +59,8 @@ def mmd(
             `fastvae.median_bandwidth(x, y)`, in the time of one more sweep, on a GPU of three, or `fastvae.mean_bandwidth(x, y)`; a
             constant, and one for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
-        kernel: "rbf" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
-            "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.radial.Kernel` with parameters of its own.
+        kernel: "rbf" or "gaussian" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
+            "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.Kernel` of `fastvae.radial`, with parameters of its own.
         estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic: without the pairs i = j) or "linear" (N = M,
             mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
         x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient. Not for estimator="linear".
@@ -99,16 +101,17 @@ def mmd(
     return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend, process_group)
 
 
+@float64_on_cpu
 def mmd_to_normal(
     x: Tensor,
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    estimator: str = "biased",
+    kernel: checks.KernelName | Kernel = "rbf",
+    estimator: checks.Estimator = "biased",
     x_weights: Tensor | None = None,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: checks.Precision | None = None,
+    backend: checks.MMDBackend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between a sample and N(0, I), the expectations over N(0, I) in closed form.
@@ -119,9 +122,16 @@ def mmd_to_normal(
 
     Args:
         x: (..., N, D), floating point.
-        bandwidth, bandwidth_weights, x_weights, precision, backend, process_group: as in `mmd`.
-        kernel: "rbf", the only one of these expectations.
+        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad.
+        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
+        kernel: "rbf" or "gaussian", its other name, the only one of these expectations.
         estimator: "biased" or "unbiased" for the mean over pairs of x.
+        x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient.
+        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
+            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        backend: None chooses by device; "cpu", "inductor", "triton" or "reference" (dense, differentiable more than once) forces one.
+        process_group: of `torch.distributed`, whose ranks each hold some rows: the result is that of all of them, the same on each rank.
+            None: this process alone.
 
     Returns:
         Shape (...), as in `mmd`.
@@ -139,14 +149,14 @@ def mmd_to_normal(
 def _mmd(
     x: Tensor,
     y: Tensor | None,
-    bandwidth: float | str | Sequence[float] | Tensor,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
-    kernel: str | Kernel,
-    estimator: str,
+    kernel: checks.KernelName | Kernel,
+    estimator: checks.MMDEstimator,
     x_weights: Tensor | None,
     y_weights: Tensor | None,
-    precision: str | None,
-    backend: str | None,
+    precision: checks.Precision | None,
+    backend: checks.MMDBackend | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
     with _heard(process_group):
@@ -191,7 +201,15 @@ def _mmd(
 Options = tuple[tuple[Kernel, Numbers, Numbers], tuple[Any, ...] | None]
 
 
-def _options(kernel: Any, estimator: str, precision: str | None, backend: str | None, bandwidth: Any, weights: Any, *more: Any) -> Options:
+def _options(
+    kernel: Any,
+    estimator: checks.MMDEstimator,
+    precision: checks.Precision | None,
+    backend: checks.MMDBackend | None,
+    bandwidth: Any,
+    weights: Any,
+    *more: Any,
+) -> Options:
     """The kernel, its bandwidths and their weights; also as arguments of an operation, if they have been asked for before."""
     options = kernel, estimator, precision, backend, bandwidth, weights, *more
     # In a training step checks of numbers that never change take as long as some of the sums: they are made once.
@@ -211,11 +229,11 @@ def _known_options(*options: Any) -> Options:
 
 
 def _checked_options(
-    kernel: str | Kernel,
-    estimator: str,
-    precision: str | None,
-    backend: str | None,
-    bandwidth: float | str | Sequence[float] | Tensor,
+    kernel: checks.KernelName | Kernel,
+    estimator: checks.MMDEstimator,
+    precision: checks.Precision | None,
+    backend: checks.MMDBackend | None,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
     device: torch.device,
     to_normal: bool,
@@ -249,7 +267,7 @@ def _dense_mmd(
     bandwidth: Numbers,
     bandwidth_weights: Numbers,
     kernel: Kernel,
-    estimator: str,
+    estimator: checks.MMDEstimator,
     x_weights: Tensor | None,
     y_weights: Tensor | None,
 ) -> Tensor:
@@ -266,16 +284,17 @@ def _dense_mmd(
         return reference.mmd(x, y, kernel=kernel, y_weights=q, **options)
 
 
+@float64_on_cpu
 def kernel_matmul(
     x: Tensor,
     y: Tensor,
     v: Tensor,
     *,
-    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    precision: str | None = None,
-    backend: str | None = None,
+    kernel: checks.KernelName | Kernel = "rbf",
+    precision: checks.Precision | None = None,
+    backend: checks.Backend | None = None,
 ) -> Tensor:
     """K(x, y)·v, the product of a kernel matrix with an array, in memory O((N + M)·(D + C)).
 
@@ -288,7 +307,14 @@ def kernel_matmul(
         x: (N, D), floating point.
         y: (M, D), same dtype and device as x.
         v: (M,) or (M, C), likewise.
-        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`.
+        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad; or a rule,
+            "median" or "mean", which finds one from the rows.
+        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
+        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
+            `fastvae.Kernel` of `fastvae.radial`.
+        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
+            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
         (N,) or (N, C), float64 for float64 inputs, else float32. nan where a number that it depends on is nan or infinite.
@@ -323,16 +349,17 @@ def kernel_matmul(
     return out if v.ndim == 2 else out[:, 0]
 
 
+@float64_on_cpu
 def witness(
     points: Tensor,
     x: Tensor,
     y: Tensor,
     *,
-    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    precision: str | None = None,
-    backend: str | None = None,
+    kernel: checks.KernelName | Kernel = "rbf",
+    precision: checks.Precision | None = None,
+    backend: checks.Backend | None = None,
 ) -> Tensor:
     """The witness function of MMD, mean_j k(t, x_j) − mean_j k(t, y_j): positive at t where x is denser than y.
 
@@ -340,7 +367,14 @@ def witness(
         points: t, (T, D), floating point.
         x: (N, D), same dtype and device as points.
         y: (M, D), likewise.
-        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`, a rule being one of x and y.
+        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad; or a rule,
+            "median" or "mean", which finds one from the rows of x and y.
+        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
+        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
+            `fastvae.Kernel` of `fastvae.radial`.
+        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
+            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
         (T,), differentiable as `kernel_matmul`.
@@ -384,18 +418,19 @@ class GroupMMD(NamedTuple):
         return self.values.sum() / self.pairs.sum().clamp(min=1)
 
 
+@float64_on_cpu
 def group_mmd(
     z: Tensor,
     groups: Tensor,
     *,
     num_groups: int | None = None,
     pairs: Sequence[tuple[int, int]] | Tensor | None = None,
-    bandwidth: float | str | Sequence[float] | Tensor = 1.0,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    estimator: str = "biased",
-    precision: str | None = None,
-    backend: str | None = None,
+    kernel: checks.KernelName | Kernel = "rbf",
+    estimator: checks.Estimator = "biased",
+    precision: checks.Precision | None = None,
+    backend: checks.Backend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> GroupMMD:
     """MMD² between all pairs of G groups of rows, in one sweep over all pairs of rows, in memory O(N·(D + G)).
@@ -410,10 +445,17 @@ def group_mmd(
             divided by their sums.
         num_groups: G. By default the largest number in groups plus one, which on a GPU waits for it.
         pairs: (P, 2), the pairs of groups wanted; all by default.
-        bandwidth, bandwidth_weights, kernel, precision, backend: as in `mmd`; the bandwidths are constants here. A rule takes all rows of z
-            together.
+        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, constants; or a rule, "median" or "mean", which
+            finds one from all rows of z together.
+        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
+        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
+            `fastvae.Kernel` of `fastvae.radial`.
+        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
+            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
         estimator: "biased" or "unbiased".
-        process_group: as in `mmd`; num_groups must be given. Each rank sweeps its own rows against all, once more for the gradient.
+        process_group: of `torch.distributed`, whose ranks each hold some rows of z: the result is that of all of them, the same on each
+            rank. num_groups must be given. Each rank sweeps its own rows against all, once more for the gradient. None: this process alone.
 
     Returns:
         `GroupMMD(values, valid, pairs)`. A group with fewer than two members, or fewer than two rows of a weight that is not zero, is
@@ -509,7 +551,7 @@ def reparameterize_kl(
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
     per_dimension: bool = False,
-    backend: str | None = None,
+    backend: checks.Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sample of N(μ, σ²) by the reparameterisation trick, and its KL divergence to N(0, I), in one pass; backward in one pass.
 
@@ -520,6 +562,7 @@ def reparameterize_kl(
         logvar: log σ², same shape, dtype and device as mu.
         eps: ε, same shape, dtype and device as mu. A constant: no gradient. Drawn from N(0, I) by default: on a GPU inside the kernels,
             forward and backward, from a seed of 64 bits (Philox, float32; a seed is drawn at every call and every replay of a CUDA graph).
+            `torch.vmap` lets it be drawn with randomness="different" or "same".
         generator: where ε or its seed is drawn from, PyTorch's by default; not together with eps. The same state gives the same z on the
             same kind of device.
         per_dimension: return the summands of KL instead of their sum.
@@ -549,10 +592,15 @@ def reparameterize_kl(
     if len(shape) != 2:
         mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
     noise = _noise(mu, generator, backend) if eps is None else eps
-    # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it.
-    inlined = backend is None and mu.device.type == "cpu" and torch.compiler.is_compiling()
-    if backend == "reference" or inlined:
+    # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it. And
+    # every transform of torch.func, and every device, has all that they need.
+    if torch.compiler.is_compiling():
+        inlined = mu.device.type != "cuda"
+    else:
+        inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
+    if backend == "reference" or (backend is None and inlined):
         dtype = accumulation_dtype(mu.dtype)
+        noise = epsilon(noise, mu, "")
         z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
         z = z.to(mu.dtype)
     else:
@@ -562,7 +610,7 @@ def reparameterize_kl(
     return z.reshape(shape), kl.reshape(shape if per_dimension else shape[:-1])
 
 
-def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
+def _noise(mu: Tensor, generator: torch.Generator | None, backend: checks.Backend | None) -> Tensor:
     """What the operation takes for ε: a seed where kernels make ε, which costs them less than to read it; elsewhere ε itself."""
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
@@ -571,14 +619,15 @@ def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -
     return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
 
+@float64_on_cpu
 def total_correlation(
     z: Tensor,
     mu: Tensor,
     logvar: Tensor,
     *,
     dataset_size: int,
-    estimator: str = "minibatch_weighted",
-    backend: str | None = None,
+    estimator: checks.DensityEstimator = "minibatch_weighted",
+    backend: checks.Backend | None = None,
 ) -> KLDecomposition:
     """The KL divergence of a VAE in the three terms of β-TC-VAE, its densities estimated from the batch, in memory O(N·D).
 

@@ -26,13 +26,13 @@ class MMDLoss(GroupModule):
 
     def __init__(
         self,
-        bandwidth: float | str | Sequence[float] | Tensor = 1.0,
+        bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
         *,
         bandwidth_weights: Sequence[float] | Tensor | None = None,
-        kernel: str | Kernel = "rbf",
-        estimator: str = "biased",
-        precision: str | None = None,
-        backend: str | None = None,
+        kernel: checks.KernelName | Kernel = "rbf",
+        estimator: checks.MMDEstimator = "biased",
+        precision: checks.Precision | None = None,
+        backend: checks.MMDBackend | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class _EmbeddingMetric(Metric):
     fake_features: list[Tensor] | Tensor
     counts: Tensor
 
-    def __init__(self, *, reset_real_features: bool = True, backend: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, reset_real_features: bool = True, backend: checks.Backend | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         checks.option("reset_real_features", reset_real_features, (True, False))
         checks.option("backend", backend, checks.BACKENDS)
@@ -117,7 +117,7 @@ class CMMD(_EmbeddingMetric):
         *,
         normalize: bool = True,
         reset_real_features: bool = True,
-        backend: str | None = None,
+        backend: checks.Backend | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reset_real_features=reset_real_features, backend=backend, **kwargs)
@@ -167,8 +167,8 @@ class KernelInceptionDistance(_EmbeddingMetric):
         coef: float = 1.0,
         seed: int | None = None,
         reset_real_features: bool = True,
-        precision: str | None = None,
-        backend: str | None = None,
+        precision: checks.Precision | None = None,
+        backend: checks.Backend | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reset_real_features=reset_real_features, backend=backend, **kwargs)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,15 @@ from torch.nn import functional as F
 from fastvae import checks
 from fastvae.distributed import GroupModule, gather, global_mean
 from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.ops.common import without_autocast
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ESTIMATORS = ("biased", "unbiased")
-TC_ESTIMATORS = ("minibatch_weighted", "minibatch_stratified")
-DIP_KINDS = ("i", "ii")
-BOUND_GRADIENTS = ("reparameterised", "doubly")
+DipKind = Literal["i", "ii"]
+BoundGradient = Literal["reparameterised", "doubly"]
 # The scales of the kernels of the WAE's authors, of C = 2·D.
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -219,7 +218,8 @@ class VAEObjective(GroupModule):
         kl_weight: ≥ 0.
         mmd_weight: ≥ 0. MMD² is at most 2 while the other terms are sums over features: weights of 10 (tens of features) to 1000
             (images) are usual.
-        kernel: of the MMD, as in `fastvae.mmd`.
+        kernel: of the MMD: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas
+            `fastvae.mmd` has, or a `fastvae.Kernel` of `fastvae.radial`.
         bandwidth: the kernel's h, or several. None takes √D: two independent codes from the prior lie at ‖z−z'‖² = 2D on
             average, where exp(−d²/(2h²)) = 1/e and the kernel tells distances apart at any D. For "imq" None takes √(2·D·s) for the seven
             scales s from 0.1 to 10 of Tolstikhin et al. 2018.
@@ -251,22 +251,22 @@ class VAEObjective(GroupModule):
         *,
         kl_weight: float = 1.0,
         mmd_weight: float = 0.0,
-        kernel: str | Kernel = "rbf",
+        kernel: checks.KernelName | Kernel = "rbf",
         bandwidth: float | Sequence[float] | Tensor | None = None,
-        estimator: str = "unbiased",
+        estimator: checks.Estimator = "unbiased",
         capacity: float | None = None,
         free_bits: float = 0.0,
         free_bits_group: int = 1,
         tc_weight: float = 0.0,
         dataset_size: int | None = None,
-        tc_estimator: str = "minibatch_weighted",
+        tc_estimator: checks.DensityEstimator = "minibatch_weighted",
         dip_weights: tuple[float, float] = (0.0, 0.0),
-        dip_kind: str = "i",
+        dip_kind: DipKind = "i",
     ) -> None:
         super().__init__()
         self.kl_weight: float | Tensor = checks.real("kl_weight", kl_weight, at_least=0)
         self.mmd_weight: float | Tensor = checks.real("mmd_weight", mmd_weight, at_least=0)
-        checks.option("estimator", estimator, ESTIMATORS)
+        checks.option("estimator", estimator, checks.ESTIMATORS)
         if bandwidth is not None:
             checks.bandwidths(bandwidth, None, None)
         self.kernel = checks.kernel(kernel)
@@ -281,10 +281,10 @@ class VAEObjective(GroupModule):
         if tc_weight and dataset_size is None:
             raise ValueError("dataset_size must be given for the total correlation, got None")
         self.dataset_size = None if dataset_size is None else checks.integer("dataset_size", dataset_size, at_least=1)
-        checks.option("tc_estimator", tc_estimator, TC_ESTIMATORS)
+        checks.option("tc_estimator", tc_estimator, checks.DENSITY_ESTIMATORS)
         self.tc_estimator = tc_estimator
         self.dip_weights = tuple(checks.real(name, w, at_least=0) for name, w in zip(("lambda_od", "lambda_d"), dip_weights, strict=True))
-        checks.option("dip_kind", dip_kind, DIP_KINDS)
+        checks.option("dip_kind", dip_kind, get_args(DipKind))
         self.dip_kind = dip_kind
         self.process_group: ProcessGroup | None = None
 
@@ -331,7 +331,7 @@ class VAEObjective(GroupModule):
         lambda_: float,
         *,
         bandwidth: float | Sequence[float] | Tensor | None = None,
-        estimator: str = "unbiased",
+        estimator: checks.Estimator = "unbiased",
     ) -> VAEObjective:
         """InfoVAE: kl_weight 1−alpha and mmd_weight alpha+lambda_−1, both ≥ 0. Source: Zhao, Song and Ermon 2019."""
         # Rounded, as −1.8 + 2.8 − 1 is not quite zero.
@@ -350,7 +350,7 @@ class VAEObjective(GroupModule):
 
     @classmethod
     def mmd_vae(
-        cls, lambda_: float, *, bandwidth: float | Sequence[float] | Tensor | None = None, estimator: str = "unbiased"
+        cls, lambda_: float, *, bandwidth: float | Sequence[float] | Tensor | None = None, estimator: checks.Estimator = "unbiased"
     ) -> VAEObjective:
         """InfoVAE with alpha = 1: no KL, `lambda_` times the MMD²."""
         return cls.info_vae(1.0, lambda_, bandwidth=bandwidth, estimator=estimator)
@@ -360,16 +360,16 @@ class VAEObjective(GroupModule):
         cls,
         lambda_: float,
         *,
-        kernel: str | Kernel = "rbf",
+        kernel: checks.KernelName | Kernel = "rbf",
         bandwidth: float | Sequence[float] | Tensor | None = None,
-        estimator: str = "unbiased",
+        estimator: checks.Estimator = "unbiased",
     ) -> VAEObjective:
         """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, who take kernel="imq"."""
         lambda_ = checks.real("lambda_", lambda_, at_least=0)
         return cls(kl_weight=0.0, mmd_weight=lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
 
     @classmethod
-    def beta_tc_vae(cls, beta: float, dataset_size: int, *, estimator: str = "minibatch_weighted") -> VAEObjective:
+    def beta_tc_vae(cls, beta: float, dataset_size: int, *, estimator: checks.DensityEstimator = "minibatch_weighted") -> VAEObjective:
         """The negative ELBO with `beta` ≥ 1 times the total correlation within the KL. Source: Chen et al. 2018, with α = γ = 1."""
         tc_weight = checks.real("beta", beta, at_least=1) - 1
         return cls(tc_weight=tc_weight, dataset_size=dataset_size, tc_estimator=estimator)
@@ -380,14 +380,14 @@ class VAEObjective(GroupModule):
         return cls(kl_weight=checks.real("gamma", gamma, at_least=0), capacity=capacity)
 
     @classmethod
-    def dip_vae(cls, lambda_od: float, lambda_d: float | None = None, *, kind: str = "i") -> VAEObjective:
+    def dip_vae(cls, lambda_od: float, lambda_d: float | None = None, *, kind: DipKind = "i") -> VAEObjective:
         """The negative ELBO plus (4). `lambda_d` is 10·lambda_od (kind "i") or lambda_od ("ii") by default. Source: Kumar et al. 2018."""
-        checks.option("kind", kind, DIP_KINDS)
+        checks.option("kind", kind, get_args(DipKind))
         lambda_od = checks.real("lambda_od", lambda_od, at_least=0)
         return cls(dip_weights=(lambda_od, (10 if kind == "i" else 1) * lambda_od if lambda_d is None else lambda_d), dip_kind=kind)
 
     @classmethod
-    def iwae(cls, samples: int, *, gradient: str = "reparameterised") -> ImportanceWeighted:
+    def iwae(cls, samples: int, *, gradient: BoundGradient = "reparameterised") -> ImportanceWeighted:
         """The importance-weighted bound (5): `ImportanceWeighted(samples, gradient=gradient)`. Source: Burda et al. 2016."""
         return ImportanceWeighted(samples, gradient=gradient)
 
@@ -477,7 +477,7 @@ class VAEObjective(GroupModule):
 
     def _dip(self, output: VAEOutput) -> Tensor:
         # A covariance in bfloat16 would not see a variance of one.
-        with torch.autocast(output.mu.device.type, enabled=False):
+        with without_autocast(output.mu.device):
             mu = self._whole(output.mu.to(torch.promote_types(output.mu.dtype, torch.float32)))
             centred = mu - mu.mean(0)
             covariance = centred.T @ centred / len(mu)
@@ -516,10 +516,10 @@ class ImportanceWeighted(VAEObjective):
     objectives" (DReG).
     """
 
-    def __init__(self, samples: int, *, gradient: str = "reparameterised") -> None:
+    def __init__(self, samples: int, *, gradient: BoundGradient = "reparameterised") -> None:
         super().__init__()
         self.samples = checks.integer("samples", samples, at_least=1)
-        checks.option("gradient", gradient, BOUND_GRADIENTS)
+        checks.option("gradient", gradient, get_args(BoundGradient))
         self.gradient = gradient
 
     def forward(self, output: VAEOutput, x: Tensor, *, all_terms: bool = False, prior: Tensor | None = None) -> ObjectiveTerms:

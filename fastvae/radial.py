@@ -193,6 +193,8 @@ class Polynomial(Kernel):
 
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Energy(), Polynomial())}
+# What a caller may name them.
+KERNEL_NAMES: dict[str, Kernel] = {**KERNELS, "gaussian": KERNELS["rbf"]}
 
 
 def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_distance
+from fastvae.devices import float64_on_cpu
 from fastvae.functional import group_mmd, kernel_matmul, mmd
 from fastvae.ops.common import accumulation_dtype
-from fastvae.radial import IMQ, RBF, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,15 +54,16 @@ TRVAE_ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35
 class Options(TypedDict, total=False):
     """What every recipe hands on to `fastvae.mmd`."""
 
-    precision: str | None
-    backend: str | None
+    precision: checks.Precision | None
+    backend: checks.Backend | None
 
 
+@float64_on_cpu
 def pythae(
     x: Tensor,
     y: Tensor,
     *,
-    kernel_choice: str = "imq",
+    kernel_choice: Literal["imq", "rbf"] = "imq",
     kernel_bandwidth: float = 1.0,
     scales: Sequence[float] = IMQ_SCALES,
     **options: Unpack[Options],
@@ -84,6 +86,7 @@ def pythae(
     return _imq_set(x, y, c, scales, options) - 2 * len(scales)
 
 
+@float64_on_cpu
 def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] = IMQ_SCALES, **options: Unpack[Options]) -> Tensor:
     """The MMD penalty of the Wasserstein autoencoder's authors, of codes x and a sample y of the prior N(0, pz_scale²), N = M.
 
@@ -97,6 +100,7 @@ def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] 
     return _imq_set(x, y, 2 * x.shape[1] * checks.real("pz_scale", pz_scale, above=0) ** 2, scales, options)
 
 
+@float64_on_cpu
 def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     """The MMD of InfoVAE's authors (MMD-VAE), of codes x and a sample y of the prior: 200 rows there.
 
@@ -111,12 +115,13 @@ def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     return mmd(x, y, bandwidth=x.shape[1] / math.sqrt(2), **options)
 
 
+@float64_on_cpu
 def pytorch_vae(
     x: Tensor,
     y: Tensor,
     *,
-    model: str = "info_vae",
-    kernel_type: str = "imq",
+    model: Literal["info_vae", "wae_mmd"] = "info_vae",
+    kernel_type: Literal["imq", "rbf"] = "imq",
     latent_var: float = 2.0,
     **options: Unpack[Options],
 ) -> Tensor:
@@ -143,11 +148,12 @@ def pytorch_vae(
     return _without_pairs(x, y, IMQ(), math.sqrt(c + eps), options) * (c / (c + eps))
 
 
+@float64_on_cpu
 def geomloss(
     x: Tensor,
     y: Tensor,
     *,
-    loss: str = "gaussian",
+    loss: Literal["gaussian", "laplacian", "energy"] = "gaussian",
     blur: float = 0.05,
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
@@ -163,12 +169,15 @@ def geomloss(
     Source: github.com/jeanfeydy/geomloss, kernel_samples.py; Feydy et al. 2019, "Interpolating between optimal transport and MMD".
     """
     checks.option("loss", loss, ("gaussian", "laplacian", "energy"))
-    kernel = {"gaussian": "rbf", "laplacian": "laplace", "energy": "energy"}[loss]
+    kernel: Kernel = {"gaussian": RBF(), "laplacian": Laplace(), "energy": Energy()}[loss]
     h = 1.0 if loss == "energy" else checks.real("blur", blur, above=0)
     return 0.5 * mmd(x, y, bandwidth=h, kernel=kernel, x_weights=x_weights, y_weights=y_weights, **options)
 
 
-def alibi_detect(x: Tensor, y: Tensor, *, sigma: str | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]) -> Tensor:
+@float64_on_cpu
+def alibi_detect(
+    x: Tensor, y: Tensor, *, sigma: checks.BandwidthRule | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]
+) -> Tensor:
     """The MMD² of alibi-detect's `MMDDrift`, of the reference set x and the test set y.
 
         U of the mean over σ of exp(−d²/(2σ²))
@@ -182,12 +191,13 @@ def alibi_detect(x: Tensor, y: Tensor, *, sigma: str | float | Sequence[float] |
     """
     x, y = _samples(x, y)
     if isinstance(sigma, str):
-        checks.option("sigma", sigma, ("median", "mean"))
+        checks.option("sigma", sigma, checks.BANDWIDTH_RULES)
         sigma = _of_data((median_bandwidth if sigma == "median" else mean_bandwidth)(x))
     h = sigma.reshape(-1) if isinstance(sigma, Tensor) else _positive("sigma", sigma)
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
 
 
+@float64_on_cpu
 def dan(
     x: Tensor,
     y: Tensor,
@@ -217,12 +227,13 @@ def dan(
     return value + 2 / (len(x) - 1)
 
 
+@float64_on_cpu
 def pytorch_adapt(
     x: Tensor,
     y: Tensor,
     *,
     kernel_scales: float | Sequence[float] | Tensor = 1.0,
-    mmd_type: str = "linear",
+    mmd_type: Literal["linear", "quadratic"] = "linear",
     **options: Unpack[Options],
 ) -> Tensor:
     """`MMDLoss` of pytorch-adapt.
@@ -242,10 +253,11 @@ def pytorch_adapt(
         h = width / kernel_scales.detach().reshape(-1).double().sqrt()
     else:
         h = torch.stack([width / math.sqrt(scale) for scale in _positive("kernel_scales", kernel_scales)])
-    estimator = "linear" if mmd_type == "linear" else "unbiased"
-    return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator=estimator, **options)
+    weights = [1 / len(h)] * len(h)
+    return mmd(x, y, bandwidth=h, bandwidth_weights=weights, estimator="linear" if mmd_type == "linear" else "unbiased", **options)
 
 
+@float64_on_cpu
 def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5, **options: Unpack[Options]) -> Tensor:
     """`MMDLoss` of jindongwang's transferlearning (DeepDA; DDC, DAN, DSAN in its other folders).
 
@@ -263,6 +275,7 @@ def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5
     return mmd(x, y, bandwidth=torch.stack([width * ratio ** (0.5 * (i - count // 2)) for i in range(count)]), **options)
 
 
+@float64_on_cpu
 def trvae(
     z: Tensor,
     groups: Tensor,
@@ -304,6 +317,7 @@ def trvae(
     return total * weight
 
 
+@float64_on_cpu
 def mmd_gan(
     x: Tensor, y: Tensor, *, sigmas: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0), biased: bool = True, **options: Unpack[Options]
 ) -> Tensor:
@@ -322,6 +336,7 @@ def mmd_gan(
     return value.relu().sqrt()
 
 
+@float64_on_cpu
 def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, normalize: bool = True, **options: Unpack[Options]) -> Tensor:
     """CMMD of CLIP embeddings x and y.
 
@@ -346,6 +361,7 @@ class KID(NamedTuple):
     std: Tensor
 
 
+@float64_on_cpu
 def kid(
     x: Tensor,
     y: Tensor,
@@ -386,11 +402,12 @@ def kid(
     return KID(stacked.mean(), stacked.std(unbiased=False))
 
 
+@float64_on_cpu
 def mmdagg(
     x: Tensor,
     y: Tensor,
     *,
-    kernel: str = "gaussian",
+    kernel: Literal["gaussian", "imq", "matern_0.5_l2"] = "gaussian",
     bandwidths: Sequence[float] | None = None,
     number_bandwidths: int = 10,
     permutations_same_sample_size: bool = False,
@@ -420,11 +437,12 @@ def mmdagg(
     return torch.stack([_without_pairs(x, y, family, factor * h, options) for h in lambdas]) * (n * (n - 1))
 
 
+@float64_on_cpu
 def mmdfuse(
     x: Tensor,
     y: Tensor,
     *,
-    kernels: Sequence[str] = ("gaussian",),
+    kernels: Sequence[Literal["gaussian", "imq", "rq", "matern_0.5_l2"]] = ("gaussian",),
     bandwidths: Sequence[float] | None = None,
     number_bandwidths: int = 10,
     lambda_multiplier: float = 1.0,

@@ -7,10 +7,12 @@ goes on where it stopped.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from fastvae import checks
 
-SCHEDULES = ("constant", "linear", "cosine", "cyclical")
+Kind = Literal["constant", "linear", "cosine", "cyclical"]
+SCHEDULES = get_args(Kind)
 
 
 def linear(step: int, steps: int, *, start: float = 0.0, end: float = 1.0) -> float:
@@ -40,7 +42,7 @@ def cyclical(step: int, steps: int, *, start: float = 0.0, end: float = 1.0, cyc
     return start + (end - start) * min(within / ramp, 1.0)
 
 
-def schedule(kind: str, step: int, steps: int, *, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> float:
+def schedule(kind: Kind, step: int, steps: int, *, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> float:
     """The schedule of that name, one of `SCHEDULES`. "constant" is `end` at each step.
 
     Raises:

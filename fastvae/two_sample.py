@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
+from fastvae.devices import float64_on_cpu
 from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_diagonal
@@ -49,6 +50,10 @@ class KernelTest(NamedTuple):
     statistic: float
     p_value: float
 
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{h:.4g}" for h in self.bandwidth.tolist())
+        return f"KernelTest({self.kernel}, bandwidth=[{widths}], statistic={self.statistic:.4g}, p_value={self.p_value:.4g})"
+
 
 class TwoSampleTest(NamedTuple):
     """The result of `two_sample_test`.
@@ -68,23 +73,31 @@ class TwoSampleTest(NamedTuple):
     null: Tensor
     kernels: tuple[KernelTest, ...]
 
+    def __repr__(self) -> str:
+        of = repr(self.kernels[0].kernel) if len(self.kernels) == 1 else f"{len(self.kernels)} kernels"
+        return (
+            f"TwoSampleTest(statistic={self.statistic:.4g}, p_value={self.p_value:.4g}, reject={self.reject}, "
+            f"null={len(self.null)} permutations, {of})"
+        )
 
+
+@float64_on_cpu
 def two_sample_test(
     x: Tensor,
     y: Tensor,
     *,
-    bandwidth: float | str | Sequence[float] | Tensor | None = None,
+    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor | None = None,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel | Sequence[str | Kernel] = "rbf",
-    estimator: str = "unbiased",
+    kernel: checks.KernelName | Kernel | Sequence[checks.KernelName | Kernel] = "rbf",
+    estimator: checks.Estimator = "unbiased",
     permutations: int = 500,
-    method: str = "permutation",
-    aggregate: str | None = None,
+    method: Literal["permutation", "wild_bootstrap"] = "permutation",
+    aggregate: Literal["fuse", "agg"] | None = None,
     level: float = 0.05,
     seed: int | torch.Generator | None = None,
     progress: bool | Callable[[float], None] = False,
-    precision: str | None = None,
-    backend: str | None = None,
+    precision: checks.Precision | None = None,
+    backend: checks.Backend | None = None,
 ) -> TwoSampleTest:
     """Whether two samples come from one distribution: the permutation test of MMD², in memory O((N + M)·(D + permutations)).
 
@@ -95,10 +108,11 @@ def two_sample_test(
     Args:
         x: (N, D), floating point.
         y: (M, D), same dtype and device as x.
-        bandwidth: as in `mmd`, "median" by default; constants. With `aggregate` the collection, each number a kernel of its own, by default
-            that of the method.
-        bandwidth_weights: as in `mmd`; not with `aggregate`.
-        kernel: as in `mmd`; with `aggregate` one or several, each with every bandwidth of the collection.
+        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, constants; or a rule, "median" or "mean".
+            "median" by default. With `aggregate` the collection, each number a kernel of its own, by default that of the method.
+        bandwidth_weights: one for each bandwidth; 1 each by default. Not with `aggregate`.
+        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `fastvae.mmd` has, or
+            a `fastvae.Kernel` of `fastvae.radial`; with `aggregate` one or several, each with every bandwidth of the collection.
         estimator: "unbiased" or "biased", which changes nothing but the statistic where N = M; with `aggregate` "unbiased".
         permutations: B, how many; the least p-value is 1/(1 + B).
         method: "permutation" of all rows, or "wild_bootstrap", for N = M: x_i and y_i swap places with probability ½ each. Its unbiased
@@ -113,7 +127,9 @@ def two_sample_test(
         level: of `reject`.
         seed: an integer, or a generator on the CPU; the same seed draws the same permutations on every device. None: torch's own numbers.
         progress: True for a bar (of tqdm, if it is installed) on stderr, or a function that is called with the fraction done.
-        precision, backend: as in `mmd`.
+        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
+            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense) forces one.
 
     Returns:
         `TwoSampleTest(statistic, p_value, reject, null, kernels)`.
@@ -328,7 +344,7 @@ def _constant(numbers: Numbers) -> Tensor:
     return numbers.detach().double() if isinstance(numbers, Tensor) else as_vector(numbers, torch.device("cpu"))
 
 
-def _collection(aggregate: str, bandwidth: float | str | Sequence[float] | Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+def _collection(aggregate: str, bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor | None, x: Tensor, y: Tensor) -> Tensor:
     """The bandwidths of a set, (B,)."""
     if bandwidth is not None:
         h, _ = checks.bandwidths(bandwidth, None, x.device)

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from fastvae.functional import reparameterize_kl
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
 from fastvae.preparation import Standardise
 
-LIKELIHOODS = ("gaussian", "bernoulli")
-POSTERIORS = ("gaussian", "deterministic")
 WEIGHTS = ("model.safetensors", "model.pt")
 # Its name in a state_dict.
 PREPARATION = "preparation._extra_state"
+LikelihoodName = Literal["gaussian", "bernoulli"]
+Posterior = Literal["gaussian", "deterministic"]
 
 
 class VAE(nn.Module):
@@ -52,13 +52,13 @@ class VAE(nn.Module):
         decoder: nn.Module,
         *,
         latent_dim: int,
-        likelihood: str | Likelihood = "gaussian",
-        posterior: str = "gaussian",
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
         preparation: Standardise | None = None,
     ) -> None:
         super().__init__()
-        checks.option("posterior", posterior, POSTERIORS)
+        checks.option("posterior", posterior, get_args(Posterior))
         self.logvar_bounds = None if logvar_bounds is None else _bounds(logvar_bounds)
         self.encoder = encoder
         self.decoder = decoder
@@ -79,8 +79,8 @@ class VAE(nn.Module):
         *,
         latent_dim: int,
         hidden: Sequence[int] = (400,),
-        likelihood: str | Likelihood = "gaussian",
-        posterior: str = "gaussian",
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
         preparation: Standardise | None = None,
     ) -> VAE:
@@ -107,8 +107,8 @@ class VAE(nn.Module):
         latent_dim: int,
         channels: Sequence[int] = (32, 64),
         hidden: int = 256,
-        likelihood: str | Likelihood = "gaussian",
-        posterior: str = "gaussian",
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
         preparation: Standardise | None = None,
     ) -> VAE:
@@ -316,7 +316,7 @@ class VAE(nn.Module):
         return self.expected(z)
 
 
-def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: str = "gaussian") -> nn.Sequential:
+def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: Posterior = "gaussian") -> nn.Sequential:
     """(N, *shape) or (N, features) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". ReLU between the layers."""
     checks.sizes("hidden", hidden)
     widths = [math.prod(_shape(shape)), *hidden, _code_width(latent_dim, posterior)]
@@ -331,7 +331,7 @@ def mlp_decoder(latent_dim: int, hidden: Sequence[int], shape: int | Sequence[in
 
 
 def conv_encoder(
-    shape: Sequence[int], channels: Sequence[int], latent_dim: int, *, hidden: int = 256, posterior: str = "gaussian"
+    shape: Sequence[int], channels: Sequence[int], latent_dim: int, *, hidden: int = 256, posterior: Posterior = "gaussian"
 ) -> nn.Sequential:
     """(N, C, H, W) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". Each of `channels` halves H and W."""
     sizes = _conv_sizes(shape, channels)
@@ -374,8 +374,8 @@ def _conv_sizes(shape: Sequence[int], channels: Sequence[int]) -> list[tuple[int
     return [(shape[1] >> level, shape[2] >> level) for level in range(depth + 1)]
 
 
-def _code_width(latent_dim: int, posterior: str) -> int:
-    checks.option("posterior", posterior, POSTERIORS)
+def _code_width(latent_dim: int, posterior: Posterior) -> int:
+    checks.option("posterior", posterior, get_args(Posterior))
     checks.integer("latent_dim", latent_dim, at_least=1)
     return latent_dim if posterior == "deterministic" else 2 * latent_dim
 
@@ -392,10 +392,10 @@ def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _likelihood(likelihood: str | Likelihood) -> Likelihood:
+def _likelihood(likelihood: LikelihoodName | Likelihood) -> Likelihood:
     if isinstance(likelihood, Likelihood):
         return likelihood
-    checks.option("likelihood", likelihood, LIKELIHOODS)
+    checks.option("likelihood", likelihood, get_args(LikelihoodName))
     return Gaussian() if likelihood == "gaussian" else Bernoulli()
 
 
@@ -413,7 +413,7 @@ def _likelihood_options(likelihood: Likelihood) -> dict[str, Any]:
 
 def _likelihood_of(options: dict[str, Any]) -> Likelihood:
     kind = options.pop("kind")
-    if kind not in LIKELIHOODS:
+    if kind not in get_args(LikelihoodName):
         raise ValueError(f"likelihood must be given where it is one's own, {kind}, got none")
     return Gaussian(**options) if kind == "gaussian" else Bernoulli(**options)
 

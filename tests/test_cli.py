@@ -156,6 +156,16 @@ def test_a_run_that_diverges_stops_with_one_sentence(inside):
     assert err.splitlines()[-1].startswith("error: loss must be finite, got a non-finite one at step 1 (epoch 0, batch 1)")
 
 
+def test_an_apple_gpu_is_left_to_who_asks_for_it(inside, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    _, err = inside("fit", *SMALL, "--trainer.max_epochs", "1")
+    assert "on the CPU, as MPS has no float64" in err
+    assert "not used" not in err
+    _, err = inside("fit", *SMALL, "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu")
+    assert "no float64" not in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_configuration_is_valid(inside, config):

@@ -1,9 +1,16 @@
 """Every bad call gives one clear sentence: the argument, the rule, what was received."""
 
+import functools
+import inspect
+import re
+from typing import get_args
+
 import pytest
 import torch
 
 import fastvae
+from fastvae import checks, recipes, schedules
+from fastvae.radial import KERNEL_NAMES
 
 X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
 HALF = torch.full((4,), 0.25)
@@ -38,7 +45,7 @@ BAD_MMD = [
         (X, Y),
         {"kernel": "rfb"},
         ValueError,
-        "kernel must be one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'energy', 'polynomial', got 'rfb'",
+        "kernel must be one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'energy', 'polynomial', 'gaussian', got 'rfb'",
     ),
     ((X, Y), {"estimator": "u"}, ValueError, "estimator must be one of 'biased', 'unbiased', 'linear', got 'u'"),
     ((X, Y), {"kernel": 2}, TypeError, "kernel must be a name or a fastvae.radial.Kernel, got int"),
@@ -178,6 +185,40 @@ def test_weights_that_sum_to_one_within_rounding_pass():
     weights = torch.rand(n)
     assert fastvae.mmd(torch.zeros(n, 1)[:1], torch.zeros(1, 1), backend="reference").item() == 0
     fastvae.checks.sum_of_weights("w", weights / weights.sum())
+
+
+def arguments():
+    """(where, annotation) of each argument of the public functions and classes."""
+    for module in (fastvae, recipes, schedules):
+        for name, item in vars(module).items():
+            if name.startswith("_") or not getattr(item, "__module__", "").startswith("fastvae"):
+                continue
+            methods = vars(item).values() if inspect.isclass(item) else [item]
+            for function in (getattr(method, "__func__", method) for method in methods):
+                if inspect.isfunction(function):
+                    for argument, annotation in inspect.get_annotations(function).items():
+                        if argument != "return":
+                            yield f"{name}, {function.__name__}({argument})", str(annotation)
+
+
+def test_types_list_the_options():
+    found = dict(arguments())
+    assert found["mmd, mmd(estimator)"] == "checks.MMDEstimator"
+    assert found["VAE, __init__(posterior)"] == "Posterior"
+    free = {where for where, annotation in found.items() if re.search(r"(?<!dict\[)\bstr\b", annotation)}
+    assert free == {"VAE, save_pretrained(folder)", "VAE, from_pretrained(folder)"}
+
+
+def test_names_of_kernels():
+    assert set(get_args(checks.KernelName)) == set(KERNEL_NAMES)
+    x, y = torch.randn(5, 2), torch.randn(6, 2)
+    for function in (fastvae.mmd, fastvae.reference.mmd, fastvae.MMDLoss(kernel="gaussian"), functools.partial(fastvae.witness, x)):
+        options = {} if isinstance(function, fastvae.MMDLoss) else {"kernel": "gaussian"}
+        plain = fastvae.MMDLoss() if options == {} else function
+        torch.testing.assert_close(function(x, y, **options), plain(x, y), rtol=0, atol=0)
+    assert fastvae.VAEObjective(kernel="gaussian").kernel == fastvae.radial.RBF()
+    assert isinstance(fastvae.VAEObjective(kernel="gaussian").kernel, fastvae.Kernel)
+    torch.testing.assert_close(fastvae.mmd_to_normal(x, kernel="gaussian"), fastvae.mmd_to_normal(x))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 LAYERS = [
     ["version", "radial"],
     ["kernels"],
-    ["checks", "reference", "bandwidths", "distributed"],
+    ["devices", "checks", "reference", "bandwidths", "distributed"],
     ["cpu"],
     ["ops"],
     ["functional", "two_sample"],

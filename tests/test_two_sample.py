@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
-from fastvae import reference, two_sample
+from fastvae import KernelTest, TwoSampleTest, reference, two_sample
 from fastvae.radial import KERNELS, Laplace, Polynomial, RationalQuadratic
 from tests.cases import DEVICE, Copies, needs_triton
 
@@ -549,3 +549,12 @@ def test_squares_of_kernels():
         h = torch.tensor(1.7, dtype=torch.float64)
         square, factor = two_sample.squared(kernel)
         torch.testing.assert_close(square.phi(square.gamma(factor * h, 1) * d**2), kernel.phi(kernel.gamma(h, 1) * d**2) ** 2)
+
+
+def test_results_print_on_one_line():
+    test = KernelTest(Laplace(), torch.tensor([0.5, 12345.678]), 0.0123456, 0.25)
+    assert repr(test) == "KernelTest(Laplace(), bandwidth=[0.5, 1.235e+04], statistic=0.01235, p_value=0.25)"
+    one = TwoSampleTest(0.0123456, 1 / 3, False, torch.zeros(500), (test,))
+    assert repr(one) == "TwoSampleTest(statistic=0.01235, p_value=0.3333, reject=False, null=500 permutations, Laplace())"
+    several = one._replace(kernels=(test, test), null=torch.zeros(1000))
+    assert repr(several) == "TwoSampleTest(statistic=0.01235, p_value=0.3333, reject=False, null=1000 permutations, 2 kernels)"

@@ -33,7 +33,8 @@ def is_small(mu: Tensor, logvar: Tensor) -> bool:
         and mu.ndim == 2
         and mu.shape == logvar.shape
         and 0 < mu.numel() <= _SMALL
-        and mu.device.type == logvar.device.type == "cpu"
+        and mu.is_cpu
+        and logvar.is_cpu
     )
 
 

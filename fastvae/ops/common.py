@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fastvae.checks import requires_grad
 from fastvae.radial import Kernel, Numbers, kernel_of, rounding_of_sum
 
 # How the schema of an op describes a kernel: bandwidths and weights either as a tensor or as numbers, which are no tensors of a graph.
@@ -87,22 +88,75 @@ def matmul_precision(precision: str) -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
+def without_grad(function: Any, *args: Any) -> Any:
+    """A gradient of its own: PyTorch can't differentiate a custom op within a transform of `torch.func`."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    with torch.no_grad():
+        return function(*args)
+
+
+def vmap_by_loop(op: Any) -> None:
+    """Lets `torch.vmap` call a custom op once for each item of a batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return loop_over_batch(op, info.batch_size, in_dims, args)
+
+    op.register_vmap(rule)
+
+
+def loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The results of an op, stacked, and the dimension of the batch in each; an empty one, of a gradient not asked for, has none."""
+    items = [op(*(t.select(dim, n) if isinstance(dim, int) else t for t, dim in zip(args, in_dims, strict=True))) for n in range(size)]
+    if isinstance(items[0], Tensor):
+        return torch.stack(items), 0
+    results = tuple(torch.stack(parts) if parts[0].numel() else parts[0] for parts in zip(*items, strict=True))
+    return results, tuple(0 if parts.numel() else None for parts in items[0])
+
+
+def _differentiates() -> bool:
+    """Whether a transform of `torch.func` at work takes derivatives."""
+    derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(transform.key() in derivatives for transform in torch._C._functorch.get_interpreter_stack() or ())
+
+
+# For the compiler a constant: what torch.compiler.assume_constant_result sets, which would import the compiler here.
+_differentiates._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def compiled_op(name: str, op: Any, *args: Any) -> Any:
+    """What the compiler traces of an operation."""
+    # PyTorch has no derivatives by torch.func of a custom op in a graph. Without fullgraph=True this makes it call the function as it is.
+    if _differentiates():
+        raise NotImplementedError(
+            f"{name} within torch.func.grad or another derivative of torch.func must not be compiled with fullgraph=True: without it the "
+            "function runs uncompiled, or compile a function that calls torch.autograd.grad or backward"
+        )
+    return op(*args)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     for t in tensors:
-        if t is not None and _requires_grad(t):
+        if t is not None and requires_grad(t):
             return torch.is_grad_enabled()
     return False
 
 
-def _requires_grad(t: Tensor) -> bool:
-    if t.requires_grad or torch.compiler.is_compiling():
-        return t.requires_grad
-    # Within torch.vmap a tensor does not say that it requires grad outside of it.
-    return torch._C._functorch.is_functorch_wrapped_tensor(t) and _requires_grad(torch._C._functorch.get_unwrapped(t))
+def no_forward_mode(name: str) -> Any:
+    """The `jvp` of a Function that has none."""
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev, "
+            "or pass backend='reference', which is dense and has it"
+        )
+
+    return staticmethod(jvp)
 
 
 class _ForbidSecondDerivative(torch.autograd.Function):
     generate_vmap_rule = True
+    jvp = no_forward_mode("a gradient of fastvae")
 
     @staticmethod
     def forward(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -14,10 +14,14 @@ from fastvae.cpu import small
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
+    compiled_op,
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
+    no_forward_mode,
+    vmap_by_loop,
     without_autocast,
+    without_grad,
     zero_if_finite,
 )
 from fastvae.radial import KernelNumbers, KernelSum, as_vector, middle
@@ -165,13 +169,16 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], centre: Tensor, wa
 def apply_kernel_matmul(*args: Any) -> Tensor:
     """K(x, y)·v, differentiable; arguments of `torch.ops.fastvae.kernel_matmul`."""
     if torch.compiler.is_compiling():
-        return cast(Tensor, kernel_matmul_op(*args))
+        return cast(Tensor, compiled_op("kernel_matmul", kernel_matmul_op, *args))
     function = KernelMatmul if checks.needs_dispatcher(*args[:3]) else _PlainKernelMatmul
     return cast(Tensor, function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 class KernelMatmul(torch.autograd.Function):
     """K(x, y)·v. Arguments of `torch.ops.fastvae.kernel_matmul`."""
+
+    generate_vmap_rule = True
+    jvp = no_forward_mode("kernel_matmul")
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -188,6 +195,8 @@ class KernelMatmul(torch.autograd.Function):
 
 class _PlainKernelMatmul(torch.autograd.Function):
     """`KernelMatmul` without `setup_context` and the dispatcher."""
+
+    jvp = KernelMatmul.jvp
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -208,7 +217,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sources = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:4]
     gradients_of = kernel_matmul_backward_op if checks.needs_dispatcher(grad, *sources[:3]) else _gradients
-    gradients = gradients_of(grad, *sources, *ctx.options, *wanted)
+    gradients = without_grad(gradients_of, grad, *sources, *ctx.options, *wanted)
     grads: list[Tensor | None] = [None] * len(Problem._fields)
     for n, want in enumerate(wanted):
         if want:
@@ -216,4 +225,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
+for op in (kernel_matmul_op, kernel_matmul_backward_op):
+    vmap_by_loop(op)
 kernel_matmul_op.register_autograd(_backward, setup_context=_setup_context)

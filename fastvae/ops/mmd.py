@@ -21,10 +21,13 @@ from fastvae.cpu.closed_forms import Sample, bandwidth_gradients
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
+    compiled_op,
     forbid_second_derivative,
     kernel_numbers,
+    loop_over_batch,
     matmul_precision,
     needs_grad,
+    no_forward_mode,
     unit_weights,
     without_autocast,
 )
@@ -101,7 +104,7 @@ def mmd_op(*args: Any) -> Result:
 
 
 def _on_device(problem: Problem) -> Found:
-    return (_triton if problem.backend == "triton" or problem.x.device.type == "cuda" else _on_cpu)(problem)
+    return (_triton if problem.backend == "triton" or problem.x.is_cuda else _on_cpu)(problem)
 
 
 def _on_cpu(problem: Problem) -> Found:
@@ -214,7 +217,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Resul
     """A batch dimension of the op itself, in the place of one more of `torch.vmap`."""
     problem = Problem(*args)
     if any(isinstance(dim, int) for dim in in_dims[4:]):
-        raise NotImplementedError("torch.vmap of fastvae.mmd must be over x, y or their weights, got a batch of another argument")
+        return cast("tuple[Result, tuple[int | None, ...]]", loop_over_batch(mmd_op, info.batch_size, in_dims, args))
     tensors, batched = [], problem.x.ndim - (in_dims[0] is not None) == 3
     for t, dim in zip(problem[:4], in_dims[:4], strict=True):
         t = t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
@@ -280,7 +283,7 @@ def apply_mmd(*args: Any) -> Tensor:
     problem = Problem._make((*args, needs_grad(x), y is not None and needs_grad(y), needs_grad(h, a)))
     # Outside of the compiler by way of the Function, which refuses forward-mode derivatives: the op would drop them.
     if torch.compiler.is_compiling():
-        return cast(Tensor, mmd_op(*problem)[0])
+        return cast(Tensor, compiled_op("mmd", mmd_op, *problem)[0])
     if torch._C._are_functorch_transforms_active():
         return cast(Tensor, MMD.apply(*problem)[0])  # type: ignore[no-untyped-call]
     return cast(Tensor, _EagerMMD.apply(*sources, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]
@@ -290,6 +293,7 @@ class MMD(torch.autograd.Function):
     """(MMD² and its gradients); only the first is differentiable. Arguments of `torch.ops.fastvae.mmd`."""
 
     generate_vmap_rule = True
+    jvp = no_forward_mode("mmd")
 
     @staticmethod
     def forward(*args: Any) -> Result:
@@ -312,6 +316,8 @@ class _EagerMMD(torch.autograd.Function):
 
     One of all arguments, with `setup_context`, takes 50 µs longer, as much as a small problem.
     """
+
+    jvp = MMD.jvp
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

@@ -18,11 +18,15 @@ from fastvae.cpu import small
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
+    compiled_op,
     forbid_second_derivative,
     kernel_numbers,
     matmul_precision,
     needs_grad,
+    no_forward_mode,
+    vmap_by_loop,
     without_autocast,
+    without_grad,
 )
 from fastvae.radial import KernelNumbers, KernelSum, Polynomial, as_vector, middle
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
@@ -269,7 +273,7 @@ def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _quadratic_form_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     z, *tensors = ctx.saved_tensors
-    gradient = quadratic_form_backward_op(z, *tensors, *ctx.options, torch.diag(grad) if ctx.diagonal else grad)
+    gradient = without_grad(quadratic_form_backward_op, z, *tensors, *ctx.options, torch.diag(grad) if ctx.diagonal else grad)
     gradient = forbid_second_derivative("quadratic_form", gradient.to(z.dtype), grad, z)
     return (gradient, *[None] * _OPTIONS)
 
@@ -279,15 +283,19 @@ def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(*args[:_OPTIONS])
     # On a GPU the gradient of another upstream than that of the sum would be a sweep too many.
     gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
-    apply: Any = _PlainGroupMMD.apply
-    if checks.needs_dispatcher(*args[:2]):
-        apply = group_mmd_op if torch.compiler.is_compiling() else GroupMMD.apply
-    values, valid, pairs, _ = apply(*args, gradient)
+    if torch.compiler.is_compiling():
+        values, valid, pairs, _ = compiled_op("group_mmd", group_mmd_op, *args, gradient)
+        return values, valid, pairs
+    function: Any = GroupMMD if checks.needs_dispatcher(*args[:2]) else _PlainGroupMMD
+    values, valid, pairs, _ = function.apply(*args, gradient)
     return values, valid, pairs
 
 
 class GroupMMD(torch.autograd.Function):
     """MMD² between groups. Arguments of `torch.ops.fastvae.group_mmd`."""
+
+    generate_vmap_rule = True
+    jvp = no_forward_mode("group_mmd")
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -304,6 +312,8 @@ class GroupMMD(torch.autograd.Function):
 
 class _PlainGroupMMD(torch.autograd.Function):
     """`GroupMMD` without `setup_context` and the dispatcher."""
+
+    jvp = GroupMMD.jvp
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -335,10 +345,12 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
         gradient = grad[0, 0] * expected_grad
     else:
         backward = group_mmd_backward_op if checks.needs_dispatcher(z, grad) else _group_mmd_gradient
-        gradient = backward(z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
+        gradient = without_grad(backward, z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
     return (gradient, *nothing)
 
 
+for op in (quadratic_form_op, quadratic_form_backward_op, group_mmd_op, group_mmd_backward_op):
+    vmap_by_loop(op)
 quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
 group_mmd_op.register_autograd(_group_mmd_backward, setup_context=_group_mmd_setup)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.ops.common import accumulation_dtype, needs_grad
+from fastvae.ops.common import accumulation_dtype, compiled_op, needs_grad, no_forward_mode, vmap_by_loop
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -87,14 +87,17 @@ def _refuse_seed(noise: Tensor) -> None:
 def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
     """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if not needs_grad(*args[:2]) and torch.compiler.is_compiling():
-        return cast("tuple[Tensor, Tensor]", forward_op(*args))
+    if torch.compiler.is_compiling():
+        return cast("tuple[Tensor, Tensor]", compiled_op("reparameterize_kl", forward_op, *args))
     function = ReparameterizeKL if checks.needs_dispatcher(*args[:3]) else _PlainReparameterizeKL
     return cast("tuple[Tensor, Tensor]", function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 class ReparameterizeKL(torch.autograd.Function):
     """(z, KL); arguments of `torch.ops.fastvae.reparameterize_kl`."""
+
+    generate_vmap_rule = True
+    jvp = no_forward_mode("reparameterize_kl")
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -111,6 +114,8 @@ class ReparameterizeKL(torch.autograd.Function):
 
 class _PlainReparameterizeKL(torch.autograd.Function):
     """`ReparameterizeKL` without `setup_context` and the dispatcher, which take as long as a small problem."""
+
+    jvp = ReparameterizeKL.jvp
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +148,9 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 class ReparameterizeKLBackward(torch.autograd.Function):
     """(dμ, dlogvar), itself differentiable; arguments of `torch.ops.fastvae.reparameterize_kl_backward`."""
 
+    generate_vmap_rule = True
+    jvp = ReparameterizeKL.jvp
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return cast("tuple[Tensor, Tensor]", backward_op(*args))
@@ -164,7 +172,7 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -> tuple[Tensor | None, ...]:
     """The derivative of formula (3), in plain PyTorch: second derivatives are rare, and so may cost what they do elsewhere."""
     dz, dkl, mu, logvar, noise = ctx.saved_tensors
-    eps = _epsilon(noise, mu, ctx.backend)
+    eps = epsilon(noise, mu, ctx.backend)
     var, half_noise = logvar.exp(), 0.5 * eps * (0.5 * logvar).exp()
     u, v = grad_grad_mu, grad_grad_logvar
     column = dkl if ctx.per_dimension else dkl[:, None]
@@ -181,7 +189,8 @@ def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -
     )
 
 
-def _epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
+def epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
+    """ε, also where `noise` is its seed."""
     if noise.is_floating_point():
         return noise
     zeros = torch.zeros_like(mu, dtype=accumulation_dtype(mu.dtype))
@@ -189,3 +198,5 @@ def _epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
 
 
 backward_op.register_autograd(_double_backward, setup_context=_setup_double)
+for op in (forward_op, backward_op):
+    vmap_by_loop(op)

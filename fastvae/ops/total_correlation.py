@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import accumulation_dtype, forbid_second_derivative, needs_grad, without_autocast, zero_if_finite
+from fastvae.ops.common import (
+    accumulation_dtype,
+    compiled_op,
+    forbid_second_derivative,
+    no_forward_mode,
+    vmap_by_loop,
+    without_autocast,
+    without_grad,
+    zero_if_finite,
+)
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -105,8 +114,7 @@ def _gradients(op: Any, upstream: tuple[Tensor | None, ...], ctx: Any, options: 
     z_grad, mu_grad, logvar_grad = ctx.needs_input_grad[:3]
     # Unpacked once: activation checkpointing allows no more.
     tensors = ctx.saved_tensors
-    with torch.no_grad():
-        grads = op(*upstream, *tensors, *options, z_grad, mu_grad or logvar_grad)
+    grads = without_grad(op, *upstream, *tensors, *options, z_grad, mu_grad or logvar_grad)
     sources = *upstream, *tensors[:3]
     return [
         forbid_second_derivative("total_correlation", grad, *sources) if needed else None
@@ -170,14 +178,17 @@ def _fake_terms_backward(*args: Any) -> Gradients:
 def apply_total_correlation(*args: Any) -> KLDecomposition:
     """The terms, differentiable; arguments of `torch.ops.fastvae.kl_decomposition`."""
     # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if not needs_grad(*args[:3]) and torch.compiler.is_compiling():
-        return KLDecomposition(*terms_op(*args)[:3])
+    if torch.compiler.is_compiling():
+        return KLDecomposition(*compiled_op("total_correlation", terms_op, *args)[:3])
     function = TotalCorrelation if checks.needs_dispatcher(*args[:3]) else _PlainTotalCorrelation
     return KLDecomposition(*function.apply(*args)[:3])  # type: ignore[no-untyped-call]
 
 
 class TotalCorrelation(torch.autograd.Function):
     """The terms and their densities; arguments of `torch.ops.fastvae.kl_decomposition`."""
+
+    generate_vmap_rule = True
+    jvp = no_forward_mode("total_correlation")
 
     @staticmethod
     def forward(*args: Any) -> Terms:
@@ -194,6 +205,8 @@ class TotalCorrelation(torch.autograd.Function):
 
 class _PlainTotalCorrelation(torch.autograd.Function):
     """`TotalCorrelation` without `setup_context` and the dispatcher."""
+
+    jvp = TotalCorrelation.jvp
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Terms:
@@ -218,3 +231,5 @@ def _terms_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 
 
 terms_op.register_autograd(_terms_backward, setup_context=_setup_terms)
+for op in (forward_op, backward_op, terms_op, terms_backward_op):
+    vmap_by_loop(op)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.radial import Kernel
 from fastvae.reference.mmd import bandwidths, kernel_matrix
 
@@ -27,7 +28,7 @@ def kernel_matmul(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
+    kernel: checks.KernelName | Kernel = "rbf",
 ) -> Tensor:
     """Dense K(x, y)·v of x (N, D), y (M, D) and v (M,) or (M, C), shape (N,) or (N, C). Memory O(N·M·D)."""
     return kernel_matrix(x, y, *bandwidths(x, bandwidth, bandwidth_weights), kernel) @ v

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import KERNELS, Kernel, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae import checks
+from fastvae.radial import KERNEL_NAMES, Kernel, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
 def mmd(
@@ -34,8 +35,8 @@ def mmd(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    estimator: str = "biased",
+    kernel: checks.KernelName | Kernel = "rbf",
+    estimator: checks.MMDEstimator = "biased",
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
 ) -> Tensor:
@@ -53,8 +54,8 @@ def mmd_to_normal(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
-    estimator: str = "biased",
+    kernel: checks.KernelName | Kernel = "rbf",
+    estimator: checks.Estimator = "biased",
     x_weights: Tensor | None = None,
 ) -> Tensor:
     """Dense MMD² between the rows of x (..., N, D) and N(0, I), shape (...). Arguments as in `fastvae.mmd_to_normal`; memory O(N²·D)."""
@@ -87,7 +88,7 @@ def _is_traced(t: Tensor) -> bool:
 
 def kernel_matrix(x: Tensor, y: Tensor, h: Tensor, a: Tensor, kernel: str | Kernel) -> Tensor:
     """Σ_b a_b·k_b(x_i, y_j), shape (..., N, M), of x (..., N, D) and y (..., M, D)."""
-    kernel = KERNELS[kernel] if isinstance(kernel, str) else kernel
+    kernel = KERNEL_NAMES[kernel] if isinstance(kernel, str) else kernel
     x, y = x[..., :, None, :], y[..., None, :, :]
     pairs = (x - y).square().sum(-1) if kernel.radial else (x * y).sum(-1)
     return kernel.phi(pairs[..., None] * kernel.gamma(h, x.shape[-1])) @ a

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae import checks
 from fastvae.radial import Kernel, Numbers, as_vector
 from fastvae.reference.mmd import bandwidths, kernel_matrix
 
@@ -30,7 +31,7 @@ def quadratic_form(
     *,
     bandwidth: float | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: str | Kernel = "rbf",
+    kernel: checks.KernelName | Kernel = "rbf",
     diagonal: bool = False,
 ) -> Tensor:
     """Dense S of z (N, D) and v (N, C), shape (C, C), or its diagonal, shape (C,). Memory O(N²·D)."""

@@ -36,6 +36,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae import checks
+
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -70,7 +72,7 @@ def log_weights(rows: int, dataset_size: int, stratified: bool) -> LogWeights:
 
 
 def total_correlation(
-    z: Tensor, mu: Tensor, logvar: Tensor, *, dataset_size: int, estimator: str = "minibatch_weighted"
+    z: Tensor, mu: Tensor, logvar: Tensor, *, dataset_size: int, estimator: checks.DensityEstimator = "minibatch_weighted"
 ) -> KLDecomposition:
     """Dense (4) from z, μ and logvar (N, D). Arguments as in `fastvae.total_correlation`; memory O(N²·D)."""
     n = z.shape[0]

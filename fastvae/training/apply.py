@@ -34,7 +34,7 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         n: The number of samples.
         output: A .png picture, or a .npy array.
-        seed: Of the draws.
+        seed: The seed of the random draws.
         runs: The folder of all runs.
     """
     vae = load(ckpt_path, runs).vae
@@ -142,9 +142,9 @@ def traverse(
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
-        image: Which of them has the code that is moved, counted from 0.
-        reach: From minus this to this.
-        steps: In how many columns.
+        image: The number, from 0, of the one whose code is moved.
+        reach: How far a latent dimension is moved: from minus this to this.
+        steps: How many values a latent dimension takes, a column of the picture each.
         output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
         runs: The folder of all runs.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import torch
 import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -42,6 +43,7 @@ QUIET = (
     "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
     r"It is recommended to use `self.log\('train/",  # the terms are those of the global batch on each process
+    "GPU available but not used",  # Apple's, and why is said
     "Total length of `list` across ranks is zero",  # the same
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
     r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
@@ -158,6 +160,11 @@ class CommandLine(LightningCLI):
             csv = CSVLogger(*place)
             _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
             kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
+        if self._get(self.config_init, "trainer").accelerator == "auto" and torch.backends.mps.is_available():
+            sys.stderr.write(
+                "on the CPU, as MPS has no float64, which the losses need: --trainer.accelerator mps trains the networks there\n"
+            )
+            kwargs["accelerator"] = "cpu"
         callbacks = self._get(self.config_init, "trainer").callbacks or []
         bar = [ProgressBar()] if self._get(self.config, "trainer").enable_progress_bar is not False else []
         every = self._get(self.config, "checkpoint_every")

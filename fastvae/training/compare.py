@@ -38,7 +38,7 @@ def compare(
         lambda_: The MMD's weight.
         latent_dim: The number of latent dimensions.
         batch_size: Images a batch.
-        seed: Of the weights, the order of the batches and the noise.
+        seed: The seed of the weights, the order of the batches and the noise.
         runs: The folder of all runs: the files go to RUNS/compare/version_K.
     """
     data = ImageData("digits", batch_size=batch_size, validation=0, test=0, seed=seed)

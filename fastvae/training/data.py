@@ -129,8 +129,8 @@ class ImageData(LightningDataModule):
         standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows. The model keeps
             these numbers: its checkpoints take every table by them, and what they write is in the table's own units.
         validation: The share of the training images that is held out for validation where the data has no validation set of its own.
-        test: The share that is held out for test where the data has no test set of its own. With 0 the training images are tested on.
-        seed: Of the split, of the order of the batches and of the binarisation.
+        test: The share of the data that is held out for test where it has no test set of its own. With 0 the training images are tested on.
+        seed: The seed of the split, of the order of the batches and of the binarisation.
     """
 
     def __init__(

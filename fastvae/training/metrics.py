@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from fastvae.devices import float64_on_cpu
 from fastvae.functional import mmd_to_normal, reparameterize_kl, total_correlation
 from fastvae.radial import rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
+@float64_on_cpu
 def information(mu: Tensor, logvar: Tensor, z: Tensor) -> tuple[float, float]:
     """I(x; z) and KL(q(z) ‖ Π_d q(z_d)) in nats, of a code z_i ~ q(z|x_i) of each of N samples.
 
@@ -31,11 +33,13 @@ def information(mu: Tensor, logvar: Tensor, z: Tensor) -> tuple[float, float]:
     return float(terms.mutual_information) - math.log(n), float(terms.total_correlation) - (d - 1) * math.log(n)
 
 
+@float64_on_cpu
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
     """The latent dimensions whose posterior mean moves with x: Var_x(mu_d) > threshold. Source: Burda, Grosse and Salakhutdinov 2016."""
     return int((mu.detach().double().var(0, correction=0) > threshold).sum())
 
 
+@float64_on_cpu
 def collapsed_units(mu: Tensor, logvar: Tensor, *, epsilon: float = 0.01, delta: float = 0.01) -> int:
     """The latent dimensions whose posterior is the prior: KL(q(z_d|x) ‖ N(0, 1)) < epsilon for all but a share `delta` of the x.
 
@@ -44,6 +48,7 @@ def collapsed_units(mu: Tensor, logvar: Tensor, *, epsilon: float = 0.01, delta:
     return int(((_kl(mu, logvar) < epsilon).double().mean(0) >= 1 - delta).sum())
 
 
+@float64_on_cpu
 def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
     """mean_i KL(q(z_d|x_i) ‖ N(0, 1)) in nats, shape (D,), of posteriors (N, D)."""
     return _kl(mu, logvar).mean(0)
@@ -54,6 +59,7 @@ def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
     return reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu), per_dimension=True)[1]
 
 
+@float64_on_cpu
 def marginal_summary(z: Tensor) -> dict[str, float]:
     """How far q(z) is from N(0, I), from codes z (N, D).
 
@@ -73,6 +79,7 @@ def marginal_summary(z: Tensor) -> dict[str, float]:
     }
 
 
+@float64_on_cpu
 def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
     """The three terms of the unbiased MMD² of codes z (N ≥ 2, D) to N(0, I), and that standardised.
 
@@ -108,6 +115,7 @@ def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
     }
 
 
+@float64_on_cpu
 def code_summary(mu: Tensor, logvar: Tensor | None, z: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Everything that this module measures of posteriors (N, D) and a code z (N, D) of each: scalars, and vectors (D,).
 

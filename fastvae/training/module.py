@@ -242,41 +242,42 @@ class ImageVAE(VAEModule):
 
     Args:
         shape: of one image, (C, H, W), or of one row, (features,).
-        architecture: mlp or conv.
+        architecture: The networks: mlp (perceptrons) or conv (convolutions, for images).
         latent_dim: The number of latent dimensions.
         hidden: The widths of the perceptron's hidden layers (mlp; conv uses the first).
         channels: The channels of each convolution, each of which halves the image.
-        likelihood: bernoulli (values in [0, 1]), gaussian, or auto: gaussian for tables or with a learned or optimal sigma, else bernoulli.
+        likelihood: p(x|z): bernoulli, for values in [0, 1], gaussian, or auto: gaussian for tables or with a learned or optimal sigma, else
+            bernoulli.
         sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned or optimal.
-        learn_sigma: Train sigma.
-        optimal_sigma: Take in each training batch the sigma that makes it likeliest.
-        posterior: gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
+        learn_sigma: Train the Gaussian likelihood's sigma.
+        optimal_sigma: Take for the Gaussian likelihood in each training batch the sigma that makes it likeliest.
+        posterior: q(z|x): gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
         logvar_bounds: Hold the encoder's log-variance softly between these two numbers.
-        objective: vae, beta_vae, info_vae, mmd_vae, wae_mmd, beta_tc_vae, capacity_vae, dip_vae or iwae.
+        objective: The loss: vae, beta_vae, info_vae, mmd_vae, wae_mmd, beta_tc_vae, capacity_vae, dip_vae or iwae.
         beta: The weight of the KL in beta_vae, of the total correlation in beta_tc_vae.
         alpha: InfoVAE's alpha: the KL has the weight 1 - alpha.
         lambda_: InfoVAE's lambda: the MMD has the weight alpha + lambda - 1 in info_vae, lambda in mmd_vae and wae_mmd.
-        kernel: The MMD's kernel in wae_mmd; the other objectives take rbf.
+        kernel: The MMD's kernel in wae_mmd; the other objectives take rbf, which is also called gaussian.
         bandwidth: The kernel's bandwidth; sqrt(latent_dim) if it is not given, and the seven of the WAE's authors for imq.
-        estimator: unbiased or biased, of the MMD.
-        tc_estimator: minibatch_weighted or minibatch_stratified, of the total correlation.
+        estimator: The MMD's estimator, unbiased or biased.
+        tc_estimator: The total correlation's estimator in beta_tc_vae, minibatch_weighted or minibatch_stratified.
         dataset_size: The number of training images, for the total correlation.
         free_bits: The nats of KL that each group of latent dimensions has for free, in vae and beta_vae.
-        free_bits_group: Latent dimensions a group of free_bits.
+        free_bits_group: How many neighbouring latent dimensions share the nats of free_bits.
         gamma: The weight of |KL - capacity| in capacity_vae.
         capacity: The nats at which capacity_vae holds each image's KL.
         lambda_od: The weight of the covariances of the codes in dip_vae.
-        lambda_d: The weight of their variances' distance from one; 10 lambda_od (dip_kind i) or lambda_od (ii) if it is not given.
-        dip_kind: i or ii.
-        samples: Codes an image in iwae.
-        bound_gradient: reparameterised or doubly, of the bound in iwae.
+        lambda_d: The weight in dip_vae of how far the codes' variances are off one; by default 10 lambda_od (dip_kind i) or lambda_od (ii).
+        dip_kind: What dip_vae takes the covariance of: the posterior's means (i), or means and variances (ii).
+        samples: How many codes iwae draws for an image.
+        bound_gradient: The encoder's gradient in iwae: reparameterised, or doubly, which is less noisy for many samples.
         kl_schedule: How the KL's weight reaches its value from 0: constant (at once), linear, cosine or cyclical.
-        kl_schedule_steps: In how many training steps.
-        kl_schedule_cycles: In how many cycles, for cyclical.
-        mmd_schedule: The same for the MMD's weight.
-        mmd_schedule_steps: In how many training steps.
-        capacity_schedule: The same for the capacity.
-        capacity_schedule_steps: In how many training steps.
+        kl_schedule_steps: In how many training steps the KL's weight reaches its value.
+        kl_schedule_cycles: How many cycles kl_schedule cyclical has in these steps.
+        mmd_schedule: How the MMD's weight reaches its value from 0: constant (at once), linear, cosine or cyclical.
+        mmd_schedule_steps: In how many training steps the MMD's weight reaches its value.
+        capacity_schedule: How capacity_vae's capacity reaches its value from 0: constant (at once), linear, cosine or cyclical.
+        capacity_schedule_steps: In how many training steps the capacity reaches its value.
         encoder: A class of your own for the encoder, as my_package.Encoder, from images to 2 latent_dim numbers.
         decoder: The same for the decoder, from codes to what the likelihood takes.
         lr: The learning rate.
@@ -284,11 +285,11 @@ class ImageVAE(VAEModule):
         lr_scheduler: The class of a schedule of the learning rate, as torch.optim.lr_scheduler.CosineAnnealingLR.
         lr_scheduler_interval: epoch or step, after which the schedule goes on.
         evaluation_size: The most test images that the mutual information and the other measures of the codes are taken over.
-        diagnostics_size: The same in each epoch, for validation images; 0 for none.
+        diagnostics_size: The most validation images that the codes are measured over in each epoch; 0 for none.
         nll_samples: Codes an image of the importance-weighted -log p(x) that test reports; 0 for none.
         gradient_norms_every: Steps between two logs of the gradient norm of each term; 0 for none.
         compile: Run the training step as one compiled graph.
-        channels_last: Keep images and convolutions in this memory format.
+        channels_last: Keep images and convolutions in PyTorch's channels_last memory format, in which some processors convolve faster.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ class ImageVAE(VAEModule):
         beta: float = 1.0,
         alpha: float = 0.0,
         lambda_: float = 1000.0,
-        kernel: Literal["rbf", "imq", "rational_quadratic", "laplace", "energy"] = "rbf",
+        kernel: Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"] = "rbf",
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
         tc_estimator: Literal["minibatch_weighted", "minibatch_stratified"] = "minibatch_weighted",

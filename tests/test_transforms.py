@@ -1,0 +1,249 @@
+"""Every public operation under every transform of PyTorch: as the dense reference has it, or refused in a sentence."""
+
+import pytest
+import torch
+from torch import func
+
+import fastvae
+from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional
+from fastvae.ops.reparameterize_kl import epsilon
+
+# Of PyTorch's own, on the first forward-mode call.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+generator = torch.Generator().manual_seed(0)
+y, v, eps, logvar = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (5, 2), (6, 3), (6, 3)))
+labels = torch.tensor([0, 0, 1, 1, 0, 1])
+
+# Each a function of x (6, 3) to a scalar, and of the options of a call.
+OPERATIONS = {
+    "mmd": lambda x, **options: fastvae.mmd(x, y, bandwidth=[1.0, 2.0], **options),
+    "mmd of several": lambda x, **options: fastvae.mmd(torch.stack([x, 2 * x]), y.expand(2, 5, 3), **options).sum(),
+    "mmd of a rule": lambda x, **options: fastvae.mmd(x, y, bandwidth="median", **options),
+    "mmd of a bandwidth": lambda x, **options: fastvae.mmd(y, y + 1, bandwidth=x.exp()[0], **options),
+    "mmd, linear": lambda x, **options: fastvae.mmd(x, logvar, estimator="linear", **options),
+    "mmd_to_normal": lambda x, **options: fastvae.mmd_to_normal(x, estimator="unbiased", **options),
+    "kernel_matmul": lambda x, **options: fastvae.kernel_matmul(x, y, v, **options).square().sum(),
+    "kernel_matmul of v": lambda x, **options: fastvae.kernel_matmul(y, 2 * x, x, **options).square().sum(),
+    "kernel_matmul of a bandwidth": lambda x, **options: fastvae.kernel_matmul(y, y, v, bandwidth=x.exp()[0], **options).square().sum(),
+    "witness": lambda x, **options: fastvae.witness(y, x, x[:4] + 1, **options).square().sum(),
+    "group_mmd": lambda x, **options: fastvae.group_mmd(x, labels, num_groups=2, estimator="unbiased", **options).values[0, 1],
+    "group_mmd of weights": lambda x, **options: fastvae.group_mmd(x, logvar.exp(), **options).mean(),
+    "reparameterize_kl": lambda x, **options: sum(t.square().sum() for t in fastvae.reparameterize_kl(x, 0.5 * x, eps=eps, **options)),
+    "reparameterize_kl, forced": lambda x, backend="cpu": OPERATIONS["reparameterize_kl"](x, backend=backend),
+    "total_correlation": lambda x, **options: fastvae.total_correlation(x, 0.9 * x, logvar, dataset_size=9, **options)[1],
+}
+# Those made of PyTorch's own operations.
+PLAIN = {"mmd, linear", "reparameterize_kl"}
+TWICE = {*PLAIN, "reparameterize_kl, forced"}
+
+
+def compiled(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", **options)
+
+
+def batched(x):
+    return torch.stack([x, x + 0.5, -x])
+
+
+ONCE_DIFFERENTIATED = {
+    "grad": lambda f, x: func.grad(f)(x),
+    "backward": lambda f, x: torch.autograd.grad(f(leaf := x.clone().requires_grad_()), leaf)[0],
+    "vmap": lambda f, x: torch.vmap(f)(batched(x)),
+    "vmap(grad)": lambda f, x: torch.vmap(func.grad(f))(batched(x)),
+    "grad(vmap)": lambda f, x: func.grad(lambda x: torch.vmap(f)(batched(x)).sum())(x),
+    "jacrev": lambda f, x: func.jacrev(lambda x: torch.stack([f(x), f(2 * x).sin()]))(x),
+    "grad(compile)": lambda f, x: func.grad(compiled(f))(x),
+    "functional_call": lambda f, x: func.functional_call(Applied(f), {"x": x}, ()),
+}
+COMPILED = {
+    "compile": lambda f, x, **options: compiled(f, **options)(x),
+    "compile(vmap)": lambda f, x, **options: compiled(torch.vmap(f), **options)(batched(x)),
+}
+COMPILED_DERIVATIVES = {
+    "compile(grad)": lambda f, x, **options: compiled(func.grad(f), **options)(x),
+    "compile(vmap(grad))": lambda f, x, **options: compiled(torch.vmap(func.grad(f)), **options)(batched(x)),
+    "compile(jacrev)": lambda f, x, **options: compiled(func.jacrev(f), **options)(x),
+}
+FORWARD_MODE = {
+    "jvp": lambda f, x: func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jacfwd": lambda f, x: func.jacfwd(f)(x),
+    "hessian": lambda f, x: func.hessian(f)(x),
+    "vmap(jvp)": lambda f, x: torch.vmap(lambda x: func.jvp(f, (x,), (torch.ones_like(x),))[1])(batched(x)),
+}
+TWICE_DIFFERENTIATED = {
+    "grad(grad)": lambda f, x: func.grad(lambda x: func.grad(f)(x).square().sum())(x),
+    "jacrev(grad)": lambda f, x: func.jacrev(func.grad(f))(x),
+    "vmap(grad(grad))": lambda f, x: torch.vmap(func.grad(lambda x: func.grad(f)(x).square().sum()))(batched(x)),
+}
+
+
+class Applied(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.zeros(6, 3))
+        self.function = function
+
+    def forward(self):
+        return self.function(self.x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 3, dtype=torch.float64)
+
+
+def is_as_reference(transform, name, x, **options):
+    operation = OPERATIONS[name]
+    actual = transform(lambda x: operation(x, **options), x)
+    expected = transform(lambda x: operation(x, backend="reference"), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+    assert actual.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", ONCE_DIFFERENTIATED)
+def test_first_derivatives_and_batches(transform, name, x):
+    is_as_reference(ONCE_DIFFERENTIATED[transform], name, x)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_triton(name, x, interpreter_warnings):
+    is_as_reference(ONCE_DIFFERENTIATED["vmap(grad)"], name, x, backend="triton")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", COMPILED)
+def test_compiled(transform, name, x):
+    actual = COMPILED[transform](OPERATIONS[name], x, fullgraph=True)
+    expected = OPERATIONS[name](x) if transform == "compile" else torch.stack([OPERATIONS[name](x) for x in batched(x)])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", COMPILED_DERIVATIVES)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of PyTorch's own, where it leaves the graph within jacrev
+def test_compiled_derivatives_run_uncompiled_or_say_so(transform, name, x):
+    actual = COMPILED_DERIVATIVES[transform](OPERATIONS[name], x)
+    expected = torch.stack([func.grad(OPERATIONS[name])(x) for x in batched(x)]) if "vmap" in transform else func.grad(OPERATIONS[name])(x)
+    torch.testing.assert_close(actual, expected)
+    if name in PLAIN:
+        COMPILED_DERIVATIVES[transform](OPERATIONS[name], x, fullgraph=True)
+        return
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"must not be compiled with fullgraph=True: without it"):
+        COMPILED_DERIVATIVES[transform](OPERATIONS[name], x, fullgraph=True)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", FORWARD_MODE)
+def test_forward_mode_is_right_or_refused(transform, name, x):
+    if name in PLAIN:
+        is_as_reference(FORWARD_MODE[transform], name, x)
+        return
+    with pytest.raises(NotImplementedError, match=r"has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use"):
+        FORWARD_MODE[transform](OPERATIONS[name], x)
+    # The way out that the sentence names.
+    FORWARD_MODE[transform](lambda x: OPERATIONS[name](x, backend="reference"), x)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", TWICE_DIFFERENTIATED)
+def test_second_derivative_is_right_or_refused(transform, name, x):
+    if name in TWICE:
+        is_as_reference(TWICE_DIFFERENTIATED[transform], name, x)
+        return
+    with pytest.raises(NotImplementedError, match="has no second derivative: pass backend='reference'"):
+        TWICE_DIFFERENTIATED[transform](OPERATIONS[name], x)
+    TWICE_DIFFERENTIATED[transform](lambda x: OPERATIONS[name](x, backend="reference"), x)
+
+
+@pytest.mark.parametrize("rows", [6, 6_000])
+def test_dual_numbers_are_refused_outside_of_functorch(rows):
+    mu = torch.randn(rows, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(mu, torch.ones_like(mu))
+        with pytest.raises(NotImplementedError, match="reparameterize_kl has no derivative in forward mode"):
+            fastvae.reparameterize_kl(dual, mu, eps=mu)
+
+
+@pytest.mark.parametrize(
+    ("posterior", "objective"),
+    [
+        ("gaussian", VAEObjective(kl_weight=2)),
+        ("gaussian", VAEObjective(free_bits=0.5)),
+        ("gaussian", VAEObjective(mmd_weight=3.0, estimator="biased")),
+        ("deterministic", VAEObjective(kl_weight=0.0, mmd_weight=3.0, estimator="biased")),
+        ("gaussian", VAEObjective.iwae(4, gradient="doubly")),
+    ],
+)
+def test_gradients_of_each_sample_of_a_vae(posterior, objective):
+    x, noise = torch.rand(5, 7), torch.randn(5, objective.samples, 3)
+    noise = noise[:, 0] if objective.samples == 1 else noise
+    model = VAE.mlp(7, latent_dim=3, hidden=(8,), posterior=posterior, likelihood=Gaussian(0.7))
+    options = {"samples": objective.samples}
+
+    def loss(parameters, x, noise):
+        output = func.functional_call(model, parameters, (x[None],), {"eps": noise[None], **options})
+        return objective(output, x[None]).loss
+
+    parameters = dict(model.named_parameters())
+    actual = torch.vmap(func.grad(loss), (None, 0, 0))(parameters, x, noise)
+    for n in range(5):
+        expected = objective(model(x[n : n + 1], eps=noise[n : n + 1], **options), x[n : n + 1]).loss
+        for name, gradient in zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True):
+            torch.testing.assert_close(actual[name][n], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_drawn_within_vmap():
+    mu = torch.zeros(4, 500, 3)
+    z, _ = torch.vmap(fastvae.reparameterize_kl, randomness="different")(mu, mu)
+    assert (z[0] != z[1]).all()
+    torch.testing.assert_close(z.std((1, 2)), torch.ones(4), rtol=0.1, atol=0)
+    z, _ = torch.vmap(lambda mu, logvar: fastvae.reparameterize_kl(mu, logvar, backend="triton"), randomness="different")(mu[:2], mu[:2])
+    assert (z[0] != z[1]).all()
+
+
+def test_noise_from_a_seed(monkeypatch, interpreter_warnings):
+    """As on a GPU, where the kernels make the noise."""
+    mu, logvar = torch.randn(2, 6, 3).unbind()
+    seed = torch.tensor([1234])
+    monkeypatch.setattr(functional, "_noise", lambda *_: seed)
+    monkeypatch.setattr(functional, "epsilon", lambda noise, mu, backend: epsilon(noise, mu, "triton"))
+    leaves = [t.clone().requires_grad_() for t in (mu, logvar)]
+    expected = fastvae.reparameterize_kl(*leaves, backend="triton")
+    actual, pull = func.vjp(fastvae.reparameterize_kl, mu, logvar)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(pull(actual), torch.autograd.grad(expected, leaves, [t.detach() for t in expected]))
+    torch.testing.assert_close(torch.vmap(fastvae.reparameterize_kl)(mu[None], logvar[None])[0][0], actual[0])
+
+
+def test_vmap_over_bandwidths_and_weights(x):
+    h, weights = torch.tensor([0.5, 1.0, 2.0]), torch.rand(3, 6, dtype=x.dtype).softmax(1)
+    expected = torch.stack([fastvae.mmd(x, y, bandwidth=one) for one in h])
+    torch.testing.assert_close(torch.vmap(lambda h: fastvae.mmd(x, y, bandwidth=h))(h), expected)
+    slopes = torch.vmap(func.grad(lambda h: fastvae.mmd(x, y, bandwidth=h)))(h)
+    torch.testing.assert_close(slopes, torch.stack([func.grad(lambda h: fastvae.mmd(x, y, bandwidth=h))(one) for one in h]))
+    unbiased = torch.vmap(lambda w: fastvae.mmd(x, y, x_weights=w, estimator="unbiased"))(weights)
+    torch.testing.assert_close(unbiased, torch.stack([fastvae.mmd(x, y, x_weights=w, estimator="unbiased") for w in weights]))
+
+
+def test_vmap_over_groups(x):
+    groups = torch.stack([labels, 1 - labels, labels.flip(0)])
+    actual = torch.vmap(lambda groups: fastvae.group_mmd(x, groups, num_groups=2).mean())(groups)
+    torch.testing.assert_close(actual, torch.stack([fastvae.group_mmd(x, one).mean() for one in groups]))
+    with pytest.raises(ValueError, match=r"num_groups must be given within torch.compile and torch.vmap, got None"):
+        torch.vmap(lambda groups: fastvae.group_mmd(x, groups).mean())(groups)
+
+
+def test_constants_that_require_grad_outside_of_vmap(x):
+    h, weights = torch.ones(2, dtype=x.dtype), torch.full((2, 6), 1 / 6, dtype=x.dtype)
+    with pytest.raises(ValueError, match="bandwidth must not require grad"):
+        func.grad(lambda h: torch.vmap(lambda h: fastvae.group_mmd(x, labels, bandwidth=h).mean())(h).sum())(h)
+    with pytest.raises(ValueError, match="x_weights must not require grad"):
+        func.grad(lambda w: torch.vmap(lambda w: fastvae.mmd(x, y, x_weights=w))(w).sum())(weights)
+
+
+def test_modules(x):
+    loss = MMDLoss(bandwidth=2.0)
+    torch.testing.assert_close(func.grad(lambda x: func.functional_call(loss, {}, (x, y)))(x), func.grad(lambda x: loss(x, y))(x))
