@@ -6,6 +6,7 @@ import importlib.util
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -105,6 +106,26 @@ def points(name: str, x: object, *, batched: bool = False) -> None:
         raise ValueError(f"{name} must have shape {'(..., rows, features)' if batched else '(rows, features)'}, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+    if x.ndim > 3:
+        rows, features = x.shape[-2:]
+        _warn_of_images(
+            f"{name} of shape {tuple(x.shape)} is taken for a batch of {x.shape[:-2].numel()} samples, {rows} rows of {features} features "
+            f"each: pass {name}.flatten(1) if it is one sample, as of images, or {name}.flatten(0, -3) if it is a batch"
+        )
+
+
+def images(mu: Tensor) -> None:
+    """Of mu with more than one batch dimension, whose KL may be meant for all but the first."""
+    if mu.ndim > 3:
+        _warn_of_images(
+            f"mu of shape {tuple(mu.shape)} has a KL of shape {tuple(mu.shape[:-1])}, summed over its last dimension alone: pass "
+            "mu.flatten(1) and logvar.flatten(1) for one of each sample, as of images, or flatten(0, -2) of both for one of each row"
+        )
+
+
+def _warn_of_images(sentence: str) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(sentence, stacklevel=4)
 
 
 def floating_tensor(name: str, x: object) -> None:
@@ -464,7 +485,8 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
     if num_groups is not None and not _readable(value):
         assert isinstance(num_groups, int)
         return num_groups
-    low, high = (int(end) for end in value.aminmax())
+    # In int64, as PyTorch has no order of the larger unsigned integers.
+    low, high = (int(end) for end in value.long().aminmax())
     size = high + 1 if num_groups is None else num_groups
     assert isinstance(size, int)
     if low < 0 or high >= size:
@@ -477,12 +499,14 @@ def pairs(value: Any, num_groups: int) -> Tensor:
     if isinstance(value, str):
         raise TypeError("pairs must be pairs of integers, got str")
     index = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or index.is_floating_point():
+    whole = index.dtype != torch.bool and not index.is_floating_point() and not index.is_complex()
+    if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or not whole:
         raise ValueError(f"pairs must be pairs of integers, shape (P, 2), got shape {tuple(index.shape)} of {index.dtype}")
+    index = index.long()
     if _readable(index) and not bool(((index >= 0) & (index < num_groups)).all()):
         wrong = index[((index < 0) | (index >= num_groups)).any(1)]
         raise ValueError(f"pairs must hold groups from 0 to {num_groups - 1}, got {tuple(wrong[0].tolist())}")
-    return index.long()
+    return index
 
 
 def unit_interval(name: str, x: Tensor, way: str) -> bool:

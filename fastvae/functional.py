@@ -52,7 +52,8 @@ def mmd(
     and only those that an input requires.
 
     Args:
-        x: (..., N, D), floating point.
+        x: (..., N, D), floating point. With more than one batch dimension a warning asks whether images were meant, of which x.flatten(1)
+            is one sample; x.flatten(0, -3) is a batch without it.
         y: (..., M, D), same batch dimensions, dtype and device as x.
         bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
             require grad. From 1e-30 to 1e30, and several within a factor of 1e15 of one another. Or a rule, "median" or "mean":
@@ -558,7 +559,8 @@ def reparameterize_kl(
         z = μ + exp(½·logvar)·ε,   KL_i = ½·Σ_d (μ² + exp(logvar) − 1 − logvar)   in nats
 
     Args:
-        mu: μ, (..., D), floating point.
+        mu: μ, (..., D), floating point. With more than two dimensions before D a warning asks whether images were meant, of which
+            mu.flatten(1) has one KL each; mu.flatten(0, -2), or per_dimension, is without it.
         logvar: log σ², same shape, dtype and device as mu.
         eps: ε, same shape, dtype and device as mu. A constant: no gradient. Drawn from N(0, I) by default: on a GPU inside the kernels,
             forward and backward, from a seed of 64 bits (Philox, float32; a seed is drawn at every call and every replay of a CUDA graph).
@@ -581,6 +583,8 @@ def reparameterize_kl(
         return cpu.differentiable(mu, logvar, _noise(mu, generator, None), per_dimension)
     checks.rows("mu", mu)
     checks.floating_tensor("logvar", logvar)
+    if not per_dimension:
+        checks.images(mu)
     mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
     checks.same_shape("mu", mu, "logvar", logvar)
     checks.same_kind("mu", mu, "logvar", logvar)
@@ -617,6 +621,11 @@ def _noise(mu: Tensor, generator: torch.Generator | None, backend: checks.Backen
     if generator is None:
         return torch.randn_like(mu)
     return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+
+
+def draw_noise(mu: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """ε itself, as an argument of `reparameterize_kl`."""
+    return _noise(_autocast(mu), generator, "cpu")
 
 
 @float64_on_cpu

@@ -41,6 +41,7 @@ from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_corr
 from fastvae.ops.common import without_autocast
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
+from fastvae.reference.total_correlation import precision_root
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,15 +73,15 @@ class Gaussian(Likelihood):
 
     Args:
         sigma: the noise's standard deviation in the units of the data, > 0.
-        learned: train one sigma for all features, starting from `sigma`.
+        learned: train one sigma for all features, starting from `sigma`, down to `least_sigma`.
         optimal: take the sigma that maximises the likelihood of each training batch, sigma² = mean of (x−x̂)² over its samples and
             features, but at least `least_sigma`². The gradient with respect to x̂ is that at this sigma held fixed, as the likelihood is
             flat in sigma at its maximum. Evaluation takes a running mean over the training batches, which starts from `sigma` and of
             which each batch is a tenth.
-        least_sigma: bounds the optimal sigma from below, so that a perfect reconstruction has a finite likelihood.
+        least_sigma: bounds the learned or optimal sigma from below, so that a perfect reconstruction has a finite likelihood.
 
     Raises:
-        ValueError: a sigma that is not positive, or one that is both learned and optimal.
+        ValueError: a sigma that is not positive, one that is both learned and optimal, or a learned one that starts under `least_sigma`.
 
     Source of the optimal sigma: Rybkin, Daniilidis and Levine 2021, "Simple and effective VAE training with calibrated decoders".
     """
@@ -91,6 +92,8 @@ class Gaussian(Likelihood):
             raise ValueError("learned and optimal must not both be true, as each finds sigma in its own way")
         log_sigma = math.log(checks.real("sigma", sigma, above=0))
         self.least_variance = checks.real("least_sigma", least_sigma, above=0) ** 2
+        if learned and sigma < least_sigma:
+            raise ValueError(f"sigma must be at least least_sigma, {least_sigma:g}, where it is learned, got {sigma:g}: pass least_sigma")
         self.optimal = optimal
         self.log_sigma: Tensor | float = nn.Parameter(torch.tensor(log_sigma)) if learned else log_sigma
         if optimal:
@@ -101,7 +104,9 @@ class Gaussian(Likelihood):
     def sigma(self) -> float:
         if self.optimal:
             return math.sqrt(max(self.running_variance.item(), self.least_variance))
-        return math.exp(self.log_sigma.item() if isinstance(self.log_sigma, Tensor) else self.log_sigma)
+        if isinstance(self.log_sigma, Tensor):
+            return math.exp(max(self.log_sigma.item(), 0.5 * math.log(self.least_variance)))
+        return math.exp(self.log_sigma)
 
     def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
         reconstruction, x = _flat(reconstruction, x)
@@ -117,14 +122,26 @@ class Gaussian(Likelihood):
 
     def _of_squares(self, sums: Tensor, squares: Tensor, features: int) -> Tensor:
         """From sums of squares over the features, and numbers whose mean is the variance."""
-        log_sigma = self._optimal_log_sigma(squares) if self.optimal else self.log_sigma
+        log_sigma = self._optimal_log_sigma(squares) if self.optimal else self._bounded_log_sigma()
         precision = (-2 * log_sigma).exp() if isinstance(log_sigma, Tensor) else math.exp(-2 * log_sigma)
         return -0.5 * sums * precision - features * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+    def _bounded_log_sigma(self) -> Tensor | float:
+        if not isinstance(self.log_sigma, Tensor):
+            return self.log_sigma
+        least = 0.5 * math.log(self.least_variance)
+        if self.training:
+            # Under the bound there is no gradient: left there the parameter could not come back.
+            with torch.no_grad():
+                self.log_sigma.clamp_(min=least)
+        return self.log_sigma.clamp_min(least)
 
     def _optimal_log_sigma(self, squares: Tensor) -> Tensor:
         if self.training:
             variance = squares.detach().mean()
-            self.running_variance.lerp_(variance.to(self.running_variance.dtype), 0.1)
+            # One batch that is not finite would stay in the running mean for ever.
+            update = torch.where(variance.isfinite(), variance.to(self.running_variance.dtype), self.running_variance)
+            self.running_variance.lerp_(update, 0.1)
         else:
             variance = self.running_variance
         return 0.5 * variance.clamp_min(self.least_variance).log()
@@ -181,7 +198,8 @@ class VAEOutput(NamedTuple):
     `reconstruction` (N, …) holds the likelihood's parameters as the decoder returns them: means for `Gaussian`, logits for `Bernoulli`.
     `z` and `mu` have shape (N, D). A deterministic posterior has z = mu and neither `logvar` (N, D) nor `kl` (N,). With K samples of z,
     `z` and `reconstruction` have N·K rows, those of one x together. `preparation` is what an objective prepares x by, if
-    anything.
+    anything. `eps`, of the shape of `z`, is the noise of z = mu + exp(½·logvar)·eps where the model has it: a narrow posterior's z has
+    lost it to rounding.
     """
 
     reconstruction: Tensor
@@ -191,6 +209,7 @@ class VAEOutput(NamedTuple):
     kl: Tensor | None
     likelihood: Likelihood
     preparation: Standardise | None = None
+    eps: Tensor | None = None
 
 
 class ObjectiveTerms(NamedTuple):
@@ -536,8 +555,18 @@ class ImportanceWeighted(VAEObjective):
         x = _prepared(output, x).repeat_interleave(self.samples, 0)
         log_likelihood = output.likelihood.log_prob(output.reconstruction, x)
         doubly = self.gradient == "doubly"
-        posterior = (mu.detach(), logvar.detach()) if doubly else (mu, logvar)
-        log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), z.reshape(len(mu), self.samples, -1), *posterior)
+        # As they are summed.
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        mu, logvar = ((t.detach() if doubly else t).to(dtype) for t in (mu, logvar))
+        codes = z.to(dtype).reshape(len(mu), self.samples, -1)
+        if output.eps is None:
+            eps = (codes - mu.unsqueeze(1)) * precision_root(logvar).unsqueeze(1)
+        else:
+            eps = output.eps.to(dtype).reshape(codes.shape)
+            if doubly:
+                # Its value, with the gradient of (z − μ)/σ to z.
+                eps = eps + (codes - codes.detach()) * precision_root(logvar).unsqueeze(1)
+        log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), codes, logvar, eps)
         loss = math.log(self.samples) - self._mean(log_w.logsumexp(1))
         if doubly and z.requires_grad:
             share = log_w.detach().softmax(1).reshape(-1, 1)
@@ -551,16 +580,17 @@ class ImportanceWeighted(VAEObjective):
         return f"samples={self.samples}, gradient={self.gradient!r}"
 
 
-def log_importance_weights(log_likelihood: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+def log_importance_weights(log_likelihood: Tensor, z: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
     """log w_k = log p(x|z_k) + log N(z_k; 0, I) − log N(z_k; mu, exp(logvar)), shape (N, K).
 
     Args:
         log_likelihood: log p(x|z_k), shape (N, K).
-        z: (N, K, D).
-        mu, logvar: (N, D).
+        z, eps: z_k and (z_k − mu)/exp(½·logvar), each (N, K, D).
+        logvar: (N, D).
     """
-    mu, logvar = mu.unsqueeze(1), logvar.unsqueeze(1)
-    return log_likelihood + 0.5 * ((z - mu).square() * (-logvar).exp() + logvar - z.square()).sum(2).to(log_likelihood.dtype)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    z, logvar, eps = z.to(dtype), logvar.to(dtype).unsqueeze(1), eps.to(dtype)
+    return log_likelihood + 0.5 * (eps.square() + logvar - z.square()).sum(2).to(log_likelihood.dtype)
 
 
 def _prepared(output: VAEOutput, x: Tensor) -> Tensor:

@@ -210,9 +210,10 @@ def rounding_of_sum(dtype: torch.dtype) -> float:
 
 
 def middle(z: Tensor) -> Tensor:
-    """The mean over the rows of (…, N, D), in two steps: that of rows far from the origin is itself rounded, also where they are equal."""
-    mean = z.mean(-2)
-    return mean + (z - mean[..., None, :]).mean(-2)
+    """The mean over the rows of (…, N, D), from their differences to the first: that of equal rows is exact."""
+    # Times a power of two, as the sum of numbers near the largest of their dtype is none.
+    scale, first = 0.5 ** z.shape[-2].bit_length(), z[..., 0, :]
+    return first + (z * scale).sub_((first * scale)[..., None, :]).sum(-2) / (z.shape[-2] * scale)
 
 
 def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:

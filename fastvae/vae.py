@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvae import checks
-from fastvae.functional import reparameterize_kl
+from fastvae.functional import draw_noise, reparameterize_kl
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
 from fastvae.preparation import Standardise
 
@@ -151,12 +151,14 @@ class VAE(nn.Module):
             if logvar is None:
                 return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood, preparation)
             z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
-            return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood, preparation)
+            return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood, preparation, eps)
         if logvar is None:
             raise ValueError(f"samples must be 1 for a deterministic posterior, which has one code, got {samples}")
-        z, kl = reparameterize_kl(_repeated(mu, samples), _repeated(logvar, samples), eps=eps, generator=generator)
+        means = _repeated(mu, samples)
+        eps = draw_noise(means, generator) if eps is None else eps
+        z, kl = reparameterize_kl(means, _repeated(logvar, samples), eps=eps)
         z = z.flatten(0, 1)
-        return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood, preparation)
+        return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood, preparation, eps.flatten(0, 1))
 
     def encode(self, x: Tensor, *, prepared: bool = False) -> tuple[Tensor, Tensor | None]:
         """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior. `prepared` is that of `forward`."""
@@ -298,9 +300,10 @@ class VAE(nn.Module):
         while left:
             k = min(chunk, left)
             left -= k
-            z, _ = reparameterize_kl(_repeated(mu, k), _repeated(logvar, k), generator=generator)
+            eps = draw_noise(_repeated(mu, k), generator)
+            z, _ = reparameterize_kl(_repeated(mu, k), _repeated(logvar, k), eps=eps)
             log_prob = self.likelihood.log_prob(self.decode(z.flatten(0, 1)), x.repeat_interleave(k, 0)).reshape(-1, k)
-            part = log_importance_weights(log_prob, z, mu, logvar).logsumexp(1)
+            part = log_importance_weights(log_prob, z, logvar, eps).logsumexp(1)
             total = part if total is None else torch.logaddexp(total, part)
         assert total is not None
         return total - (math.log(samples) + volume)

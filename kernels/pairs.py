@@ -134,7 +134,9 @@ def load_parameters(table_ptr, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr, M
     if FAMILY == QUADRATIC or FAMILY == QUADRATIC_STEEP:  # noqa: SIM109
         parameters += (tl.load(table_ptr + 3 * BANDWIDTHS),)
     elif FAMILY == LAPLACE or FAMILY == ENERGY:  # noqa: SIM109
-        parameters += (tl.load(table_ptr + 3 * BANDWIDTHS) * (MODE != DIFFERENCES),)
+        least = tl.load(table_ptr + 3 * BANDWIDTHS)
+        # Not times zero: of rows far apart it may be infinite.
+        parameters += (tl.zeros_like(least) if MODE == DIFFERENCES else least,)
     elif FAMILY > POLYNOMIAL:
         for n in tl.static_range(FAMILY - POLYNOMIAL):
             parameters += (tl.load(table_ptr + (3 * BANDWIDTHS + n)),)

@@ -23,6 +23,7 @@ from fastvae import radial
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
 from fastvae.kernels.launch import integer_key, launch, tensor_key
 from fastvae.kernels.prepare import load_numbers
+from fastvae.reference.total_correlation import LARGEST_ROOT
 
 LOG2_E = tl.constexpr(radial.LOG2_E)
 HALF_LOG2_2PI = tl.constexpr(0.5 * math.log2(2 * math.pi))
@@ -31,6 +32,7 @@ KAPPA2 = 0.5 * radial.LOG2_E
 _KAPPA = tl.constexpr(KAPPA2**0.5)
 _KAPPA2 = tl.constexpr(KAPPA2)
 _UNIT = tl.constexpr(1 / KAPPA2)
+_LARGEST_ROOT, _LARGEST_ROOT_DOUBLE = (tl.constexpr(LARGEST_ROOT[dtype]) for dtype in (torch.float32, torch.float64))
 
 # A sum of densities over this has lost nothing to underflow.
 LEAST_SUM = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
@@ -120,7 +122,7 @@ def prepare_kernel(
 
         # compute
         c = logvar * (-0.5 * LOG2_E)
-        k = tl.where(in_mu, tl.exp2(c) * _KAPPA, 0.0)
+        k = tl.where(in_mu, tl.exp2(tl.minimum(c, _LARGEST_ROOT_DOUBLE if dtype == tl.float64 else _LARGEST_ROOT)) * _KAPPA, 0.0)
         relative = c - bound[None, :]
         c_sum += tl.sum(tl.where(mask_d, relative, 0.0), 1).to(tl.float64)
         bounds += tl.sum(bound.to(tl.float64))
@@ -390,7 +392,7 @@ def rows_kernel(
             if STRATIFIED:
                 exponent += _relative_weight(offs_m[:, None], offs_n[None, :], M, offset, own, following)
             g = pair + b[None, :] * tl.exp2(exponent)
-            pull += tl.where(offs_d[:, None] == d, tl.sum(g * (u * k[:, None]), 0)[None, :], 0.0)
+            pull += tl.where(offs_d[:, None] == d, tl.sum(g * u * k[:, None], 0)[None, :], 0.0)
             row += rows
             column += columns
 
@@ -464,7 +466,8 @@ def columns_kernel(
             g = pair + b[:, None] * tl.exp2(exponent)
             here = offs_d[:, None] == d
             pull += tl.where(here, tl.sum(g * u, 0)[None, :], 0.0)
-            stretch += tl.where(here, tl.sum(g * (UNIT * (u * u) - 1), 0)[None, :], 0.0)
+            # In this order, as u² is past the range of float32 for a pair far apart, whose G is zero.
+            stretch += tl.where(here, (UNIT * tl.sum(g * u * u, 0) - tl.sum(g, 0))[None, :], 0.0)
             row += rows
             column += columns
 

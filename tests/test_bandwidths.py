@@ -167,6 +167,7 @@ def test_random_pairs():
     assert median_bandwidth(x[:2], pairs=50).item() == pytest.approx(median_bandwidth(x[:2]).item())
 
 
+@pytest.mark.filterwarnings("ignore:. of shape .* is taken for a batch")
 def test_batch_dimensions_are_taken_together():
     x, y = rows(12).reshape(2, 2, 3, 3), rows(8, seed=6).reshape(2, 2, 2, 3)
     pairs = [squared_distances(torch.cat([a, b]))[np.triu_indices(5, 1)] for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]

@@ -156,6 +156,24 @@ def test_total_correlation(options, error, sentence):
     assert str(caught.value) == sentence
 
 
+def test_a_sentence_asks_whether_images_were_meant():
+    x = torch.randn(4, 3, 8, 8)
+    sample = r"x of shape \(4, 3, 8, 8\) is taken for a batch of 12 samples, 8 rows of 8 features each: pass x.flatten\(1\) if it is one"
+    with pytest.warns(UserWarning, match=sample) as caught:
+        assert fastvae.mmd_to_normal(x).shape == (4, 3)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="is taken for a batch of 12 samples"):
+        torch.testing.assert_close(fastvae.mmd(x, x + 1).flatten(), fastvae.mmd(x.flatten(0, -3), x.flatten(0, -3) + 1))
+    one_kl = r"mu of shape \(4, 3, 8, 8\) has a KL of shape \(4, 3, 8\), summed over its last dimension alone: pass mu.flatten\(1\) and"
+    with pytest.warns(UserWarning, match=one_kl) as caught:
+        assert fastvae.reparameterize_kl(x, x)[1].shape == (4, 3, 8)
+    assert caught[0].filename == __file__
+    # What is asked for says no more, as warnings are errors here.
+    assert fastvae.reparameterize_kl(x, x, per_dimension=True)[1].shape == x.shape
+    assert fastvae.reparameterize_kl(x.flatten(1), x.flatten(1))[1].shape == (4,)
+    assert fastvae.mmd_to_normal(x.flatten(1)).shape == ()
+
+
 def test_normal_refuses_what_mmd_refuses():
     with pytest.raises(ValueError, match="x must have at least two rows for estimator='unbiased', got 1"):
         fastvae.mmd_to_normal(X[:1], estimator="unbiased")

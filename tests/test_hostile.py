@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvae
 from fastvae import reference
 from fastvae.radial import RBF, RationalQuadratic
-from tests.cases import DEVICE, evaluate
+from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
 
 
 def relative(actual, exact):
@@ -46,6 +46,88 @@ def test_one_row_far_from_the_others(kernel, outlier):
     errors = [relative(a, e) for a, e in zip(actual, exact, strict=True)]
     # At 1e15 the derivative to the bandwidth is beyond float64.
     assert max(errors if outlier < 1e15 else errors[:3]) < 1e-5
+
+
+BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter]), "reference"]
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fill_values_of_the_issue(backend):
+    """A column of which the mean overflows, and rows of 0 and 5 of which the other rows are farther than float64 can tell them apart."""
+    x, y = torch.tensor([[2e38, 0.0], [2e38, 1.0]], device=DEVICE), torch.tensor([[2e38, 3.0], [2e38, 4.0]], device=DEVICE)
+    assert fastvae.mmd(x, y, backend=backend).item() == pytest.approx(1.527586, rel=1e-5)
+    x, y = torch.tensor([[1e20], [1e20], [0.0]], device=DEVICE), torch.tensor([[1e20], [1e20], [5.0]], device=DEVICE)
+    assert fastvae.mmd(x, y, backend=backend).item() == pytest.approx(2 / 9, rel=1e-5)
+
+
+def filled(n, m, fill, where):
+    """Samples with a fill value in one column, in most rows or in some cells; the same bits in float32 and float64."""
+    x, y = torch.randn(n, 3), torch.randn(m, 3) + 0.5
+    for z in (x, y):
+        cells = {"column": (slice(None), 0), "rows": slice(len(z) // 3, None), "cells": torch.rand(z.shape) < 0.3}[where]
+        z[cells] = fill
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+# Of one sample alone: `test_one_row_far_from_the_others`.
+FILLS = [(fill, where) for fill in (1e20, 2e38, -3.4e38) for where in ("column", "rows", "cells")]
+
+
+@needs_cpu
+@pytest.mark.parametrize(("fill", "where"), FILLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+def test_fill_values(kernel, dtype, fill, where):
+    x, y = filled(12, 9, fill, where)
+    weights = torch.rand(len(x), dtype=torch.float64)
+    weights, h = weights / weights.sum(), torch.tensor([0.5, 2.0], dtype=torch.float64)
+    cases = [
+        (lambda x, y, of, **options: of.mmd(x, y, bandwidth=(0.5, 2.0), **options), (x, y)),
+        (lambda x, y, of, **options: of.mmd(x, y, estimator="unbiased", **options), (x, y)),
+        (lambda x, y, of, **options: of.mmd(x, y, x_weights=weights.to(x), **options), (x, y)),
+        (lambda x, y, h, of, **options: of.mmd(x, y, bandwidth=h, **options), (x, y, h)),
+        (lambda x, of, **options: of.mmd_to_normal(x, **options), (x,)),
+    ]
+    for function, inputs in cases[: 5 if kernel == "rbf" else 4]:
+        actual = evaluate(function, *(t if t is h else t.to(dtype) for t in inputs), of=fastvae, kernel=kernel, backend="cpu")
+        expected = evaluate(function, *(t.double() for t in inputs), of=reference, kernel=kernel)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=2e-6 if dtype == torch.float32 else 1e-11)
+
+
+@needs_cpu
+@pytest.mark.parametrize(("fill", "where"), FILLS)
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+def test_fill_values_of_products_and_groups(kernel, fill, where):
+    x, y = filled(12, 9, fill, where)
+    v = torch.randn(len(y), 2)
+    labels = torch.arange(len(x) + len(y)) >= len(x)
+
+    def groups(z, **options):
+        return fastvae.group_mmd(z, labels.long(), **options).values[0, 1]
+
+    cases = [
+        (lambda *args, **options: fastvae.kernel_matmul(*args, **options).square().sum(), (x, y, v)),
+        (groups, (torch.cat([x, y]),)),
+        (lambda *args, **options: fastvae.mmd(*args, **options)[0], (torch.stack([x, x + 1]), torch.stack([y, y]))),
+    ]
+    for function, inputs in cases:
+        actual = evaluate(function, *inputs, kernel=kernel, backend="cpu")
+        expected = evaluate(function, *(t.double() for t in inputs), kernel=kernel, backend="reference")
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=2e-6 * max(1, e.abs().max().item()))
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+def test_fill_values_near_the_largest_float64(kernel):
+    """What is infinitely far from all else is another point of which all kernels are zero, as one farther than any h is."""
+    x, y = (t.double() for t in filled(12, 9, 1e20, "rows"))
+    expected = evaluate(fastvae.mmd, x, y, kernel=kernel, backend="cpu")
+    huge = [torch.where(t == 1e20, sign * 1.7e308, t) for t, sign in ((x, 1), (y, 1))]
+    for a, e in zip(evaluate(fastvae.mmd, *huge, kernel=kernel, backend="cpu"), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
 
 
 def test_activation_checkpointing():

@@ -241,6 +241,38 @@ def test_learned_sigma_finds_the_noise_of_the_data():
     assert likelihood.sigma == pytest.approx(x.square().mean().sqrt().item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_learned_sigma_of_a_perfect_reconstruction_stays_at_its_bound_and_comes_back(compiled):
+    x = torch.zeros(50, 20)
+    likelihood = Gaussian(0.1, learned=True, least_sigma=0.01)
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.1)
+    log_prob = torch.compile(likelihood.mean_log_prob, fullgraph=True, backend="eager") if compiled else likelihood.mean_log_prob
+
+    def train(reconstruction, steps):
+        for _ in range(steps):
+            loss = -log_prob(reconstruction, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert train(x, 60) == pytest.approx(20 * (math.log(0.01) + 0.5 * math.log(2 * math.pi)))
+    assert likelihood.sigma == pytest.approx(0.01)
+    assert likelihood.eval().log_prob(x, x).isfinite().all()
+    likelihood.train()
+    train(x + 0.3, 200)
+    assert likelihood.sigma > 0.1
+
+
+def test_one_batch_that_is_not_finite_does_not_stay_in_the_running_sigma():
+    likelihood, x = Gaussian(0.5, optimal=True), torch.ones(4, 3)
+    for value in (torch.nan, torch.inf):
+        assert not likelihood.mean_log_prob(x * value, x).isfinite()
+        assert likelihood.sigma == pytest.approx(0.5)
+    likelihood.mean_log_prob(0 * x, x)
+    assert likelihood.sigma == pytest.approx((0.9 * 0.25 + 0.1) ** 0.5)
+
+
 def test_optimal_sigma_is_that_of_the_batch(output, x):
     likelihood = Gaussian(0.5, optimal=True)
     sigma = (x - output.reconstruction).square().mean().sqrt().item()
@@ -318,6 +350,7 @@ def test_likelihoods_sum_over_the_features_of_images(x):
         (lambda: Gaussian(learned=True, optimal=True), r"learned and optimal must not both be true"),
         (lambda: Gaussian(optimal=True, least_sigma=0.0), r"least_sigma must be greater than 0, got 0"),
         (lambda: Gaussian(0.0), r"sigma must be greater than 0, got 0"),
+        (lambda: Gaussian(1e-3, learned=True), r"sigma must be at least least_sigma, 0\.00247875, where it is learned, got 0\.001"),
         (lambda: Gaussian().log_prob(torch.zeros(2, 3), torch.zeros(2, 4)), r"x must have the features of the reconstruction, got shapes"),
     ],
 )
@@ -412,6 +445,55 @@ def test_importance_weighted_bound(gradient, model, x):
             inner = log_weights(model, x[i : i + 1], leaf.detach(), mu[i : i + 1].detach(), logvar[i : i + 1].detach())
             (-share[i, k] * inner.sum() / N).backward()
     torch.testing.assert_close(expected, tuple(p.grad for p in model.parameters()))
+
+
+@pytest.mark.parametrize("logvar", [-10.0, -40.0, -89.0, -200.0])
+@pytest.mark.parametrize("gradient", ["reparameterised", "doubly"])
+def test_importance_weighted_bound_of_narrow_posteriors(gradient, logvar):
+    """In float32 z has no digit left of eps, which the bound is a function of."""
+    mu, eps = torch.randn(N, 3), torch.randn(N, K, 3)
+    logvar = torch.full_like(mu, logvar)
+
+    def bound(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (mu, logvar)]
+        vae = VAE(Given(*leaves), torch.nn.Identity(), latent_dim=3)
+        loss = importance_weighted(gradient, vae, torch.zeros(N, 3, dtype=dtype), eps.to(dtype)).loss
+        return loss.detach(), torch.autograd.grad(loss, leaves)
+
+    loss, gradients = bound(torch.float32)
+    exact, exact_gradients = bound(torch.float64)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert all(t.isfinite().all() for t in gradients)
+    # The other gradient to mu is one of eps/σ, which at logvar −200 is no float32.
+    for n in {"reparameterised": (0, 1), "doubly": (1,) if logvar[0, 0] > -177 else ()}[gradient]:
+        torch.testing.assert_close(gradients[n].double(), exact_gradients[n], rtol=1e-4, atol=1e-5)
+
+
+class Given(torch.nn.Module):
+    """An encoder that returns what it was given."""
+
+    def __init__(self, mu, logvar):
+        super().__init__()
+        self.posterior = mu, logvar
+
+    def forward(self, x):
+        return self.posterior
+
+
+@pytest.mark.parametrize("gradient", ["reparameterised", "doubly"])
+def test_importance_weighted_bound_without_the_noise(gradient, model, x):
+    eps = torch.randn(N, K, LATENT, dtype=torch.float64)
+    objective = VAEObjective.iwae(K, gradient=gradient)
+    found = []
+    for keep in (True, False):
+        output = model(x, eps=eps, samples=K)
+        terms = objective(output if keep else output._replace(eps=None), x)
+        found.append((terms.loss, *torch.autograd.grad(terms.loss, list(model.parameters()))))
+    torch.testing.assert_close(found[0], found[1])
+    # Where 1/σ² is no float32 the bound is one of z = μ, but a number.
+    mu, logvar = torch.randn(N, 2), torch.full((N, 2), -90.0)
+    output = VAEOutput(torch.zeros(N, 1), mu.clone(), mu, logvar, torch.zeros(N), Gaussian())
+    assert VAEObjective.iwae(1, gradient=gradient)(output, torch.zeros(N, 1)).loss.isfinite()
 
 
 def test_both_gradients_of_the_bound_have_one_mean(model, x):

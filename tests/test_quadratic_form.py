@@ -11,7 +11,7 @@ from fastvae.cpu import small
 from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import quadratic_form_op
 from fastvae.radial import KERNELS
-from tests.cases import DEVICE, Copies, evaluate, needs_cpu, needs_triton, without_few_pairs
+from tests.cases import DEVICE, INTEGERS, Copies, evaluate, needs_cpu, needs_triton, without_few_pairs
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -106,6 +106,19 @@ def test_equal_rows_far_from_the_origin(rows):
     value, gradient = evaluate(lambda z: fastvae.group_mmd(z, weights, bandwidth=1e-3, estimator="biased").mean(), z)
     assert value.abs() < 1e-12
     assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_and_pairs_of_every_integer_dtype(dtype):
+    z, labels, pairs = torch.randn(9, 2, device=DEVICE), torch.tensor([0, 1, 2] * 3, device=DEVICE), torch.tensor([[0, 1], [2, 1]])
+    expected = fastvae.group_mmd(z, labels, pairs=pairs).values
+    for num_groups in (None, 3):
+        found = fastvae.group_mmd(z, labels.to(dtype), num_groups=num_groups, pairs=pairs.to(dtype)).values
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"groups must hold integers, or weights in a floating dtype, got torch\.bool"):
+        fastvae.group_mmd(z, labels > 0)
+    with pytest.raises(ValueError, match=r"pairs must be pairs of integers, shape \(P, 2\), got shape \(2, 2\) of torch\.bool"):
+        fastvae.group_mmd(z, labels, pairs=pairs > 0)
 
 
 def test_soft_weights_and_pairs():

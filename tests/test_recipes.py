@@ -11,7 +11,7 @@ import torch
 
 import fastvae
 from fastvae import recipes
-from tests.cases import DEVICE, Copies
+from tests.cases import DEVICE, INTEGERS, Copies
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -316,6 +316,15 @@ def test_trvae_with_an_empty_group_and_one_of_one_row(boundary, beta):
     exact = value_and_gradients(lambda z: trvae(z, labels, 6, boundary, beta), z)
     for a, e in zip(actual, exact, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("boundary", [None, 2])
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_trvae_takes_labels_of_every_integer_dtype(dtype, boundary):
+    z, labels = samples()[0], LABELS.to(DEVICE)
+    assert recipes.trvae(z, labels.to(dtype), boundary=boundary) == recipes.trvae(z, labels, boundary=boundary)
+    with pytest.raises(TypeError, match=r"groups must hold integers, or weights in a floating dtype, got torch\.bool"):
+        recipes.trvae(z, labels > 2, boundary=boundary)
 
 
 def test_kid_over_all_rows():

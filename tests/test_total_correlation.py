@@ -161,6 +161,20 @@ def test_posteriors_narrow_wide_and_far_apart(backend, dtype, spread, logvar):
     assert_close(actual, exactly(inputs), 5, dtype)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_precisions_that_are_no_float32(backend, dtype):
+    """1/σ² overflows from logvar −88 on and 1/σ from −177 on, but not the density at z = μ, which is all that rounding leaves."""
+    z = torch.tensor([[0.5], [-1.0]], device=DEVICE, dtype=dtype)
+    terms = fastvae.total_correlation(z, z, torch.full_like(z, -89), dataset_size=100, backend=backend)
+    assert [term.item() for term in terms] == pytest.approx([5.298317366548036, 0, 39.51418263345196], abs=2e-5)
+    for logvar in (-40.0, -89.0, -190.0, -3000.0):
+        inputs = batch(20, 3, dtype, logvar=logvar)
+        for estimator in ESTIMATORS:
+            actual = evaluate(fastvae.total_correlation, inputs, estimator=estimator, backend=backend)
+            assert_close(actual, exactly(inputs, estimator=estimator), 3 - logvar, dtype)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -98,6 +98,23 @@ def test_log_likelihood_of_the_exact_posterior_is_exact():
         torch.testing.assert_close(vae.log_likelihood(x, samples=samples, chunk=chunk), evidence.log_prob(x))
 
 
+@pytest.mark.parametrize("logvar", [-10.0, -40.0, -89.0, -300.0])
+def test_log_likelihood_of_one_sample_is_the_elbo_of_a_narrow_posterior(logvar):
+    """In float32 z − mu has no digit left of the noise; its mean share is ½ a dimension."""
+    mu = torch.tensor([0.5, -1.0, 0.3, 2.0, 0.7, -0.2, 1.5])
+    encoder = nn.Linear(7, 14)
+    with torch.no_grad():
+        encoder.weight.zero_()
+        encoder.bias.copy_(torch.cat([mu, torch.full_like(mu, logvar)]))
+    vae = VAE(encoder, nn.Identity(), latent_dim=7)
+    x = torch.zeros(4000, 7)
+    output = vae(x)
+    elbo = (vae.likelihood.log_prob(output.reconstruction, x) - output.kl).mean().item()
+    estimate = vae.log_likelihood(x, samples=1, generator=generator())
+    # Of 4000 draws of ½·Σ eps², whose variance is 7/2.
+    assert estimate.mean().item() == pytest.approx(elbo, abs=5 * (3.5 / 4000) ** 0.5 + 5 * 7 * math.exp(0.5 * logvar))
+
+
 def test_log_likelihood_nears_the_evidence_from_below():
     vae, evidence = linear_gaussian()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastvae.cpu.closed_forms import Sample, diagonal, prior
 from fastvae.cpu.tiles import Points, Rung, Tiles
+from fastvae.ops.common import zero_if_finite
 from fastvae.radial import Kernel, KernelSum, Numbers, middle
 
 
@@ -112,7 +113,7 @@ def mmd(
 ) -> tuple[Tensor, list[Tensor | None], KernelSum, Tensor]:
     """MMD² of two samples, or of one against N(0, I), in float64; the gradients to the rows of each, those wanted; the kernel, and what
     other sums the sweep takes."""
-    mean = torch.stack([middle(sample.whole) for sample in samples]).mean(0)
+    mean = torch.stack([middle(sample.whole) / len(samples) for sample in samples]).sum(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if kernel.radial else torch.zeros_like(mean)
     origin = mean if len(samples) == 2 else torch.zeros_like(mean)
@@ -123,8 +124,9 @@ def mmd(
 
     sweep = sweep_of(kernels, [sample.whole for sample in samples], centre)
     points = [sweep.points(sample.z, sample.weights, sample.gradient) for sample in samples]
-    # nan for a sample that is not finite, which a sum of kernels may not show.
-    sums: Any = 0 * mean.sum(dtype=torch.float64)
+    # nan for a sample that is not finite, which sums of kernels may not show.
+    zero = zero_if_finite(*(sample.whole for sample in samples))
+    sums: Any = zero
     for sample, rows in zip(samples, points, strict=True):
         scale = float(sample.scale)
         sums = sums + scale * sample.share**2 * sweep.within(rows, scale * sample.share)
@@ -139,7 +141,8 @@ def mmd(
     elif len(samples) == 2:
         sums = sums - 2 * sweep.across(points[0], points[1], -1.0)
     gradients = [
-        _gradient(sample, sweep.pull(rows), kernels) if sample.gradient else None for sample, rows in zip(samples, points, strict=True)
+        _gradient(sample, sweep.pull(rows), kernels.gamma[0] + zero) if sample.gradient else None
+        for sample, rows in zip(samples, points, strict=True)
     ]
     sums = sums.reshape(-1)
     value = sums[0]
@@ -151,8 +154,8 @@ def mmd(
     return value, gradients, kernels, sums[1:]
 
 
-def _gradient(sample: Sample, pull: Tensor, kernel: KernelSum) -> Tensor:
+def _gradient(sample: Sample, pull: Tensor, gamma: Tensor) -> Tensor:
     """−4γ_0·w_i times the pull of a sweep."""
     # In two factors: γ itself may be past the range of float32.
-    scale = kernel.gamma[0].sqrt()
+    scale = gamma.sqrt()
     return pull.mul_(scale.to(pull.dtype)).mul_(sample.row_weights * (-4 * scale).to(pull.dtype)).contiguous()

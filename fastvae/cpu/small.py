@@ -27,7 +27,6 @@ from fastvae.radial import (
     KernelSum,
     Ladder,
     Numbers,
-    middle,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
@@ -246,10 +245,7 @@ class Rows(NamedTuple):
         if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.rooted and x.dtype == torch.float64):
             return None
         z = torch.cat([x, y])
-        z = z.double() if kernel.rooted else z
-        if kernel.radial:
-            # As the streaming path sees them.
-            z = z - 0.5 * (middle(x) + middle(y))
+        z = _centred(kernel, z.double() if kernel.rooted else z)
         if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
             return None
         plan, farthest, scaled, half = planned
@@ -328,7 +324,8 @@ def _plan_for(
         return plan, math.inf, scaled, half
     # The exponents' size in natural units: of the widest bandwidth t = ‖scaled‖²/(2·unit).
     half_unit, ratios = 0.5 / plan.profile.unit, plan.ladder.ratios
-    if not kernel.rooted and not half_unit * most * ratios[-1] * torch.finfo(dtype).eps <= EXPONENT_ERROR[dtype]:
+    # Of a rooted kernel differences of centred rows are exact enough, but the root of t is what they round.
+    if not half_unit * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.rooted else 1) <= EXPONENT_ERROR[dtype]:
         return None
     # Sums of k − φ(0) are as exact as sums of k where fewer would do: of a batch the nearest rows decide.
     distance = half_unit * 2 * least if not prior else half_unit * least + plan.ladder.gamma * dim
@@ -344,12 +341,16 @@ def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Number
     """`_plan_for` z (N, D) as given, against itself; None if its rows are too many."""
     if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and z.dtype == torch.float64):
         return None
-    z = z.double() if kernel.rooted else z
-    if kernel.radial:
-        # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
-        z = z - z[0]
-        z -= z.mean(0)
+    z = _centred(kernel, z.double() if kernel.rooted else z)
     return _plan_for(kernel, bandwidth, bandwidth_weights, z, False)
+
+
+def _centred(kernel: Kernel, z: Tensor) -> Tensor:
+    if not kernel.radial:
+        return z
+    # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
+    z = z - z[0]
+    return z.sub_(z.mean(0))
 
 
 def _half_squares(scaled: Tensor) -> Tensor:

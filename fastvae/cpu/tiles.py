@@ -26,6 +26,13 @@ LINEAR_MULTIPLE = 64
 _LINEAR_PAIRS = 1 << 17
 _LINEAR_FROM = 600_000
 
+# A gradient from moments loses the share of h in the distance of its rows from the centre: from so many times the limit of products on,
+# which are distances of 3e5 bandwidths at least, it is from differences.
+_FAR = 1e6
+
+# In the place of infinity, as of differences of float64 and their squares.
+_LARGEST = 1e270
+
 # Products in float64 leave a root of ‖x−y‖² too few digits where it is under this many roundings of ‖x‖²: such pairs are taken from
 # differences.
 _NEAR = 2.0**26
@@ -40,7 +47,8 @@ class Points:
     uniform: bool  # all weights are 1/N
     right: Tensor  # (N, D + 2), of each row what `Tiles.left` is multiplied by
     weighted: Tensor  # (D + 1, N): w_j·[z_j, 1], centred
-    moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1]
+    moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1], of tiles that are not far
+    far_pull: Tensor | None  # (N, D): Σ_j w_j·W_ij·(z_i − z_j) over those that are
     tiles: list[slice]
     radius2: dict[int, float]  # the largest ‖z‖² of each tile of rows, centred, by its start
 
@@ -248,7 +256,7 @@ class Tiles:
             radius2[i.start] = float(half.min()) * -2 / self.scale**2
         weighted[-1] = w
         # Contiguous rows of moments: for few features the product with a tile is up to six times faster than with contiguous columns.
-        return Points(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, tiles, radius2)
+        return Points(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, None, tiles, radius2)
 
     def centred(self, z: Tensor) -> Tensor:
         return z.to(self.dtype) - self.centre
@@ -263,8 +271,12 @@ class Tiles:
     def pull(self, a: Points) -> Tensor:
         """The pull on each row of `fastvae.cpu.mmd.Sweep`, from the moments."""
         assert a.moments is not None
-        pull = self.centred(a.z).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T) if self.kernel.radial else -0.5 * a.moments[:-1].T
-        return pull.to(a.z.dtype)
+        if not self.kernel.radial:
+            return (-0.5 * a.moments[:-1].T).to(a.z.dtype)
+        z = self.centred(a.z)
+        if a.far_pull is None:
+            return z.mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).to(a.z.dtype)
+        return z.clamp_(-_LARGEST, _LARGEST).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).add_(a.far_pull).to(a.z.dtype)
 
     def rungs(self, a: Points, i: slice, b: Points, j: slice) -> Iterator[Rung]:
         exponent = self._exponent(a, i, b, j)
@@ -300,10 +312,25 @@ class Tiles:
 
     def add_moments(self, slope: Tensor, a: Points, i: slice, b: Points, j: slice, scale: float) -> None:
         """A tile's share of the moments of a, and of b but for a tile on the diagonal of one sample."""
+        if max(a.radius2[i.start], b.radius2[j.start]) > _FAR * self.limit:
+            self._add_far_pull(slope, a, i, b, j, scale)
+            return
         if a.moments is not None:
             self.add_product(a.moments[:, i], b.weighted[:, j], slope.T, scale)
         if b.moments is not None and not (a is b and i == j):
             self.add_product(b.moments[:, j], a.weighted[:, i], slope, scale)
+
+    def _add_far_pull(self, slope: Tensor, a: Points, i: slice, b: Points, j: slice, scale: float) -> None:
+        for points in (a, b):
+            if points.moments is not None and points.far_pull is None:
+                points.far_pull = torch.zeros_like(points.z, dtype=self.dtype)
+        x, y = a.z[i].double(), b.z[j].double()
+        for d in range(x.shape[1]):
+            pull = torch.sub(x[:, d, None], y[:, d], out=self.buffer("difference", i, j)).clamp_(-_LARGEST, _LARGEST).mul_(slope)
+            if a.far_pull is not None:
+                a.far_pull[i, d].add_(pull @ b.weights[j], alpha=scale)
+            if b.far_pull is not None and not (a is b and i == j):
+                b.far_pull[j, d].sub_(a.weights[i] @ pull, alpha=scale)
 
     def buffer(self, name: str, i: slice, j: slice) -> Tensor:
         """A tile of its own for each name."""
@@ -351,8 +378,12 @@ class Tiles:
         return out
 
     def _differences(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
-        distance = torch.cdist(self.centred(a.z[i]), self.centred(b.z[j]), compute_mode="donot_use_mm_for_euclid_dist")
+        # Of rows as they came: those near one another may both be far from the centre.
+        distance = torch.cdist(a.z[i].double(), b.z[j].double(), compute_mode="donot_use_mm_for_euclid_dist")
         torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.profile.unit))
+        if not isinstance(self.kernel, Energy):
+            # Infinity times the k of zero would be nan; times all ratios of bandwidths this is none.
+            out.clamp_(-_LARGEST, _LARGEST)
 
     def _refine(self, a: Points, i: slice, b: Points, j: slice, out: Tensor, near: float) -> None:
         """The 2·t_0 of a tile that are under `near`, from differences."""
@@ -375,8 +406,7 @@ def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tu
     exact = limit / torch.finfo(torch.float64).eps
     if not ladder.kernel.rooted:
         limit = limit / torch.finfo(dtype).eps
-        radius2 = max(float((z - centre).square().sum(1).max()) for z in samples)
-        if not radius2 > limit:
+        if all(float((z - centre).square().sum(1).max()) <= limit for z in samples):
             return centre, limit
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
     return torch.cat(list(samples)).median(0).values.double(), exact

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastvae.ops.common import accumulation_dtype
 from fastvae.radial import LOG2_E
-from fastvae.reference.total_correlation import HALF_LOG_2PI, LogWeights
+from fastvae.reference.total_correlation import HALF_LOG_2PI, LARGEST_ROOT, LogWeights, precision_root
 
 # Elements of a tile for each thread: with half of them one thread takes 1.1 times as long, two threads 1.3 times. Posteriors are its
 # contiguous axis, on which PyTorch's loops run: with fewer than 64 of them the loops' frame shows, and rows are what is left.
@@ -58,8 +58,8 @@ def backward(
     sweep = _Sweep(z, mu, logvar, weights, offset)
     joint, marginals = sweep.from_nats(joint, marginals)
     a, b = grad_joint.to(sweep.dtype), grad_marginals.T.to(sweep.dtype)
-    dz = torch.empty_like(sweep.z)
-    # Σ_i of G, G·(z − μ)/σ² and G·(z − μ)²/σ².
+    dz = torch.zeros_like(sweep.z)
+    # Σ_i of G, G·u and G·u².
     moments = [torch.empty_like(sweep.mu) for _ in range(3 * posterior_grad)]
     for rows in sweep.row_tiles():
         tiles, density, reference = sweep, joint[rows], marginals[:, rows]
@@ -71,7 +71,7 @@ def backward(
         if not underflows:
             scale = scale * (-reference).exp2()
         for columns in tiles.column_tiles():
-            difference, slope, exponent = tiles.tile(rows, columns)
+            u, exponent = tiles.tile(rows, columns)
             pairs, _ = tiles.weigh(exponent, rows, columns)
             pairs = tiles.exp2_(pairs.sub_(density[:, None])).mul_(a[rows, None])
             if underflows:
@@ -79,16 +79,17 @@ def backward(
             g = torch.addcmul(pairs, tiles.exp2_(exponent), scale[:, :, None], out=exponent)
             if posterior_grad:
                 _add_sum(moments[0][:, columns], g, 1, first=rows.start == 0)
-            g.mul_(slope)
+            g.mul_(u)
             if z_grad:
-                _add_sum(dz[:, rows], g, 2, first=columns.start == 0)
+                # In this order it takes a tenth of the time of g times a column.
+                dz[:, rows].add_(torch.bmm(tiles.root[:, None, columns], g.mT)[:, 0])
             if posterior_grad:
                 _add_sum(moments[1][:, columns], g, 1, first=rows.start == 0)
-                _add_sum(moments[2][:, columns], g.mul_(difference), 1, first=rows.start == 0)
+                _add_sum(moments[2][:, columns], g.mul_(u), 1, first=rows.start == 0)
     grad_z = (dz * -sweep.unit).T.contiguous() if z_grad else None
     if not posterior_grad:
         return grad_z, None, None
-    grad_mu = (moments[1] * sweep.unit).T.contiguous()
+    grad_mu = (moments[1] * sweep.root).mul_(sweep.unit).T.contiguous()
     grad_logvar = (0.5 * (sweep.unit * moments[2] - moments[0])).T.contiguous()
     return grad_z, grad_mu, grad_logvar
 
@@ -110,20 +111,24 @@ def terms_backward(
     grad_z, grad_mu, grad_logvar = backward(a, b, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad)
     # What log q(z_i|n_i) and log p(z_i) have of z, μ and logvar themselves.
     z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
-    difference = z - mu
-    pull = difference * (-logvar).exp_() * information
+    root = precision_root(logvar)
+    u = (z - mu) * root
+    pull = u * root * information
     if grad_z is not None:
         grad_z.add_(divergence * z).sub_(pull)
     if grad_mu is not None and grad_logvar is not None:
         grad_mu.add_(pull)
-        grad_logvar.add_(pull.mul_(difference).sub_(information), alpha=0.5)
+        grad_logvar.add_(u.square_().sub_(1).mul_(information), alpha=0.5)
     return grad_z, grad_mu, grad_logvar
 
 
 class _Sweep:
-    """Transposed operands, dimensions first, in units of log 2: exponent = shift − (z − μ)²·slope ≤ 0, to which `bound` belongs."""
+    """Transposed operands, dimensions first, in units of log 2: exponent = shift − u² ≤ 0 with u = (z − μ)·root, to which `bound` belongs.
 
-    # The slope is ½·log₂e/σ²; 1/σ² is so many of them.
+    Not (z − μ)²/σ²: 1/σ² is past the range of float32 long before σ is lost beside μ.
+    """
+
+    # The root is √(½·log₂e)/σ; 1/σ² is so many of its squares.
     unit = 2 / LOG2_E
 
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> None:
@@ -132,8 +137,8 @@ class _Sweep:
         self._inputs = z, mu, logvar
         self._finer: _Sweep | None = None
         self.z, self.mu, logvar = (t.T.to(self.dtype).contiguous() for t in (z, mu, logvar))
-        self.slope = (logvar * -LOG2_E).exp2_().mul_(0.5 * LOG2_E)
         shift = logvar * (-0.5 * LOG2_E)
+        self.root = shift.clamp(max=LARGEST_ROOT[self.dtype]).exp2_().mul_((0.5 * LOG2_E) ** 0.5)
         self.bound = shift.amax(1, keepdim=True)
         self.shift = shift.sub_(self.bound)
         self.least, self.least_sum = RANGE[self.dtype]
@@ -142,7 +147,7 @@ class _Sweep:
         block = BLOCK * torch.get_num_threads()
         self.columns = min(self.m, max(FEWEST_COLUMNS, min(MOST_COLUMNS, block // (16 * dim))))
         self.rows = min(self.n, max(1, block // (self.columns * dim)))
-        self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(3)]
+        self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(2)]
 
     def is_far(self, joint: Tensor, marginals: Tensor) -> bool:
         # Comparisons that are not met by nan either.
@@ -161,15 +166,13 @@ class _Sweep:
     def column_tiles(self) -> Iterator[slice]:
         return _tiles(self.m, self.columns)
 
-    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """z − μ, (z − μ)·slope and the exponents without weights, (D, rows, columns)."""
+    def tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """u and the exponents without weights, (D, rows, columns)."""
         z, mu = self.z[:, rows, None], self.mu[:, None, columns]
         shape = (z.shape[0], z.shape[1], mu.shape[2])
-        difference, slope, exponent = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
-        torch.sub(z, mu, out=difference)
-        torch.mul(difference, self.slope[:, None, columns], out=slope)
-        torch.addcmul(self.shift[:, None, columns], difference, slope, value=-1, out=exponent)
-        return difference, slope, exponent
+        u, exponent = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
+        torch.sub(z, mu, out=u).mul_(self.root[:, None, columns])
+        return u, torch.addcmul(self.shift[:, None, columns], u, u, value=-1, out=exponent)
 
     def exp2_(self, exponent: Tensor) -> Tensor:
         return torch.threshold_(exponent, self.least, -math.inf).exp2_()
@@ -203,7 +206,7 @@ class _Sweep:
         joint_most: Tensor | None = None
         joint_total: Tensor | None = None
         for columns in self.column_tiles():
-            _, _, exponent = self.tile(rows, columns)
+            _, exponent = self.tile(rows, columns)
             joint, exponent = self.weigh(exponent, rows, columns)
             most = joint.amax(1).clamp_(min=torch.finfo(self.dtype).min)
             if joint_most is not None:
@@ -225,7 +228,7 @@ class _Sweep:
         """max_j of the exponents (D, rows)."""
         most = self.z.new_full((self.z.shape[0], rows.stop - rows.start), torch.finfo(self.dtype).min)
         for columns in self.column_tiles():
-            _, exponent = self.weigh(self.tile(rows, columns)[2], rows, columns)
+            _, exponent = self.weigh(self.tile(rows, columns)[1], rows, columns)
             most = torch.maximum(most, exponent.amax(2))
         return most
 

@@ -73,8 +73,9 @@ def unit_weights(weights: Tensor, whole: Tensor | None, dtype: torch.dtype) -> T
 
 
 def zero_if_finite(*tensors: Tensor) -> Tensor:
-    """0, or else nan: a density or a kernel of an infinite distance is zero, which a sum would not show."""
-    return torch.stack([t.detach().sum(dtype=torch.float64) for t in tensors]).sum() * 0
+    """0 in float64, or else nan: a density or a kernel of an infinite distance is zero, which a sum would not show."""
+    # Not of their sum, which numbers near the largest of their dtype have none of.
+    return (torch.stack([end for t in tensors for end in t.detach().aminmax()]).double() * 0).sum()
 
 
 def matmul_precision(precision: str) -> str:
@@ -168,7 +169,7 @@ class _ForbidSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has, in O(N·M) memory")
+        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has, in O(N·M·D) memory")
 
 
 def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:

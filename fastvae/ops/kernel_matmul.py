@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         dtype = accumulation_dtype(self.x.dtype)
         x, y, v = (t.to(dtype) for t in (self.x, self.y, self.v))
         family, bandwidth, weights = kernel_numbers(self)
-        centre = 0.5 * (middle(x) + middle(y)) if family.radial else torch.zeros_like(x[0])
+        centre = 0.5 * middle(x) + 0.5 * middle(y) if family.radial else torch.zeros_like(x[0])
         distance = None
         if shifted:
             distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()

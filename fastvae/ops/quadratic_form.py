@@ -27,6 +27,7 @@ from fastvae.ops.common import (
     vmap_by_loop,
     without_autocast,
     without_grad,
+    zero_if_finite,
 )
 from fastvae.radial import KernelNumbers, KernelSum, Polynomial, as_vector, middle
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
@@ -203,6 +204,7 @@ def _evaluate(
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
         kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
         total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
+        zero = zero_if_finite(z)
         # What the shifts leave out of each pair, in closed form.
         exact = v.double()
         column_sums = exact.sum(0)
@@ -210,15 +212,15 @@ def _evaluate(
             pairs = column_sums.square() - exact.square().sum(0)
         else:
             pairs = column_sums[:, None] * column_sums - exact.T @ exact
-        total = total + pairs * family.at_zero * (kernel.weights @ kernel.shifts) + 0 * centre.sum()
+        total = total + pairs * family.at_zero * (kernel.weights @ kernel.shifts) + zero
         if upstream is None or pull is None:
             return total, z.new_empty(0)
-        coefficients = v @ (upstream + upstream.T).to(dtype)
-        z = z - centre
-        slope_shift = (kernel.weights * kernel.ratios) @ kernel.slope_shifts
-        left_out = (coefficients @ v.sum(0))[:, None] * z - coefficients @ (v.T @ z)
-        pull = pull + slope_shift.to(dtype) * left_out
-        return total, (pull * (-2 * kernel.gamma[0]).to(dtype)).contiguous()
+        if slope_shift := float((kernel.weights * kernel.ratios) @ kernel.slope_shifts):
+            coefficients = v @ (upstream + upstream.T).to(dtype)
+            z = z - centre
+            left_out = (coefficients @ v.sum(0))[:, None] * z - coefficients @ (v.T @ z)
+            pull = pull + slope_shift * left_out
+        return total, (pull * (zero - 2 * kernel.gamma[0]).to(dtype)).contiguous()
 
 
 def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:

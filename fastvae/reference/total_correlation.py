@@ -40,6 +40,9 @@ from fastvae import checks
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
+# log2 of the largest 1/σ: times it the difference of two codes is finite, and a σ under one over it is lost beside every μ but 0.
+LARGEST_ROOT = {torch.float64: 900.0, torch.float32: 100.0}
+
 
 class KLDecomposition(NamedTuple):
     """The terms of (4), scalars in nats.
@@ -89,7 +92,12 @@ def total_correlation(
 
 def gaussian_log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """log N(z; μ, exp(logvar)), elementwise."""
-    return -0.5 * ((z - mu).square() * (-logvar).exp() + logvar) - HALF_LOG_2PI
+    return -0.5 * (((z - mu) * precision_root(logvar)).square() + logvar) - HALF_LOG_2PI
+
+
+def precision_root(logvar: Tensor) -> Tensor:
+    """1/σ, at most the largest: of z = μ, 0 times infinity would be nan."""
+    return (logvar * -0.5).clamp(max=LARGEST_ROOT[logvar.dtype] * math.log(2)).exp()
 
 
 def decompose(z: Tensor, mu: Tensor, logvar: Tensor, log_q: Tensor, log_q_dims: Tensor) -> KLDecomposition:
