@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+FILE_COMMANDS = ("compare", "report", "sample", "reconstruct", "encode", "traverse", "export")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `fastvae` with the arguments given, or those of the process. A bad argument, file or number ends in one sentence on stderr."""
+    given = list(sys.argv[1:] if args is None else args)
+    if wrong := misspelt(given):
+        sys.stderr.write(f"error: {wrong} (see --help)\n")
+        sys.exit(2)
     try:
         from fastvae.training.command import run
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as error:
         sys.exit(f'error: the command needs the package {error.name}, which is not installed: pip install "fastvae-mmd[train]"')
-    sys.exit(run(list(sys.argv[1:] if args is None else args)))
+    sys.exit(run(given))
+
+
+def misspelt(args: list[str]) -> str | None:
+    """A command, or a flag of the data, the model or the trainer, that there is not: told before Lightning is imported."""
+    commands = ("fit", "test", *FILE_COMMANDS)
+    if not args or args[0].startswith("-"):
+        return None
+    if args[0] not in commands:
+        return f"the command must be one of {', '.join(commands)}, got {args[0]!r}"
+    training, lightning = Path(__file__).parent / "training", importlib.util.find_spec("lightning")
+    sources = {"data": (training / "data.py", "ImageData"), "model": (training / "module.py", "ImageVAE")}
+    for folder in (lightning.submodule_search_locations or ()) if lightning else ():
+        sources["trainer"] = (Path(folder, "pytorch", "trainer", "trainer.py"), "Trainer")
+    for arg in args[1:]:
+        group, *option = arg.partition("=")[0].removeprefix("--").split(".")
+        if option and arg.startswith("--") and group in sources and args[0] not in FILE_COMMANDS:
+            known, name = _options(*sources[group]), option[0].removesuffix("+")
+            if known and name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f", did you mean --{group}.{near[0]}?" if near else ""
+                return f"unrecognized arguments: {arg.partition('=')[0]}{hint}"
+    return None
+
+
+def _options(file: Path, name: str) -> list[str]:
+    """The arguments of a class's constructor, read and not run."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    found = [inner for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name for inner in node.body]
+    inits = [inner.args for inner in found if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
+    return [argument.arg for init in inits for argument in (*init.args, *init.kwonlyargs) if argument.arg != "self"]

@@ -469,6 +469,11 @@ class VAEObjective(GroupModule):
         return self._mean(per_dimension).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
     def _mmd(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        if self.estimator == "unbiased" and len(z) == 1 and self.process_group is None:
+            raise ValueError(
+                "a batch must have at least two samples for the unbiased MMD, got one: a DataLoader's drop_last=True leaves such a last "
+                "batch out, and estimator='biased' takes it"
+            )
         bandwidth = self.bandwidth
         if bandwidth is None:
             d = z.shape[1]

@@ -1,16 +1,26 @@
+import inspect
+import io
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from matplotlib.image import imread
 from PIL import Image
 
-from fastvae.cli import main
+from fastvae.cli import FILE_COMMANDS, main, misspelt
+from fastvae.training.callbacks import Pictures, Progress
+from fastvae.training.command import COMMANDS
+from fastvae.version import __version__
+from tests import drawn_commands
 from tests.test_training_data import dsprites, write_idx
 
 SMALL = ["--data.name", "digits", "--data.batch_size", "512", "--model.latent_dim", "3", "--model.hidden", "[16]"]
@@ -67,8 +77,10 @@ def test_fit_test_and_resume(tmp_path):
     first = files(run)
 
     out, _ = fastvae(tmp_path, "test")
-    assert "test/mutual_information" in out
-    assert (tmp_path / "runs" / "mmd_vae" / "test_0" / "metrics.csv").is_file()
+    assert "mutual information I(x; z), nats" in out
+    folder = tmp_path / "runs" / "mmd_vae" / "test_0"
+    assert (folder / "metrics.csv").is_file()
+    assert json.loads((folder / "test.json").read_text())["test/evaluation_size"] == 359
 
     out, err = fastvae(tmp_path, "fit", "--ckpt_path", "last", "--trainer.max_epochs", "3")
     assert "version_1" in out
@@ -95,8 +107,12 @@ def test_configuration_file_and_own_data(tmp_path, inside):
     )
     out, _ = inside("fit", "--config", str(config), "--data.path", str(folder), "--trainer.max_epochs", "1", "--runs", "out")
     assert str(tmp_path / "out" / "mine" / "version_0") in out
-    out, _ = inside("test", "--runs", "out")
-    assert "test/active_units" in out
+    # The data are found from another folder, also where they were given by a path of this one.
+    inside("fit", "--config", str(config), "--data.path", "mine", "--trainer.max_epochs", "1", "--runs", "out")
+    os.chdir("/")
+    out, _ = inside("test", "--runs", str(tmp_path / "out"))
+    os.chdir(tmp_path)
+    assert "active units" in out
     _, err = inside("test", "--runs", "out", "--data.name", "digits", "--data.path", "null", code=1)
     assert "error: ckpt_path must be a checkpoint of this model" in err
 
@@ -118,7 +134,15 @@ def test_compare(tmp_path, inside):
         (["fit", "--bogus", "3"], 2, ["unrecognized arguments: --bogus 3", "--help"]),
         (["nope"], 2, ["'nope'", "fit"]),
         (["compare", "--epochs", "x"], 2, ["epochs must be an integer, got x"]),
-        (["fit", "--trainer.max_epoch", "3"], 2, ["unrecognized arguments: --trainer.max_epoch 3"]),
+        (["fit", "--trainer.max_epoch", "3"], 2, ["unrecognized arguments: --trainer.max_epoch, did you mean --trainer.max_epochs?"]),
+        (["fit", "--trainer.precision", "fp7"], 2, ["trainer.precision must be one of 64, 32, 16, 'transformer-engine',", "null, got fp7"]),
+        (["fit", *SMALL, "--trainer.logger", "WandbLogger"], 1, ["error: WandbLogger cannot be made", "wandb"]),
+        (["fit", *SMALL, "--trainer.devices", "9999"], 1, ["trainer.devices must be at most", "got 9999"]),
+        (["fit", *SMALL, "--trainer.check_val_every_n_epoch", "0"], 1, ["trainer.check_val_every_n_epoch must be at least 1, got 0"]),
+        (["fit", *SMALL, "--trainer.default_root_dir", "x"], 2, ["unrecognized arguments: --trainer.default_root_dir x"]),
+        (["fit", *SMALL, "--model.beta", "4"], 1, ["model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae"]),
+        (["fit", *SMALL, "--checkpoint_every", "3", "--trainer.enable_checkpointing", "false"], 1, ["checkpoint_every must be 0"]),
+        (["fit", "--config", "absent.yaml"], 2, ["config must be a file of YAML, got 'absent.yaml', which is not there"]),
         (["fit", "--data.name", "cifar"], 2, ["data.name must be one of", "'fashion_mnist'", "got cifar"]),
         (["fit", "--model.latent_dim", "x"], 2, ["model.latent_dim must be an integer, got x"]),
         (["fit", "--model.bandwidth", "x"], 2, ["model.bandwidth must be one of a number, null, got x"]),
@@ -143,6 +167,218 @@ def test_a_wrong_call_is_one_sentence(tmp_path, inside, args, code, words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "got the empty file 'c.yaml'"),
+        ("# nothing\n", "got the empty file 'c.yaml'"),
+        ("model:\n  lr: 1\n bad: ]\n", "got 'c.yaml', line 3: "),
+        ("model: 3\n", "model must hold options such as 'model: {…}', got 3 in 'c.yaml'"),
+        ("[1, 2]\n", "got list in 'c.yaml'"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named_with_its_line(tmp_path, inside, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    assert words in error(inside("fit", "--config", "c.yaml", code=2)[1])
+
+
+QUICK = [*SMALL, "--trainer.max_epochs", "1", "--model.diagnostics_size", "50", "--trainer.enable_model_summary", "false"]
+
+
+@pytest.mark.slow
+def test_flags_go_before_what_the_checkpoint_was_trained_with(tmp_path, inside):
+    inside("fit", *QUICK, "--model.objective", "beta_vae", "--model.beta", "4", "--trainer.callbacks", "EarlyStopping", *EARLY)
+
+    def resumed(*args, epochs, path="last"):
+        inside("fit", "--ckpt_path", path, "--trainer.max_epochs", str(epochs), *args)
+        runs = (tmp_path / "runs" / "beta_vae").glob("version_*")
+        newest = max(runs, key=lambda run: int(run.name.split("_")[1]))
+        return torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)
+
+    saved = resumed("--model.lr", "1e-4", "--trainer.callbacks.patience", "9", epochs=2)
+    assert saved["hyper_parameters"]["lr"] == saved["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-4
+    assert saved["hyper_parameters"]["beta"] == 4
+    assert [state["patience"] for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")] == [9]
+    waiting = "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss}}]}\n"
+    (tmp_path / "more.yaml").write_text("model: {beta: 7}\ndata: {name: digits}\nname: beta_vae\n" + waiting)
+    saved = resumed("--config", "more.yaml", epochs=3)
+    assert [saved["hyper_parameters"][name] for name in ("beta", "lr", "latent_dim")] == [7, 1e-4, 3]
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-4
+    path = str(tmp_path / "runs" / "beta_vae" / "version_2" / "checkpoints" / "last.ckpt")
+    seeds = [["--seed_everything", "8"], ["--seed_everything", "9"], ["--seed_everything=8"], []]
+    weights = [resumed(*seed, epochs=4, path=path)["state_dict"]["vae.encoder.1.weight"] for seed in seeds]
+    assert torch.equal(weights[0], weights[2])
+    assert not any(torch.equal(weights[0], weights[k]) for k in (1, 3))
+    assert "importance-weighted" in inside("test", "--model.nll_samples", "2")[0]
+    assert "must be a checkpoint of this model" in inside("test", "--model.latent_dim", "5", code=1)[1]
+
+
+EARLY = ["--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", "3"]
+
+
+@pytest.mark.slow
+def test_a_run_that_has_come_to_its_end(tmp_path, inside):
+    inside("fit", *QUICK)
+    before = files(tmp_path)
+    out, _ = inside("fit", "--ckpt_path", "last")
+    assert out.startswith("nothing to do: ")
+    assert "with 1 of 1 epochs; to go on: --trainer.max_epochs 2" in out
+    out, _ = inside("fit", "--ckpt_path", "last", "--trainer.max_epochs", "9", "--trainer.max_steps", "2")
+    assert "with 3 of 2 steps" in out
+    out, _ = inside("fit", "--ckpt_path", "last", "--trainer.max_epochs", "9", "--trainer.max_time", "00:00:00:00")
+    assert "s of trainer.max_time" in out
+    assert files(tmp_path) == before
+    early = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.min_delta", "1e5", *EARLY]
+    inside("fit", *QUICK, "--name", "early", *early, "--trainer.callbacks.patience", "1", "--trainer.max_epochs", "5")
+    out, _ = inside("fit", "--name", "early", "--ckpt_path", "last")
+    assert "by EarlyStopping; to go on: --trainer.callbacks.patience 3" in out
+    inside("fit", "--name", "early", "--ckpt_path", "last", "--trainer.callbacks.patience", "3")
+    assert (tmp_path / "runs" / "early" / "version_1").exists()
+
+
+@pytest.mark.slow
+def test_one_callback_by_its_name_and_a_run_that_averages_weights_goes_on(tmp_path, inside):
+    inside("fit", *QUICK, "--trainer.callbacks", "LearningRateMonitor")
+    averaged = ["--trainer.callbacks", "StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"]
+    inside("fit", *QUICK, "--name", "averaged", *averaged)
+    assert "device: cpu" in (tmp_path / "runs" / "averaged" / "version_0" / "config.yaml").read_text()
+    out, _ = inside("fit", "--name", "averaged", "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    assert "averaged/version_1" in out
+    inside("fit", *QUICK, "--name", "timed", "--trainer.callbacks", "Timer", "--trainer.callbacks.duration", "00:01:00:00")
+    inside("fit", "--name", "timed", "--ckpt_path", "last", "--trainer.max_epochs", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_precision_from_fit_to_pictures(tmp_path, inside, precision):
+    inside("fit", *QUICK, "--trainer.precision", precision)
+    run = tmp_path / "runs" / "mmd_vae" / "version_0"
+    assert {file.name for file in run.iterdir()} >= set(PICTURES)
+    weight = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["vae.encoder.1.weight"]
+    assert weight.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+    inside("test")
+    inside("sample", "--n", "3")
+
+
+@pytest.mark.slow
+def test_without_a_logger_and_without_checkpoints(tmp_path, inside):
+    out, _ = inside("fit", *QUICK, "--trainer.logger", "false", "--name", "quiet")
+    run = tmp_path / "runs" / "quiet" / "version_0"
+    assert {file.name for file in run.iterdir()} == {*PICTURES, "config.yaml", "checkpoints"}
+    # What it prints, in another folder.
+    os.chdir("/")
+    assert "Codes" in inside(*out.splitlines()[-1].partition("fastvae ")[2].split(), "--runs", str(tmp_path / "runs"))[0]
+    os.chdir(tmp_path)
+    out, _ = inside("fit", *QUICK, "--trainer.enable_checkpointing", "false", "--name", "unsaved")
+    assert "fastvae test" not in out
+    assert not (tmp_path / "runs" / "unsaved" / "version_0" / "checkpoints").exists()
+    inside("fit", *QUICK, "--trainer.fast_dev_run", "true", "--name", "tried")
+    assert not (tmp_path / "runs" / "tried").exists()
+    inside("fit", *QUICK, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--name", "own")
+    assert (tmp_path / "runs" / "own" / "version_0" / "checkpoints" / "last.ckpt").exists()
+    assert list((tmp_path / "logs").rglob("metrics.csv"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/los"],
+            "EarlyStopping's monitor must be one of train/",
+        ),
+        (
+            ["--data.validation", "0", "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"],
+            "EarlyStopping's monitor must be a metric of the training where there is no validation, got 'val/loss'",
+        ),
+        (["--data.batch_size", "1"], "data.batch_size must be at least 2 for the unbiased MMD, got 1: --model.estimator biased takes one"),
+    ],
+)
+def test_what_is_refused_before_the_first_step(tmp_path, inside, args, words):
+    line = inside("fit", *QUICK, *args, code=1)[1].splitlines()[-1]
+    assert line.startswith(f"error: {words}")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_logged_may_be_waited_for(inside):
+    for metric in ("val/mutual_information", "val/kl_dimension_002", "train/mmd", "train/loss_epoch"):
+        inside("fit", *QUICK, "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", metric)
+    without = ["--data.validation", "0", "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "train/active_units"]
+    inside("fit", *QUICK, *without)
+
+
+@pytest.mark.slow
+def test_data_of_another_shape(tmp_path, inside):
+    inside("fit", *QUICK)
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "x.npy", np.zeros((20, 5, 5), dtype=np.uint8))
+    for command in ("encode", "reconstruct", "traverse"):
+        line = error(inside(command, "--path", "other", code=1)[1])
+        assert line == "error: data must have the shape that the model was trained on, (1, 8, 8), got (1, 5, 5)"
+
+
+@pytest.mark.slow
+def test_a_flag_that_is_known_is_not_taken_for_a_misspelt_one(inside):
+    for command in ("fit", "test"):
+        flags = set(re.findall(r"--(?:data|model|trainer)\.\w+\+?", inside(command, "--help")[0]))
+        assert len(flags) > 80
+        assert all(misspelt([command, flag, "1"]) is None for flag in flags)
+    assert misspelt(["fit", "--model.latentdim=3"]) == "unrecognized arguments: --model.latentdim, did you mean --model.latent_dim?"
+    assert not set(FILE_COMMANDS) ^ set(COMMANDS)
+
+
+@pytest.fixture
+def own_handlers(monkeypatch):
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.INFO)
+
+
+@pytest.mark.slow
+def test_commands_drawn_at_random(own_handlers):
+    """`python -m tests.drawn_commands` for more of them."""
+    assert drawn_commands.main(12, 3) == 0
+
+
+@pytest.mark.slow
+def test_each_flag_of_lightnings_trainer_is_obeyed_or_refused(own_handlers, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pictures, "on_train_end", lambda *_: None)
+    assert set(drawn_commands.TRAINER) == set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    for name, [value, *_] in drawn_commands.TRAINER.items():
+        args = ["fit", *drawn_commands.flags(drawn_commands.SMALL | {f"trainer.{name}": value})]
+        ending = drawn_commands.call(args)
+        assert drawn_commands.fault(args, *ending) is None, (args, ending)
+
+
+def test_progress_is_whole_at_eighty_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    bar = Progress()
+    metrics = {"train/loss": 105.4321, "train/reconstruction": 79.84, "train/kl": 25.541, "train/mmd": -0.001234567, "val/loss": 104.71}
+    bar._trainer = SimpleNamespace(max_epochs=60, current_epoch=11, _results=None, callback_metrics=metrics)
+    assert bar._numbers() == "loss 105.4 rec 79.84 kl 25.54 mmd -0.001235 val 104.7"
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    bar._stream = stream
+    bar._begin(bar._title(), 100)
+    bar._bar.ncols, bar._bar.dynamic_ncols = 79, None
+    bar._step(50)
+    bar._bar.postfix = (bar._numbers(),)
+    assert str(bar._bar).endswith(bar._numbers())
+    assert str(bar._bar).startswith("Epoch 12/60 |")
+    assert len(str(bar._bar)) <= 79
+    bar._end()
+
+
+@pytest.mark.slow
+def test_version_and_module(tmp_path):
+    for args in (["-m", "fastvae", "--version"], ["-c", "from fastvae.cli import main; main()", "--version"]):
+        done = subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300, check=True)
+        assert done.stdout == f"fastvae {__version__}\n"
+
+
+@pytest.mark.slow
 def test_a_corrupt_file_and_a_corrupt_checkpoint(tmp_path, inside):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     assert "it is corrupt" in error(inside("fit", "--data.path", str(tmp_path), code=1)[1])
@@ -158,7 +394,8 @@ def test_a_run_that_diverges_stops_with_one_sentence(inside):
 
 def test_an_apple_gpu_is_left_to_who_asks_for_it(inside, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr("platform.processor", lambda: "arm")
+    # Lightning remembers what it has found.
+    monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", staticmethod(lambda: True))
     _, err = inside("fit", *SMALL, "--trainer.max_epochs", "1")
     assert "on the CPU, as MPS has no float64" in err
     assert "not used" not in err
@@ -202,7 +439,7 @@ def test_every_configuration_trains(tmp_path, inside, config):
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2
     assert all(bool(t.isfinite().all()) for t in saved["state_dict"].values())
-    assert "test/loss" in inside("test")[0]
+    assert "Loss (nats)" in inside("test")[0]
 
 
 @pytest.mark.slow
@@ -240,8 +477,10 @@ def test_two_processes_write_one_run(tmp_path):
 def test_help(inside):
     out, _ = inside("--help")
     assert all(word in out for word in ("fit", "test", "compare", "report", "sample", "reconstruct", "encode", "traverse", "export"))
-    out, _ = inside("fit", "--help")
-    assert "--data.path" in out
+    out = " ".join(inside("fit", "--help")[0].partition("\noptions:")[2].split())
+    assert out.index("--runs RUNS") < out.index("--data.path PATH") < out.index("--model.lr LR") < out.index("--trainer.accelerator ACC")
+    assert out.index("last (the newest") < out.index("--trainer.accelerator ACC")
+    assert "--weights_only" not in out
     assert "--model.lambda_" in out
 
 

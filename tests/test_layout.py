@@ -23,6 +23,7 @@ LAYERS = [
     ["vae"],
     ["training"],
     ["cli"],
+    ["__main__"],
 ]
 
 

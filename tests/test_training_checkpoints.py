@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
 ]
 BATCHES = 4
 
@@ -48,20 +49,21 @@ def quiet():
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-def fit(folder, *, steps=2 * BATCHES, every=1, ckpt_path=None, **options):
+def fit(folder, *, steps=2 * BATCHES, every=1, ckpt_path=None, validation=0.1, callbacks=(), **options):
     """Two epochs, and everything that has a state: Adam, dropout, a schedule, binarisation, validation."""
     torch.manual_seed(0)
-    data = ImageData("digits", batch_size=360, binarisation="dynamic")
+    data = ImageData("digits", batch_size=360, binarisation="dynamic", validation=validation)
     module = ImageVAE(
         [1, 8, 8], latent_dim=2, hidden=[8], objective="beta_vae", kl_schedule="linear", kl_schedule_steps=6, diagnostics_size=50
     )
     module.vae.encoder.append(torch.nn.Dropout(0.1))
     saving = {**NEWEST_TWO, "save_top_k": -1} if every == 1 else NEWEST_TWO
+    saving = saving | ({"every_n_train_steps": every} if every else {"save_on_train_epoch_end": True})
     trainer = Trainer(
         max_epochs=2,
         max_steps=steps,
         default_root_dir=folder,
-        callbacks=[Checkpoints(dirpath=folder, filename="{step}", every_n_train_steps=every, **saving), RandomState()],
+        callbacks=[Checkpoints(dirpath=folder, filename="{step}", **saving), RandomState(), *callbacks],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
@@ -71,7 +73,7 @@ def fit(folder, *, steps=2 * BATCHES, every=1, ckpt_path=None, **options):
         **options,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
-    assert trainer.num_training_batches == BATCHES
+    assert trainer.num_training_batches == options.get("limit_train_batches", BATCHES)
     return module.state_dict()
 
 
@@ -85,6 +87,35 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_weights(tmp_path, accumula
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
         resumed = fit(tmp_path / "resumed", steps=steps, ckpt_path=checkpoint, accumulate_grad_batches=accumulate)
         assert all(torch.equal(full[name], resumed[name]) for name in full), checkpoint
+
+
+class StopAt(Callback):
+    """Stops as `max_time` does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"validation": 0}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 3}],
+    ids=lambda options: "".join(options) or "plain",
+)
+def test_a_run_that_stopped_within_an_epoch_goes_on_there(tmp_path, options):
+    steps = {"accumulate_grad_batches": 4, "limit_train_batches": 6}.get("".join(options), 2 * BATCHES)
+    full = fit(tmp_path / "full", steps=-1, every=None, **options)
+    for step in range(1, steps):
+        for how, stopped in {"steps": {"steps": step}, "time": {"callbacks": [StopAt(step)], "steps": -1}}.items():
+            folder = tmp_path / f"{how}{step}"
+            fit(folder, every=None, **stopped, **options)
+            [newest, *_] = newest_first(folder)
+            assert newest.name == f"step={step}.ckpt"
+            resumed = fit(folder / "resumed", steps=-1, every=None, ckpt_path=newest, **options)
+            assert all(torch.equal(full[name], resumed[name]) for name in full), newest
+            assert newest_first(folder / "resumed")[0].name == f"step={steps}.ckpt"
 
 
 def test_a_measurement_that_is_stopped_saves_nothing(tmp_path):
@@ -274,8 +305,14 @@ def test_killed_and_resumed(tmp_path):
     # The signal comes in the last step of an epoch, and is heeded in the validation after it.
     code, err = end(start(tmp_path, *SMALL, "--name", "stopped", at="step3", number=signal.SIGTERM))
     assert code == 0
-    assert err.splitlines()[-1].startswith("stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path runs/stopped/version_0/")
+    assert err.splitlines()[-1].startswith(f"stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path {runs}/stopped/version_0/")
     assert "warn" not in resume("stopped").lower()
+
+    code, err = end(start(tmp_path, *SMALL, "--name", "interrupted", at="step2", number=signal.SIGINT))
+    assert code == 130
+    assert err.splitlines()[-1].startswith(f"stopped by Ctrl-C at step 3; to go on: fastvae fit --ckpt_path {runs}/interrupted/version_0/")
+    assert "Traceback" not in err
+    resume("interrupted")
 
 
 @pytest.mark.slow
@@ -381,8 +418,7 @@ def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
     loader = torch.utils.data.DataLoader(torch.ones(4, 1), 4)
     for losses, epoch, loaders in (([3.0, 1.0, 2.0, math.nan], 1, [loader]), ([3.0, 2.0, 1.0, 0.5], 3, [loader]), ([0.0] * 4, None, [])):
         shutil.rmtree(folder, ignore_errors=True)
-        saving = [Checkpoints(dirpath=folder, save_last="link", save_on_train_epoch_end=True, **NEWEST_TWO), BestCheckpoint()]
-        saving[1].dirpath = str(folder)
+        saving = [Checkpoints(folder, save_last="link", save_on_train_epoch_end=True, **NEWEST_TWO), BestCheckpoint(folder)]
         trainer = Trainer(
             max_epochs=4,
             callbacks=saving,

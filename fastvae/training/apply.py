@@ -279,6 +279,8 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
         data.setup()
         source = Source({"train": data.splits["test"]}, data.classes, {"train": data.test_rows})
     images, labels = source.splits["train"]
+    if images.shape[1:] != tuple(shape):
+        raise ValueError(f"data must have the shape that the model was trained on, {tuple(shape)}, got {tuple(images.shape[1:])}")
     n = len(images) if n is None else checks.integer("n", n, at_least=1)
     rows = {name: names[:n] for name, names in source.rows.items()}
     return source._replace(splits={"train": Split(scaled(images[:n]), labels[:n])}, rows=rows)

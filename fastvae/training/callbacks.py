@@ -1,15 +1,22 @@
-"""Callbacks: stop at the first non-finite number; draw what was learned."""
+"""Callbacks: stop at the first non-finite number, at Ctrl-C and at a metric that nothing logs; tell and draw what was learned."""
 
 from __future__ import annotations
 
 import math
+import shutil
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fastvae.training import pictures
 from fastvae.training.data import ImageData, prepared
@@ -48,6 +55,152 @@ class StopAtNonFinite(Callback):
         )
 
 
+class Interrupt(Callback):
+    """Ctrl-C stops between two steps, as SIGTERM does; a second one at once. Several processes are left to Lightning."""
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._came = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def stop(*_: object) -> None:
+            self._came = trainer._signal_connector.received_sigterm = True
+            self._restore()
+
+        # Python hears of signals in its first thread alone.
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, stop)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+        if self._came and isinstance(exception, SIGTERMException):
+            exception.args = (f"stopped by Ctrl-C at step {trainer.global_step}",)
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+
+class KnownMetrics(Callback):
+    """Refuses a callback that waits for a metric of the run that nothing logs, before the first step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        given = [callback for callback in callbacks if type(callback).__module__.split(".")[0] != "fastvae"]
+        waiting = {type(callback).__name__: callback.monitor for callback in given if getattr(callback, "monitor", None)}
+        waiting |= {type(config.scheduler).__name__: config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+        waiting = {name: metric for name, metric in waiting.items() if str(metric).startswith(("train/", "val/")) or "/" not in str(metric)}
+        # A callback from elsewhere may log metrics of its own.
+        known_callbacks = all(type(callback).__module__.split(".")[0] == "lightning" for callback in given)
+        if not (waiting and known_callbacks and isinstance(data, ImageData) and isinstance(pl_module, VAEModule)):
+            return
+        x = trainer.precision_plugin.convert_input(torch.rand(8, *data.shape, device=pl_module.device))
+        with trainer.precision_plugin.forward_context():
+            known = pl_module.metric_names(x)
+        for name, metric in waiting.items():
+            if metric.startswith("val/") and not sum(trainer.num_val_batches):
+                raise ValueError(f"{name}'s monitor must be a metric of the training where there is no validation, got {metric!r}")
+            if metric not in known | set(trainer.callback_metrics) and not metric.startswith("lr-") and metric not in ("step", "epoch"):
+                raise ValueError(f"{name}'s monitor must be one of {', '.join(sorted(known))}, got {metric!r}")
+
+
+SHOWN = {"train/loss": "loss", "train/reconstruction": "rec", "train/kl": "kl", "train/mmd": "mmd", "val/loss": "val"}
+
+
+class Progress(ProgressBar):
+    """One bar an epoch, within the terminal's width, on the stream that is one; where none is, a line an epoch on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
+        self._bar: tqdm[Any] | None = None
+        self._told = 0.0
+
+    def disable(self) -> None:
+        """Of the processes but the first one."""
+        self._stream = None
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    enabled = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(self._title(), self.total_train_batches)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._bar is None and self._stream is not None:
+            self._begin(self._title(), self.total_train_batches)  # an epoch that is gone on with
+        self._step(batch_idx + 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.postfix = (self._numbers(),)
+        elif self.enabled:
+            sys.stderr.write(f"{self._title()}  {self._numbers()}\n")
+        self._end()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("Test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._step(batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()  # so that the error begins a line
+
+    def _title(self) -> str:
+        last = self.trainer.max_epochs
+        return f"Epoch {self.trainer.current_epoch + 1}{f'/{last}' if last and last > 0 else ''}"
+
+    def _numbers(self) -> str:
+        """Of the training their means over the epoch as far as it is."""
+        results, shown = self.trainer._results, {}
+        for name, short in SHOWN.items():
+            running = results.get(f"training_step.{name}") if results else None
+            if running is not None and running.cumulated_batch_size:
+                shown[short] = float(running.value / running.cumulated_batch_size)
+            elif name in self.trainer.callback_metrics:
+                shown[short] = float(self.trainer.callback_metrics[name])
+        room = shutil.get_terminal_size().columns - len(self._title()) - 14
+        texts = [" ".join(f"{name} {value:#.{digits}g}" for name, value in shown.items()) for digits in (4, 3, 2)]
+        return next((text for text in texts if len(text) <= room), texts[-1])
+
+    def _begin(self, title: str, total: float) -> None:
+        self._end()
+        if self._stream is not None:
+            form = "{desc} |{bar}| {remaining} {postfix[0]}"
+            self._bar = tqdm(
+                *(None, title, total if math.isfinite(total) else None),
+                **{"file": self._stream, "bar_format": form, "dynamic_ncols": True, "postfix": ("",)},
+            )
+
+    def _step(self, done: int) -> None:
+        if self._bar is not None:
+            # As seldom as it is drawn, as the numbers have to be fetched from the device.
+            now = time.monotonic()
+            if now > self._told + self._bar.mininterval:
+                self._told = now
+                self._bar.postfix = (self._numbers(),)
+            self._bar.update(done - self._bar.n)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
 class Pictures(Callback):
     """Writes latent.png, loss_curves.png, reconstructions.png and, of images, samples.png into the run's folder after the fit."""
 
@@ -64,6 +217,8 @@ class Pictures(Callback):
         metrics = {
             name.removesuffix("_epoch"): float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")
         }
+        # An epoch that was stopped and gone on with is told of once.
+        self.history = [row for row in self.history if row["epoch"] != trainer.current_epoch]
         self.history.append({"epoch": trainer.current_epoch, **metrics})
 
     @torch.no_grad()
@@ -75,8 +230,8 @@ class Pictures(Callback):
         folder = Path(log_dir)
         split = data.splits["val"] if len(data.splits["val"].images) else data.splits["test"]
         shown = split._replace(images=split.images[:2000], labels=split.labels[:2000])
-        x = prepared(shown.images, data.preparation).to(pl_module.device)
         vae = pl_module.vae.eval()
+        x = prepared(shown.images, data.preparation).to(vae.origin)
         output = vae(x, prepared=True)
         generator = torch.Generator(x.device).manual_seed(data.seed)
         if x.ndim == 4:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -30,21 +30,23 @@ from fastvae.distributed import is_initialized
 class RandomState(Callback):
     """Checkpoints hold the states of Python's, numpy's and torch's random numbers, and a resumed run goes on with them.
 
-    Validation draws from them and puts them back, so that it has no part in the training.
+    What measures, in validation and at an epoch's end, draws from them and puts them back, so that it has no part in the training. An
+    epoch that ends before its last batch, by `max_steps` or `max_time`, is saved as one that goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, restore: bool = True) -> None:
+        self._restore = restore
         self._loaded: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
-        self._validates = False
-        self._started = False
+        self._measures = False
+        self.started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = False
+        self.started = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that the next step begins with, also where they wait for it or for the end of a validation; of all processes."""
-        own = self._loaded or (self._after_step if self._validates else None) or random_state()
+        """The numbers that the next step begins with, also where they wait for it or for the end of a measurement; of all processes."""
+        own = self._loaded or (self._after_step if self._measures else None) or random_state()
         if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -54,13 +56,21 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rank = dist.get_rank() if is_initialized() else 0
         others = state_dict.pop("others", [])
-        self._loaded = dict(enumerate([state_dict, *others])).get(rank)
+        self._loaded = dict(enumerate([state_dict, *others])).get(rank) if self._restore else None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts an epoch that was stopped as done, and would begin the next one.
+        epoch, batches = checkpoint["loops"]["fit_loop"]["epoch_progress"], trainer.fit_loop.epoch_loop.batch_progress
+        if batches.current.ready and not batches.is_last_batch and epoch["total"]["processed"] == epoch["total"]["started"]:
+            for count in epoch.values():
+                count["processed"] -= 1
+                count["completed"] = min(count["completed"], count["processed"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier: what Lightning does until the first step may draw numbers.
-        if self._started:
+        if self.started:
             return
-        self._started = True
+        self.started = True
         if self._loaded is not None:
             set_random_state(self._loaded)
         elif trainer.global_rank > 0:
@@ -73,12 +83,18 @@ class RandomState(Callback):
         self._after_step = random_state()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validates = True
+        self._measures = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validates = False
+        self._measures = False
         if self._after_step is not None:
             set_random_state(self._after_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measures = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_end(trainer, pl_module)
 
 
 def random_state() -> dict[str, Any]:
@@ -103,6 +119,29 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][device].cpu(), device)
 
 
+class GivenOptions(Callback):
+    """What a run is given goes before what the checkpoint that it goes on from remembers of it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._patience = {early: early.patience for early in trainer.early_stopping_callbacks if early is not None}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for early, patience in self._patience.items():
+            early.patience = patience
+        for optimizer in trainer.optimizers:
+            given = optimizer.defaults
+            ratios = []
+            for group in optimizer.param_groups:
+                # A schedule goes on where it was, from the rate given.
+                rate = group.get("initial_lr", group["lr"])
+                ratios.append(given["lr"] / rate if rate else 1.0)
+                rates = {name: group[name] * ratios[-1] for name in ("lr", "initial_lr") if name in group}
+                group.update(given | rates)
+            for config in trainer.lr_scheduler_configs:
+                if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
+                    config.scheduler.base_lrs = [rate * ratio for rate, ratio in zip(config.scheduler.base_lrs, ratios, strict=True)]
+
+
 class Checkpoints(ModelCheckpoint):
     """Saves on SIGTERM too, which Lightning raises between two steps. Any other exception may come in the middle of one."""
 
@@ -110,14 +149,15 @@ class Checkpoints(ModelCheckpoint):
         if isinstance(exception, SIGTERMException) and self.save_on_exception and trainer.state.fn == TrainerFn.FITTING:
             super().on_exception(trainer, pl_module, exception)
             path = self.last_model_path or self.best_model_path
-            exception.args = (f"stopped by SIGTERM at step {trainer.global_step}; to go on: fastvae fit --ckpt_path {path}",)
+            stopped = str(exception) or f"stopped by SIGTERM at step {trainer.global_step}"
+            exception.args = (f"{stopped}; to go on: fastvae fit --ckpt_path {path}",)
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps best.ckpt, of the least validation loss of the run's own epochs; of a run without validation nothing."""
 
-    def __init__(self) -> None:
-        super().__init__(filename="best", monitor="val/loss", enable_version_counter=False, save_on_train_epoch_end=False)
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__(folder, filename="best", monitor="val/loss", enable_version_counter=False, save_on_train_epoch_end=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor in trainer.callback_metrics:
@@ -157,6 +197,26 @@ def read_checkpoint(checkpoint: Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(saved, dict) or not isinstance(saved.get("state_dict"), dict):
         raise ValueError(f"ckpt_path must be a run's checkpoint, got a file without a state_dict, {str(checkpoint)!r}")
     return saved
+
+
+def finished(saved: dict[str, Any], trainer: Any) -> str | None:
+    """Why a run with these options of the trainer has nothing left to do after this checkpoint, and how to go on; None where it has."""
+    callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+    patience = [callback.init_args.patience for callback in callbacks if "EarlyStopping" in str(getattr(callback, "class_path", ""))]
+    try:
+        epochs, steps = saved["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], saved["global_step"]
+        seconds = saved["callbacks"].get("Timer", {}).get("time_elapsed", {}).get("train", 0)
+        early = [state for name, state in saved["callbacks"].items() if name.startswith("EarlyStopping")]
+        stopped = bool(patience) and any(state["stopped_epoch"] and state["wait_count"] >= max(patience) for state in early)
+    except (KeyError, TypeError, AttributeError):
+        return None
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        return f"with {epochs} of {trainer.max_epochs} epochs; to go on: --trainer.max_epochs {epochs + max(epochs, 1)}"
+    if 0 <= trainer.max_steps <= steps:
+        return f"with {steps} of {trainer.max_steps} steps; to go on: --trainer.max_steps {steps + max(steps, 1)}, or -1"
+    if trainer.max_time is not None and Timer(trainer.max_time).time_remaining() <= seconds:
+        return f"after {seconds:.0f} s of trainer.max_time; to go on, give it more, or null"
+    return f"by EarlyStopping; to go on: --trainer.callbacks.patience {2 * max(patience) + 1}" if stopped else None
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +19,7 @@ import jsonargparse
 import torch
 import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
@@ -28,13 +29,23 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from fastvae import checks
 from fastvae.distributed import is_initialized
 from fastvae.training.apply import encode, export, reconstruct, sample, traverse
-from fastvae.training.callbacks import Pictures, StopAtNonFinite
-from fastvae.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, Checkpoints, RandomState, checkpoint_file, read_checkpoint
+from fastvae.training.callbacks import Interrupt, KnownMetrics, Pictures, Progress, StopAtNonFinite
+from fastvae.training.checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    Checkpoints,
+    GivenOptions,
+    RandomState,
+    checkpoint_file,
+    finished,
+    read_checkpoint,
+)
 from fastvae.training.compare import compare
-from fastvae.training.configs import restrict
+from fastvae.training.configs import check_config, restrict
 from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
-from fastvae.training.report import report
+from fastvae.training.report import measured, report
+from fastvae.version import __version__
 
 # Each is true of our runs, and none asks the user for anything.
 QUIET = (
@@ -49,6 +60,36 @@ QUIET = (
     r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
 )
 NEWEST_TWO: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
+# Options of the model that follow from the data, and their names there.
+LINKS = {"shape": "data.shape", "dataset_size": "data.train_size"}
+# Lightning's options that have no use here: nothing is predicted, --runs says where files go, and no registry is written to.
+UNUSED = ("limit_predict_batches", "default_root_dir", "model_registry")
+# The options of the model that some of its objectives, likelihoods and architectures take.
+MMD_OBJECTIVES, KL_OBJECTIVES = (
+    ("info_vae", "mmd_vae", "wae_mmd"),
+    ("vae", "beta_vae", "info_vae", "capacity_vae", "dip_vae", "beta_tc_vae"),
+)
+TAKEN_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    ("channels",): ("architecture", ("conv",)),
+    ("sigma", "learn_sigma", "optimal_sigma"): ("likelihood", ("gaussian", "auto")),
+    ("beta",): ("objective", ("beta_vae", "beta_tc_vae")),
+    ("alpha",): ("objective", ("info_vae",)),
+    ("lambda_", "bandwidth", "estimator", "mmd_schedule"): ("objective", MMD_OBJECTIVES),
+    ("kernel",): ("objective", ("wae_mmd",)),
+    ("tc_estimator",): ("objective", ("beta_tc_vae",)),
+    ("free_bits", "free_bits_group"): ("objective", ("vae", "beta_vae")),
+    ("gamma", "capacity", "capacity_schedule", "capacity_schedule_steps"): ("objective", ("capacity_vae",)),
+    ("lambda_od", "lambda_d", "dip_kind"): ("objective", ("dip_vae",)),
+    ("samples", "bound_gradient"): ("objective", ("iwae",)),
+    ("kl_schedule",): ("objective", KL_OBJECTIVES),
+    ("kl_schedule_steps",): ("kl_schedule", ("linear", "cosine", "cyclical")),
+    ("kl_schedule_cycles",): ("kl_schedule", ("cyclical",)),
+    ("mmd_schedule_steps",): ("mmd_schedule", ("linear", "cosine", "cyclical")),
+}
+CKPT_PATH_HELP = {
+    "fit": "Go on with this run: a checkpoint's file, last (the newest of all runs) or best. Flags go before what the run was given.",
+    "test": "A checkpoint's file, last (the newest of all runs, the default) or best.",
+}
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
 # Each command that is a function, and its positional argument if it has one.
 COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
@@ -81,31 +122,30 @@ class Parser(LightningArgumentParser):
         return action
 
 
-class ProgressBar(TQDMProgressBar):
-    """One bar an epoch; into a file or a pipe, where a bar cannot be redrawn, only its ends."""
+class RunTrainer(Trainer):
+    """Lightning's Trainer, which writes into the run's folder, wherever its loggers write."""
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 10**9)
+    @property
+    def log_dir(self) -> str | None:
+        folder: str | None = self.strategy.broadcast(None if self.fast_dev_run else self.default_root_dir)  # type: ignore[attr-defined]
+        return folder
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.close()  # so that the error begins a line
-
-    def init_validation_tqdm(self) -> Tqdm:
-        return Tqdm(disable=True)
+class NothingToDo(Exception):
+    """The run that is to be gone on with has come to its end."""
 
 
 class CommandLine(LightningCLI):
     """`fit` and `test` of `ImageVAE` on `ImageData`."""
 
+    saving: Checkpoints | None
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "test")}
+        # Checkpoints are read as weights alone, whatever is asked for.
+        return {name: {*skip, "weights_only"} for name, skip in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--runs", type=str, default="runs", help="The folder of all runs.")
         parser.add_argument(
             "--name",
@@ -119,67 +159,155 @@ class CommandLine(LightningCLI):
             default=0,
             help="Training steps between two checkpoints, beside that of each epoch. The last two of each kind are kept.",
         )
+        super().add_default_arguments_to_parser(parser)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ImageData, "data")
+        parser.add_lightning_class_args(ImageVAE, "model")
+        parser.add_class_arguments(RunTrainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(UNUSED))
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        for name, shown in LINKS.items():
+            parser.link_arguments(shown, f"model.{name}", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest in ("model.encoder", "model.decoder"):
                 # The hundreds of modules of PyTorch are none of the user's own.
                 action.extra_help = str  # type: ignore[attr-defined]
-        parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
-        parser.link_arguments("data.train_size", "model.dataset_size", apply_on="instantiate")
+            if action.dest == "ckpt_path":
+                action.help = CKPT_PATH_HELP[subcommand]
+        # What every run is asked for stands before what Lightning adds.
+        parser._action_groups = sorted(parser._action_groups, key=lambda group: (group.title or "").startswith(("Lightning's", "Linked")))
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        before = self._checkpoint(parser, args)
+        self.seeded = False
+        if before is not None:
+            # The checkpoint's model and its run's configuration are the defaults of what continues or measures it; what is given here goes
+            # before them.
+            command, checkpoint, config_given = before
+            saved = read_checkpoint(checkpoint)
+            self._subcommand_parsers[command].set_defaults(_model_defaults(saved, checkpoint))
+            own_config = checkpoint.parent.parent / "config.yaml"
+            own = ["--config", str(own_config)] if not config_given and own_config.is_file() else []
+            self.seeded = any(arg.partition("=")[0] == "--seed_everything" for arg in args)
+            at = args.index(command) + 1
+            args = [*args[:at], *own, *args[at:]]
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
-        checkpoint = self._checkpoint(config)
-        if checkpoint is not None:
-            # A run's own configuration is the default of what continues or measures it; what is given here goes before it.
-            own_config = checkpoint.parent.parent / "config.yaml"
-            if not config.config and own_config.is_file():
-                at = args.index(self.config.subcommand) + 1
-                self.config = parser.parse_args([*args[:at], "--config", str(own_config), *args[at:]])
-                config = self.config[self.config.subcommand]
-            config.ckpt_path = str(checkpoint)
+        if before is not None:
+            config.ckpt_path = str(checkpoint.resolve())
+            if command == "fit" and (why := finished(saved, config.trainer)):
+                raise NothingToDo(f"nothing to do: {checkpoint} has come to its end, {why}")
         config.name = config.name or config.model.objective
+        if config.data.path and Path(config.data.path).exists():
+            config.data.path = str(Path(config.data.path).resolve())  # so that its checkpoint finds it from every folder
         checks.integer("checkpoint_every", config.checkpoint_every, at_least=0)
+        if config.checkpoint_every and not _saves(config.trainer):
+            raise ValueError(f"checkpoint_every must be 0 where no checkpoints are written, got {config.checkpoint_every}")
+        _check_devices(config.trainer)
+        _check_taken(config.model, args)
+        if config.trainer.check_val_every_n_epoch is not None:
+            checks.integer("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch, at_least=1)
 
-    def _checkpoint(self, config: jsonargparse.Namespace) -> Path | None:
-        path = config.ckpt_path or ("last" if self.config.subcommand == "test" else None)
-        if path is None:
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's puts the checkpoint's options in the place of those given."""
+
+    def _checkpoint(self, parser: LightningArgumentParser, args: list[str]) -> tuple[str, Path, bool] | None:
+        """The subcommand, the checkpoint it goes on from or measures, and whether a configuration is given; None without a checkpoint."""
+        # Before the parser proper, which would take what is given for all there is.
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("-c", "--config", action="append", default=[])
+        for name in ("ckpt_path", "runs", "name"):
+            first.add_argument(f"--{name}")
+        try:
+            given, others = first.parse_known_args(args)
+            configurations = [check_config(file) for file in given.config]
+        except (argparse.ArgumentError, ValueError, OSError) as error:
+            parser.error(str(error))
+        chosen: dict[str, Any] = {"runs": "runs"}
+        for options in (*configurations, vars(given)):
+            chosen |= {name: value for name, value in options.items() if value is not None}
+        command = others[0] if others else ""
+        path = chosen.get("ckpt_path") or ("last" if command == "test" else None)
+        if command not in ("fit", "test") or path is None or {"-h", "--help"}.intersection(others):
             return None
-        checkpoint = checkpoint_file(path, Path(config.runs, config.name or "*"))
-        read_checkpoint(checkpoint)
-        return checkpoint
+        return command, checkpoint_file(str(path), Path(str(chosen["runs"]), str(chosen.get("name", "*")))), bool(given.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if self._get(self.config_init, "trainer").logger in (None, True):
-            prefix = "version" if self.subcommand == "fit" else "test"
+        options = self._get(self.config_init, "trainer")
+        fits = self.subcommand == "fit"
+        if not options.fast_dev_run:
+            prefix = "version" if fits else "test"
             parent = Path(self._get(self.config, "runs"), self._get(self.config, "name"))
             # Of several processes the first one writes.
             folder = new_folder(parent, prefix) if getattr(rank_zero_only, "rank", 0) == 0 else parent / prefix
-            place = (folder.parent.parent, folder.parent.name, folder.name)
-            csv = CSVLogger(*place)
-            _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
-            kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if self.subcommand == "fit" else [csv]
-        if self._get(self.config_init, "trainer").accelerator == "auto" and torch.backends.mps.is_available():
+            kwargs["default_root_dir"] = str(folder)
+            if options.logger in (None, True) and not options.barebones:
+                place = (folder.parent.parent, folder.parent.name, folder.name)
+                csv = CSVLogger(*place)
+                _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
+                kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if fits else [csv]
+        if options.accelerator == "auto" and torch.backends.mps.is_available():
             sys.stderr.write(
                 "on the CPU, as MPS has no float64, which the losses need: --trainer.accelerator mps trains the networks there\n"
             )
             kwargs["accelerator"] = "cpu"
-        callbacks = self._get(self.config_init, "trainer").callbacks or []
-        bar = [ProgressBar()] if self._get(self.config, "trainer").enable_progress_bar is not False else []
-        every = self._get(self.config, "checkpoint_every")
-        if every:
-            callbacks = [*callbacks, Checkpoints(filename="{step}", every_n_train_steps=every, **NEWEST_TWO)]
-        plugins = self._get(self.config_init, "trainer").plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(callbacks=[*callbacks, RandomState(), *bar], plugins=[*plugins, AtomicCheckpointIO()], **kwargs)
+        callbacks = [*_listed(options.callbacks), StopAtNonFinite(), Pictures(), KnownMetrics(), GivenOptions()]
+        self.random_state, self.saving = RandomState(restore=not self.seeded), None
+        callbacks += [self.random_state, Interrupt()]
+        if _shows_progress(options, callbacks):
+            callbacks.append(Progress())
+        if _saves(options):
+            saved = None if options.fast_dev_run else folder / "checkpoints"
+            every = self._get(self.config, "checkpoint_every")
+            self.saving = Checkpoints(saved, save_last="link", save_on_train_epoch_end=True, save_on_exception=True, **NEWEST_TWO)
+            callbacks += [self.saving, BestCheckpoint(saved)] if fits else [self.saving]
+            if every:
+                callbacks.append(Checkpoints(saved, filename="{step}", every_n_train_steps=every, **NEWEST_TWO))
+        plugins = [*_listed(options.plugins), AtomicCheckpointIO()]
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Left to `start`, so that an error tells whether it is one of the arguments."""
+
+    def start(self) -> None:
+        super()._run_subcommand(str(self.subcommand))
+
+    def before_fit(self) -> None:
+        """A batch of one has no unbiased MMD."""
+        objective, sizes = (
+            self.model.objective,
+            {"data.batch_size": self.datamodule.batch_size, "data.train_size": self.datamodule.train_size},
+        )
+        if objective.mmd_weight and objective.estimator == "unbiased" and self.trainer.world_size == 1:
+            for name, size in sizes.items():
+                if size < 2:
+                    raise ValueError(f"{name} must be at least 2 for the unbiased MMD, got {size}: --model.estimator biased takes one")
 
     def after_fit(self) -> None:
-        folder, last = self.trainer.log_dir, getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-        if folder and last and self.trainer.is_global_zero:
-            sys.stdout.write(
-                f"\nPictures, logs and checkpoints: {Path(folder).resolve()}\nMeasure its codes: fastvae test --ckpt_path {last}\n"
-            )
+        folder, last = self.trainer.log_dir, self.saving.last_model_path if self.saving else ""
+        if folder and self.trainer.is_global_zero:
+            saved = "Pictures, logs and checkpoints" if last else "Pictures and logs"
+            sys.stdout.write(f"\n{saved}: {Path(folder).resolve()}\n")
+            if last:
+                sys.stdout.write(f"Measure its codes: fastvae test --ckpt_path {last}\n")
+
+    def test(self, verbose: bool = True, **kwargs: Any) -> None:
+        results = next(iter(self.trainer.test(verbose=False, **kwargs)), None)
+        if results is None:
+            raise ValueError("trainer.limit_test_batches must leave a batch to measure, got none")
+        folder = self.trainer.log_dir
+        if self.trainer.is_global_zero:
+            if verbose:
+                sys.stdout.write(f"{measured(results)}\n")
+            if folder:
+                file = Path(folder, "test.json")
+                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                sys.stdout.write(f"\nAll numbers: {file.resolve()}\n")
 
 
 def run(args: list[str]) -> int:
@@ -193,45 +321,55 @@ def run(args: list[str]) -> int:
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--trust", action="append", default=[])
     grouped = is_initialized()
+    command: CommandLine | None = None
     try:
         trusted, args = named.parse_known_args(args)
         restrict(trusted.trust)
         if args[:1] and args[0] in COMMANDS:
             COMMANDS[args[0]][0](**command_parser(args[0]).parse_args(args[1:]).as_dict())
         else:
-            CommandLine(
+            command = CommandLine(
                 ImageVAE,
                 ImageData,
                 parser_class=Parser,
+                trainer_class=RunTrainer,
                 parser_kwargs={
+                    "prog": "fastvae",
+                    "version": __version__,
                     "description": "Train and measure variational autoencoders on images. A configuration may name classes of fastvae, "
-                    "Lightning and PyTorch; --trust PACKAGE lets it name those of PACKAGE."
+                    "Lightning and PyTorch; --trust PACKAGE lets it name those of PACKAGE.",
                 },
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 args=args,
-                trainer_defaults={
-                    "max_epochs": 60,
-                    "num_sanity_val_steps": 0,
-                    "callbacks": [
-                        Checkpoints(save_last="link", save_on_train_epoch_end=True, save_on_exception=True, **NEWEST_TWO),
-                        BestCheckpoint(),
-                        StopAtNonFinite(),
-                        Pictures(),
-                    ],
-                },
+                trainer_defaults={"max_epochs": 60, "num_sanity_val_steps": 0},
             )
+            command.start()
+    except NothingToDo as end:
+        sys.stdout.write(f"{end}\n")
     except SIGTERMException as end:
         sys.stderr.write(f"{str(end) or 'stopped by SIGTERM'}\n")
+        return 130 if "Ctrl-C" in str(end) else 0
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
+        return 130
     except ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {plain(str(error))}\n")
         return 1
     except RuntimeError as error:
         # Gloo has no class of errors of its own.
         if not (torch.distributed.is_available() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))):
-            raise
+            if not _by_arguments(error, command):
+                raise
+            sys.stderr.write(f"error: {plain(str(error))}\n")
+            return 1
         sentence = "the processes of the run must all be there, got no answer from another one: to go on, fastvae fit --ckpt_path last"
         sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
+        return 1
+    except Exception as error:
+        if not _by_arguments(error, command):
+            raise
+        sys.stderr.write(f"error: {plain(str(error)) or type(error).__name__}\n")
         return 1
     finally:
         # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
@@ -252,13 +390,66 @@ def command_parser(name: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _by_arguments(error: Exception, command: CommandLine | None) -> bool:
+    """Whether another package raised it of what it was given: Lightning at any time, others before the first training step."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    trains = command is not None and command.random_state.started
+    by_lightning = package in ("lightning", "jsonargparse")
+    return not isinstance(error, Warning) and (by_lightning or (package != "fastvae" and not trains))
+
+
+def _listed(value: Any) -> list[Any]:
+    """What may be given as one or as several."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _saves(trainer: jsonargparse.Namespace) -> bool:
+    return trainer.enable_checkpointing is not False and not trainer.barebones
+
+
+def _shows_progress(trainer: jsonargparse.Namespace, callbacks: list[Any]) -> bool:
+    given = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    return trainer.enable_progress_bar is not False and not trainer.barebones and not given
+
+
+def _model_defaults(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    options = saved.get("hyper_parameters", {})
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"ckpt_path must be a checkpoint of this model, got other options in {str(checkpoint)!r}")
+    return {f"model.{name}": value for name, value in options.items() if not name.startswith("_") and name not in LINKS}
+
+
+def _check_taken(model: jsonargparse.Namespace, args: list[str]) -> None:
+    """That none of the model's flags is one that what is trained has no use for."""
+    given = {arg.partition("=")[0].removeprefix("--model.") for arg in args if arg.startswith("--model.")}
+    for names, (chooser, choices) in TAKEN_BY.items():
+        for name in given.intersection(names):
+            if model[chooser] not in choices:
+                raise ValueError(f"model.{name} is for model.{chooser} {' or '.join(choices)}, got it for {model[chooser]}")
+
+
+def _check_devices(trainer: jsonargparse.Namespace) -> None:
+    """On a CPU each device is a process with the data and the network of its own."""
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
+    most = max(os.cpu_count() or 1, 2)
+    if on_cpu and str(trainer.devices).isdigit() and int(trainer.devices) > most:
+        raise ValueError(f"trainer.devices must be at most {most} on this CPU, as each is a process, got {trainer.devices}")
+
+
 def plain(message: str) -> str:
     """jsonargparse's message on one line, without Python's names of types."""
     if denied := re.search(r"Importing '(.*?)' is not allowed", message):
         return f"a configuration may name classes of fastvae, Lightning and PyTorch, got {denied[1]}: --trust PACKAGE allows a package's"
-    message = re.sub(r"(?:an? )?typing\.Literal\[(.*?)\]", r"one of \1", " ".join(message.split()))
+    message = " ".join(message.split())
+    if failed := re.search(
+        r"(?:Parser key \"(.*?)\": )?.*Problem with given class_path '(.*?)': (.*?)(?: - Expected a| Given value|$)", message
+    ):
+        return f"{failed[1] + ': ' if failed[1] else ''}{failed[2].rpartition('.')[2]} cannot be made, {failed[3]}"
+    message = re.sub(r"(?:an? )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     message = re.sub(r"(?:an? )?<class '(?:\w+\.)*(\w+)'>", lambda found: KINDS.get(found[1], found[1]), message)
     message = re.sub(
         r"Does not validate against .* Subtypes: \[(.*?)\] Errors:.* Given value: ", r"Expected one of \1. Got value: ", message
     )
+    message = re.sub(r"one of (?=one of )|(?<=, )one of ", "", message)
     return re.sub(r'Parser key "(.*?)": Expected (.*?)\. Got value: (.*)', r"\1 must be \2, got \3", message)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import jsonargparse.typing
+import torch
 import yaml  # type: ignore[import-untyped]
 
 # Callbacks, loggers, strategies and what they are made of. The interfaces of the command line run what they are given, and
@@ -29,6 +32,48 @@ def restrict(trusted: Sequence[str] = ()) -> None:
         import_path_denylist=list(DENIED), import_path_allowlist=[*KNOWN, *trusted], instantiate_subclass_spec_in_any=False
     )
     jsonargparse.set_loader("yaml", read_yaml, (yaml.YAMLError,))
+    # What Lightning's callbacks have as defaults is written so that it can be read again.
+    jsonargparse.set_dumper("yaml", lambda data: str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)))
+    jsonargparse.typing.register_type(torch.device, fail_already_registered=False)
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    pass
+
+
+_Dumper.add_multi_representer(str, lambda dumper, value: dumper.represent_str(str.__str__(value)))
+
+
+def check_config(path: str) -> dict[str, Any]:
+    """The options in a configuration's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds nothing, no YAML or no named options, with the line.
+    """
+    file = Path(path)
+    if path.lstrip().startswith("{"):  # the options themselves, which the parser checks
+        return {}
+    if not file.is_file():
+        raise FileNotFoundError(f"config must be a file of YAML, got {path!r}, which is not there")
+    try:
+        options = read_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config must be a file of YAML, got {path!r}, which is no text") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"config must be a file of YAML, got {path!r}{line}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be a file of YAML, got {path!r}: {error}") from error
+    if options is None or options == "":
+        raise ValueError(f"config must hold options such as 'model: {{latent_dim: 6}}', got the empty file {path!r}")
+    if not isinstance(options, dict):
+        raise ValueError(f"config must hold options such as 'model: {{latent_dim: 6}}', got {type(options).__name__} in {path!r}")
+    for name in ("model", "data", "trainer"):
+        if not isinstance(options.get(name, {}), dict):
+            raise ValueError(f"{name} must hold options such as '{name}: {{…}}', got {options[name]!r} in {path!r}")
+    return options
 
 
 def read_yaml(text: str) -> Any:

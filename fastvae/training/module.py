@@ -169,6 +169,21 @@ class VAEModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_codes("test", self.evaluation_size)
 
+    @torch.no_grad()
+    def metric_names(self, x: Tensor) -> set[str]:
+        """What a run logs, by name, found with a batch of its shape. The random numbers are left as they were."""
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            training = self.training
+            output = self.eval()(x)
+            terms = {stage: ["loss", *_logged(self.objective(output, x, all_terms=stage == "val"))] for stage in ("train", "val")}
+            self.train(training)
+            codes = _codes(output)
+            scalars, per_dimension = code_summary(codes.mu, codes.logvar, codes.z) if self.diagnostics_size else ({}, {})
+        measured = [*scalars, *(f"{name}_{d:03d}" for name, values in per_dimension.items() for d in range(len(values)))]
+        terms["train" if self._measures_training() else "val"] += measured
+        names = {f"{stage}/{name}" for stage in terms for name in terms[stage]} | {"train/loss_step", "train/loss_epoch"}
+        return names if sum(self.trainer.num_val_batches) else {name for name in names if name.startswith("train/")}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["state_dict"]
         if PREPARATION in saved and self._trainer is None:

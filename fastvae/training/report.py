@@ -9,6 +9,7 @@ import io
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,41 @@ TABLE = {
     "total_correlation": ("total correlation of q(z)", "nats", "{:.2f}"),
     "marginal_mmd": ("MMD² of q(z) to N(0, I)", "", "{:.2g}"),
     "mmd_standardised": ("that in standard deviations at N(0, I)", "", "{:.1f}"),
+}
+# What `fastvae test` tells of a run: the first words of its metrics, by group.
+MEASURED = {
+    "Loss (nats)": ("loss", "negative_elbo", "nll", "reconstruction", "kl", "mmd", "total_correlation_term", "dip"),
+    "Codes": ("evaluation_size", "active_units", "collapsed_units", "mutual_information", "total_correlation", "logvar_min", "logvar_max"),
+    "q(z) beside N(0, I)": (
+        *("marginal_mean", "marginal_std_min", "marginal_std_max", "marginal_correlation", "marginal_mmd"),
+        *("mmd_within", "mmd_cross", "mmd_prior", "mmd_standardised"),
+    ),
+}
+TOLD = {
+    "loss": "loss",
+    "negative_elbo": "−ELBO",
+    "nll": "−log p(x), importance-weighted",
+    "reconstruction": "−log p(x|z)",
+    "kl": "KL(q(z|x) ‖ N(0, I))",
+    "mmd": "MMD² to N(0, I), of batches",
+    "total_correlation_term": "total correlation, of batches",
+    "dip": "DIP",
+    "evaluation_size": "codes measured",
+    "active_units": "active units",
+    "collapsed_units": "collapsed units",
+    "mutual_information": "mutual information I(x; z), nats",
+    "total_correlation": "total correlation, nats",
+    "logvar_min": "smallest log-variance",
+    "logvar_max": "largest log-variance",
+    "marginal_mean": "largest mean",
+    "marginal_std_min": "smallest standard deviation",
+    "marginal_std_max": "largest standard deviation",
+    "marginal_correlation": "largest correlation",
+    "marginal_mmd": "MMD²",
+    "mmd_within": "MMD²: within the codes",
+    "mmd_cross": "MMD²: between codes and prior",
+    "mmd_prior": "MMD²: within the prior",
+    "mmd_standardised": "MMD² in standard deviations at N(0, I)",
 }
 COLOURS = ("#1f5fa8", "#d1622b", "#3c8d5a", "#8a4fa0", "#6b6b6b")
 MOST_RUNS = len(COLOURS)
@@ -159,6 +195,18 @@ def sentence(runs: list[Run]) -> str:
         of = f" of {all_units}" if all_units else ""
         told.append(f"{run.name}: I(x; z) = {run.last('mutual_information'):.2f} nats, {units:.0f}{of} active units")
     return "; ".join(told)
+
+
+def measured(results: Mapping[str, float]) -> str:
+    """What a test measured, by group, in words and four digits."""
+    values = {name.removeprefix("test/"): value for name, value in results.items()}
+    others = tuple(name for name in values if not any(name in names for names in MEASURED.values()))
+    width = max(map(len, TOLD.values()))
+    lines = []
+    for group, names in {**MEASURED, "Others": others}.items():
+        if found := [name for name in names if name in values]:
+            lines += ["", group, *(f"  {TOLD.get(name, name):<{width}}  {values[name]:>10.4g}" for name in found)]
+    return "\n".join(lines)
 
 
 def overview(runs: list[Run]) -> Figure:
