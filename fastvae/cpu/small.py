@@ -245,7 +245,7 @@ class Rows(NamedTuple):
         if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.rooted and x.dtype == torch.float64):
             return None
         z = torch.cat([x, y])
-        z = _centred(kernel, z.double() if kernel.rooted else z)
+        z = _centred(kernel, z.double() if kernel.rooted else z, len(x))
         if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
             return None
         plan, farthest, scaled, half = planned
@@ -345,12 +345,13 @@ def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Number
     return _plan_for(kernel, bandwidth, bandwidth_weights, z, False)
 
 
-def _centred(kernel: Kernel, z: Tensor) -> Tensor:
+def _centred(kernel: Kernel, z: Tensor, first: int | None = None) -> Tensor:
+    """Rows seen from their mean, or from the middle between the means of the first and of the others, as the streaming path sees them."""
     if not kernel.radial:
         return z
     # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
     z = z - z[0]
-    return z.sub_(z.mean(0))
+    return z.sub_(z.mean(0) if first is None else z[:first].mean(0).add_(z[first:].mean(0)).mul_(0.5))
 
 
 def _half_squares(scaled: Tensor) -> Tensor:
