@@ -6,6 +6,7 @@ import importlib.util
 import math
 import numbers
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast, get_args
@@ -125,7 +126,11 @@ def images(mu: Tensor) -> None:
 
 def _warn_of_images(sentence: str) -> None:
     if not torch.compiler.is_compiling():
-        warnings.warn(sentence, stacklevel=4)
+        # At the caller's line, however the call came here.
+        level, frame = 1, sys._getframe()
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("fastvae.", "torch.")):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(sentence, stacklevel=level)
 
 
 def floating_tensor(name: str, x: object) -> None:

@@ -265,7 +265,7 @@ class CommandLine(LightningCLI):
             saved = None if options.fast_dev_run else folder / "checkpoints"
             every = self._get(self.config, "checkpoint_every")
             self.saving = Checkpoints(saved, save_last="link", save_on_train_epoch_end=True, save_on_exception=True, **NEWEST_TWO)
-            callbacks += [self.saving, BestCheckpoint(saved)] if fits else [self.saving]
+            callbacks += [self.saving, BestCheckpoint(saved)]
             if every:
                 callbacks.append(Checkpoints(saved, filename="{step}", every_n_train_steps=every, **NEWEST_TWO))
         plugins = [*_listed(options.plugins), AtomicCheckpointIO()]
