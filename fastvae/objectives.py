@@ -130,10 +130,10 @@ class Gaussian(Likelihood):
         if not isinstance(self.log_sigma, Tensor):
             return self.log_sigma
         least = 0.5 * math.log(self.least_variance)
-        if self.training:
-            # Under the bound there is no gradient: left there the parameter could not come back.
-            with torch.no_grad():
-                self.log_sigma.clamp_(min=least)
+        if self.training and not torch._C._are_functorch_transforms_active():
+            # Under the bound there is no gradient: left there the parameter could not come back. By `data`, as a step may take more than
+            # one loss before its backward pass, to which a parameter that was written to is lost.
+            self.log_sigma.data.clamp_(min=least)
         return self.log_sigma.clamp_min(least)
 
     def _optimal_log_sigma(self, squares: Tensor) -> Tensor:

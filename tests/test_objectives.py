@@ -264,6 +264,17 @@ def test_learned_sigma_of_a_perfect_reconstruction_stays_at_its_bound_and_comes_
     assert likelihood.sigma > 0.1
 
 
+def test_learned_sigma_takes_two_losses_before_their_backward_pass_and_torch_vmap():
+    x, reconstructions = torch.rand(4, 3), torch.rand(2, 4, 3)
+    likelihood = Gaussian(0.5, learned=True)
+    sum(likelihood.log_prob(reconstruction, x).sum() for reconstruction in reconstructions).backward()
+    both, likelihood.log_sigma.grad = likelihood.log_sigma.grad, None
+    likelihood.log_prob(reconstructions.flatten(0, 1), torch.cat([x, x])).sum().backward()
+    torch.testing.assert_close(both, likelihood.log_sigma.grad)
+    gradients = torch.vmap(torch.func.grad(lambda reconstruction: likelihood.log_prob(reconstruction, x).sum()))(reconstructions)
+    torch.testing.assert_close(gradients, (x - reconstructions) / 0.25)
+
+
 def test_one_batch_that_is_not_finite_does_not_stay_in_the_running_sigma():
     likelihood, x = Gaussian(0.5, optimal=True), torch.ones(4, 3)
     for value in (torch.nan, torch.inf):
