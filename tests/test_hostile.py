@@ -48,6 +48,26 @@ def test_one_row_far_from_the_others(kernel, outlier):
     assert max(errors if outlier < 1e15 else errors[:3]) < 1e-5
 
 
+@needs_cpu
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+@pytest.mark.parametrize("n", [40, 600])
+def test_gradients_of_data_in_a_very_small_or_large_unit(n, unit):
+    """1/h² is past the range of float32, the gradients are not."""
+    x, y, v, labels = torch.randn(n, 3) * unit, torch.randn(50, 3) * unit, torch.randn(50, 2), torch.arange(n) % 2
+    h = torch.tensor(unit, dtype=torch.float64, requires_grad=True)
+
+    def of_rows(x, y, h):
+        return fastvae.kernel_matmul(x, y, v.to(x.dtype), bandwidth=h, backend="cpu" if x.dtype == torch.float32 else "reference").sum()
+
+    def of_groups(x):
+        backend = "cpu" if x.dtype == torch.float32 else "reference"
+        return fastvae.group_mmd(x, labels, num_groups=2, bandwidth=unit, backend=backend).values.sum()
+
+    for function, tensors in ((of_rows, (x, y, h)), (of_groups, (x,))):
+        actual, exact = evaluate(function, *tensors), evaluate(function, *(t.double() for t in tensors))
+        assert max(relative(a, e) for a, e in zip(actual, exact, strict=True)) < 1e-4
+
+
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter]), "reference"]
 
 

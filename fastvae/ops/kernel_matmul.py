@@ -114,9 +114,9 @@ def _gradients(grad: Tensor, *args: Any) -> Gradients:
         kernel, x, y, v, centre = problem.plan(shifted=False)
         grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
         pulls = cpu.kernel_matmul_backward(kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
-        # ∂k/∂x is −2γ times what the pull sums.
-        scale = -2 * kernel.gamma[0]
-        gradients = [None if pull is None else (pull * scale.to(pull.dtype)).contiguous() for pull in pulls[:2]]
+        # ∂k/∂x is −2γ times what the pull sums, in two factors: γ itself may be past the range of float32.
+        root = kernel.gamma[0].sqrt().to(x.dtype)
+        gradients = [None if pull is None else (pull * root).mul_(-2 * root).contiguous() for pull in pulls[:2]]
         return _wanted(problem, [*gradients, pulls[2]], centre, args[-4:])
 
 

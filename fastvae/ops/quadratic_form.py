@@ -220,7 +220,9 @@ def _evaluate(
             z = z - centre
             left_out = (coefficients @ v.sum(0))[:, None] * z - coefficients @ (v.T @ z)
             pull = pull + slope_shift * left_out
-        return total, (pull * (zero - 2 * kernel.gamma[0]).to(dtype)).contiguous()
+        # In two factors: γ itself may be past the range of float32.
+        root = (zero + kernel.gamma[0]).sqrt().to(dtype)
+        return total, (pull * root).mul_(-2 * root).contiguous()
 
 
 def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
