@@ -487,10 +487,6 @@ class Product:
         self.operands = prepare([Sample.of(z) for z in samples], kernel, evaluation, self.choice.features, self.choice.block)
         self.first_y, self.rows = self.operands.first_y, self.operands.rows
 
-    @property
-    def centre(self) -> Tensor:
-        return self.operands.centre[0, 0, : self.dim]
-
     def factors(self, *given: Tensor, upstream: Tensor | None = None) -> _Factors:
         """Of g (N, C) and v (M, C), or of one alone; of v twice with an upstream A (C, C) in float64, of v·(A + Aᵀ) in the place of g."""
         # In one dtype, as a pointer to either is; zeros and ones need no wider one.
@@ -628,19 +624,18 @@ def kernel_matmul_backward(
     y_grad: bool,
     v_grad: bool,
     precision: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x, y and v, those wanted, and the point that x and y were seen from."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x, y and v, those wanted."""
     if (few := few_pairs.evaluation_of_few(kernel, x, y, v.shape[1])) is not None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (
             few_pairs.gradient(few, kernel, x, y, grad, v) if x_grad else None,
             few_pairs.gradient(few, kernel, y, x, v, grad) if y_grad else None,
             few_pairs.matmul(few, kernel, y, x, grad, dtype) if v_grad else None,
-            x[0],
         )
     product = Product(kernel, [x, y], v.shape[1], precision)
     factors = product.factors(grad, v)
     grads: list[Tensor | None] = [None, None]
     if x_grad or y_grad:
         grads = product.gradients(factors, x=x_grad, y=y_grad)
-    return grads[0], grads[1], product.matmul(factors, product.dtype, transposed=True) if v_grad else None, product.centre
+    return grads[0], grads[1], product.matmul(factors, product.dtype, transposed=True) if v_grad else None

@@ -121,6 +121,23 @@ def test_gradient_to_the_bandwidths():
     assert torch.autograd.gradcheck(lambda *t: fastvae.kernel_matmul(*t[:3], bandwidth=t[3], bandwidth_weights=t[4]), (x, y, v, h, a))
 
 
+@pytest.mark.parametrize("row", [0, 5])
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("sweeps", marks=BACKENDS[1].marks)])
+def test_gradient_to_the_bandwidth_with_a_row_far_from_the_others(backend, kernel, row, monkeypatch):
+    """It is a sum of gradients times distances: those of the others would not cancel beside the distance to the far one."""
+    if backend == "sweeps":
+        without_few_pairs(monkeypatch)
+        backend = "triton"
+    x, y, v = problem(dtype=torch.float32)
+    x[row] = 1e20
+    h = torch.tensor(1.3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    gradient = evaluate(lambda h: fastvae.kernel_matmul(x, y, v, kernel=kernel, bandwidth=h, backend=backend).sum(), h)[1]
+    double = [t.double() for t in (x, y, v)]
+    exact = evaluate(lambda h: reference.kernel_matmul(*double, kernel=kernel, bandwidth=h).sum(), h)[1]
+    torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=0)
+
+
 def test_autocast_computes_in_float32():
     x, y, v = problem(dtype=torch.float32)
     h = torch.tensor([0.8, 1.7], device=DEVICE, requires_grad=True)

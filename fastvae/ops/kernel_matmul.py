@@ -110,14 +110,14 @@ def _gradients(grad: Tensor, *args: Any) -> Gradients:
             # x and y are finite here.
             grad = grad.to(dtype) + zero_if_finite(problem.v).to(dtype)
             found = rows.gradients(problem.v.to(dtype), grad, x_grad, y_grad)
-            return _wanted(problem, found, problem.x, args[-4:])
+            return _wanted(problem, found, args[-4:])
         kernel, x, y, v, centre = problem.plan(shifted=False)
         grad = grad.to(x.dtype) + zero_if_finite(x, y, v).to(x.dtype)
         pulls = cpu.kernel_matmul_backward(kernel, x, y, v, grad, centre, x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad)
         # ∂k/∂x is −2γ times what the pull sums, in two factors: γ itself may be past the range of float32.
         root = kernel.gamma[0].sqrt().to(x.dtype)
         gradients = [None if pull is None else (pull * root).mul_(-2 * root).contiguous() for pull in pulls[:2]]
-        return _wanted(problem, [*gradients, pulls[2]], centre, args[-4:])
+        return _wanted(problem, [*gradients, pulls[2]], args[-4:])
 
 
 def _triton(*args: Any) -> Tensor:
@@ -136,8 +136,7 @@ def _triton_backward(grad: Tensor, *args: Any) -> Gradients:
     with without_autocast(problem.x.device):
         precision = matmul_precision(problem.precision)
         arguments = (problem.numbers(), problem.x, problem.y, problem.v, grad, *flags, precision)
-        *grads, centre = kernels.kernel_matmul_backward(*arguments)
-        return _wanted(problem, grads, centre, args[-4:])
+        return _wanted(problem, kernels.kernel_matmul_backward(*arguments), args[-4:])
 
 
 @kernel_matmul_op.register_fake
@@ -154,14 +153,17 @@ def _backward_fake(grad: Tensor, *args: Any) -> Gradients:
     return x, y, v, problem.x.new_empty(1 if wanted[3] else 0, dtype=torch.float64)
 
 
-def _wanted(problem: Problem, grads: Sequence[Tensor | None], centre: Tensor, wanted: tuple[bool, ...]) -> Gradients:
+def _wanted(problem: Problem, grads: Sequence[Tensor | None], wanted: tuple[bool, ...]) -> Gradients:
     empty = problem.x.new_empty(0, dtype=accumulation_dtype(problem.x.dtype))
     grad_bandwidth = empty.new_empty(0, dtype=torch.float64)
     if wanted[3]:
-        # As in `fastvae.ops.mmd`, by Euler's theorem.
+        # By Euler's theorem. What gradients are rounded by is multiplied with a distance: the median stays with most rows where a few are
+        # far. Of a sort, as PyTorch has no deterministic median on a GPU.
+        family, bandwidth, _ = kernel_numbers(problem)
+        rows = problem.x.shape[0] + problem.y.shape[0]
+        centre = torch.cat([problem.x, problem.y]).sort(0).values[rows // 2].double() if family.radial else 0.0
         radial = [((z.double() - centre) * g).sum() for z, g in zip((problem.x, problem.y), grads, strict=False) if g is not None]
-        h = as_vector(kernel_numbers(problem)[1], empty.device)
-        grad_bandwidth = -torch.stack(radial).sum() / h[:1]
+        grad_bandwidth = -torch.stack(radial).sum() / as_vector(bandwidth, empty.device)[:1]
     found = (empty.new_empty(0) if g is None or not want else g for g, want in zip(grads, wanted, strict=False))
     return cast(Gradients, (*found, grad_bandwidth))
 
