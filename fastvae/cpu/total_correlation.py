@@ -82,15 +82,15 @@ def backward(
             g.mul_(u)
             if z_grad:
                 # In this order it takes a tenth of the time of g times a column.
-                dz[:, rows].add_(torch.bmm(tiles.root[:, None, columns], g.mT)[:, 0])
+                _add_product(dz[:, None, rows], tiles.root[:, None, columns], g.mT)
             if posterior_grad:
                 _add_sum(moments[1][:, columns], g, 1, first=rows.start == 0)
                 _add_sum(moments[2][:, columns], g.mul_(u), 1, first=rows.start == 0)
-    grad_z = (dz * -sweep.unit).T.contiguous() if z_grad else None
+    grad_z = dz.mul_(-sweep.unit).T.contiguous() if z_grad else None
     if not posterior_grad:
         return grad_z, None, None
-    grad_mu = (moments[1] * sweep.root).mul_(sweep.unit).T.contiguous()
-    grad_logvar = (0.5 * (sweep.unit * moments[2] - moments[0])).T.contiguous()
+    grad_mu = moments[1].mul_(sweep.root).mul_(sweep.unit).T.contiguous()
+    grad_logvar = moments[2].sub_(moments[0], alpha=1 / sweep.unit).mul_(0.5 * sweep.unit).T.contiguous()
     return grad_z, grad_mu, grad_logvar
 
 
@@ -113,12 +113,13 @@ def terms_backward(
     z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
     root = precision_root(logvar)
     u = (z - mu) * root
-    pull = u * root * information
+    share = u * information
+    pull = root.mul_(share)
     if grad_z is not None:
         grad_z.add_(divergence * z).sub_(pull)
     if grad_mu is not None and grad_logvar is not None:
         grad_mu.add_(pull)
-        grad_logvar.add_(u.square_().sub_(1).mul_(information), alpha=0.5)
+        grad_logvar.add_(torch.addcmul(-information, u, share), alpha=0.5)
     return grad_z, grad_mu, grad_logvar
 
 
@@ -246,6 +247,14 @@ class _Sweep:
         dim = bound.shape[0]
         weight = self.weights.other * LOG2_E
         return bound.sum() - dim * HALF_LOG_2PI * LOG2_E + weight, bound - HALF_LOG_2PI * LOG2_E + weight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, of a product that may be finer."""
+    if b.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
 
 
 def _add_sum(total: Tensor, t: Tensor, dim: int, *, first: bool) -> None:
