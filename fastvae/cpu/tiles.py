@@ -402,11 +402,16 @@ def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tu
     """The centre in the dtype of the tiles, and the largest ‖z − centre‖² at which the products of that dtype are exact enough."""
     dtype = samples[0].dtype
     steepest = ladder.gamma * ladder.ratios[-1] / EXPONENT_ERROR[dtype]
-    limit = float("inf") if not ladder.kernel.radial or isinstance(ladder.kernel, Energy) else 1 / steepest
+    limit = float("inf") if not ladder.kernel.radial else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
     if not ladder.kernel.rooted:
         limit = limit / torch.finfo(dtype).eps
         if all(float((z - centre).square().sum(1).max()) <= limit for z in samples):
             return centre, limit
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
-    return torch.cat(list(samples)).median(0).values.double(), exact
+    rows = torch.cat(list(samples)).double()
+    median = rows.median(0).values
+    if isinstance(ladder.kernel, Energy):
+        # It has no bandwidth: what is far is so beside the other rows.
+        exact = float(rows.sub_(median).square_().sum(1).median()) * EXPONENT_ERROR[dtype] / torch.finfo(torch.float64).eps
+    return median, exact
