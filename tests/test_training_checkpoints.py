@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastvae.training.checkpoints import (
@@ -21,6 +22,7 @@ from fastvae.training.checkpoints import (
     BestCheckpoint,
     Checkpoints,
     EpochSampler,
+    GivenOptions,
     RandomState,
     ResumableLoader,
     checkpoint_file,
@@ -294,10 +296,10 @@ def test_killed_and_resumed(tmp_path):
 
     assert end(start(tmp_path, *SMALL, "--name", "killed", at="step5"))[0] == -signal.SIGKILL
     newest, before = newest_first(runs / "killed" / "version_0" / "checkpoints")
-    assert [newest.name, before.name] == ["epoch=0-step=4.ckpt", "step=3.ckpt"]
+    assert [newest.name, before.name] == ["epoch=0-step=6.ckpt", "step=3.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=4.ckpt'; .* beside it is '{re.escape(str(before))}'"
+        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=6.ckpt'; .* beside it is '{re.escape(str(before))}'"
     ):
         checkpoint_file(str(newest), runs / "killed")
     assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a whole checkpoint, taking the one before it" in resume("killed")
@@ -438,4 +440,42 @@ def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
         assert read_checkpoint(best)["epoch"] == epoch
         os.utime(best)
         assert read_checkpoint(checkpoint_file("last", tmp_path / "runs"))["epoch"] == 3
-        assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "epoch=2-step=3.ckpt", "epoch=3-step=4.ckpt", "last.ckpt"]
+        assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "epoch=2-step=3.ckpt", "epoch=3-step=6.ckpt", "last.ckpt"]
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        [group] = trainer.optimizers[0].param_groups
+        self.seen.append((group["lr"], group["betas"]))
+
+
+SCHEDULES = {
+    "cosine": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 10),
+    "one cycle": lambda optimizer: schedules.OneCycleLR(optimizer, max_lr=0.01, total_steps=20),
+    "cyclic": lambda optimizer: schedules.CyclicLR(optimizer, 1e-4, 1e-2, step_size_up=4, cycle_momentum=False),
+    "plateau": lambda optimizer: schedules.ReduceLROnPlateau(optimizer, patience=0, threshold=0.99),
+}
+
+
+@pytest.mark.parametrize(("schedule", "follows_lr"), [("cosine", True), ("one cycle", False), ("cyclic", False), ("plateau", True)])
+def test_a_schedule_of_the_rate_is_left_as_it_is_but_for_a_new_rate(tmp_path, schedule, follows_lr):
+    def rates(given, steps, lr=1e-3, ckpt_path=None, save=None):
+        data = ImageData("digits", batch_size=600, validation=0)
+        interval = "epoch" if schedule == "plateau" else "step"
+        module = ImageVAE(data.shape, lr=lr, lr_scheduler=SCHEDULES[schedule], lr_scheduler_interval=interval, diagnostics_size=0)
+        seen = Rates()
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(max_steps=steps, callbacks=[seen, *given], accelerator="cpu", **quiet)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        if save:
+            trainer.save_checkpoint(save)
+        return seen.seen
+
+    expected = rates([], 9)
+    assert rates([GivenOptions()], 6, save=tmp_path / "6.ckpt") == expected[:6]
+    assert rates([GivenOptions()], 9, ckpt_path=tmp_path / "6.ckpt") == expected[6:]
+    tenth = [lr for lr, _ in rates([GivenOptions()], 9, lr=1e-4, ckpt_path=tmp_path / "6.ckpt")]
+    assert tenth == pytest.approx([lr / 10 if follows_lr else lr for lr, _ in expected[6:]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import pickle
 import random
@@ -120,7 +121,17 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class GivenOptions(Callback):
-    """What a run is given goes before what the checkpoint that it goes on from remembers of it."""
+    """What a run is given otherwise than the run that it goes on from goes before what the checkpoint remembers of it."""
+
+    def __init__(self) -> None:
+        self._before: list[dict[str, Any]] = []
+        self._given: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["optimizers"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patience = {early: early.patience for early in trainer.early_stopping_callbacks if early is not None}
@@ -128,15 +139,17 @@ class GivenOptions(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for early, patience in self._patience.items():
             early.patience = patience
-        for optimizer in trainer.optimizers:
-            given = optimizer.defaults
+        self._given = [dict(optimizer.defaults) for optimizer in trainer.optimizers]
+        for optimizer, given, before in zip(trainer.optimizers, self._given, self._before, strict=False):
+            changed = {name: value for name, value in given.items() if name not in before or value != before[name]}
+            lr = before["lr"]
             ratios = []
             for group in optimizer.param_groups:
-                # A schedule goes on where it was, from the rate given.
-                rate = group.get("initial_lr", group["lr"])
-                ratios.append(given["lr"] / rate if rate else 1.0)
+                # A schedule goes on where it was, from the rate given; one that began at a rate of its own has no use for it.
+                takes_lr = lr and math.isclose(group.get("initial_lr", lr), lr)
+                ratios.append(given["lr"] / lr if takes_lr else 1.0)
                 rates = {name: group[name] * ratios[-1] for name in ("lr", "initial_lr") if name in group}
-                group.update(given | rates)
+                group.update(changed | rates)
             for config in trainer.lr_scheduler_configs:
                 if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
                     config.scheduler.base_lrs = [rate * ratio for rate, ratio in zip(config.scheduler.base_lrs, ratios, strict=True)]
