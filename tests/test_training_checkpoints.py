@@ -479,3 +479,10 @@ def test_a_schedule_of_the_rate_is_left_as_it_is_but_for_a_new_rate(tmp_path, sc
     assert rates([GivenOptions()], 9, ckpt_path=tmp_path / "6.ckpt") == expected[6:]
     tenth = [lr for lr, _ in rates([GivenOptions()], 9, lr=1e-4, ckpt_path=tmp_path / "6.ckpt")]
     assert tenth == pytest.approx([lr / 10 if follows_lr else lr for lr, _ in expected[6:]])
+
+
+def test_a_run_in_float64_goes_on_with_every_digit(tmp_path):
+    full = fit(tmp_path / "full", steps=4, precision="64-true")
+    fit(tmp_path / "part", steps=2, precision="64-true")
+    resumed = fit(tmp_path / "rest", steps=4, ckpt_path=newest_first(tmp_path / "part")[0], precision="64-true")
+    assert all(torch.equal(full[name], resumed[name]) for name in full)

@@ -100,6 +100,8 @@ class VAEModule(LightningModule):
     def setup(self, stage: str) -> None:
         if is_initialized() and dist.get_world_size() > 1:
             self.objective.process_group = dist.group.WORLD
+        if self.trainer.precision == "64-true":
+            self.double()  # before Lightning does, so that a checkpoint's weights are not rounded to float32 on their way
         data = getattr(self.trainer, "datamodule", None)
         self._prepared = isinstance(data, ImageData)
         if isinstance(data, ImageData):
