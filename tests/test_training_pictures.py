@@ -4,10 +4,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 
 from fastvae.training import pictures
-from fastvae.training.data import NO_LABEL
+from fastvae.training.callbacks import Pictures
+from fastvae.training.data import NO_LABEL, ImageData
+from fastvae.training.module import ImageVAE
 
 LONG = "A title of more words than the pictures below it are wide, and of as many more again as it takes to be sure of that"
 
@@ -137,3 +140,23 @@ def test_loss_curves_of_few_epochs(tmp_path, epochs):
 def test_no_curves_without_epochs(tmp_path):
     pictures.loss_curves([], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*isinstance.treespec, LeafSpec.. is deprecated", "ignore:The .*_dataloader. does not have many workers"
+)
+def test_a_fit_draws_a_standardised_table_as_the_network_has_it(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(1e6, [1.0, 1e3, 1e6], (200, 3)))
+    data = ImageData("table", str(tmp_path / "x.npy"), standardise=True)
+    module = ImageVAE(data.shape, latent_dim=2, hidden=(8,), diagnostics_size=0)
+    drawn = []
+    monkeypatch.setattr(pictures, "table_reconstructions", lambda x, x_hat, file: drawn.append((x, x_hat)))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(max_steps=1, callbacks=[Pictures()], accelerator="cpu", default_root_dir=tmp_path, num_sanity_val_steps=0, **quiet).fit(
+        module, datamodule=data
+    )
+    [(x, x_hat)] = drawn
+    raw = data.splits["val"].images
+    assert torch.equal(x, data.preparation(raw))
+    expected = data.preparation(module.vae.reconstruct(raw).detach(), torch.float64)
+    assert torch.allclose(x_hat.double(), expected, atol=1e-6)

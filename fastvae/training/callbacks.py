@@ -239,6 +239,7 @@ class Pictures(Callback):
             samples = vae.sample(100, generator=generator).reshape(-1, *x.shape[1:])
             pictures.grid(samples, folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
         else:
-            pictures.table_reconstructions(x, vae.reconstruct(x), folder / "reconstructions.png")
+            # As the network has them, where columns of different units share an axis.
+            pictures.table_reconstructions(x, vae.likelihood.mean(vae.decode(output.mu)), folder / "reconstructions.png")
         pictures.latent(output.z, shown.labels, folder / "latent.png", classes=data.classes)
         pictures.loss_curves(self.history, folder / "loss_curves.png")
