@@ -229,3 +229,14 @@ def test_vmap_over_weights():
 def test_no_process_group():
     with pytest.raises(TypeError, match="that this process is in, got bool"):
         fastvae.mmd(torch.randn(3, 2), torch.randn(3, 2), process_group=True)
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [32, 700])
+def test_gradients_of_the_energy_kernel_amid_fill_values(rows):
+    x, y = torch.randn(rows, 3), torch.randn(rows + 8, 3)
+    x[:-2, :2] = y[:-3, :2] = 1e20
+    value, to_x, _ = evaluate(fastvae.mmd, x, y, kernel="energy")
+    exact, exact_to_x, _ = evaluate(reference.mmd, x.double(), y.double(), kernel="energy")
+    assert value.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert (to_x.double() - exact_to_x).norm() < 1e-6 * exact_to_x.norm()
