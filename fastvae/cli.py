@@ -9,12 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvae.version import __version__
+
 FILE_COMMANDS = ("compare", "report", "sample", "reconstruct", "encode", "traverse", "export")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run `fastvae` with the arguments given, or those of the process. A bad argument, file or number ends in one sentence on stderr."""
     given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        # Told before Lightning is imported.
+        sys.stdout.write(f"fastvae {__version__}\n")
+        return
     if wrong := misspelt(given):
         sys.stderr.write(f"error: {wrong} (see --help)\n")
         sys.exit(2)

@@ -36,8 +36,13 @@ class Standardise(nn.Module):
             raise ValueError("x must have at least one sample, got none")
         # Of the distances from one sample, which are exactly 0 where a feature is constant; a block at a time, not all in float64.
         first, parts = x[0].double(), torch.split(x, ROWS)
-        mean = torch.stack([(part.double() - first).sum(0) for part in parts]).sum(0) / len(x)
-        variance = torch.stack([(part.double() - first - mean).square().sum(0) for part in parts]).sum(0) / len(x)
+        mean, variance = torch.zeros_like(first), torch.zeros_like(first)
+        for part in parts:
+            mean += (part.double() - first).sum(0)
+        mean /= len(x)
+        for part in parts:
+            variance += (part.double() - first - mean).square_().sum(0)
+        variance /= len(x)
         return cls(first + mean, torch.where(variance > 0, variance.sqrt(), 1.0))
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

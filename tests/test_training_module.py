@@ -264,6 +264,15 @@ def test_a_non_finite_loss_before_any_checkpoint(tmp_path):
         plain(tmp_path, 1, [StopAtNonFinite()]).fit(ImageVAE([1, 8, 8]), Poisoned(epoch=0))
 
 
+def test_a_table_of_unlike_units_is_told_to_be_standardised(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 3)) * [1, 1e18, 1e30])
+    data = ImageData("table", str(tmp_path / "x.npy"), batch_size=10)
+    data.setup()
+    trainer = plain(tmp_path, 1, [StopAtNonFinite()])
+    with pytest.raises(NonFiniteError, match=r"; --data\.standardise true scales the columns of a table"):
+        trainer.fit(ImageVAE(data.shape, objective="vae", likelihood="gaussian"), datamodule=data)
+
+
 def test_a_weight_that_is_not_finite_is_named(tmp_path):
     module = ImageVAE([1, 8, 8], latent_dim=3, hidden=[16])
     name, weight = list(module.vae.named_parameters())[-1]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fastvae.training.report import read_run, report, run_folder, sentence
+from fastvae.training.report import measured, read_run, report, run_folder, sentence
 
 
 def write_run(folder, rows, config=None):
@@ -118,3 +118,11 @@ def test_a_log_of_other_bytes(tmp_path, raw):
     (folder / "metrics.csv").write_bytes(raw)
     with pytest.raises(ValueError, match=r"metrics.csv must hold numbers, got"):
         report([str(folder)])
+
+
+def test_numbers_of_a_test_keep_four_digits():
+    results = {"test/loss": 377.0, "test/kl": 1.24, "test/active_units": 6.0, "test/mmd": 1234.0}
+    lines = measured(results, standardised=True).splitlines()
+    assert lines[1] == "Loss (nats, of the standardised data)"
+    assert [line.split()[-1] for line in lines if line.startswith("  ")] == ["377.0", "1.240", "1234", "6"]
+    assert measured(results).splitlines()[1] == "Loss (nats)"

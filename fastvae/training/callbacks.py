@@ -48,10 +48,14 @@ class StopAtNonFinite(Callback):
         first = next((name for name, tensor in named.items() if not torch.isfinite(tensor.detach()).all()), f"the norm of the {what}")
         checkpoint = trainer.checkpoint_callback
         path = (checkpoint.last_model_path or checkpoint.best_model_path) if isinstance(checkpoint, ModelCheckpoint) else ""
+        data = getattr(trainer, "datamodule", None)
+        # Columns of unlike units are the usual reason.
+        table = isinstance(data, ImageData) and len(data.shape) == 1 and not data.standardise
         raise NonFiniteError(
             f"{what} must be finite, got a non-finite one at step {trainer.global_step} "
             f"(epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}), "
             f"first seen in {first}; the last good checkpoint is {path or 'not yet written'}"
+            + ("; --data.standardise true scales the columns of a table" if table else "")
         )
 
 

@@ -303,7 +303,8 @@ class CommandLine(LightningCLI):
         folder = self.trainer.log_dir
         if self.trainer.is_global_zero:
             if verbose:
-                sys.stdout.write(f"{measured(results)}\n")
+                standardised = self.model.vae.preparation is not None
+                sys.stdout.write(f"{measured(results, standardised=standardised)}\n")
             if folder:
                 file = Path(folder, "test.json")
                 file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -336,8 +337,8 @@ def run(args: list[str]) -> int:
                 parser_kwargs={
                     "prog": "fastvae",
                     "version": __version__,
-                    "description": "Train and measure variational autoencoders on images. A configuration may name classes of fastvae, "
-                    "Lightning and PyTorch; --trust PACKAGE lets it name those of PACKAGE.",
+                    "description": "Train and measure variational autoencoders on images and tables. A configuration may name classes of "
+                    "fastvae, Lightning and PyTorch; --trust PACKAGE lets it name those of PACKAGE.",
                 },
                 seed_everything_default=0,
                 auto_configure_optimizers=False,

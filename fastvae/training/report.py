@@ -46,6 +46,7 @@ MEASURED = {
         *("mmd_within", "mmd_cross", "mmd_prior", "mmd_standardised"),
     ),
 }
+COUNTS = ("evaluation_size", "active_units", "collapsed_units")
 TOLD = {
     "loss": "loss",
     "negative_elbo": "−ELBO",
@@ -197,16 +198,21 @@ def sentence(runs: list[Run]) -> str:
     return "; ".join(told)
 
 
-def measured(results: Mapping[str, float]) -> str:
-    """What a test measured, by group, in words and four digits."""
+def measured(results: Mapping[str, float], *, standardised: bool = False) -> str:
+    """What a test measured, by group, in words and four digits; `standardised` says that the losses are of data in no units."""
     values = {name.removeprefix("test/"): value for name, value in results.items()}
     others = tuple(name for name in values if not any(name in names for names in MEASURED.values()))
     width = max(map(len, TOLD.values()))
     lines = []
     for group, names in {**MEASURED, "Others": others}.items():
         if found := [name for name in names if name in values]:
-            lines += ["", group, *(f"  {TOLD.get(name, name):<{width}}  {values[name]:>10.4g}" for name in found)]
+            heading = "Loss (nats, of the standardised data)" if standardised and group.startswith("Loss") else group
+            lines += ["", heading, *(f"  {TOLD.get(name, name):<{width}}  {_digits(name, values[name]):>10}" for name in found)]
     return "\n".join(lines)
+
+
+def _digits(name: str, value: float) -> str:
+    return f"{value:.0f}" if name in COUNTS else f"{value:#.4g}".removesuffix(".")
 
 
 def overview(runs: list[Run]) -> Figure:
