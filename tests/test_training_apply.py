@@ -25,9 +25,10 @@ def runs(tmp_path, monkeypatch):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     monkeypatch.chdir(tmp_path)
 
-    def make(shape=(1, 8, 8), data="{name: digits, batch_size: 100, test: 0.1, seed: 1}", **options):
+    def make(shape=(1, 8, 8), data="{name: digits, batch_size: 100, test: 0.1, seed: 1}", columns=(), **options):
         torch.manual_seed(0)
         module = ImageVAE(list(shape), latent_dim=3, hidden=[8], **options)
+        module.columns = tuple(columns)
         trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", plugins=[AtomicCheckpointIO()])
         trainer.strategy.connect(module)
         folder = tmp_path / "runs" / "a" / "version_0"
@@ -129,6 +130,72 @@ def test_a_table_of_ones_own(runs, tmp_path):
     assert imread(tmp_path / "reconstructions.png").std() > 0.01
     apply.reconstruct(path="new.tsv", output="x_hat.npy")
     np.testing.assert_allclose(np.load("x_hat.npy"), vae.reconstruct(x), rtol=1e-4, atol=1e-6)
+
+
+def columns_as(file, names):
+    x = a_table(file)
+    pd.read_csv(file)[names].to_csv(file, index=False)
+    return x
+
+
+@torch.no_grad()
+def test_columns_are_taken_by_their_names(runs, tmp_path):
+    vae = runs([4], "{name: table, path: new.csv, test: 0}", columns="abcd", likelihood="gaussian")
+    x = columns_as(tmp_path / "new.csv", ["d", "label", "b", "c", "a"])
+    for options in ({"path": "new.csv"}, {}):
+        apply.encode(**options)
+        with np.load("codes.npz") as codes:
+            rows = codes["rows"].astype(int)
+            assert sorted(rows) == list(range(50))
+            np.testing.assert_allclose(codes["mu"], vae.encode(x[rows])[0], rtol=1e-4, atol=1e-6)
+    apply.reconstruct(path="new.csv", output="x_hat.npy")
+    np.testing.assert_allclose(np.load("x_hat.npy"), vae.reconstruct(x), rtol=1e-4, atol=1e-6)
+    np.save("bare.npy", x)
+    apply.encode(path="bare.npy")
+    with np.load("codes.npz") as codes:
+        np.testing.assert_allclose(codes["mu"], vae.encode(x)[0], rtol=1e-4, atol=1e-6)
+    columns_as(tmp_path / "new.csv", ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"the columns that the model was trained on, by their names, got data without 'd'$"):
+        apply.encode(path="new.csv")
+    pd.DataFrame(x.numpy(), columns=list("abxy")).to_csv("new.csv", index=False)
+    with pytest.raises(ValueError, match=r"got data without 'c', 'd' and with 'x', 'y'$"):
+        apply.encode(path="new.csv")
+    runs([4], "{name: table}", columns=[1, 2], likelihood="gaussian")
+    with pytest.raises(ValueError, match="ckpt_path must be a checkpoint of this model, got columns whose names are no text"):
+        apply.encode(path="new.csv")
+    runs([4], "{name: table}", columns="aabc", likelihood="gaussian")
+    (tmp_path / "new.csv").write_text("a,b,a,c\n1,2,3,4\n")
+    with pytest.raises(ValueError, match=r"got data with another order of the columns of one name, 'a'$"):
+        apply.encode(path="new.csv")
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_run_that_goes_on_takes_columns_by_their_names(tmp_path, standardise):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    columns_as(tmp_path / "a.csv", list("abcd"))
+    columns_as(tmp_path / "b.csv", list("cdab"))
+
+    def fit(name, epochs, **options):
+        torch.manual_seed(0)
+        module = ImageVAE([4], latent_dim=2, hidden=[8])
+        data = ImageData("table", path=str(tmp_path / name), standardise=standardise, test=0)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, plugins=[AtomicCheckpointIO()], **quiet)
+        trainer.fit(module, datamodule=data, **options)
+        trainer.save_checkpoint(tmp_path / f"{name}.{epochs}.ckpt")
+        return module
+
+    fit("a.csv", 1)
+    expected, found = (fit(name, 2, ckpt_path=str(tmp_path / "a.csv.1.ckpt")) for name in ("a.csv", "b.csv"))
+    assert found.columns == tuple("abcd")
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0)
+    columns_as(tmp_path / "b.csv", list("abc"))
+    with pytest.raises(ValueError, match="got data without 'd'"):
+        fit("b.csv", 3, ckpt_path=str(tmp_path / "a.csv.1.ckpt"))
 
 
 @torch.no_grad()

@@ -471,6 +471,7 @@ PICTURE_KINDS = {
     "transparent grey of a palette": ((Image.fromarray(GREY), {"transparency": 10}), "png", np.where(GREY == 10, 255, GREY)),
     "CMYK": (Image.fromarray(COLOUR).convert("CMYK"), "tif", COLOUR),
     "16 bits": (Image.fromarray(DEEP), "png", DEEP / 257),
+    "16 bits, one of them transparent": ((Image.fromarray(DEEP), {"transparency": 300}), "png", np.where(DEEP == 300, 65535, DEEP) / 257),
     "16 bits TIFF": (Image.fromarray(DEEP), "tif", DEEP / 257),
     "16 bits TIFF, the high byte first": (Image.fromarray(DEEP.astype(">u2")), "tif", DEEP / 257),
     "floats": (Image.fromarray(DEEP.astype(np.float32) / 65535), "tif", DEEP / 257),
@@ -520,7 +521,9 @@ def test_a_picture_that_is_refused(tmp_path, image, options, sentence):
         ImageData(path=str(tmp_path)).setup()
 
 
-@pytest.mark.parametrize(("array", "expected"), [(DEEP[None], DEEP / 257), (DEEP[None] > 300, (DEEP > 300) * 255)])
+@pytest.mark.parametrize(
+    ("array", "expected"), [(DEEP[None], DEEP / 257), (DEEP[None].astype(">u2"), DEEP / 257), (DEEP[None] > 300, (DEEP > 300) * 255)]
+)
 def test_arrays_of_16_bits_and_of_one(tmp_path, array, expected):
     np.save(tmp_path / "a.npy", array)
     np.testing.assert_allclose(whole_images(tmp_path / "a.npy")[0, ..., 0], expected, atol=2e-5)
@@ -786,6 +789,30 @@ def test_a_table_in_text(tmp_path, kind, suffix):
     assert split.labels.tolist() == [NO_LABEL] * 3
 
 
+@pytest.mark.parametrize(
+    ("text", "n", "warning"),
+    [
+        ("0,1,2\n3,4,5\n6,7,8\n", 2, "0, 1, 2, is taken for names: if it is a row of data, put a row of names before it"),
+        ("0,1,2,3\n5,1,1,1\n", 1, "0, 1, 2, …, is taken for names: if it is a row of data, put a row of names before it"),
+        ("2019,2020\n1.5,2.5\n", 2, "2019, 2020, is taken for data: if it has names, begin them with a letter"),
+        ("2019,2020\n1,2\n", 2, "2019, 2020, is taken for data: if it has names, begin them with a letter"),
+        ("400;410;420\n0,1;0,2;0,4\n", 2, "400, 410, 420, is taken for data: if it has names, begin them with a letter"),
+        (",0,1,2\n0,3,4,5\n", 1, None),
+        ("x2019,x2020\n1,2\n", 1, None),
+        ("a,b,c\n0,1,2\n3,4,5\n", 2, None),
+        ("1,2\n3,4\n", 2, None),
+        ("2,3,5\n1,1,1\n", 2, None),
+        ("2,9\n1,1\n", 2, None),
+        ("2019\n2020\n", 2, None),
+    ],
+)
+def test_a_guess_of_the_header_is_told(tmp_path, capfd, text, n, warning):
+    file = tmp_path / "a.csv"
+    file.write_text(text)
+    assert len(data_module.read_table(file).splits["train"].images) == n
+    assert capfd.readouterr().err == (f"warning: the first row of {file}, {warning}\n" if warning else "")
+
+
 def test_a_table_in_excels_unicode_text(tmp_path):
     (tmp_path / "a.tsv").write_bytes(lines(["label", *"abc"], *(["ü", *row] for row in TABLE), between="\t").encode("utf-16"))
     source = data_module.read_table(tmp_path / "a.tsv")
@@ -811,6 +838,14 @@ def test_labels_of_a_table(tmp_path, labels, classes, numbers, mark):
     assert source.classes == classes
     assert source.splits["train"].labels.tolist() == numbers
     np.testing.assert_allclose(source.splits["train"].images, TABLE, rtol=1e-15)
+
+
+@pytest.mark.parametrize(("given", "told"), [(["1", "-1"], True), (["1", "-1.0"], True), (["1", ""], False), (["a", "-1"], False)])
+def test_a_label_that_stands_for_none_is_told(tmp_path, capfd, given, told):
+    (tmp_path / "a.csv").write_text(lines(["label", "x"], *zip(given, (1, 2), strict=True)))
+    labels = data_module.read_table(tmp_path / "a.csv").splits["train"].labels.tolist()
+    assert labels == ([1, 0] if "a" in given else [1, NO_LABEL])
+    assert ("the label -1 in" in capfd.readouterr().err) == told
 
 
 def test_names_of_classes_are_those_of_all_sets(tmp_path):
@@ -839,6 +874,13 @@ def test_a_table_whole_with_the_names_of_its_rows(tmp_path):
     assert source.rows == {"train": tuple(row[0] for row in rows)}
     assert source.splits["train"].images.tolist() == [[k] for k in range(100)]
     assert source.splits["train"].labels.tolist() == [0, 1] * 50
+
+
+@pytest.mark.parametrize("header", ["label,x", ",label,x", "Unnamed: 0,label,x", ",Unnamed: 0,label,x"])
+def test_names_of_rows_keep_their_zeros(tmp_path, header):
+    between = ",7,1,2" if header.startswith(",Unnamed") else ",1,2"
+    (tmp_path / "a.csv").write_text("\n".join([header, *(name + between for name in ("000", "001 ", "1.0"))]))
+    assert ImageData("table", path=str(tmp_path / "a.csv")).whole().rows["train"] == ("000", "001", "1.0")
 
 
 def test_a_table_in_parquet(tmp_path):
@@ -898,6 +940,9 @@ def test_a_gzipped_table_is_bounded(tmp_path, monkeypatch):
         ("a.csv", "1,,3\n4,5,6\n", r"must be a table of numbers, got another file \('' in row 1, column 2, and text"),
         ("a.csv", "1,NA,3\n4,5,6\n", r"must be a table of numbers, got another file \('NA' in row 1, column 2, and text"),
         ("a.csv", "5.1,3.5,setosa\n4.9,3,setosa\n", r"must be a table of numbers, got another file \('setosa' in row 1, column 3"),
+        ("a.csv", b"a,\xf6\n1,2\n", r"got another file \(its text must be UTF-8, or UTF-16 with a byte order mark\)"),
+        ("a.csv", b"label,x\n" + b"a,2\n" * 9**5 + b"\xf6,2\n", r"\(its text must be UTF-8, or UTF-16 with a byte order mark\)"),
+        ("a.tsv", b"\xff\xfe1\t\0", r"\(its text must be UTF-8, or UTF-16 with a byte order mark\)"),
         ("a.csv", "", r"must be a table of numbers, got another file \(it is empty\)"),
         ("a.csv", "a,b\n", "must be a table of numbers, got another file"),
         ("a.csv.gz", "a,b\n", r"a.csv.gz must be a table of numbers, got another file \(Not a gzipped file"),
@@ -910,7 +955,7 @@ def test_a_gzipped_table_is_bounded(tmp_path, monkeypatch):
     ],
 )
 def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         ImageData("table", path=str(tmp_path)).setup()
 

@@ -50,6 +50,8 @@ def reconstruct(
 ) -> None:
     """Encode test data, or all data of a path, and decode the means of the codes.
 
+    A table's columns are taken by their names, where they have some: reconstructions have them in the order of the training table.
+
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
@@ -73,9 +75,9 @@ def reconstruct(
 def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "codes.npz", runs: str = "runs") -> None:
     """Encode test data, or all data of a path: mu and logvar of shape (N, latent_dim), and what the data have of labels and names.
 
-    A .npz file has labels (N,), -1 for none, the names of their classes, if they have some, and rows (N,): a picture's file, the column
-    without a name that a table begins with, else the place in the data, as test data are shuffled. A .csv file has a row a sample, and so
-    has a .h5ad file, whose X is mu.
+    A .npz file has labels (N,), -1 for none, which a label -1 of a table is too, the names of their classes, if they have some, and rows
+    (N,): a picture's file, the column without a name that a table begins with, else the place in the data, as test data are shuffled. A
+    .csv file has a row a sample, and so has a .h5ad file, whose X is mu.
 
     Args:
         ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
@@ -277,7 +279,8 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
         source = data.whole()
     else:
         data.setup()
-        source = Source({"train": data.splits["test"]}, data.classes, {"train": data.test_rows})
+        source = Source({"train": data.splits["test"]}, data.classes, {"train": data.test_rows}, data.columns)
+    source = source.by_columns(module.columns)
     images, labels = source.splits["train"]
     if images.shape[1:] != tuple(shape):
         raise ValueError(f"data must have the shape that the model was trained on, {tuple(shape)}, got {tuple(images.shape[1:])}")

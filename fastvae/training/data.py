@@ -73,12 +73,18 @@ class Split(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What was read: the splits "train" and, where the data have them, "val" and "test"; the names of the labels 0, 1, …, and those of a
-    split's rows, where there are some."""
+    """What was read: the splits "train" and, where the data have them, "val" and "test"; the names of the labels 0, 1, …, those of a
+    split's rows, and those of a table's columns, where there are some."""
 
     splits: dict[str, Split]
     classes: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    columns: tuple[str, ...] = ()
+
+    def by_columns(self, wanted: tuple[str, ...]) -> Source:
+        """With the columns of these names, in their order, as `tables.places` tells."""
+        order = tables.places(self.columns, wanted)
+        return self if order is None else self._replace(splits=_by_columns(self.splits, order), columns=wanted)
 
 
 class Images(Dataset[Batch]):
@@ -122,6 +128,8 @@ class ImageData(LightningDataModule):
             are these sets. 16 bits are kept, transparent pixels become white, and greys among colours become colours. For a table a .npy,
             .npz, CSV, TSV or Parquet file, or a folder of them: a matrix of numbers, a row a sample; a header may name a column "label",
             of numbers or text, and columns without a name before the first one with one name the rows.
+            A label -1 stands for none, as an empty one does. A first row 0, 1, 2, … is taken for names, as pandas writes them.
+            A model keeps the names of its training table's columns, and takes those of later tables by them, whatever their order.
         batch_size: Images a batch.
         binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
             once for validation and test).
@@ -170,6 +178,7 @@ class ImageData(LightningDataModule):
         self.preparation: Standardise | None = None
         self.classes: tuple[str, ...] = ()
         self.test_rows: tuple[str, ...] = ()
+        self.columns: tuple[str, ...] = ()
 
     @property
     def shape(self) -> list[int]:
@@ -223,6 +232,7 @@ class ImageData(LightningDataModule):
             self.preparation = Standardise.of(splits["train"].images)
         self.classes = source.classes
         self.test_rows = tuple(names[row] if names else str(row) for row in rows.tolist())
+        self.columns = source.columns
         self.splits = splits
 
     def whole(self) -> Source:
@@ -245,6 +255,16 @@ class ImageData(LightningDataModule):
         self.setup()
         self.preparation = preparation or self.preparation
         return self.preparation
+
+    def take_columns(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """The columns of these names, in their order, from now on; returns the names. Without names they are as they are."""
+        self.setup()
+        order = tables.places(self.columns, wanted)
+        if order is not None:
+            self.splits, self.columns = _by_columns(self.splits, order), wanted
+            if self.preparation is not None:
+                self.preparation.set_extra_state(self.preparation.get_extra_state()[:, order])
+        return wanted or self.columns
 
     def blocks(self) -> Iterator[Tensor]:
         """The rows of all splits as batches have them, a block at a time."""
@@ -505,7 +525,8 @@ def _picture(file: Path, image_size: int | None) -> Array:
     if n_pictures > 1:
         raise ValueError(f"{file} must hold one picture, got {n_pictures}")
     if sixteen_bits:
-        image = Image.fromarray(np.asarray(image).astype(np.float32) / 65535)
+        deep = np.asarray(image)
+        image = Image.fromarray(np.where(deep == image.info.get("transparency"), np.float32(1), deep.astype(np.float32) / 65535))
     if image.mode not in (*GREYS, *COLOURS):
         raise ValueError(f"{file} must be a picture of greys or colours of 8 or 16 bits, or of floats in [0, 1], got mode {image.mode}")
     if image.mode == "F":
@@ -555,6 +576,7 @@ def read_table(path: Path, *, whole: bool = False) -> Source:
                 raise ValueError(f"{file} must have the columns of the file before, got {first[0]!r} in the place of {first[1]!r}")
             found = [(name, table.values)]
             if table.labels is not None:
+                _tell_none(file, table.labels)
                 given = table.labels.dtype.kind != "f"
                 found.append((name, table.labels if given else np.nan_to_num(table.labels, nan=NO_LABEL)))
             names = table.rows
@@ -572,7 +594,13 @@ def read_table(path: Path, *, whole: bool = False) -> Source:
         kinds = f".npy, .npz, {', '.join(tables.SUFFIXES[:-1])} or {tables.SUFFIXES[-1]}"
         raise FileNotFoundError(f"data.path must hold a matrix in a {kinds} file, got none in {str(path)!r}")
     _tell_skipped(path, [file for file in files if file not in read])
-    return _joined(parts, labels, path, whole=whole)
+    return _joined(parts, labels, path, whole=whole)._replace(columns=header)
+
+
+@rank_zero_only
+def _tell_none(file: Path, labels: Array) -> None:
+    if labels.dtype.kind in "if" and (labels == NO_LABEL).any():
+        sys.stderr.write(f"warning: the label {NO_LABEL} in {file} stands for none: give it another number or a name if it is a class\n")
 
 
 def _table_file(file: Path) -> tables.Table:
@@ -613,6 +641,10 @@ def _narrow(split: Split) -> Split:
         columns = ", ".join(str(int(column)) for column in lost.nonzero().flatten()[:10])
         sys.stderr.write(f"warning: float32 merges values of column {columns} (counted from 0), data.standardise true keeps them apart\n")
     return split._replace(images=narrow)
+
+
+def _by_columns(splits: Mapping[str, Split], order: list[int]) -> dict[str, Split]:
+    return {name: Split(x[:, order], labels) for name, (x, labels) in splits.items()}
 
 
 def _binarised(split: Split, generator: torch.Generator) -> Split:
@@ -684,7 +716,7 @@ def _as_images(array: Array, source: str) -> Tensor:
     hint = ": a table needs --data.name table" if array.ndim == 2 else ""
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.uint16:
+    elif array.dtype.newbyteorder("=") == np.uint16:
         array = array.astype(np.float32) / 65535
     elif np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float32, copy=False)

@@ -33,6 +33,8 @@ OWN = ("encoder", "decoder", "optimizer", "lr_scheduler")
 MOST_LOGGED_DIMENSIONS = 256
 # Its name in a checkpoint.
 PREPARATION = f"vae.{IN_VAE}"
+# Where a checkpoint has the names of the training table's columns.
+COLUMNS = "columns"
 
 
 class VAEModule(LightningModule):
@@ -91,6 +93,7 @@ class VAEModule(LightningModule):
         self.nll_samples = nll_samples
         self.gradient_norms_every = gradient_norms_every
         self.observed: dict[str, Tensor] = {}
+        self.columns: tuple[str, ...] = ()
         self._prepared = False
         self._codes: list[VAEOutput] = []
         self._train_terms: Callable[[Tensor], tuple[VAEOutput, ObjectiveTerms]] = (
@@ -105,6 +108,7 @@ class VAEModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         self._prepared = isinstance(data, ImageData)
         if isinstance(data, ImageData):
+            self.columns = data.take_columns(self.columns)
             # One object for both: a checkpoint that is loaded next sets its numbers, for the data too.
             self.vae.preparation = data.prepare_by(self.vae.preparation)
             if isinstance(self.vae.likelihood, Bernoulli):
@@ -186,7 +190,17 @@ class VAEModule(LightningModule):
         names = {f"{stage}/{name}" for stage in terms for name in terms[stage]} | {"train/loss_step", "train/loss_epoch"}
         return names if sum(self.trainer.num_val_batches) else {name for name in names if name.startswith("train/")}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[COLUMNS] = list(self.columns)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        columns = checkpoint.get(COLUMNS, [])
+        if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+            raise ValueError("ckpt_path must be a checkpoint of this model, got columns whose names are no text")
+        self.columns = tuple(columns)
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageData):
+            self.columns = data.take_columns(self.columns)
         saved = checkpoint["state_dict"]
         if PREPARATION in saved and self._trainer is None:
             self.vae.preparation = Standardise(*saved[PREPARATION])

@@ -7,16 +7,21 @@ import gzip
 import io
 import itertools
 import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 CHUNK = 2**20
+MOST_TOLD = 5
 # What pandas calls a column without a name, as its own index is in the files it writes.
 UNNAMED = re.compile(r"(unnamed: \d+(\.\d+)*)?", re.IGNORECASE)
 
@@ -66,8 +71,11 @@ def read(file: Path) -> Table:
     """
     import pandas as pd
 
-    frame, names = _parquet(file) if file.suffix == ".parquet" else _text(file)
-    n_unnamed = next((at for at, name in enumerate(names) if not UNNAMED.fullmatch(name)), 0)
+    try:
+        frame, names = _parquet(file) if file.suffix == ".parquet" else _text(file)
+    except UnicodeError as error:
+        raise ValueError("its text must be UTF-8, or UTF-16 with a byte order mark") from error
+    n_unnamed = _n_unnamed(names)
     lower = [name.lower() for name in names]
     label = lower.index("label") if "label" in lower else None
     columns = [at for at in range(n_unnamed, frame.shape[1]) if at != label]
@@ -79,7 +87,38 @@ def read(file: Path) -> Table:
         raise ValueError(_first_text(frame, columns, names)) from error
     index = frame.iloc[:, 0] if n_unnamed else None if isinstance(frame.index, pd.RangeIndex) else frame.index
     labels = None if label is None else _labels(frame.iloc[:, label])
-    return Table(values, labels, () if index is None else tuple(map(str, index)), tuple(names[at] for at in columns) if names else ())
+    return Table(
+        values,
+        labels,
+        () if index is None else tuple(str(name).strip() for name in index),
+        tuple(names[at] for at in columns) if names else (),
+    )
+
+
+def _n_unnamed(names: list[str]) -> int:
+    return next((at for at, name in enumerate(names) if not UNNAMED.fullmatch(name)), 0)
+
+
+def places(columns: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
+    """Where the wanted columns are, None where all are in their places; a table without names, or for a model without, is as it is.
+
+    Raises:
+        ValueError: other names, or the same in another order where one stands twice.
+    """
+    if not columns or not wanted or columns == wanted:
+        return None
+    missing, others = Counter(wanted) - Counter(columns), Counter(columns) - Counter(wanted)
+    told = [f"{what} {_listed(names)}" for what, names in (("without", missing), ("with", others)) if names]
+    if not told and len(set(wanted)) < len(wanted):
+        told = [f"with another order of the columns of one name, {_listed(Counter(wanted) - Counter(set(wanted)))}"]
+    if told:
+        raise ValueError(f"data must have the columns that the model was trained on, by their names, got data {' and '.join(told)}")
+    return [columns.index(name) for name in wanted]
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(map(repr, first[:MOST_TOLD])) + (f" and {len(first) - MOST_TOLD} others" if len(first) > MOST_TOLD else "")
 
 
 def _labels(column: pd.Series[Any]) -> np.ndarray[Any, Any]:
@@ -122,16 +161,14 @@ def _text(file: Path) -> tuple[pd.DataFrame, list[str]]:
             encoding=layout.encoding,
             skiprows=layout.start,
             header=None,
+            dtype=dict.fromkeys(range(_n_unnamed(layout.names)), str),  # as numbers, names of rows would lose their zeros
             na_filter=False,
             low_memory=False,
             skipinitialspace=True,
         )
-    names = layout.names
-    if names and len(names) == frame.shape[1] - 1:
-        names = ["", *names]  # R leaves the name of the rows' names out
-    if names and len(names) != frame.shape[1]:
-        raise ValueError(f"{len(names)} names in its first row and {frame.shape[1]} columns below")
-    return frame, names
+    if layout.names and len(layout.names) != frame.shape[1]:
+        raise ValueError(f"{len(layout.names)} names in its first row and {frame.shape[1]} columns below")
+    return frame, layout.names
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -150,9 +187,13 @@ def _layout(file: Path) -> Layout:
     decimal = "," if delimiter == ";" and "," in lines[-1][1] else "."
     first, *rest = ([cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))] for _, line in lines)
     number = lines[0][0]
-    if not _is_header(first, rest[0] if rest else [], decimal):
+    header = _is_header(first, rest[0] if rest else [], decimal)
+    _tell_guess(file, first, rest[0] if rest else [], header)
+    if not header:
         return Layout(encoding, delimiter, decimal, number, [])
     first[0] = first[0].lstrip("# ")  # numpy's savetxt begins a header so
+    if rest and len(rest[0]) == len(first) + 1:
+        first = ["", *first]  # R leaves the name of the rows' names out
     return Layout(encoding, delimiter, decimal, number + 1, first)
 
 
@@ -167,6 +208,23 @@ def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
             return True
     counted = first[1:] if first[0] == "" else first
     return len(first) > 2 and counted == [str(k) for k in range(len(counted))]
+
+
+@rank_zero_only
+def _tell_guess(file: Path, first: list[str], second: list[str], header: bool) -> None:
+    """Warns of a first row of numbers that count up, as names such as 2019, 2020 and data do, unless the second row goes on with them."""
+    if not all(cell.isdecimal() for cell in first):
+        return
+    numbers = [int(cell) for cell in first]
+    step = numbers[-1] - numbers[-2] if len(numbers) > 1 else 0
+    counts = step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)) and (step == 1 or len(numbers) > 2)
+    goes_on = second == [str(number + step * len(numbers)) for number in numbers]
+    if header or (counts and second and not goes_on):
+        shown = ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
+        taken, other = (
+            ("names", "is a row of data, put a row of names before it") if header else ("data", "has names, begin them with a letter")
+        )
+        sys.stderr.write(f"warning: the first row of {file}, {shown}, is taken for {taken}: if it {other}\n")
 
 
 def is_number(cell: Any, decimal: str = ".") -> bool:
