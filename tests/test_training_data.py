@@ -544,7 +544,21 @@ def test_arrays_of_several_dtypes_have_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        *((name, "test") for name in ("test", "x_test", "XTest", "imagesTest", "t10k-images-idx3-ubyte", "test_2", "x.test1", "My TEST")),
+        *(
+            (name, "test")
+            for name in (
+                "test",
+                "x_test",
+                "XTest",
+                "imagesTest",
+                "t10k-images-idx3-ubyte",
+                "test_2",
+                "x.test1",
+                "My TEST",
+                "Xtest",
+                "ytest",
+            )
+        ),
         *((name, "train") for name in ("protest", "latest_news", "contest", "testimony", "attestation", "x", "x_train", "values")),
         *((name, "val") for name in ("val", "y_val", "valid", "x-validation")),
     ],
@@ -1044,3 +1058,14 @@ def test_validation_draws_nothing_from_the_global_generator():
     for loader in (data.val_dataloader(), data.test_dataloader()):
         next(iter(loader))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("train", "test"), [("training_set", "test_set"), ("train-images", "TestData"), ("trainset", "testset")])
+def test_folders_of_sets_by_other_names(tmp_path, train, test):
+    for name in (train, test):
+        (tmp_path / name / "cats").mkdir(parents=True)
+        for k in range(3):
+            Image.fromarray(np.full((4, 4), k, np.uint8)).save(tmp_path / name / "cats" / f"{k}.png")
+    source = data_module.read_folder(tmp_path)
+    assert {name: len(split.labels) for name, split in source.splits.items()} == {"train": 3, "test": 3}
+    assert source.classes == ("cats",)

@@ -125,9 +125,9 @@ class ImageData(LightningDataModule):
             uint8, uint16 or in [0, 1]; those that have the word test or t10k in the name of their file or array are the test set, those
             with val, valid or validation the validation set; several of one kind are joined in the order of their names. Or a folder of
             pictures (PNG, JPEG, BMP, WebP, TIFF), in subfolders or not: a subfolder is a class, except that folders train, val and test
-            are these sets. 16 bits are kept, transparent pixels become white, and greys among colours become colours. For a table a .npy,
-            .npz, CSV, TSV or Parquet file, or a folder of them: a matrix of numbers, a row a sample; a header may name a column "label",
-            of numbers or text, and columns without a name before the first one with one name the rows.
+            are these sets. 16 bits of grey are kept, transparent pixels become white, and greys among colours become colours. For a table
+            a .npy, .npz, CSV, TSV or Parquet file, or a folder of them: a matrix of numbers, a row a sample; a header may name a column
+            "label", of numbers or text, and columns without a name before the first one with one name the rows.
             A label -1 stands for none, as an empty one does. A first row 0, 1, 2, … is taken for names, as pandas writes them.
             A model keeps the names of its training table's columns, and takes those of later tables by them, whatever their order.
         batch_size: Images a batch.
@@ -494,13 +494,12 @@ def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, 
 def _places(files: Sequence[Path]) -> list[tuple[str, str]]:
     """The set and the class of each picture, from the folders that it lies in. Without a folder of training pictures "valid" is a class."""
     folders = [file.parts[:-1] for file in files]
-    trained = any(SETS.get(part.lower()) == "train" for parts in folders for part in parts)
-    sets = {name: which for name, which in SETS.items() if trained or which == "test"}
+    # "test_set" and "TestImages" are "test".
+    words = {part: re.sub(r"[\W_]*(set|data|images)$", "", part.lower()) for parts in folders for part in parts}
+    trained = any(SETS.get(word) == "train" for word in words.values())
+    sets = {part: SETS[word] for part, word in words.items() if SETS.get(word) in (("train", "val", "test") if trained else ("test",))}
     return [
-        (
-            next((sets[part.lower()] for part in parts if part.lower() in sets), "train"),
-            "/".join(part for part in parts if part.lower() not in sets),
-        )
+        (next((sets[part] for part in parts if part in sets), "train"), "/".join(part for part in parts if part not in sets))
         for parts in folders
     ]
 
@@ -654,7 +653,10 @@ def _binarised(split: Split, generator: torch.Generator) -> Split:
 def _set(name: str) -> str:
     """The set that a word of a name tells: "x_test", "XTest" and "t10k-images" are of the test set, "protest" and "latest_news" are not."""
     words = re.split(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name)
-    return next((SETS[word] for word in (word.lower().rstrip("0123456789") for word in words) if word in SETS), "train")
+    words = [word.lower().rstrip("0123456789") for word in words]
+    # "Xtest" and "ytest" too.
+    words += [word[1:] for word in words if word[:1] in ("x", "y")]
+    return next((SETS[word] for word in words if word in SETS), "train")
 
 
 def read_idx(file: Path) -> Array:
