@@ -431,3 +431,13 @@ def test_a_run_without_its_configuration(runs, tmp_path):
         Image.fromarray(np.full((40, 60), 60 * k, np.uint8)).save(tmp_path / "mine" / f"{k}.png")
     apply.reconstruct(path="mine", output="x.npy")  # cut and scaled to what the model takes
     assert np.load("x.npy").shape[1:] == (1, 8, 8)
+
+
+def test_rows_of_a_decoder_of_ones_own_are_drawn_as_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = SimpleNamespace(sample=lambda n, generator: torch.rand(n, 64))
+    monkeypatch.setattr(apply, "load", lambda *args: SimpleNamespace(vae=vae, hparams={"shape": [1, 8, 8]}))
+    apply.sample(n=4)
+    assert imread(tmp_path / "samples.png").std() > 0.01
+    apply.sample(n=4, output="s.npy")
+    assert np.load("s.npy").shape == (4, 1, 8, 8)

@@ -37,8 +37,10 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
         seed: The seed of the random draws.
         runs: The folder of all runs.
     """
-    vae = load(ckpt_path, runs).vae
-    x = vae.sample(checks.integer("n", n, at_least=1), generator=torch.Generator().manual_seed(seed))
+    module = load(ckpt_path, runs)
+    x = module.vae.sample(checks.integer("n", n, at_least=1), generator=torch.Generator().manual_seed(seed))
+    # A decoder of one's own may return rows.
+    x = x.reshape(-1, *module.hparams["shape"])
     if not _saved(x, output):
         pictures.grid(_images(x), Path(output), "Samples: decoded draws from the prior N(0, I)")
     _tell(output)
@@ -162,7 +164,7 @@ def traverse(
     z = code.repeat(len(order), len(values), 1)
     for row, d in enumerate(order):
         z[row, :, d] = values
-    decoded = vae.expected(z.flatten(0, 1))
+    decoded = vae.expected(z.flatten(0, 1)).reshape(-1, *x.shape[1:])
     if not _saved(decoded.unflatten(0, z.shape[:2]), output):
         pictures.grid(
             _images(decoded),
