@@ -1,5 +1,6 @@
 import copy
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
