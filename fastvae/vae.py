@@ -203,7 +203,11 @@ class VAE(nn.Module):
 
         Networks that are not those of `mlp` or `conv`, and a likelihood other than `Gaussian` and `Bernoulli`, are named by their classes;
         `from_pretrained` has to be given them.
+
+        Raises:
+            ValueError: networks that were changed after `mlp` or `conv` made them, where `networks` still tells of those.
         """
+        self._check_networks()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         prepare, state = self.preparation, self.state_dict()
@@ -226,6 +230,20 @@ class VAE(nn.Module):
         else:
             torch.save(weights, folder / WEIGHTS[1])
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    def _check_networks(self) -> None:
+        if self.networks is None:
+            return
+        options = {name: value for name, value in self.networks.items() if name != "architecture"}
+        with torch.device("meta"):
+            made = getattr(VAE, self.networks["architecture"])(**options, latent_dim=self.latent_dim, posterior=self.posterior)
+        for name in ("encoder", "decoder"):
+            own, other = (_structure(getattr(vae, name)) for vae in (self, made))
+            if own != other:
+                raise ValueError(
+                    f"{name} must be the one that VAE.{self.networks['architecture']} made, got another: "
+                    "with vae.networks = None its weights alone are saved"
+                )
 
     @classmethod
     def from_pretrained(
@@ -400,6 +418,10 @@ def _likelihood(likelihood: LikelihoodName | Likelihood) -> Likelihood:
         return likelihood
     checks.option("likelihood", likelihood, get_args(LikelihoodName))
     return Gaussian() if likelihood == "gaussian" else Bernoulli()
+
+
+def _structure(module: nn.Module) -> tuple[str, list[type]]:
+    return str(module), [type(inner) for inner in module.modules()]
 
 
 def _class_path(module: nn.Module) -> str:

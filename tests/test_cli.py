@@ -143,6 +143,12 @@ def test_compare(tmp_path, inside):
         (["fit", *SMALL, "--model.beta", "4"], 1, ["model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae"]),
         (["fit", *SMALL, "--checkpoint_every", "3", "--trainer.enable_checkpointing", "false"], 1, ["checkpoint_every must be 0"]),
         (["fit", "--config", "absent.yaml"], 2, ["config must be a file of YAML, got 'absent.yaml', which is not there"]),
+        (
+            ["fit", "--model.lr_scheduler", "ReduceLROnPlateau"],
+            2,
+            ["lr_scheduler must be the full path of a class, as torch.optim.lr_scheduler.ReduceLROnPlateau, got ReduceLROnPlateau (see"],
+        ),
+        (["fit", "--model.optimizer", "Foo"], 2, ["model.optimizer must be the full path of a class, as torch.optim.AdamW, got Foo (see"]),
         (["fit", "--data.name", "cifar"], 2, ["data.name must be one of", "'fashion_mnist'", "got cifar"]),
         (["fit", "--model.latent_dim", "x"], 2, ["model.latent_dim must be an integer, got x"]),
         (["fit", "--model.bandwidth", "x"], 2, ["model.bandwidth must be one of a number, null, got x"]),
@@ -211,6 +217,105 @@ def test_flags_go_before_what_the_checkpoint_was_trained_with(tmp_path, inside):
     assert not any(torch.equal(weights[0], weights[k]) for k in (1, 3))
     assert "importance-weighted" in inside("test", "--model.nll_samples", "2")[0]
     assert "must be a checkpoint of this model" in inside("test", "--model.latent_dim", "5", code=1)[1]
+
+
+SCHEDULED = {
+    "CosineAnnealingLR": ({"T_max": 3}, {"T_max": 20}),
+    "StepLR": ({"step_size": 1}, {"step_size": 2, "gamma": 0.5}),
+    "OneCycleLR": ({"max_lr": 0.01, "total_steps": 18}, {"max_lr": 0.02, "total_steps": 30}),
+    "torch.optim.lr_scheduler.ReduceLROnPlateau": ({"threshold": 1e3, "patience": 9}, {"threshold": 1e3, "patience": 1}),
+}
+
+
+def flags_of(group, options):
+    return [word for name, value in options.items() for word in (f"--{group}.{name}", str(value))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULED)
+def test_an_option_of_the_schedule_that_is_given_otherwise_is_obeyed(tmp_path, inside, schedule):
+    before, after = (flags_of("model.lr_scheduler", options) for options in SCHEDULED[schedule])
+
+    def rate(*args):
+        inside("fit", *QUICK, "--name", "rates", *args)
+        newest = max((tmp_path / "runs" / "rates").glob("version_*"), key=lambda run: int(run.name.split("_")[1]))
+        [group] = torch.load(newest / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+        return [group["lr"], group["betas"]]
+
+    chosen = ["--model.lr_scheduler", schedule, "--model.lr_scheduler_interval", "step" if schedule == "OneCycleLR" else "epoch"]
+    # Lightning saves an epoch's checkpoint before this schedule has heard of the epoch's loss, which it then never hears of.
+    epochs = "4" if schedule.endswith("Plateau") else "5"
+    expected = rate(*chosen, *after, "--trainer.max_epochs", epochs)
+    assert expected != rate(*chosen, *before, "--trainer.max_epochs", "5")
+    rate(*chosen, *before, "--trainer.max_epochs", "2")
+    assert rate("--ckpt_path", "last", *after, "--trainer.max_epochs", "5") == expected
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_goes_on_with_is_not_given_otherwise(tmp_path, inside):
+    inside("fit", *QUICK, "--name", "learned", "--model.learn_sigma", "true")
+    inside("fit", *QUICK, "--name", "optimal", "--model.optimal_sigma", "true")
+    inside("fit", *QUICK, "--name", "fixed", "--model.likelihood", "gaussian", "--model.optimizer", "SGD")
+    inside("fit", *QUICK, "--name", "rprop", "--model.optimizer", "Rprop", "--model.lr_scheduler", "StepLR", *STEP)
+    before = files(tmp_path)
+    more = ["--trainer.max_epochs", "2"]
+    sigma = ["--model.sigma", "0.05"]
+    kept = "as it was for ckpt_path"
+    for name, args, words in (
+        ("learned", sigma, "model.sigma must not be given with ckpt_path where model.learn_sigma is true, as the checkpoint's goes on"),
+        ("learned", ["--model.sigma", "1"], "model.sigma must not be given with ckpt_path"),
+        ("optimal", sigma, "model.sigma must not be given with ckpt_path where model.optimal_sigma is true"),
+        ("optimal", ["--model", "{sigma: 0.05}"], "model.sigma must not be given with ckpt_path where model.optimal_sigma is true"),
+        ("learned", ["--model.optimizer", "SGD"], f"model.optimizer must be torch.optim.Adam {kept}"),
+        ("fixed", ["--model.optimizer", "Adam"], f"model.optimizer must be torch.optim.SGD {kept}"),
+        ("fixed", ["--model.lr_scheduler", "StepLR", *STEP], f"model.lr_scheduler must be null {kept}"),
+        ("rprop", ["--model.lr_scheduler", "LinearLR"], f"model.lr_scheduler must be torch.optim.lr_scheduler.StepLR {kept}"),
+        ("rprop", ["--model.lr", "1"], f"model.lr must be 0.001 {kept}, got 1.0: torch.optim.Rprop holds"),
+        ("learned", ["--model.optimizer", "Adam", "--model.optimizer.amsgrad", "true"], f"model.optimizer.amsgrad must be false {kept}"),
+    ):
+        assert error(inside("fit", "--name", name, "--ckpt_path", "last", *more, *args, code=1)[1]).startswith(f"error: {words}")
+    for name in ("learned", "optimal"):
+        line = error(inside("test", "--name", name, *sigma, code=1)[1])
+        assert line.startswith("error: model.sigma must not be given with ckpt_path")
+    assert files(tmp_path) == before
+    inside("fit", "--name", "fixed", "--ckpt_path", "last", *more, *sigma, "--model.optimizer.momentum", "0.9")
+    inside("test", "--name", "learned", "--model.optimizer", "SGD")
+
+
+STEP = ["--model.lr_scheduler.step_size", "2"]
+
+
+@pytest.mark.slow
+def test_a_configuration_in_braces_is_read_as_a_file_is(tmp_path, inside):
+    inside("fit", *QUICK)
+    for config in ("{ckpt_path: last}", '{"ckpt_path": "last", "trainer": {"max_epochs": 1}, "data": {"name": "digits"}}'):
+        assert inside("fit", "--config", config, *QUICK)[0].startswith("nothing to do: ")
+    line = error(inside("fit", "--config", "{model: ]}", code=2)[1])
+    assert line.startswith("error: config must be a file of YAML, got '{model: ]}', line 1: ")
+
+
+@pytest.mark.slow
+def test_an_option_without_a_use_is_refused_wherever_it_is_given(tmp_path, inside):
+    (tmp_path / "beta.yaml").write_text("model: {beta: 4}\n")
+    (tmp_path / "dotted.yaml").write_text("model.beta: 4\n")
+    (tmp_path / "model.yaml").write_text("beta: 4\n")
+    for args in (
+        ["--model", "{beta: 4}"],
+        ["--model={beta: 4}"],
+        ["--model", "model.yaml"],
+        ["--config", "beta.yaml"],
+        ["--config", "dotted.yaml"],
+        ["--config={model: {beta: 4}}"],
+    ):
+        line = error(inside("fit", *QUICK, *args, code=1)[1])
+        assert line == "error: model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae", args
+    for args in (["--model.lr_scheduler_interval", "step"], ["--config", "{model: {lr_scheduler_interval: step}}"]):
+        line = error(inside("fit", *QUICK, *args, code=1)[1])
+        assert line == "error: model.lr_scheduler_interval is for a model.lr_scheduler, got step without one"
+    inside("fit", *QUICK, "--name", "one", "--model.objective", "beta_vae", "--model.beta", "4")
+    written = str(tmp_path / "runs" / "one" / "version_0" / "config.yaml")
+    inside("fit", "--config", written, "--name", "same", "--trainer.max_epochs", "1")
+    inside("fit", "--config", written, "--name", "other", "--model.objective", "vae")
 
 
 EARLY = ["--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", "3"]

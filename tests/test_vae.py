@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import json
 import math
@@ -449,3 +450,18 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "model.pt").rename(tmp_path / "model.safetensors")
     with pytest.raises(ImportError, match=r"model.safetensors needs the package safetensors, which is not installed"):
         VAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_networks_that_were_changed_are_not_saved_as_those_they_were(tmp_path, name):
+    vae = VAE.mlp(4, latent_dim=2, hidden=(8,)).eval()
+    other = nn.Sequential(*(nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in getattr(vae, name)))
+    setattr(vae, name, other)
+    with pytest.raises(ValueError, match=rf"{name} must be the one that VAE.mlp made, got another: with vae.networks = None"):
+        vae.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
+    vae.networks = None
+    vae.save_pretrained(tmp_path)
+    again = VAE.from_pretrained(tmp_path, encoder=copy.deepcopy(vae.encoder), decoder=copy.deepcopy(vae.decoder))
+    x = torch.rand(5, 4)
+    assert torch.equal(again.reconstruct(x), vae.reconstruct(x))

@@ -9,8 +9,9 @@ import pickle
 import random
 import struct
 import sys
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, RandomSampler
 
 from fastvae.distributed import is_initialized
@@ -126,12 +128,17 @@ class GivenOptions(Callback):
     def __init__(self) -> None:
         self._before: list[dict[str, Any]] = []
         self._given: list[dict[str, Any]] = []
+        self._other_schedule = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": self._given}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["optimizers"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        before, given = (options.get("lr_scheduler") for options in (checkpoint.get("hyper_parameters", {}), pl_module.hparams))
+        self._other_schedule = bool(before and given and before != given)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patience = {early: early.patience for early in trainer.early_stopping_callbacks if early is not None}
@@ -153,6 +160,30 @@ class GivenOptions(Callback):
             for config in trainer.lr_scheduler_configs:
                 if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
                     config.scheduler.base_lrs = [rate * ratio for rate, ratio in zip(config.scheduler.base_lrs, ratios, strict=True)]
+        make: Any = pl_module.lr_scheduler if self._other_schedule else None
+        if make is not None:
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler = _with_its_options(config.scheduler, make)
+
+
+def _with_its_options(scheduler: Any, make: Callable[[Any], Any]) -> Any:
+    """The schedule that `make` makes, at the step where `scheduler` is."""
+    optimizer = scheduler.optimizer
+    if isinstance(scheduler, ReduceLROnPlateau):
+        made = make(optimizer)
+        state = ("best", "num_bad_epochs") if made.mode == scheduler.mode else ()
+        for name in (*state, "cooldown_counter", "last_epoch", "_last_lr"):
+            setattr(made, name, getattr(scheduler, name))
+        return made
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)
+        group.update(optimizer.defaults)
+    made = make(optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer's own steps are those of the checkpoint
+        for _ in range(scheduler.last_epoch):
+            made.step()
+    return made
 
 
 class Checkpoints(ModelCheckpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import itertools
 import json
 import logging
 import os
@@ -85,6 +87,13 @@ TAKEN_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("kl_schedule_steps",): ("kl_schedule", ("linear", "cosine", "cyclical")),
     ("kl_schedule_cycles",): ("kl_schedule", ("cyclical",)),
     ("mmd_schedule_steps",): ("mmd_schedule", ("linear", "cosine", "cyclical")),
+}
+# What an optimizer begins its state with, so that it cannot change later.
+KEPT = {
+    **dict.fromkeys([f"torch.optim.{name}" for name in ("Adam", "AdamW", "NAdam", "RAdam")], ("amsgrad",)),
+    "torch.optim.Adagrad": ("initial_accumulator_value",),
+    "torch.optim.RMSprop": ("centered", "momentum"),
+    "torch.optim.Rprop": ("lr",),
 }
 CKPT_PATH_HELP = {
     "fit": "Go on with this run: a checkpoint's file, last (the newest of all runs) or best. Flags go before what the run was given.",
@@ -183,6 +192,7 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
+        given = args
         before = self._checkpoint(parser, args)
         self.seeded = False
         if before is not None:
@@ -209,7 +219,10 @@ class CommandLine(LightningCLI):
         if config.checkpoint_every and not _saves(config.trainer):
             raise ValueError(f"checkpoint_every must be 0 where no checkpoints are written, got {config.checkpoint_every}")
         _check_devices(config.trainer)
-        _check_taken(config.model, args)
+        flags, configurations = _given(given, self.config.subcommand)
+        _check_taken(config.model, flags, configurations)
+        if before is not None:
+            _check_kept(config.model, saved.get("hyper_parameters", {}), flags, fits=command == "fit")
         if config.trainer.check_val_every_n_epoch is not None:
             checks.integer("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch, at_least=1)
 
@@ -229,9 +242,9 @@ class CommandLine(LightningCLI):
         except (argparse.ArgumentError, ValueError, OSError) as error:
             parser.error(str(error))
         chosen: dict[str, Any] = {"runs": "runs"}
-        for options in (*configurations, vars(given)):
-            chosen |= {name: value for name, value in options.items() if value is not None}
         command = others[0] if others else ""
+        for options in (*(_of_command(options, command) for options in configurations), vars(given)):
+            chosen |= {name: value for name, value in options.items() if value is not None}
         path = chosen.get("ckpt_path") or ("last" if command == "test" else None)
         if command not in ("fit", "test") or path is None or {"-h", "--help"}.intersection(others):
             return None
@@ -421,13 +434,77 @@ def _model_defaults(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in options.items() if not name.startswith("_") and name not in LINKS}
 
 
-def _check_taken(model: jsonargparse.Namespace, args: list[str]) -> None:
-    """That none of the model's flags is one that what is trained has no use for."""
-    given = {arg.partition("=")[0].removeprefix("--model.") for arg in args if arg.startswith("--model.")}
+def _of_command(options: dict[str, Any], command: str) -> dict[str, Any]:
+    """A configuration's options; one that stands before the command holds them under its name."""
+    inner = options.get(command)
+    return options | inner if isinstance(inner, dict) else options
+
+
+def _given(args: list[str], command: str) -> tuple[set[str], list[dict[str, Any]]]:
+    """The options of the model that are given as flags, by name, and those of each configuration with their values."""
+    flags: set[str] = set()
+    configurations = []
+    for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
+        name, equals, value = arg.partition("=")
+        value = value if equals else following
+        if name.startswith("--model."):
+            flags.add(name.split(".")[1].removesuffix("+"))
+        elif name == "--model" and value.lstrip().startswith("{"):
+            flags |= check_config(value).keys()
+        elif name == "--model":
+            configurations.append(check_config(value))
+        elif name in ("--config", "-c"):
+            options = _of_command(check_config(value), command)
+            dotted = {key.removeprefix("model."): option for key, option in options.items() if str(key).startswith("model.")}
+            configurations.append(options.get("model", {}) | dotted)
+    return flags, configurations
+
+
+def _check_taken(model: jsonargparse.Namespace, flags: set[str], configurations: list[dict[str, Any]]) -> None:
+    """That no option of the model is given that what is trained has no use for.
+
+    A configuration may hold all options as they are by default, and those of what it asks for itself, where a flag asks for something else.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(ImageVAE).parameters.items()}
     for names, (chooser, choices) in TAKEN_BY.items():
-        for name in given.intersection(names):
+        given = flags.intersection(names)
+        for options in configurations:
+            if options.get(chooser) not in choices:
+                given |= {name for name in options.keys() & set(names) if not _same(options[name], defaults[name])}
+        for name in sorted(given):
             if model[chooser] not in choices:
                 raise ValueError(f"model.{name} is for model.{chooser} {' or '.join(choices)}, got it for {model[chooser]}")
+    interval = "lr_scheduler_interval" in flags or model.lr_scheduler_interval != defaults["lr_scheduler_interval"]
+    if interval and model.lr_scheduler is None:
+        raise ValueError(f"model.lr_scheduler_interval is for a model.lr_scheduler, got {model.lr_scheduler_interval} without one")
+
+
+def _check_kept(model: jsonargparse.Namespace, before: dict[str, Any], flags: set[str], *, fits: bool) -> None:
+    """That nothing is given otherwise that the checkpoint goes on with, its sigma and the state of its optimizer."""
+    found = next((name for name in ("learn_sigma", "optimal_sigma") if before.get(name)), None)
+    if found and ("sigma" in flags or model.sigma != before.get("sigma", model.sigma)):
+        raise ValueError(f"model.sigma must not be given with ckpt_path where model.{found} is true, as the checkpoint's goes on")
+    if not fits:
+        return
+    for name, default in {"optimizer": "torch.optim.Adam", "lr_scheduler": "null"}.items():
+        (is_, options), (was, options_before) = (_class_and_options(chosen, default) for chosen in (model[name], before.get(name)))
+        if name in before and is_ != was:
+            raise ValueError(f"model.{name} must be {was} as it was for ckpt_path, whose state it goes on with, got {is_}")
+        for kept in KEPT.get(is_, ()):
+            values = [model.lr, before.get("lr")] if kept == "lr" else [chosen.get(kept) or 0 for chosen in (options, options_before)]
+            if name in before and values[0] != values[1]:
+                option, got, must = "lr" if kept == "lr" else f"{name}.{kept}", values[0], type(values[0])(values[1])
+                sentence = f"must be {must} as it was for ckpt_path, got {got}: {is_} holds what follows from it in its state"
+                raise ValueError(f"model.{option} {sentence.replace('True', 'true').replace('False', 'false')}")
+
+
+def _class_and_options(chosen: Any, default: str) -> tuple[str, dict[str, Any]]:
+    chosen = chosen.as_dict() if isinstance(chosen, jsonargparse.Namespace) else chosen
+    return (chosen.get("class_path", default), chosen.get("init_args") or {}) if isinstance(chosen, dict) else (default, {})
+
+
+def _same(value: Any, default: Any) -> bool:
+    return bool((list(value) if isinstance(value, list) else value) == (list(default) if isinstance(default, tuple) else default))
 
 
 def _check_devices(trainer: jsonargparse.Namespace) -> None:
@@ -443,6 +520,9 @@ def plain(message: str) -> str:
     if denied := re.search(r"Importing '(.*?)' is not allowed", message):
         return f"a configuration may name classes of fastvae, Lightning and PyTorch, got {denied[1]}: --trust PACKAGE allows a package's"
     message = " ".join(message.split())
+    if unknown := re.search(r'Parser key "(.*?)": - Expected a path but (\S+) either .*Callable', message):
+        like = "torch.optim.AdamW" if unknown[1].endswith("optimizer") else "torch.optim.lr_scheduler.ReduceLROnPlateau"
+        return f"{unknown[1]} must be the full path of a class, as {like}, got {unknown[2]}"
     if failed := re.search(
         r"(?:Parser key \"(.*?)\": )?.*Problem with given class_path '(.*?)': (.*?)(?: - Expected a| Given value|$)", message
     ):

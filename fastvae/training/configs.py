@@ -45,19 +45,18 @@ _Dumper.add_multi_representer(str, lambda dumper, value: dumper.represent_str(st
 
 
 def check_config(path: str) -> dict[str, Any]:
-    """The options in a configuration's file.
+    """The options in a configuration's file, or in the text of one in braces.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it holds nothing, no YAML or no named options, with the line.
     """
     file = Path(path)
-    if path.lstrip().startswith("{"):  # the options themselves, which the parser checks
-        return {}
-    if not file.is_file():
+    spelt_out = path.lstrip().startswith("{")
+    if not spelt_out and not file.is_file():
         raise FileNotFoundError(f"config must be a file of YAML, got {path!r}, which is not there")
     try:
-        options = read_yaml(file.read_text(encoding="utf-8"))
+        options = read_yaml(path if spelt_out else file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"config must be a file of YAML, got {path!r}, which is no text") from error
     except yaml.MarkedYAMLError as error:
