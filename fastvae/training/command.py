@@ -198,11 +198,11 @@ class CommandLine(LightningCLI):
         if before is not None:
             # The checkpoint's model and its run's configuration are the defaults of what continues or measures it; what is given here goes
             # before them.
-            command, checkpoint, config_given = before
+            command, checkpoint = before
             saved = read_checkpoint(checkpoint)
             self._subcommand_parsers[command].set_defaults(_model_defaults(saved, checkpoint))
             own_config = checkpoint.parent.parent / "config.yaml"
-            own = ["--config", str(own_config)] if not config_given and own_config.is_file() else []
+            own = ["--config", str(own_config)] if own_config.is_file() else []
             self.seeded = any(arg.partition("=")[0] == "--seed_everything" for arg in args)
             at = args.index(command) + 1
             args = [*args[:at], *own, *args[at:]]
@@ -229,8 +229,8 @@ class CommandLine(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning's puts the checkpoint's options in the place of those given."""
 
-    def _checkpoint(self, parser: LightningArgumentParser, args: list[str]) -> tuple[str, Path, bool] | None:
-        """The subcommand, the checkpoint it goes on from or measures, and whether a configuration is given; None without a checkpoint."""
+    def _checkpoint(self, parser: LightningArgumentParser, args: list[str]) -> tuple[str, Path] | None:
+        """The subcommand and the checkpoint it goes on from or measures; None without a checkpoint."""
         # Before the parser proper, which would take what is given for all there is.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("-c", "--config", action="append", default=[])
@@ -248,7 +248,7 @@ class CommandLine(LightningCLI):
         path = chosen.get("ckpt_path") or ("last" if command == "test" else None)
         if command not in ("fit", "test") or path is None or {"-h", "--help"}.intersection(others):
             return None
-        return command, checkpoint_file(str(path), Path(str(chosen["runs"]), str(chosen.get("name", "*")))), bool(given.config)
+        return command, checkpoint_file(str(path), Path(str(chosen["runs"]), str(chosen.get("name", "*"))))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
