@@ -440,7 +440,7 @@ def test_the_best_checkpoint_is_that_of_the_least_validation_loss(tmp_path):
         assert read_checkpoint(best)["epoch"] == epoch
         os.utime(best)
         assert read_checkpoint(checkpoint_file("last", tmp_path / "runs"))["epoch"] == 3
-        assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "epoch=2-step=3.ckpt", "epoch=3-step=6.ckpt", "last.ckpt"]
+        assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "epoch=2-step=3.ckpt", "epoch=3-step=4.ckpt", "last.ckpt"]
 
 
 class Rates(Callback):
