@@ -67,7 +67,7 @@ TRAINER = {
     "accelerator": ("auto", "gpu", "mps", "tpu", "abacus"),
     "strategy": ("auto", "ddp", "fsdp", "deepspeed", "ddp_find_unused_parameters_true", "single_device", "magic"),
     "devices": ("1", "auto", "99", "0", "[0]", "-1", "many"),
-    "num_nodes": ("1", "0"),
+    "num_nodes": ("1", "0", "2"),
     "precision": ("32", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "transformer-engine", "fp7"),
     "logger": ("false", "true", "null", "TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CSVLogger", "nowhere.Logger"),
     "callbacks": (

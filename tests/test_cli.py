@@ -94,7 +94,7 @@ def test_fit_test_and_resume(tmp_path):
 @pytest.mark.slow
 def test_a_wrong_call_leaves_the_process_with_one_sentence(tmp_path):
     _, err = fastvae(tmp_path, "fit", "--data.path", "nowhere", code=1)
-    assert error(err) == "error: data.path must be a folder that exists, got 'nowhere'"
+    assert error(err) == "error: data.path must be a folder or a file that exists, got 'nowhere'"
 
 
 @pytest.mark.slow
@@ -139,6 +139,7 @@ def test_compare(tmp_path, inside):
         (["fit", "--trainer.precision", "fp7"], 2, ["trainer.precision must be one of 64, 32, 16, 'transformer-engine',", "null, got fp7"]),
         (["fit", *SMALL, "--trainer.logger", "WandbLogger"], 1, ["error: WandbLogger cannot be made", "wandb"]),
         (["fit", *SMALL, "--trainer.devices", "9999"], 1, ["trainer.devices must be at most", "got 9999"]),
+        (["fit", *SMALL, "--trainer.num_nodes", "2"], 1, ["trainer.num_nodes must be 1 where no launcher has set MASTER_ADDR, got 2"]),
         (["fit", *SMALL, "--trainer.check_val_every_n_epoch", "0"], 1, ["trainer.check_val_every_n_epoch must be at least 1, got 0"]),
         (["fit", *SMALL, "--trainer.default_root_dir", "x"], 2, ["unrecognized arguments: --trainer.default_root_dir x"]),
         (["fit", *SMALL, "--model.beta", "4"], 1, ["model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae"]),

@@ -513,6 +513,9 @@ def _check_devices(trainer: jsonargparse.Namespace) -> None:
     most = max(os.cpu_count() or 1, 2)
     if on_cpu and str(trainer.devices).isdigit() and int(trainer.devices) > most:
         raise ValueError(f"trainer.devices must be at most {most} on this CPU, as each is a process, got {trainer.devices}")
+    # Lightning waits for the other nodes without end.
+    if str(trainer.num_nodes) not in ("0", "1") and not {"MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID"}.intersection(os.environ):
+        raise ValueError(f"trainer.num_nodes must be 1 where no launcher has set MASTER_ADDR, got {trainer.num_nodes}")
 
 
 def plain(message: str) -> str:
