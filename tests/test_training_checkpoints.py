@@ -296,10 +296,10 @@ def test_killed_and_resumed(tmp_path):
 
     assert end(start(tmp_path, *SMALL, "--name", "killed", at="step5"))[0] == -signal.SIGKILL
     newest, before = newest_first(runs / "killed" / "version_0" / "checkpoints")
-    assert [newest.name, before.name] == ["epoch=0-step=6.ckpt", "step=3.ckpt"]
+    assert [newest.name, before.name] == ["epoch=0-step=4.ckpt", "step=3.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=6.ckpt'; .* beside it is '{re.escape(str(before))}'"
+        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=4.ckpt'; .* beside it is '{re.escape(str(before))}'"
     ):
         checkpoint_file(str(newest), runs / "killed")
     assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a whole checkpoint, taking the one before it" in resume("killed")
