@@ -249,7 +249,13 @@ def _is_captured(x: Tensor) -> bool:
 
 
 def matmul(
-    evaluation: Evaluation, kernel: KernelNumbers, x: Tensor, y: Tensor, v: Tensor, dtype: torch.dtype, within: bool = False
+    evaluation: Evaluation,
+    kernel: KernelNumbers,
+    x: Tensor,
+    y: Tensor,
+    v: Tensor,
+    dtype: torch.dtype = torch.float32,
+    within: bool = False,
 ) -> Tensor:
     """K(x, y)·v (N, C); if `within` y is x and the pairs i = i are left out."""
     out = torch.empty((x.shape[0], v.shape[1]), dtype=dtype, device=x.device)
@@ -295,8 +301,7 @@ def gradient(
         (triton.cdiv(x.shape[0], _BLOCK_N), 1, 1),
         (*tensors[:5], kernel.arguments, grad, x.shape[0], y.shape[0], *x.shape[1:], *v.shape[1:]),
         lambda: {
-            **_constants(evaluation, kernel, block_c), "FORM": upstream is not None, "BLOCK_D": _BLOCK_D,
-            "BLOCKS": blocks,
+            **_constants(evaluation, kernel, block_c), "FORM": upstream is not None, "BLOCK_D": _BLOCK_D, "BLOCKS": blocks
         },
     )  # fmt: skip
     return grad

@@ -607,11 +607,10 @@ _CHUNKS = 64
 
 def kernel_matmul(kernel: KernelNumbers, x: Tensor, y: Tensor, v: Tensor, precision: str) -> Tensor:
     """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C), in the accumulation dtype."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if (few := few_pairs.evaluation_of_few(kernel, x, y, v.shape[1])) is not None:
-        return few_pairs.matmul(few, kernel, x, y, v, dtype)
+        return few_pairs.matmul(few, kernel, x, y, v)
     product = Product(kernel, [x, y], v.shape[1], precision)
-    return product.matmul(product.factors(v), dtype)
+    return product.matmul(product.factors(v), product.dtype)
 
 
 def kernel_matmul_backward(
@@ -627,11 +626,10 @@ def kernel_matmul_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x, y and v, those wanted."""
     if (few := few_pairs.evaluation_of_few(kernel, x, y, v.shape[1])) is not None:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (
             few_pairs.gradient(few, kernel, x, y, grad, v) if x_grad else None,
             few_pairs.gradient(few, kernel, y, x, v, grad) if y_grad else None,
-            few_pairs.matmul(few, kernel, y, x, grad, dtype) if v_grad else None,
+            few_pairs.matmul(few, kernel, y, x, grad) if v_grad else None,
         )
     product = Product(kernel, [x, y], v.shape[1], precision)
     factors = product.factors(grad, v)
