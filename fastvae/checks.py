@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.devices import lacks_float64
-from fastvae.radial import KERNEL_NAMES, RBF, Kernel, Numbers, filled, rounding_of_sum
+from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
+from fastvae.radial import KERNEL_NAMES, RBF, Kernel
 
 KernelName = Literal["rbf", "imq", "rational_quadratic", "laplace", "energy", "polynomial", "gaussian"]
 Backend = Literal["cpu", "triton", "reference"]

@@ -15,13 +15,14 @@ from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
 from fastvae.distributed import Heard, gather_rows, sum_shares
+from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.ops.common import NO_CONTEXT, accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon
 from fastvae.ops.total_correlation import apply_total_correlation
-from fastvae.radial import Kernel, Numbers, as_vector
+from fastvae.radial import Kernel
 from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
 from fastvae.reference.total_correlation import KLDecomposition
 

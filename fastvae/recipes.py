@@ -582,4 +582,4 @@ def _without_pairs(x: Tensor, y: Tensor, kernel: Kernel, bandwidth: float | Tens
     h = bandwidth if isinstance(bandwidth, Tensor) else torch.tensor(bandwidth, dtype=torch.float64, device="cpu")
     gamma = kernel.gamma(h, x.shape[1])
     t = (x.to(value.dtype) - y.to(value.dtype)).square().sum(1) * gamma
-    return (n * value - 2 * (kernel.at_zero - kernel.phi(t)).mean()) / (n - 1)
+    return (n * value - 2 * (kernel.value_at_zero - kernel.phi(t)).mean()) / (n - 1)

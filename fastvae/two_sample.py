@@ -17,10 +17,11 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
 from fastvae.devices import float64_on_cpu
+from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.ops.common import accumulation_dtype, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_diagonal
-from fastvae.radial import RBF, Kernel, Laplace, Numbers, RationalQuadratic, as_vector
+from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
 from fastvae.reference.mmd import bandwidths
 
 # Of MMDAgg: steps of the bisection, each of which halves an interval of length one or so.
@@ -286,7 +287,7 @@ class _Data(NamedTuple):
 
     def own(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """k(z_i, z_i), float64; one number if it is the same for all."""
-        return family.at_zero * a.sum() if family.radial else _pointwise(family, h, a, self.z, self.z)
+        return family.value_at_zero * a.sum() if family.radial else _pointwise(family, h, a, self.z, self.z)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """Σ_j k(z_i, z_j), float64."""

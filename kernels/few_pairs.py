@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae import radial as formulas
+from fastvae import kernel_sums as formulas
+from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.pairs import GAUSSIAN, MAX_HOISTED, QUADRATIC, QUADRATIC_HALF, QUADRATIC_ONE, QUADRATIC_STEEP, radial
 from fastvae.kernels.prepare import Evaluation, evaluation_of, gain_of, gammas_of, load_numbers
-from fastvae.radial import KernelNumbers
 
 _SHIFT_BELOW = tl.constexpr(formulas.SHIFT_BELOW)
 _LN_2 = tl.constexpr(1 / formulas.LOG2_E)
@@ -76,7 +76,7 @@ def matmul_kernel(
     x_ptr,  # (n, features), contiguous, as are all
     y_ptr,  # (m, features)
     v_ptr,  # (m, columns)
-    numbers,  # of `fastvae.radial.KernelNumbers`
+    numbers,  # of `fastvae.kernel_sums.KernelNumbers`
     out_ptr,  # (n, columns), or (programs, columns, columns) of float64 if FORM
     n,
     m,

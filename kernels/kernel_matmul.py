@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels import few_pairs
 from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, difference_products, matmul_config
 from fastvae.kernels.launch import launch, tensor_key
@@ -52,7 +53,7 @@ from fastvae.kernels.prepare import (
     seen_rows,
     store_parts,
 )
-from fastvae.radial import KernelNumbers, RationalQuadratic
+from fastvae.radial import RationalQuadratic
 
 
 @triton.jit(do_not_specialize=["n", "m", "first_y", "rows"])

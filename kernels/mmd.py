@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels.config import (
     WGMMA,
     SweepConfig,
@@ -88,7 +89,7 @@ from fastvae.kernels.prepare import (
     seen_rows,
     shifts_of,
 )
-from fastvae.radial import KernelNumbers, RationalQuadratic
+from fastvae.radial import RationalQuadratic
 
 # From so many pairs on a sweep is worth launches of its own.
 _APART = 1 << 26

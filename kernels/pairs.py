@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.kernel_sums import EXPONENT_ERROR, LOG2_E
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 # How products are taken. The last takes no product for the exponent: it sums squares of differences, feature by feature.
 IEEE = tl.constexpr(0)
@@ -411,7 +412,7 @@ def products_of(mode: int, dtype: torch.dtype) -> str:
 
 def modes_of(kernel: Kernel, precision: str, self_pairs: bool = False) -> tuple[int, ...]:
     """How the products of each pass are taken."""
-    if precision == "highest" and (kernel.rooted or self_pairs):
+    if precision == "highest" and (kernel.takes_distance or self_pairs):
         # The root of what two bfloat16 parts leave of a small distance is too large, and so is their pull of a row on itself.
         return (SPLIT_TF32.value,)
     if precision == "highest" and kernel.radial:
@@ -451,4 +452,4 @@ def term_count(kernel: Kernel, bandwidths: int) -> int:
 
 def parameter_count(kernel: Kernel) -> int:
     """Entries of the table behind those of the bandwidths."""
-    return int(kernel.degree) if isinstance(kernel, Polynomial) else int(kernel.rooted or isinstance(kernel, RationalQuadratic))
+    return int(kernel.degree) if isinstance(kernel, Polynomial) else int(kernel.takes_distance or isinstance(kernel, RationalQuadratic))

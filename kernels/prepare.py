@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae import radial
+from fastvae import kernel_sums
+from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.pairs import (
     BF16,
@@ -41,7 +42,7 @@ from fastvae.kernels.pairs import (
     parameter_count,
     rounding_of,
 )
-from fastvae.radial import Energy, Kernel, KernelNumbers, Polynomial
+from fastvae.radial import Energy, Kernel, Polynomial
 
 # Statistics of a program's rows, float64: Σ‖z−c‖², or Σ‖z‖² against N(0, I); max ‖z−c‖²; Σw²; 0, or nan if a number is not finite;
 # and Σw. The sixth place fills 16 bytes.
@@ -66,8 +67,8 @@ PLAN = 22
 # Least ‖u‖² of the farthest row with the Laplace kernel, in float32 and float64: k is then one, and the squares of distances are numbers.
 _LEAST, _LEAST_DOUBLE = tl.constexpr(1e-24), tl.constexpr(1e-40)
 
-_SHIFT_BELOW = tl.constexpr(radial.SHIFT_BELOW)
-LOG2_E = tl.constexpr(radial.LOG2_E)
+_SHIFT_BELOW = tl.constexpr(kernel_sums.SHIFT_BELOW)
+LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
 
 # Rows of each sample whose mean is the centre.
 _CENTRE_ROWS = tl.constexpr(128)
@@ -82,7 +83,7 @@ NO_OWN_TERM, NORMAL_PRIOR, POLYNOMIAL_DIAGONAL = tl.constexpr(0), tl.constexpr(1
 
 @triton.jit
 def load_numbers(numbers, COUNT: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """`fastvae.radial.KernelNumbers` in float64, from a tensor or from three float32 that sum to each."""
+    """`fastvae.kernel_sums.KernelNumbers` in float64, from a tensor or from three float32 that sum to each."""
     values = ()
     for n in tl.static_range(COUNT):
         if ON_DEVICE:
@@ -437,7 +438,7 @@ def operands_kernel(
     y_weight_ptr,
     centre_ptr,
     statistic_ptr,
-    numbers,  # of `fastvae.radial.KernelNumbers`
+    numbers,  # of `fastvae.kernel_sums.KernelNumbers`
     near_ptr,  # (B, NEAR_BLOCKS), of `near_pairs_kernel`
     hi_ptr,  # (B, rows, D), operands of the pass that runs; `hi16_ptr` and `lo16_ptr` are the same memory
     lo_ptr,
@@ -888,7 +889,7 @@ def prepare(
     )  # fmt: skip
     # Products lose the direction of a function of the root between near rows.
     near, near_blocks = plan, 0
-    if evaluation.kernel.rooted:
+    if evaluation.kernel.takes_distance:
         near_blocks = len(samples) * _NEAR_ROWS.value // _NEAR_BLOCK
         near = empty(batch * near_blocks, dtype=torch.float64)
         launch(

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.kernel_sums import KernelNumbers, float32_parts
 from fastvae.kernels import few_pairs
 from fastvae.kernels.kernel_matmul import Product, poison_of, sum_of_columns, sum_of_shares
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.prepare import CONSTANT, ROW_BLOCK, UNIT
-from fastvae.radial import KernelNumbers, float32_parts
 
 
 @triton.jit(do_not_specialize=["n", "rows", "splits", "poisons"])

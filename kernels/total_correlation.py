@@ -19,16 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvae import radial
+from fastvae import kernel_sums
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
 from fastvae.kernels.launch import integer_key, launch, tensor_key
 from fastvae.kernels.prepare import load_numbers
 from fastvae.reference.total_correlation import LARGEST_ROOT
 
-LOG2_E = tl.constexpr(radial.LOG2_E)
+LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
 HALF_LOG2_2PI = tl.constexpr(0.5 * math.log2(2 * math.pi))
 # u² = ½·log₂e·(z − μ)²/σ²
-KAPPA2 = 0.5 * radial.LOG2_E
+KAPPA2 = 0.5 * kernel_sums.LOG2_E
 _KAPPA = tl.constexpr(KAPPA2**0.5)
 _KAPPA2 = tl.constexpr(KAPPA2)
 _UNIT = tl.constexpr(1 / KAPPA2)
@@ -644,7 +644,7 @@ _ROW_BLOCK = 64
 def _numbers(weights: Any) -> tuple[float, ...]:
     """`numbers` of `prepare_kernel`."""
     logs = weights.own - weights.other, weights.next - weights.other, weights.other
-    return tuple(part for weight in logs for part in radial.float32_parts(weight * radial.LOG2_E))
+    return tuple(part for weight in logs for part in kernel_sums.float32_parts(weight * kernel_sums.LOG2_E))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastvae import reference
 from fastvae.checks import triton_interpreter
-from fastvae.radial import EXPONENT_ERROR, KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
+from fastvae.kernel_sums import EXPONENT_ERROR
+from fastvae.radial import KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
@@ -299,7 +300,7 @@ class PairErrors:
 
         centre = torch.stack([t.mean(0) for t in samples]).mean(0)
         radius2 = (rows - centre).square().sum(1).max()
-        if kernel.rooted:
+        if kernel.takes_distance:
             radius, distance = radius2.sqrt(), torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
             by_products = distance > 2**7 * exact**0.5 * radius
             u = radius / h

@@ -99,7 +99,7 @@ def _guard() -> ctypes.CDLL:
 def _forget() -> None:
     """Empty the caches of tensors on devices, and of what the devices are."""
     for name, module in list(sys.modules.items()):
-        if name in ("fastvae.radial", "fastvae.functional") or name.startswith("fastvae.kernels."):
+        if name in ("fastvae.kernel_sums", "fastvae.functional") or name.startswith("fastvae.kernels."):
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

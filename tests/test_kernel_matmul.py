@@ -236,8 +236,9 @@ def test_triton_few_pairs_that_are_not_finite(bad):
 @needs_triton
 @pytest.mark.interpreter
 def test_triton_few_pairs_have_bounds(monkeypatch):
+    from fastvae.kernel_sums import KernelNumbers
     from fastvae.kernels import few_pairs
-    from fastvae.radial import RBF, KernelNumbers
+    from fastvae.radial import RBF
 
     def few(n, m, features, columns, dtype=torch.float32, bandwidths=1):
         x, y = (torch.empty(size, features, dtype=dtype, device="meta") for size in (n, m))

@@ -13,7 +13,7 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 
 # Lowest first: a module imports from its own layer and from those above it in this list.
 LAYERS = [
-    ["version", "radial"],
+    ["version", "radial", "kernel_sums"],
     ["kernels"],
     ["devices", "checks", "reference", "bandwidths", "distributed"],
     ["cpu"],

@@ -1,6 +1,6 @@
 """What MMD² has beside sums over pairs of rows: pairs of a row with itself, expectations over N(0, I), and what both add to gradients.
 
-The shifts of `fastvae.radial.KernelSum` cancel between the sums of MMD², as the weights of each sample sum to one.
+The shifts of `fastvae.kernel_sums.KernelSum` cancel between the sums of MMD², as the weights of each sample sum to one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvae.radial import KernelSum, Numbers, Polynomial, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.kernel_sums import KernelSum, Numbers, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import Polynomial
 
 
 class Sample(NamedTuple):
@@ -71,14 +72,14 @@ class Sample(NamedTuple):
 def diagonal(sample: Sample, kernel: KernelSum, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ_i p_i²·(k_b(z_i, z_i) − shift·φ(0)) and the same of ∂k_b/∂log h_b, (bandwidths,); the gradient is added to `gradient`."""
     if kernel.kernel.radial:
-        value = sample.sum_of_squares * kernel.kernel.at_zero * (1 - kernel.shifts)
+        value = sample.sum_of_squares * kernel.kernel.value_at_zero * (1 - kernel.shifts)
         return value, torch.zeros_like(value)
     assert isinstance(kernel.kernel, Polynomial)
     t = sample.z.square().sum(-1, keepdim=True, dtype=torch.float64) * kernel.gamma
     weights, slope = sample.exact_row_weights().square(), kernel.kernel.slope(t)
     if gradient is not None:
         gradient += (2 * weights * (slope @ (kernel.weights * kernel.gamma))[..., None]).to(gradient.dtype) * sample.z
-    value = kernel.kernel.phi(t) - kernel.kernel.at_zero * kernel.shifts[..., None, :]
+    value = kernel.kernel.phi(t) - kernel.kernel.value_at_zero * kernel.shifts[..., None, :]
     return (weights * value).sum(-2), (-2 * weights * t * slope).sum(-2)
 
 

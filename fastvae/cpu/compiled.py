@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastvae.cpu import mmd
 from fastvae.cpu.tiles import Exponentials, Points, Profile
-from fastvae.radial import RBF, KernelSum
+from fastvae.kernel_sums import KernelSum
+from fastvae.radial import RBF
 
 _ROWS, _COLUMNS, _TILE = 4096, 2048, 512
 
@@ -50,7 +51,7 @@ class Sweep(mmd.Sweep):
         super().__init__(kernel, samples, centre)
         # Of other kernels, and of bandwidths that are not squares of one another, the compiler stores what it makes on the way.
         self._fuses = (
-            isinstance(self.kernel, RBF) and all(self.ladder.squarings[1:]) and min(map(len, samples)) >= _FEWEST_ROWS and _compiles()
+            isinstance(self.kernel, RBF) and all(self.host_sum.squarings[1:]) and min(map(len, samples)) >= _FEWEST_ROWS and _compiles()
         )
         self._few = self._raw = False
         if self._fuses and samples[0].shape[-1] <= _FEW:
@@ -60,7 +61,7 @@ class Sweep(mmd.Sweep):
             self._raw = self._few and samples[0].dtype != self.dtype and self._differs_enough(samples, reach)
         self._dtype = samples[0].dtype if self._raw else self.dtype
         self._scale = 1.0 if self._raw else self.scale * 0.5**0.5
-        new, ratios, weights = functools.partial(torch.tensor, dtype=self._dtype), self.ladder.ratios, self.ladder.weights
+        new, ratios, weights = functools.partial(torch.tensor, dtype=self._dtype), self.host_sum.ratios, self.host_sum.weights
         self._factors = new(ratios), new(weights), new([a * r for a, r in zip(weights, ratios, strict=True)])
         # Of squared raw differences the exponents, in two parts: rounded it would be another bandwidth than that of a prior.
         unit = -0.5 * self.scale**2
@@ -70,7 +71,7 @@ class Sweep(mmd.Sweep):
         """Whether differences of float32 samples as they are do for sums of which products would need float64: of a narrow bandwidth, but
         not of a few outliers to a wide one, whose k near one needs more than float32."""
         typical = min(float((z - self.centre).square().sum(1).median()) for z in samples)
-        return self.ladder.gamma * typical > 0.1 and max(reach, self.scale, 1 / self.scale) < 1e15
+        return self.host_sum.gamma * typical > 0.1 and max(reach, self.scale, 1 / self.scale) < 1e15
 
     def points(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> Rows:
         if not self._few:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvae.cpu.tiles import Tiles
-from fastvae.radial import KernelSum
+from fastvae.kernel_sums import KernelSum
 
 
 def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Tensor) -> Tensor:

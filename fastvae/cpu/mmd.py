@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fastvae.cpu.closed_forms import Sample, diagonal, prior
 from fastvae.cpu.tiles import Points, Rung, Tiles
+from fastvae.kernel_sums import KernelSum, Numbers, stable_mean
 from fastvae.ops.common import zero_if_finite
-from fastvae.radial import Kernel, KernelSum, Numbers, middle
+from fastvae.radial import Kernel
 
 
 class Sweep(Tiles):
@@ -69,8 +70,8 @@ class Sweep(Tiles):
 
     def _shifted_moments(self, a: Points, b: Points, scale: float) -> None:
         """The share of the shifts in the moments: every pair's 1, summed in closed form."""
-        if a.moments is not None and self.ladder.slope_shift:
-            a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.ladder.slope_shift)
+        if a.moments is not None and self.host_sum.slope_shift:
+            a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.host_sum.slope_shift)
 
 
 class BandwidthSweep(Sweep):
@@ -79,7 +80,7 @@ class BandwidthSweep(Sweep):
     def _exponent(self, a: Points, i: slice, b: Points, j: slice) -> Tensor:
         exponent = super()._exponent(a, i, b, j)
         t = self.buffer("t", i, j)
-        if self.kernel.rooted:
+        if self.kernel.takes_distance:
             torch.mul(exponent, exponent, out=t)
         else:
             torch.mul(exponent, -2 / self.profile.unit, out=t)
@@ -88,7 +89,7 @@ class BandwidthSweep(Sweep):
         return exponent
 
     def _sums(self, n: int, rung: Rung, a: Points, i: slice, b: Points, j: slice) -> Tensor:
-        count = len(self.ladder.ratios)
+        count = len(self.host_sum.ratios)
         # 2·t_0, or −2·t_0 where the slope is φ' and not −φ'.
         t = self.buffer("t", i, j)
         derivative = torch.mul(t, rung.slope, out=self.buffer("derivative", i, j))
@@ -96,7 +97,7 @@ class BandwidthSweep(Sweep):
             derivative.add_(t)
         sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device="cpu")
         sums[1 + n] = _quadratic_form(rung.value, a, i, b, j)
-        sums[1 + count + n] = self.ladder.ratios[n] * _quadratic_form(derivative, a, i, b, j)
+        sums[1 + count + n] = self.host_sum.ratios[n] * _quadratic_form(derivative, a, i, b, j)
         sums[0] = rung.weight * sums[1 + n]
         return sums
 
@@ -113,7 +114,7 @@ def mmd(
 ) -> tuple[Tensor, list[Tensor | None], KernelSum, Tensor]:
     """MMD² of two samples, or of one against N(0, I), in float64; the gradients to the rows of each, those wanted; the kernel, and what
     other sums the sweep takes."""
-    mean = torch.stack([middle(sample.whole) / len(samples) for sample in samples]).sum(0)
+    mean = torch.stack([stable_mean(sample.whole) / len(samples) for sample in samples]).sum(0)
     # MMD² of a radial kernel does not change when both samples move; float32 is useless far from the origin.
     centre = mean if kernel.radial else torch.zeros_like(mean)
     origin = mean if len(samples) == 2 else torch.zeros_like(mean)

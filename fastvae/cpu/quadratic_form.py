@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu.tiles import LINEAR_MULTIPLE, Tiles, most_rows, tiles_of
-from fastvae.radial import KernelSum
+from fastvae.kernel_sums import KernelSum
 
 # Of a tile, the rows of a group under which it shares its tile with its neighbours.
 _OWN_TILE = 1 / 4

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastvae.checks import needs_dispatcher
 from fastvae.cpu.memory import new_empty
+from fastvae.kernel_sums import LOG2_E
 from fastvae.ops.common import accumulation_dtype
-from fastvae.radial import LOG2_E
 
 # Elements of a block for each thread: with half as many, calls cost more than what the cache saves, a twentieth of the time with one thread
 # and a fifth with two.

@@ -18,19 +18,18 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu.tiles import Profile, by_linear, exponentials, is_linear, linear
-from fastvae.radial import (
+from fastvae.kernel_sums import (
     EXPONENT_ERROR,
     LOG2_E,
-    RBF,
     SHIFT_BELOW,
-    Kernel,
+    HostKernelSum,
     KernelSum,
-    Ladder,
     Numbers,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
 )
+from fastvae.radial import RBF, Kernel
 
 # Pairs of rows of [x; y] up to which one array of them is faster than tiles.
 _PAIRS = 1 << 20
@@ -55,7 +54,7 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 class _Plan(NamedTuple):
     """What follows from the kernel and the dtype alone."""
 
-    ladder: Ladder
+    host_sum: HostKernelSum
     profile: Profile
     scale: float  # of the points, a number of their dtype
     bandwidths: tuple[float, ...]  # that this scale stands for, widest first
@@ -68,17 +67,17 @@ class _Plan(NamedTuple):
 def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, dtype: torch.dtype, shifted: int) -> _Plan:
     """With sums of k − φ(0) for the `shifted` widest bandwidths."""
     kernels = KernelSum.of(kernel, bandwidth, weights, dim, torch.device("cpu"), None)
-    ladder = Ladder.of(
+    host_sum = HostKernelSum.of(
         replace(kernels, shifts=torch.tensor([float(n < shifted or not kernel.radial) for n in range(len(bandwidth))], device="cpu"))
     )
-    profile = Profile.of(ladder)
-    scale = (ladder.gamma * (2 * profile.unit if kernel.radial else 1.0)) ** 0.5
+    profile = Profile.of(host_sum)
+    scale = (host_sum.gamma * (2 * profile.unit if kernel.radial else 1.0)) ** 0.5
     rounded = scale if dtype == torch.float64 else float(np.float32(scale))
     # A rounded scale is that of other bandwidths, and so has to be the closed form of a prior.
     bandwidths = tuple(h * scale / rounded for h in kernels.bandwidth.tolist())
-    diagonal = kernel.at_zero * math.fsum(a * (1 - shift) for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-    shift = kernel.at_zero * math.fsum(a * shift for a, shift in zip(ladder.weights, ladder.shifts, strict=True))
-    return _Plan(ladder, profile, rounded, bandwidths, diagonal, shift, -rounded / profile.unit if kernel.radial else rounded)
+    diagonal = kernel.value_at_zero * math.fsum(a * (1 - shift) for a, shift in zip(host_sum.weights, host_sum.shifts, strict=True))
+    shift = kernel.value_at_zero * math.fsum(a * shift for a, shift in zip(host_sum.weights, host_sum.shifts, strict=True))
+    return _Plan(host_sum, profile, rounded, bandwidths, diagonal, shift, -rounded / profile.unit if kernel.radial else rounded)
 
 
 def problems_at_once(rows: int, dim: int) -> int:
@@ -105,17 +104,17 @@ def mmd(
     None where products are not exact enough for this data, which the streaming path then takes differences of.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if kernel.rooted and result_dtype == torch.float64:
+    if kernel.takes_distance and result_dtype == torch.float64:
         return None
     # The slope of a rooted kernel is steep between rows near to one another.
-    dtype = torch.float64 if kernel.rooted else result_dtype
+    dtype = torch.float64 if kernel.takes_distance else result_dtype
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
     if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
     plan, farthest, scaled, half = planned
-    ladder, wanted, first = plan.ladder, (x_grad, y_grad), x.shape[-2]
+    host_sum, wanted, first = plan.host_sum, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
 
     # Of one sample all sums are its own.
@@ -143,15 +142,15 @@ def mmd(
             slope, scaled = slope.narrow(-2, 0, first), scaled.narrow(-2, 0, first)
         pull = _product(slope, weighted)
         if kernel.radial:
-            is_sum = plan.profile.kernel_is_slope and len(ladder.ratios) == 1 and not own
+            is_sum = plan.profile.kernel_is_slope and len(host_sum.ratios) == 1 and not own
             slope_sums = sums.narrow(-2, 0, slope.shape[-2]) if is_sum else slope @ signed
-            if ladder.slope_shift:
+            if host_sum.slope_shift:
                 # Every pair's 1, which the slopes leave out.
                 slope_sums = slope_sums.clone() if is_sum else slope_sums
                 for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
                     for total, part in ((pull, weighted), (slope_sums, signed)):
                         own_part = part[..., rows, :].sum(-2, keepdim=True)
-                        total[..., rows, :] += ladder.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
+                        total[..., rows, :] += host_sum.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
             # Not in one operation: of equal rows the two products are the same number, which multiply-adds would not cancel.
             pull = (scaled * slope_sums).sub_(pull)
         for n, rows in enumerate(samples):
@@ -159,7 +158,7 @@ def mmd(
                 part = pull[..., rows, :] if y_grad else pull
                 gradients[n] = (part * (2 * plan.factor * scale * row_weights[n])).to(result_dtype).contiguous()
     if y is None:
-        prior = _prior(kernel, plan.bandwidths, ladder.weights, x.shape[-1], sum(ladder.shifts))
+        prior = _prior(kernel, plan.bandwidths, host_sum.weights, x.shape[-1], sum(host_sum.shifts))
         squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
         value = value + prior.within
         if x_weights is None and prior.single is not None:
@@ -172,7 +171,7 @@ def mmd(
             exponents = torch.addcmul(prior.constants, squares, prior.slopes)
             powers = exponents.exp()
             means = powers @ prior.factors
-            shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(ladder.shifts) else means
+            shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(host_sum.shifts) else means
             value = value + (shifted.narrow(-1, 0, 1) * signed).sum((-2, -1))
             if gradients[0] is not None:
                 gradients[0].addcmul_(given, (means.narrow(-1, 1, 1) * signed).to(dtype))
@@ -190,7 +189,7 @@ def quadratic_form(
     if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     plan, farthest, scaled, half = planned
-    ladder, dtype = plan.ladder, scaled.dtype
+    host_sum, dtype = plan.host_sum, scaled.dtype
     v = v.to(dtype)
     sums, _, slope = _sums(plan, farthest, _exponents(kernel, scaled, scaled, half, half), v, [], True, upstream is not None)
     exact = v.double()
@@ -204,9 +203,9 @@ def quadratic_form(
     pull = _product(slope.mul_(coefficients @ v.T), scaled)
     if kernel.radial:
         slope_sums = slope.sum(1, keepdim=True)
-        if ladder.slope_shift:
-            pull += ladder.slope_shift * (coefficients @ (v.T @ scaled))
-            slope_sums += ladder.slope_shift * (coefficients @ v.sum(0))[:, None]
+        if host_sum.slope_shift:
+            pull += host_sum.slope_shift * (coefficients @ (v.T @ scaled))
+            slope_sums += host_sum.slope_shift * (coefficients @ v.sum(0))[:, None]
         pull = (scaled * slope_sums).sub_(pull)
     return total, (pull * plan.factor).to(result_dtype).contiguous()
 
@@ -220,7 +219,7 @@ def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers
     for _, weight, value, _ in _evaluated(plan, farthest, _exponents(kernel, scaled, scaled, half, half)):
         if total is not None:
             total.add_(value, alpha=weight)
-        elif len(plan.ladder.ratios) == 1:
+        elif len(plan.host_sum.ratios) == 1:
             total = value if weight == 1 else value.mul_(weight)
         else:
             total = value * weight
@@ -242,10 +241,10 @@ class Rows(NamedTuple):
     @staticmethod
     def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers) -> Rows | None:
         """None where there are too many, or as of `mmd`."""
-        if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.rooted and x.dtype == torch.float64):
+        if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.takes_distance and x.dtype == torch.float64):
             return None
         z = torch.cat([x, y])
-        z = _centred(kernel, z.double() if kernel.rooted else z, len(x))
+        z = _centred(kernel, z.double() if kernel.takes_distance else z, len(x))
         if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
             return None
         plan, farthest, scaled, half = planned
@@ -268,8 +267,8 @@ class Rows(NamedTuple):
         sums, _, slope = _sums(plan, self.farthest, exponent, grad, [], False, x or y)
         pulls: list[Tensor | None] = [None, None]
         if slope is not None:
-            if plan.ladder.slope_shift:
-                slope.add_(plan.ladder.slope_shift)
+            if plan.host_sum.slope_shift:
+                slope.add_(plan.host_sum.slope_shift)
             slope.mul_(v @ grad.T)
             for n, (wanted, to, of, weights) in enumerate(((x, self.x, self.y, slope.T), (y, self.y, self.x, slope))):
                 if wanted:
@@ -287,7 +286,7 @@ class Rows(NamedTuple):
 
 def _exponents(kernel: Kernel, left: Tensor, right: Tensor, left_half: Tensor, right_half: Tensor) -> Tensor:
     """A number for each pair of scaled rows of which k is a function; `left_half` is −½‖left_i‖²."""
-    if kernel.rooted:
+    if kernel.takes_distance:
         return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
     if not kernel.radial:
         return _product(left, right.mT)
@@ -323,14 +322,14 @@ def _plan_for(
     if not kernel.radial:
         return plan, math.inf, scaled, half
     # The exponents' size in natural units: of the widest bandwidth t = ‖scaled‖²/(2·unit).
-    half_unit, ratios = 0.5 / plan.profile.unit, plan.ladder.ratios
+    half_unit, ratios = 0.5 / plan.profile.unit, plan.host_sum.ratios
     # Of a rooted kernel differences of centred rows are exact enough, but the root of t is what they round.
-    if not half_unit * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.rooted else 1) <= EXPONENT_ERROR[dtype]:
+    if not half_unit * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.takes_distance else 1) <= EXPONENT_ERROR[dtype]:
         return None
     # Sums of k − φ(0) are as exact as sums of k where fewer would do: of a batch the nearest rows decide.
-    distance = half_unit * 2 * least if not prior else half_unit * least + plan.ladder.gamma * dim
+    distance = half_unit * 2 * least if not prior else half_unit * least + plan.host_sum.gamma * dim
     exponents = [ratio * distance for ratio in ratios]
-    if shifted := sum(((2 * t) ** 0.5 if kernel.rooted else t) < SHIFT_BELOW for t in exponents):
+    if shifted := sum(((2 * t) ** 0.5 if kernel.takes_distance else t) < SHIFT_BELOW for t in exponents):
         plan = _plan(kernel, h, a, dim, dtype, shifted)
         scaled = z * plan.scale
         half = _half_squares(scaled)
@@ -339,9 +338,9 @@ def _plan_for(
 
 def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[_Plan, float, Tensor, Tensor] | None:
     """`_plan_for` z (N, D) as given, against itself; None if its rows are too many."""
-    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.rooted and z.dtype == torch.float64):
+    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.takes_distance and z.dtype == torch.float64):
         return None
-    z = _centred(kernel, z.double() if kernel.rooted else z)
+    z = _centred(kernel, z.double() if kernel.takes_distance else z)
     return _plan_for(kernel, bandwidth, bandwidth_weights, z, False)
 
 
@@ -407,7 +406,7 @@ def _sums(
     """K·w, of `samples` the same over their own rows, and for a gradient W, which may take the place of the exponents."""
     sums: list[Tensor] = []
     total: Tensor | None = None
-    single = len(plan.ladder.ratios) == 1
+    single = len(plan.host_sum.ratios) == 1
     for ratio, weight, value, slope in _evaluated(plan, farthest, exponent):
         if without_diagonal:
             for t in (value,) if slope is value else (value, slope):
@@ -429,10 +428,10 @@ def _sums(
 
 def _evaluated(plan: _Plan, farthest: float, exponent: Tensor) -> Iterator[tuple[float, float, Tensor, Tensor]]:
     """Of each bandwidth its ratio and weight, and k and its slope of every pair, which the next one overwrites, as it may the exponents."""
-    ladder, profile = plan.ladder, plan.profile
-    value = exponent if all(ladder.squarings[1:]) else torch.empty_like(exponent)
+    host_sum, profile = plan.host_sum, plan.profile
+    value = exponent if all(host_sum.squarings[1:]) else torch.empty_like(exponent)
     scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
-    for n, (ratio, weight) in enumerate(zip(ladder.ratios, ladder.weights, strict=True)):
+    for n, (ratio, weight) in enumerate(zip(host_sum.ratios, host_sum.weights, strict=True)):
         slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
         yield ratio, weight, value, slope
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastvae.radial import EXPONENT_ERROR, LOG2_E, RBF, Energy, Kernel, KernelSum, Ladder, Laplace, Polynomial, RationalQuadratic
+from fastvae.kernel_sums import EXPONENT_ERROR, LOG2_E, HostKernelSum, KernelSum
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower with one thread. Each thread takes its share of every
 # operation on a tile, which more threads therefore make larger: two are 1.1 to 1.35 times as fast with 768² as with 512².
@@ -132,7 +133,7 @@ def by_linear(product: Callable[..., Any], left: Tensor, right: Tensor) -> Tenso
 
 
 class Profile(NamedTuple):
-    """How the bandwidths of a `Ladder` follow from the exponents of the widest: what of it does not change with their scale."""
+    """How the bandwidths of a `HostKernelSum` follow from the exponents of the widest: what of it does not change with their scale."""
 
     kernel: Kernel
     squarings: tuple[int, ...]
@@ -141,11 +142,11 @@ class Profile(NamedTuple):
     coefficients: tuple[float, ...]  # of a polynomial
 
     @staticmethod
-    def of(ladder: Ladder) -> Profile:
+    def of(host_sum: HostKernelSum) -> Profile:
         # exp2 takes a quarter of the time of exp, or half on other processors; expm1 has no such twin.
-        unit = LOG2_E if isinstance(ladder.kernel, RBF) and not ladder.shifts[0] else 1.0
-        coefficients = tuple(ladder.kernel.coefficients) if isinstance(ladder.kernel, Polynomial) else ()
-        return Profile(ladder.kernel, ladder.squarings, ladder.shifts, unit, coefficients)
+        unit = LOG2_E if isinstance(host_sum.kernel, RBF) and not host_sum.shifts[0] else 1.0
+        coefficients = tuple(host_sum.kernel.coefficients) if isinstance(host_sum.kernel, Polynomial) else ()
+        return Profile(host_sum.kernel, host_sum.squarings, host_sum.shifts, unit, coefficients)
 
     @property
     def kernel_is_slope(self) -> bool:
@@ -192,7 +193,7 @@ class Profile(NamedTuple):
                 out.mul_(t).add_(coefficient)
             out.mul_(t)
             if not shift:
-                out.add_(kernel.at_zero)
+                out.add_(kernel.value_at_zero)
             slope.add_(kernel.coef0).pow_(len(self.coefficients) - 1).mul_(len(self.coefficients))
         else:
             raise AssertionError(f"{kernel.name} has no tile")
@@ -219,14 +220,14 @@ class Tiles:
     """The tiles of `kernel` between samples of which `samples` are all; a pair of a row with itself counts as zero."""
 
     def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor) -> None:
-        self.ladder = Ladder.of(kernel)
-        self.centre, self.limit = _arithmetic(self.ladder, samples, centre)
+        self.host_sum = HostKernelSum.of(kernel)
+        self.centre, self.limit = _arithmetic(self.host_sum, samples, centre)
         self.dtype = self.centre.dtype
-        self.kernel = self.ladder.kernel
-        self.single = len(self.ladder.ratios) == 1
-        self.profile = Profile.of(self.ladder)
+        self.kernel = self.host_sum.kernel
+        self.single = len(self.host_sum.ratios) == 1
+        self.profile = Profile.of(self.host_sum)
         # Of the points, whose products are then the exponents of the widest bandwidth.
-        self.scale = (self.ladder.gamma * (2 * self.profile.unit if self.kernel.radial else 1.0)) ** 0.5
+        self.scale = (self.host_sum.gamma * (2 * self.profile.unit if self.kernel.radial else 1.0)) ** 0.5
         self._linear = linear(self.dtype)
         if self._linear is not None and max(map(len, samples)) >= TILE:
             # What a product returns is freed with its tile. The C library keeps for the next one what is smaller than the largest block
@@ -280,11 +281,11 @@ class Tiles:
 
     def rungs(self, a: Points, i: slice, b: Points, j: slice) -> Iterator[Rung]:
         exponent = self._exponent(a, i, b, j)
-        value = exponent if all(self.ladder.squarings[1:]) else self.buffer("value", i, j)
+        value = exponent if all(self.host_sum.squarings[1:]) else self.buffer("value", i, j)
         # Of two rows as far apart as rows of the tile can be.
         reach = a.radius2[i.start] ** 0.5 + b.radius2[j.start] ** 0.5
-        farthest = self.ladder.gamma * LOG2_E * reach * reach
-        for n, (ratio, weight) in enumerate(zip(self.ladder.ratios, self.ladder.weights, strict=True)):
+        farthest = self.host_sum.gamma * LOG2_E * reach * reach
+        for n, (ratio, weight) in enumerate(zip(self.host_sum.ratios, self.host_sum.weights, strict=True)):
             scratch = None if self.profile.kernel_is_slope else self.buffer("slope", i, j)
             slope = self.profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, self.dtype))
             if a is b and i == j:
@@ -368,19 +369,19 @@ class Tiles:
             self._differences(a, i, b, j, out)
         else:
             out = self.product("exponent", self.left(a, i), b.right[j].T)
-            if self.kernel.rooted:
+            if self.kernel.takes_distance:
                 out.mul_(-2)
-                near = _NEAR * torch.finfo(self.dtype).eps * 2 * self.ladder.gamma * sum(radius2)
+                near = _NEAR * torch.finfo(self.dtype).eps * 2 * self.host_sum.gamma * sum(radius2)
                 if float(out.min()) < near:
                     self._refine(a, i, b, j, out, near)
-        if self.kernel.rooted:
+        if self.kernel.takes_distance:
             out.sqrt_()
         return out
 
     def _differences(self, a: Points, i: slice, b: Points, j: slice, out: Tensor) -> None:
         # Of rows as they came: those near one another may both be far from the centre.
         distance = torch.cdist(a.z[i].double(), b.z[j].double(), compute_mode="donot_use_mm_for_euclid_dist")
-        torch.mul(distance, distance, out=out).mul_(self.ladder.gamma * (2 if self.kernel.rooted else -self.profile.unit))
+        torch.mul(distance, distance, out=out).mul_(self.host_sum.gamma * (2 if self.kernel.takes_distance else -self.profile.unit))
         if not isinstance(self.kernel, Energy):
             # Infinity times the k of zero would be nan; times all ratios of bandwidths this is none.
             out.clamp_(-_LARGEST, _LARGEST)
@@ -395,23 +396,23 @@ class Tiles:
         d2, rounding = (x - y).square().sum(1), 16 * torch.finfo(self.dtype).eps
         # Nearer than points are exact they count as coincident: a direction between them is none, and its slope has no bound.
         d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
-        out[left, right] = d2 * (2 * self.ladder.gamma)
+        out[left, right] = d2 * (2 * self.host_sum.gamma)
 
 
-def _arithmetic(ladder: Ladder, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:
+def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:
     """The centre in the dtype of the tiles, and the largest ‖z − centre‖² at which the products of that dtype are exact enough."""
     dtype = samples[0].dtype
-    steepest = ladder.gamma * ladder.ratios[-1] / EXPONENT_ERROR[dtype]
-    limit = float("inf") if not ladder.kernel.radial else 1 / steepest
+    steepest = host_sum.gamma * host_sum.ratios[-1] / EXPONENT_ERROR[dtype]
+    limit = float("inf") if not host_sum.kernel.radial else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
-    if not ladder.kernel.rooted:
+    if not host_sum.kernel.takes_distance:
         limit = limit / torch.finfo(dtype).eps
         if all(float((z - centre).square().sum(1).max()) <= limit for z in samples):
             return centre, limit
     # A few outliers may be what makes the radius: unlike the mean, the median stays with the others.
     rows = torch.cat(list(samples)).double()
     median = rows.median(0).values
-    if isinstance(ladder.kernel, Energy):
+    if isinstance(host_sum.kernel, Energy):
         # It has no bandwidth: what is far is so beside the other rows.
         exact = float(rows.sub_(median).square_().sum(1).median()) * EXPONENT_ERROR[dtype] / torch.finfo(torch.float64).eps
     return median, exact

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastvae.kernel_sums import LOG2_E
 from fastvae.ops.common import accumulation_dtype
-from fastvae.radial import LOG2_E
 from fastvae.reference.total_correlation import HALF_LOG_2PI, LARGEST_ROOT, LogWeights, precision_root
 
 # Elements of a tile for each thread: with half of them one thread takes 1.1 times as long, two threads 1.3 times. Posteriors are its

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvae.checks import requires_grad
-from fastvae.radial import Kernel, Numbers, kernel_of, rounding_of_sum
+from fastvae.kernel_sums import Numbers, rounding_of_sum
+from fastvae.radial import Kernel, kernel_of
 
 # How the schema of an op describes a kernel: bandwidths and weights either as a tensor or as numbers, which are no tensors of a graph.
 KERNEL_SCHEMA = (

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvae import checks
 from fastvae.cpu import kernel_matmul as cpu
 from fastvae.cpu import small
+from fastvae.kernel_sums import KernelNumbers, KernelSum, as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
@@ -24,7 +25,6 @@ from fastvae.ops.common import (
     without_grad,
     zero_if_finite,
 )
-from fastvae.radial import KernelNumbers, KernelSum, as_vector, middle
 
 ARGUMENTS = f"Tensor x, Tensor y, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         dtype = accumulation_dtype(self.x.dtype)
         x, y, v = (t.to(dtype) for t in (self.x, self.y, self.v))
         family, bandwidth, weights = kernel_numbers(self)
-        centre = 0.5 * middle(x) + 0.5 * middle(y) if family.radial else torch.zeros_like(x[0])
+        centre = 0.5 * stable_mean(x) + 0.5 * stable_mean(y) if family.radial else torch.zeros_like(x[0])
         distance = None
         if shifted:
             distance = torch.stack([(z - centre).square().sum(1, dtype=torch.float64).mean() for z in (x, y)]).sum()
@@ -86,7 +86,7 @@ def _forward(*args: Any) -> Tensor:
         kernel, x, y, v, centre = problem.plan(shifted=True)
         out = cpu.kernel_matmul(kernel, x, y, v, centre)
         # What the shifts leave out of each k, in closed form. A row that no v reaches would not show that it is not finite.
-        left_out = v.sum(0, dtype=torch.float64) * kernel.kernel.at_zero * (kernel.weights @ kernel.shifts)
+        left_out = v.sum(0, dtype=torch.float64) * kernel.kernel.value_at_zero * (kernel.weights @ kernel.shifts)
         return (out + left_out + zero_if_finite(x, y, v)).to(x.dtype).contiguous()
 
 

@@ -18,6 +18,7 @@ from fastvae import checks
 from fastvae.cpu import compiled, small
 from fastvae.cpu import mmd as cpu
 from fastvae.cpu.closed_forms import Sample, bandwidth_gradients
+from fastvae.kernel_sums import KernelNumbers, KernelSum, rounding_of_sum
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
@@ -31,15 +32,7 @@ from fastvae.ops.common import (
     unit_weights,
     without_autocast,
 )
-from fastvae.radial import (
-    RBF,
-    Energy,
-    KernelNumbers,
-    KernelSum,
-    Polynomial,
-    RationalQuadratic,
-    rounding_of_sum,
-)
+from fastvae.radial import RBF, Energy, Polynomial, RationalQuadratic
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "

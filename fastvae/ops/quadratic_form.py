@@ -15,6 +15,7 @@ from torch import Tensor
 from fastvae import checks
 from fastvae.cpu import quadratic_form as cpu
 from fastvae.cpu import small
+from fastvae.kernel_sums import KernelNumbers, KernelSum, as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     accumulation_dtype,
@@ -29,7 +30,7 @@ from fastvae.ops.common import (
     without_grad,
     zero_if_finite,
 )
-from fastvae.radial import KernelNumbers, KernelSum, Polynomial, as_vector, middle
+from fastvae.radial import Polynomial
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
 
 ARGUMENTS = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
@@ -200,7 +201,7 @@ def _evaluate(
         family, bandwidth, weights = kernel_numbers(problem)
         if not diagonal and (result := small.quadratic_form(family, z, v, bandwidth, weights, upstream)) is not None:
             return result[0], z.new_empty(0) if result[1] is None else result[1]
-        centre = middle(z) if family.radial else torch.zeros_like(z[0])
+        centre = stable_mean(z) if family.radial else torch.zeros_like(z[0])
         distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
         kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
         total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
@@ -212,7 +213,7 @@ def _evaluate(
             pairs = column_sums.square() - exact.square().sum(0)
         else:
             pairs = column_sums[:, None] * column_sums - exact.T @ exact
-        total = total + pairs * family.at_zero * (kernel.weights @ kernel.shifts) + zero
+        total = total + pairs * family.value_at_zero * (kernel.weights @ kernel.shifts) + zero
         if upstream is None or pull is None:
             return total, z.new_empty(0)
         if slope_shift := float((kernel.weights * kernel.ratios) @ kernel.slope_shifts):

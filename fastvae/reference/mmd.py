@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fastvae import checks
-from fastvae.radial import KERNEL_NAMES, Kernel, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.kernel_sums import as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import KERNEL_NAMES, Kernel
 
 
 def mmd(

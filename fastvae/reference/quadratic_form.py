@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastvae import checks
-from fastvae.radial import Kernel, Numbers, as_vector
+from fastvae.kernel_sums import Numbers, as_vector
+from fastvae.radial import Kernel
 from fastvae.reference.mmd import bandwidths, kernel_matrix
 
 
@@ -72,7 +73,7 @@ class GroupWeights(NamedTuple):
 def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Tensor | float:
     """O (G, G) of formula (3) in float64, or if it is a multiple of P the factor."""
     if kernel.radial:
-        return kernel.at_zero * (weights.to(z.device).sum() if isinstance(weights, Tensor) else sum(weights))
+        return kernel.value_at_zero * (weights.to(z.device).sum() if isinstance(weights, Tensor) else sum(weights))
     z, v = z.double(), v.double()
     t = z.square().sum(1, keepdim=True) * kernel.gamma(as_vector(bandwidth, z.device), z.shape[1])
     return v.T @ (v * (kernel.phi(t) @ as_vector(weights, z.device))[:, None])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvae.devices import float64_on_cpu
 from fastvae.functional import mmd_to_normal, reparameterize_kl, total_correlation
-from fastvae.radial import rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.kernel_sums import rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
 @float64_on_cpu
