@@ -1,1 +1,1 @@
-"""Benchmarks and the compile report, run from the root of a checkout: `python -m benchmarks.run`, `python -m benchmarks.compile_report`."""
+"""Benchmarks and the compile report. README.md lists the commands."""

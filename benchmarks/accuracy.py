@@ -1,11 +1,13 @@
-"""The error of every precision against float64, over dimensions, bandwidths and distance from the origin.
+"""The error of MMD² and its gradient in every precision against float64, over dimensions, bandwidths and distances from the origin.
 
-Run: python -m benchmarks.accuracy [--dim D ...] [--modes MODE ...]. Without a GPU the kernels run in Triton's interpreter, with the
-operands that tensor cores make of tf32, for an hour. Rows go to benchmarks/results/accuracy.jsonl, in place of those of the same dimensions
-and modes, and the table of all to standard output.
+    python -m benchmarks.accuracy [--dim D ...] [--modes MODE ...]      rows in benchmarks/results/accuracy.jsonl
+    python -m benchmarks.accuracy --tensor-core                         rows in benchmarks/results/accuracy_tensor_core.jsonl
 
-With --tensor-core: what a tensor core's accumulator loses of long sums, by the model of benchmarks/tensor_core.py, in half a minute. Rows
-go to benchmarks/results/accuracy_tensor_core.jsonl, in place of what is there.
+Without a GPU the kernels run in Triton's interpreter, with TF32 operands cut as tensor cores cut them; it takes an hour. Rows replace those
+of the same dimensions and modes.
+
+--tensor-core predicts, in half a minute, the error of long sums in a tensor core's accumulator by the model of benchmarks/tensor_core.py.
+Its rows replace all of that file.
 """
 
 from __future__ import annotations
@@ -13,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from pathlib import Path
 
 import torch
 
@@ -25,14 +25,15 @@ if DEVICE == "cpu":
 
     emulate_tf32()
 
-import numpy as np  # noqa: E402, the interpreter is chosen before Triton is imported
+import numpy as np  # noqa: E402, the interpreter must be chosen before Triton is imported
 
 import fastvae  # noqa: E402
 from benchmarks import tensor_core  # noqa: E402
-from benchmarks.measure import commit  # noqa: E402
+from benchmarks.machine import commit  # noqa: E402
+from benchmarks.rows import RESULTS  # noqa: E402
 from fastvae import reference  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+PATH = RESULTS / "accuracy.jsonl"
 MODES = ("cpu", "inductor", "highest", "ieee", "high", "medium")
 DIMENSIONS = (2, 16, 64, 256, 1024)
 
@@ -50,14 +51,13 @@ def errors(mode: str, x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> tup
     device = "cpu" if on_cpu else DEVICE
     value, grad = run(fastvae.mmd, x.to(device), y.to(device), **options)
     exact_value, exact_grad = run(reference.mmd, x.double(), y.double())
-    # At a bandwidth that no two points share the gradient is zero but for underflow.
+    # If the bandwidth is far below all distances, the exact gradient underflows to about zero.
     grad_error = (grad - exact_grad).norm() / exact_grad.norm() if exact_grad.norm() > 1e-20 else grad.norm()
     return ((value - exact_value).abs() / exact_value.abs()).item(), grad_error.item()
 
 
 def rows_of(mode: str, dim: int) -> int:
-    """A whole tile of the CPU path, two of few features where its loops are compiled; in the interpreter, whose time grows with their
-    product, few rows of many features."""
+    """One tile of the CPU path, or two where its loops are compiled and features are few; fewer rows in the interpreter, which is slow."""
     if mode in ("cpu", "inductor"):
         return 1024 if mode == "inductor" and dim < 64 else 512
     return 128 if dim < 64 else 64 if dim == 64 else 32
@@ -66,7 +66,7 @@ def rows_of(mode: str, dim: int) -> int:
 def samples(n: int, dim: int, squared_bandwidth: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     x, y = torch.randn(n, dim) + offset, 1.1 * torch.randn(n - n // 8, dim) + offset + 0.2
-    # Near pairs, so that a small bandwidth has something to see.
+    # Some pairs are near, for the small bandwidths.
     y[: n // 4] = x[: n // 4] + 0.5 * (squared_bandwidth / dim) ** 0.5 * torch.randn(n // 4, dim)
     return x, y
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--tensor-core", action="store_true")
     args = parser.parse_args()
     if args.tensor_core:
-        with RESULTS.with_name("accuracy_tensor_core.jsonl").open("w") as file:
+        with (RESULTS / "accuracy_tensor_core.jsonl").open("w") as file:
             for row in tensor_core.errors():
                 line = json.dumps(row | {"commit": commit()})
                 print(line, flush=True)
@@ -94,19 +94,12 @@ def main() -> None:
                     value, grad = errors(mode, *samples(n, dim, squared_bandwidth, offset), squared_bandwidth**0.5)
                     row = {"mode": mode, "d": dim, "bandwidth2": squared_bandwidth, "offset": offset, "value": value, "gradient": grad}
                     rows.append(row | {"n": n, "device": DEVICE, "torch": torch.__version__})
-                    sys.stdout.write(f"{dim:5d} h² {squared_bandwidth:7g} offset {offset:5g} {mode:8s} {value:8.1e} {grad:8.1e}\n")
-                    sys.stdout.flush()
-    if RESULTS.exists():
-        known = map(json.loads, RESULTS.read_text().splitlines())
+                    print(f"{dim:5d} h² {squared_bandwidth:7g} offset {offset:5g} {mode:8s} {value:8.1e} {grad:8.1e}", flush=True)
+    if PATH.exists():
+        known = map(json.loads, PATH.read_text().splitlines())
         rows += [row for row in known if row["d"] not in args.dim or row["mode"] not in args.modes]
     rows.sort(key=lambda row: (row["d"], row["bandwidth2"], row["offset"], MODES.index(row["mode"])))
-    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print("\n| precision | value | gradient | value, bandwidth² = D | gradient, bandwidth² = D |\n|---|---|---|---|---|")
-    for mode in MODES:
-        own = [row for row in rows if row["mode"] == mode]
-        groups = own, [row for row in own if row["bandwidth2"] == row["d"]]
-        worst = (max(row[key] for row in group) for group in groups for key in ("value", "gradient"))
-        print(f"| {mode} | " + " | ".join(f"{error:.0e}" for error in worst) + " |")
+    PATH.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

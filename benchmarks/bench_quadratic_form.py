@@ -1,8 +1,10 @@
-"""MMD between 19 groups: python -m benchmarks.bench_quadratic_form appends rows to benchmarks/results/quadratic_form_cpu.jsonl (or _cuda).
+"""MMD between 19 groups by `group_mmd`, by an `mmd` for each of the 171 pairs of groups, and by one `mmd` over as many pairs of rows.
 
-`group_mmd` against an MMD for each of the 171 pairs of groups, and against one MMD over as many pairs of rows ("pooled": half of the rows
-against the other), which says what a sweep costs. The value is checked before it is timed. As microbenchmarks: pytest benchmarks
---benchmark-only.
+    python -m benchmarks.bench_quadratic_form       appends rows to benchmarks/results/quadratic_form_<device>.jsonl
+    pytest benchmarks/bench_quadratic_form.py --benchmark-only     as microbenchmarks
+
+The last one ("pooled") is of half of the rows against the other half, and shows what one pass over the pairs costs. Values are checked
+before they are timed.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 
 import pytest
@@ -18,16 +19,16 @@ import torch
 from torch import Tensor
 
 import fastvae
-from benchmarks.measure import commit, interleaved, machine, peak_extra_mib, summary
-from benchmarks.rows import RESULTS
+from benchmarks.machine import conditions
+from benchmarks.measure import DEVICE, summaries, synchronize
+from benchmarks.rows import RESULTS, append
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUPS = 19
 SIZES = [(8192, 16), (8192, 64), (20_000, 16), (20_000, 64)]
 
 
 def group_by_group(z: Tensor, labels: Tensor, h: float) -> Tensor:
-    """What users write: an MMD for each pair of groups."""
+    """What users write: an `mmd` for each pair of groups."""
     members = [z[labels == g] for g in range(GROUPS)]
     values = [fastvae.mmd(members[g], members[k], bandwidth=h) for g in range(GROUPS) for k in range(g)]
     return torch.stack(values).mean()
@@ -48,7 +49,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-def problem(n: int, d: int) -> tuple[Tensor, Tensor, float]:
+def inputs(n: int, d: int) -> tuple[Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(GROUPS, (n,), generator=generator)
     z = torch.randn(n, d, generator=generator) + 0.1 * labels[:, None]
@@ -68,13 +69,12 @@ def step(provider: Callable[[Tensor, Tensor, float], Tensor], z: Tensor, labels:
 @pytest.mark.parametrize("gradient", [False, True], ids=["value", "value and gradient"])
 @pytest.mark.parametrize(("n", "d"), SIZES[:2])
 def test_group_mmd(benchmark, provider, gradient, n, d):
-    z, labels, h = problem(n, d)
+    z, labels, h = inputs(n, d)
     z.requires_grad_(gradient)
 
     def run():
         step(PROVIDERS[provider], z, labels, h)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
 
     benchmark(run)
 
@@ -82,27 +82,21 @@ def test_group_mmd(benchmark, provider, gradient, n, d):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one case; three rounds at least")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one case; it has three rounds at least")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    common = {"device": machine(DEVICE), "threads": args.threads, "torch": torch.__version__, "commit": commit()}
-    common["date"] = datetime.now(timezone.utc).date().isoformat()
+    common = conditions(DEVICE)
     for n, d in SIZES:
-        z, labels, h = problem(n, d)
+        z, labels, h = inputs(n, d)
         for direction in ("forward", "forward+backward"):
             leaf = z.detach().requires_grad_(direction != "forward")
             steps = {name: partial(step, provider, leaf, labels, h) for name, provider in PROVIDERS.items()}
-            memory = {name: peak_extra_mib(run, DEVICE) for name, run in steps.items()}
-            times = interleaved(steps, DEVICE, args.rounds, args.seconds)
-            for name in PROVIDERS:
+            for name, found in summaries(steps, DEVICE, args.rounds, args.seconds, memory=True).items():
                 row = {"benchmark": "quadratic_form", "direction": direction, "n": n, "dim": d, "groups": GROUPS, "dtype": "float32"}
-                row |= {"provider": name} | summary(times[name], DEVICE) | {"extra_mib": memory[name]} | common
-                with (RESULTS / f"quadratic_form_{DEVICE}.jsonl").open("a") as rows:
-                    rows.write(json.dumps(row) + "\n")
-                print(
-                    json.dumps({key: row[key] for key in ("provider", "direction", "n", "dim", "processor_ms", "extra_mib") if key in row})
-                )
+                row |= {"provider": name, **found}
+                print(json.dumps(row), flush=True)
+                append(RESULTS / f"quadratic_form_{DEVICE}.jsonl", row | common)
 
 
 if __name__ == "__main__":

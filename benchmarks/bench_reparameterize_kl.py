@@ -1,12 +1,11 @@
-"""Microbenchmarks of reparameterise + KL: pytest benchmarks --benchmark-only. The value is checked before it is timed."""
+"""Microbenchmarks of z and KL: pytest benchmarks/bench_reparameterize_kl.py --benchmark-only. The value is checked before it is timed."""
 
 import pytest
 import torch
 
 import fastvae
+from benchmarks.measure import DEVICE, synchronize
 from fastvae import reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("provider", [fastvae.reparameterize_kl, reference.reparameterize_kl], ids=["fastvae", "eager"])
@@ -26,7 +25,6 @@ def test_reparameterize_kl(benchmark, provider, gradient, n, d):
         z, kl = provider(mu, logvar, eps=eps)
         if gradient:
             torch.autograd.grad((z, kl), (mu, logvar), (dz, dkl))
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
 
     benchmark(step)

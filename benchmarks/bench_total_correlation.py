@@ -1,7 +1,10 @@
-"""β-TC-VAE's terms: python -m benchmarks.bench_total_correlation appends rows to benchmarks/results/total_correlation_cpu.jsonl (or _cuda).
+"""The terms of β-TC-VAE, by `total_correlation` and by eager code.
 
-The usual code, with its N×N×D arrays, at sizes that it can hold, and fastvae alone at 16,384 × 32, where each of those arrays takes 32 GiB.
-Value and gradient are checked against float64 before anything is timed. As microbenchmarks: pytest benchmarks --benchmark-only.
+    python -m benchmarks.bench_total_correlation    appends rows to benchmarks/results/total_correlation_<device>.jsonl
+    pytest benchmarks/bench_total_correlation.py --benchmark-only     as microbenchmarks
+
+Eager code holds N×N×D arrays. At 16,384 × 32, where one of them takes 32 GiB, `fastvae` runs alone. Value and gradient are checked against
+float64 before they are timed.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 
 import pytest
@@ -18,21 +20,21 @@ import torch
 from torch import Tensor
 
 import fastvae
-from benchmarks.measure import commit, interleaved, machine, peak_extra_mib, summary
-from benchmarks.rows import RESULTS
+from benchmarks.machine import conditions
+from benchmarks.measure import DEVICE, summaries, synchronize
+from benchmarks.rows import RESULTS, append
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DATASET_SIZE = 60_000
 BETA = 6.0
 SIZES = [(1024, 10), (1024, 32), (2048, 10), (2048, 32), (4096, 10), (4096, 32), (16_384, 32)]
-# Above it fastvae runs alone, and once.
+# With more rows fastvae runs alone, and once.
 LARGEST_DENSE = 4096
-# Rows of the exact gradient at sizes that the dense formula can't hold.
+# Rows whose gradient is checked where the dense formula does not fit.
 CHECKED_ROWS = 8
 
 
 def eager(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """The usual code: log densities of all pairs in all dimensions."""
+    """What users write: log densities of all pairs in all dimensions."""
     n = z.shape[0]
 
     def log_density(x: Tensor, m: Tensor, lv: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"fastvae": f
 
 
 def batch(n: int, d: int) -> list[Tensor]:
-    """Codes of a trained VAE: posteriors a third as wide as the prior, more or less."""
+    """Codes as a trained VAE has: posteriors about a third as wide as the prior."""
     generator = torch.Generator().manual_seed(0)
     mu, logvar, eps = (torch.randn(n, d, generator=generator) for _ in range(3))
     logvar = 0.5 * logvar - 2
@@ -69,7 +71,7 @@ def step(provider: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tens
 
 
 def check(provider: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> str:
-    """At 512 rows, where float64 is dense."""
+    """The status of a row, from 512 rows, against the dense formula in float64."""
     leaves = [t[:512].detach().clone().requires_grad_() for t in inputs]
     exact = step(eager, [t.detach().double().requires_grad_() for t in leaves])
     value, grads = step(provider, leaves)
@@ -80,7 +82,7 @@ def check(provider: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Ten
 
 
 def gradient_error(inputs: list[Tensor], grad_z: Tensor) -> float:
-    """Of some rows of dz, whose dense formula in float64 takes a few rows of the arrays only."""
+    """Relative error of dz in a few rows, for which the dense formula in float64 needs only these rows of the arrays."""
     z, mu, logvar = (t.detach().double() for t in inputs)
     rows = torch.arange(0, z.shape[0], z.shape[0] // CHECKED_ROWS, device=z.device)
     part = z[rows].requires_grad_()
@@ -106,8 +108,7 @@ def test_total_correlation(benchmark, provider, gradient, n, d):
 
     def run():
         step(PROVIDERS[provider], inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
 
     benchmark(run)
 
@@ -115,13 +116,12 @@ def test_total_correlation(benchmark, provider, gradient, n, d):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one case; three rounds at least")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one case; it has three rounds at least")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sizes", nargs="+", help="N×D, as 4096x32; those of the committed rows by default")
+    parser.add_argument("--sizes", nargs="+", help="N×D, as 4096x32; by default those of the committed rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    common = {"device": machine(DEVICE), "threads": args.threads, "torch": torch.__version__, "commit": commit()}
-    common["date"] = datetime.now(timezone.utc).date().isoformat()
+    common = conditions(DEVICE)
     sizes = SIZES if args.sizes is None else [tuple(map(int, size.split("x"))) for size in args.sizes]
     for n, d in sizes:
         names = ["fastvae"] if n > LARGEST_DENSE else list(PROVIDERS)
@@ -132,18 +132,14 @@ def main() -> None:
                 continue
             leaves = [t.detach().requires_grad_(direction != "forward") for t in inputs]
             steps = {name: partial(step, PROVIDERS[name], leaves) for name in names if status[name] == "ok"}
-            memory = {name: peak_extra_mib(run, DEVICE) for name, run in steps.items()}
-            times = interleaved(steps, DEVICE, 1 if n > LARGEST_DENSE else args.rounds, args.seconds)
+            found = summaries(steps, DEVICE, 1 if n > LARGEST_DENSE else args.rounds, args.seconds, memory=True)
             for name in names:
                 row = {"benchmark": "total_correlation", "direction": direction, "n": n, "dim": d, "dtype": "float32"}
-                row |= {"provider": name, "status": status[name]}
-                if name in times:
-                    row |= summary(times[name], DEVICE) | {"extra_mib": memory[name]}
+                row |= {"provider": name, "status": status[name], **found.get(name, {})}
                 if n > LARGEST_DENSE:
                     row["gradient_relative_error"] = gradient_error(leaves, step(PROVIDERS[name], leaves)[1][0])
                 print(json.dumps(row), flush=True)
-                with (RESULTS / f"total_correlation_{DEVICE}.jsonl").open("a") as file:
-                    file.write(json.dumps(row | common) + "\n")
+                append(RESULTS / f"total_correlation_{DEVICE}.jsonl", row | common)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a training step costs in `fastvae fit`, in Lightning's Trainer alone and in a plain loop: python -m benchmarks.training --fit
+"""The time of a training step in `fastvae fit`, in Lightning's Trainer without it, and in plain loops: python -m benchmarks.training --fit
 
-The model, its objective and the DataLoader are the command's own in each, and so are the images: 784 pixels of noise in memory. Adam is as
-PyTorch makes it, except that the command takes the fused one on a CPU: a plain loop with that one is a row of its own. Times are of steady
-training: from the end of an epoch's first step to that of its last one, and `epoch_ms` to that of the next epoch's first one, with the
-checkpoints and measures of the epoch's end; the first epoch is left out. pythae's VAE of the same widths is a peer.
+All use the command's model, objective, DataLoader and images, 784 pixels of noise in memory. The exception is pythae, a peer, with a VAE of
+the same widths. Adam is PyTorch's default, but `fastvae fit` uses the fused one on a CPU, so one plain loop has that too. A step is timed
+from the end of an epoch's first step to the end of its last one; the first epoch is left out. `epoch_ms` is per step too, but up to the end
+of the next epoch's first step, so that it includes the checkpoints and metrics of the epoch's end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import contextlib
 import functools
 import io
 import logging
-import random
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -26,8 +26,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from benchmarks.measure import Time, summary
-from benchmarks.providers import version
+from benchmarks.machine import version
+from benchmarks.measure import Time, in_turn, summary
 from fastvae.training.command import run
 from fastvae.training.data import ImageData
 from fastvae.training.module import ImageVAE
@@ -37,7 +37,7 @@ OBJECTIVES = ("vae", "mmd_vae")
 
 
 class Stopwatch(Callback):
-    """Reads both clocks at the end of each step. `marks` is of the class: the command makes its own stopwatch."""
+    """Reads both clocks at the end of each step. `marks` belongs to the class, as the command makes its own instance."""
 
     marks: list[Time] = []  # noqa: RUF012
 
@@ -53,8 +53,8 @@ def model(objective: str) -> ImageVAE:
     return ImageVAE([1, 28, 28], latent_dim=20, objective=objective)  # type: ignore[arg-type]
 
 
-class Alone(LightningModule):
-    """The least that trains."""
+class MinimalModule(LightningModule):
+    """The least that Lightning trains."""
 
     def __init__(self, objective: str) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def plain(objective: str, folder: Path, fused: bool | None = None) -> None:
 
 def lightning(objective: str, folder: Path) -> None:
     quiet: dict[str, bool] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[Stopwatch()], **quiet).fit(Alone(objective), data(folder))  # type: ignore[arg-type]
+    Trainer(max_epochs=EPOCHS, accelerator="cpu", callbacks=[Stopwatch()], **quiet).fit(MinimalModule(objective), data(folder))  # type: ignore[arg-type]
 
 
 def fit(objective: str, folder: Path) -> None:
@@ -143,7 +143,7 @@ VARIANTS: dict[str, Callable[[str, Path], None]] = {
 
 
 def epochs(variant: Callable[[str, Path], None], objective: str) -> tuple[list[Time], list[Time]]:
-    """Of each epoch but the first one the time of a step, and of each of these but the last one that with the epoch's end."""
+    """The time of a step in each epoch but the first, and in each of these but the last the time of a step with the epoch's end."""
     Stopwatch.marks.clear()
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name) / "images"
@@ -164,20 +164,16 @@ def epochs(variant: Callable[[str, Path], None], objective: str) -> tuple[list[T
 
 
 def rows(seconds: float) -> Iterator[dict[str, Any]]:
-    """All variants once a round, in an order that changes, until `seconds` are spent, but three rounds."""
+    """Rows of all variants, which train in turn until `seconds` are spent; three times at least."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     present = {name: variant for name, variant in VARIANTS.items() if variant is not pythae or version("pythae") != "not installed"}
-    order = [(objective, name) for objective in OBJECTIVES for name in present]
-    steps: dict[tuple[str, str], list[Time]] = {case: [] for case in order}
-    whole: dict[tuple[str, str], list[Time]] = {case: [] for case in order}
-    start, shuffle, rounds = time.perf_counter(), random.Random(0).shuffle, 0
-    while rounds < 3 or time.perf_counter() - start < seconds:
-        rounds += 1
-        shuffle(order)
-        for case in order:
-            for taken, more in zip((steps[case], whole[case]), epochs(present[case[1]], case[0]), strict=True):
-                taken += more
+    cases = [(objective, name) for objective in OBJECTIVES for name in present]
+    steps: dict[tuple[str, str], list[Time]] = {case: [] for case in cases}
+    with_end: dict[tuple[str, str], list[Time]] = {case: [] for case in cases}
+    for case in in_turn(cases, sys.maxsize, seconds):
+        for times, more in zip((steps[case], with_end[case]), epochs(present[case[1]], case[0]), strict=True):
+            times += more
     for objective in OBJECTIVES:
         base = summary(steps[objective, "plain loop"], "cpu")["processor_ms"]
         for name in VARIANTS:
@@ -186,5 +182,5 @@ def rows(seconds: float) -> Iterator[dict[str, Any]]:
                 yield row | {"status": "not installed"}
                 continue
             found = summary(steps[objective, name], "cpu")
-            epoch = statistics.median(1e3 * t.processor for t in whole[objective, name])
+            epoch = statistics.median(1e3 * t.processor for t in with_end[objective, name])
             yield row | found | {"epoch_ms": round(epoch, 4), "over_plain": round(found["processor_ms"] / base, 3)}

@@ -1,6 +1,6 @@
-"""What `benchmarks.gpu` times: steps of `fastvae` and of what its users would write or install instead, the most telling sizes first.
+"""The steps that `benchmarks.gpu` times: those of `fastvae` and of what its users would write or install instead.
 
-A step that fails, as for a peer that is not installed, is one row with the reason.
+The most important sizes come first. If a step fails, for example because a peer is not installed, its row says why.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastvae
-from benchmarks.measure import interleaved, peak_extra_mib, summary, synchronize
-from benchmarks.providers import GeomLoss, keops, matrix
+from benchmarks.measure import Time, in_turn, peak_extra_mib, summaries, summary, synchronize
+from benchmarks.providers import GeomLoss, eager_reparameterize_kl, keops, matrix
 from benchmarks.training import PlainVAE, plain_mmd_vae, plain_vae, training_step
 from fastvae import reference
 
-# Chosen before Triton is imported.
+# A dry run chooses the interpreter before Triton is imported.
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 BACKEND = "triton" if DRY else None
@@ -33,8 +33,8 @@ Step = Callable[[], Any]
 Sizes = tuple[tuple[int, int], ...]
 
 
-def sizes(*of_a_gpu: tuple[int, int]) -> Sizes:
-    return ((20, 3),) if DRY else of_a_gpu
+def sizes(*on_gpu: tuple[int, int]) -> Sizes:
+    return ((20, 3),) if DRY else on_gpu
 
 
 def points(n: int, d: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def points(n: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def fits(n: int, arrays: int) -> bool:
-    """Whether so many arrays of N×N are in the memory that is free."""
+    """Whether so many arrays of N×N fit the free memory."""
     return DRY or 4 * n * n * arrays < torch.cuda.mem_get_info()[0]
 
 
@@ -71,13 +71,13 @@ def in_tf32(step: Step) -> Step:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Otherwise the ninth size of a function would not be compiled any more.
+    # Without this, torch.compile falls back to eager at the ninth size of a function.
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 
 def graph_of(step: Step) -> Step:
-    """The replay of a step."""
+    """A CUDA graph of the step, as a function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,8 +99,8 @@ def warm(step: Step) -> Step:
     return step
 
 
-def timed(steps: dict[str, Step], graphs: bool = True, memory: bool = False, rounds: int = 50, **of: Any) -> list[Row]:
-    """A row for each step, and for its CUDA graph, all timed in turn."""
+def timed_rows(steps: dict[str, Step], graphs: bool = True, memory: bool = False, rounds: int = 50, **case: Any) -> list[Row]:
+    """A row for each step and one for its CUDA graph, all timed in turn; `case` holds the fields that all rows share."""
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
     rows: list[Row] = []
@@ -116,11 +116,11 @@ def timed(steps: dict[str, Step], graphs: bool = True, memory: bool = False, rou
                 if memory:
                     peaks[maker_name] = peak_extra_mib(step, DEVICE)
             except Exception as error:  # noqa: PERF203
-                rows.append({**of, "provider": maker_name, "status": f"{type(error).__name__}: {str(error)[:120]}"})
+                rows.append({**case, "provider": maker_name, "status": f"{type(error).__name__}: {str(error)[:120]}"})
                 break
-    for name, times in interleaved(alive, DEVICE, 1 if DRY else rounds, 2.0).items():
+    for name, found in summaries(alive, DEVICE, 1 if DRY else rounds, 2.0).items():
         peak = {"peak_mib": peaks[name]} if name in peaks else {}
-        rows.append({**of, "provider": name, "status": "ok", **summary(times, DEVICE), **peak})
+        rows.append({**case, "provider": name, "status": "ok", **found, **peak})
     return rows
 
 
@@ -140,7 +140,7 @@ def eager_mmd(x: Tensor, y: Tensor, h: float) -> Tensor:
 
 
 def checkpointed_mmd(x: Tensor, y: Tensor, h: float) -> Tensor:
-    """Of blocks of rows whose kernels are computed anew in backward, which is what people do where N×N does not fit."""
+    """What users write where an N×N array does not fit: blocks of rows whose kernels are computed again in backward."""
 
     def block(rows: Tensor, columns: Tensor) -> Tensor:
         squared = rows.square().sum(1)[:, None] + columns.square().sum(1)[None, :] - 2 * rows @ columns.T
@@ -154,7 +154,7 @@ def checkpointed_mmd(x: Tensor, y: Tensor, h: float) -> Tensor:
 
 
 def jax_mmd(x: Tensor, y: Tensor, h: float) -> Step:
-    """A step of `jax.jit`, with products in float32."""
+    """A step under `jax.jit`, with products in float32."""
 
     @functools.cache
     def ready() -> tuple[Any, Any, Any]:
@@ -196,13 +196,13 @@ def all_mmd_steps(x: Tensor, y: Tensor) -> dict[str, Step]:
 
 
 def small_mmd() -> Iterator[list[Row]]:
-    """Batches that people train with, each provider in turn."""
+    """Batch sizes that people train with."""
     for n, d in sizes(*((n, d) for n in (128, 1024, 32, 4096, 256, 2048, 64, 512) for d in (16, 64, 2))):
         x, y = points(n, d)
         steps = all_mmd_steps(x, y)
         if not DRY:
             steps |= mmd_steps(x, y, {"torch.compile": compiled(eager_mmd)})
-        yield timed(steps, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, operation="mmd", direction=DIRECTION, n=n, d=d)
 
 
 def large_mmd() -> Iterator[list[Row]]:
@@ -211,54 +211,50 @@ def large_mmd() -> Iterator[list[Row]]:
         steps = all_mmd_steps(x, y) | mmd_steps(x, y, {"eager, checkpointed": checkpointed_mmd})
         if not fits(n, 4):
             steps = {name: step for name, step in steps.items() if name not in ("eager", "eager, tf32")}
-        yield timed(steps, memory=True, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, memory=True, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
         yield value_of_mmd(x, y)
     for n, d in sizes((1_000_000, 16)):
         x, y = points(n, d)
         yield value_of_mmd(x, y)
         steps = mmd_steps(x, y, {"fastvae": mmd, "fastvae, closed-form prior": to_normal})
-        yield timed(steps, memory=True, graphs=False, rounds=3, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, memory=True, graphs=False, rounds=3, operation="mmd", direction=DIRECTION, n=n, d=d)
 
 
 def value_of_mmd(x: Tensor, y: Tensor) -> list[Row]:
     n, d = x.shape
-    return timed({"fastvae": lambda: mmd(x, y, d**0.5)}, graphs=False, rounds=20, operation="mmd", direction="forward", n=n, d=d)
+    return timed_rows({"fastvae": lambda: mmd(x, y, d**0.5)}, graphs=False, rounds=20, operation="mmd", direction="forward", n=n, d=d)
 
 
 def installed_peers() -> Iterator[list[Row]]:
-    """KeOps compiles for each number of features, so that there are few cases."""
+    """Few cases, as KeOps compiles for each number of features."""
     for n, d in sizes((4096, 16), (65_536, 16)):
         x, y = points(n, d)
         peers = {"KeOps": keops, "geomloss": GeomLoss({})}
         functions = {name: lambda x, y, h, compute=compute: compute(x, y, (h,)) for name, compute in peers.items()}
         steps = mmd_steps(x, y, {"fastvae": mmd, **functions}) | {"JAX": jax_mmd(x, y, d**0.5)}
-        yield timed(steps, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
 
 
 def other_mmd() -> Iterator[list[Row]]:
     for n, d in sizes((65_536, 256), (65_536, 2), (65_536, 128), (16_384, 64), (16_384, 16), (262_144, 64)):
         x, y = points(n, d)
         steps = mmd_steps(x, y, {"fastvae": mmd, "eager": eager_mmd} if n <= 16_384 else {"fastvae": mmd})
-        yield timed(steps, memory=True, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, memory=True, graphs=False, rounds=20, operation="mmd", direction=DIRECTION, n=n, d=d)
     for n, d in sizes((262_144, 16)):
         x, y = points(n, d)
         steps = mmd_steps(x, y, {"fastvae": mmd, "eager, checkpointed": checkpointed_mmd})
-        yield timed(steps, memory=True, graphs=False, rounds=1, operation="mmd", direction=DIRECTION, n=n, d=d)
+        yield timed_rows(steps, memory=True, graphs=False, rounds=1, operation="mmd", direction=DIRECTION, n=n, d=d)
 
 
 # The other operations
 
 
-def plain_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu), (0.5 * (mu * mu + logvar.exp() - 1 - logvar)).sum(1)
-
-
 def reparameterize_kl(n: int, d: int) -> tuple[dict[str, Step], int]:
     mu, logvar = points(n, d)
     grads = torch.randn(n, d, device=DEVICE), torch.randn(n, device=DEVICE)
-    functions = {"fastvae": lambda mu, logvar: fastvae.reparameterize_kl(mu, logvar, backend=BACKEND), "eager": plain_kl}
+    functions = {"fastvae": lambda mu, logvar: fastvae.reparameterize_kl(mu, logvar, backend=BACKEND), "eager": eager_reparameterize_kl}
     if not DRY:
-        functions["torch.compile"] = compiled(plain_kl)
+        functions["torch.compile"] = compiled(eager_reparameterize_kl)
     steps = {name: with_gradient(f, mu, logvar, grads=grads) for name, f in functions.items()}
     # Forward reads mu and logvar and writes z; backward reads both and dz, and writes two gradients.
     source = torch.empty(4, n, d, device=DEVICE)
@@ -275,7 +271,7 @@ def kernel_matmul(n: int, d: int) -> tuple[dict[str, Step], int]:
     v, grad = points(n, 16)
     h = d**0.5
 
-    def of_keops(x: Tensor) -> Tensor:
+    def keops_product(x: Tensor) -> Tensor:
         from pykeops.torch import LazyTensor
 
         squared = ((LazyTensor(x[:, None, :]) - LazyTensor(y[None, :, :])) ** 2).sum(-1)
@@ -286,7 +282,7 @@ def kernel_matmul(n: int, d: int) -> tuple[dict[str, Step], int]:
         "eager": lambda x: plain_kernel(x, y, h) @ v,
     }
     if n in (20, 4096):
-        functions["KeOps"] = of_keops
+        functions["KeOps"] = keops_product
     return {name: with_gradient(f, x, grads=grad) for name, f in functions.items()}, 4
 
 
@@ -320,7 +316,7 @@ def total_correlation(n: int, d: int) -> tuple[dict[str, Step], int]:
     return {"fastvae": with_gradient(fused, z, mu, logvar), "eager": with_gradient(plain, z, mu, logvar)}, 6 * d
 
 
-# Each with its steps, and the N×N arrays that eager code holds.
+# Makers of steps, which return also how many N×N arrays eager code holds; and sizes, those of the second tuple timed later.
 OPERATIONS: dict[Callable[[int, int], tuple[dict[str, Step], int]], tuple[Sizes, Sizes]] = {
     reparameterize_kl: (((128, 20), (512, 20), (65_536, 64), (262_144, 256)), ((32, 16), (4096, 64), (1_000_000, 64))),
     kernel_matmul: (((128, 16), (4096, 16), (65_536, 16)), ((32, 16), (1024, 16), (1_000_000, 16))),
@@ -330,13 +326,13 @@ OPERATIONS: dict[Callable[[int, int], tuple[dict[str, Step], int]], tuple[Sizes,
 
 
 def other_operations(part: int) -> Iterator[list[Row]]:
-    for make, of_parts in OPERATIONS.items():
-        for n, d in sizes(*of_parts[part]):
+    for make, parts in OPERATIONS.items():
+        for n, d in sizes(*parts[part]):
             steps, arrays = make(n, d)
             if not fits(n, arrays):
                 del steps["eager"]
-            # A step of few launches waits for the host: what the device takes is seen in its graph.
-            yield timed(
+            # A small step waits for the host; its graph shows the time that the device takes.
+            yield timed_rows(
                 steps, graphs=n <= 4096 or make is reparameterize_kl, rounds=20, operation=make.__name__, direction=DIRECTION, n=n, d=d
             )
 
@@ -355,7 +351,7 @@ def speed() -> Iterator[list[Row]]:
 
 
 def training() -> Iterator[list[Row]]:
-    """A step of Adam on a batch that lies on the device."""
+    """A step of Adam, with the batch on the device."""
     objectives = {"vae": (plain_vae, fastvae.VAEObjective.vae()), "mmd_vae": (plain_mmd_vae, fastvae.VAEObjective.mmd_vae(1000.0))}
     batches = (8,) if DRY else (128, 8192)
     for n in batches:
@@ -366,10 +362,10 @@ def training() -> Iterator[list[Row]]:
                 "fastvae": training_step(model, lambda model, x, objective=objective: objective(model(x), x).loss, x),
                 "eager": training_step(PlainVAE(), plain, x),
             }
-            yield timed(steps, operation="training step", objective=name, n=n, d=20)
+            yield timed_rows(steps, operation="training step", objective=name, n=n, d=20)
     for name, (plain, _) in () if DRY else objectives.items():
         x = torch.rand(128, 784, device=DEVICE)
-        yield timed(
+        yield timed_rows(
             {"torch.compile": training_step(PlainVAE(), compiled(plain), x)}, operation="training step", objective=name, n=128, d=20
         )
 
@@ -378,25 +374,23 @@ def training() -> Iterator[list[Row]]:
 
 
 def host() -> Iterator[list[Row]]:
-    """How long a step of a small batch keeps the host, and how many kernels it launches."""
+    """The time for which a small step keeps the host busy, and the kernels that it launches."""
     for n, d in sizes((128, 16)):
         x, y = points(n, d)
         steps = mmd_steps(x, y, {"fastvae": mmd, "eager": eager_mmd})
-        times: dict[str, list[float]] = {name: [] for name in steps}
+        times: dict[str, list[Time]] = {name: [] for name in steps}
         for step in steps.values():
             warm(step)
-        for _ in range(3 if DRY else 300):
-            for name, step in steps.items():
-                synchronize(DEVICE)
-                start = time.perf_counter()
-                step()
-                times[name].append(1e3 * (time.perf_counter() - start))
+        for name in in_turn(steps, 3 if DRY else 300, 60.0):
+            synchronize(DEVICE)
+            start = time.perf_counter(), time.process_time()
+            steps[name]()
+            times[name].append(Time(time.perf_counter() - start[0], time.process_time() - start[1]))
         rows = []
         for name, step in steps.items():
-            of = {"operation": "mmd", "direction": DIRECTION, "n": n, "d": d, "provider": name}
-            values = sorted(times[name])
-            low, middle, high = (round(values[int(q * len(values))], 4) for q in (0.2, 0.5, 0.8))
-            rows.append(of | {"host_ms": middle, "p20_ms": low, "p80_ms": high, "rounds": len(values), "launches": launches_of(step)})
+            found = summary(times[name], "cuda")
+            case = {"operation": "mmd", "direction": DIRECTION, "n": n, "d": d, "provider": name}
+            rows.append(case | {"host_ms": found.pop("median_ms"), **found, "launches": launches_of(step)})
         yield rows
 
 

@@ -1,10 +1,10 @@
-"""What a multiprocessor of each architecture does in a clock, and one GPU of it: the vendors' figures, from which bounds are predicted."""
+"""NVIDIA's figures for one GPU of each architecture, from which `benchmarks.compile_report` predicts times."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Exponentials and instructions (of one lane) that a multiprocessor issues in a clock, and bytes that its port to the level-2 cache brings.
+# A multiprocessor's rates in a clock: exponentials, instructions of one lane, and bytes from the level-2 cache.
 EXPONENTIALS = 16
 ISSUE = 128
 CACHE_BYTES = 64
@@ -12,7 +12,7 @@ CACHE_BYTES = 64
 
 @dataclass(frozen=True)
 class GPU:
-    """Rates are dense multiply-adds a clock and multiprocessor."""
+    """The rates bf16 to fp64 are dense multiply-adds in a clock on one multiprocessor."""
 
     name: str
     multiprocessors: int

@@ -1,25 +1,25 @@
-"""The host's time of a step of `mmd`, without a GPU and without its launches: python -m benchmarks.host_time
+"""The time that the host (Python, PyTorch's dispatcher and autograd) takes for a step of `mmd` on a GPU, measured without a GPU.
 
-On a GPU a step of a small batch takes as long as the host does, for Python, PyTorch's dispatcher, autograd, the allocator and the launches.
-Here is the host's time without the last two:
+    python -m benchmarks.host_time      appends a row to benchmarks/results/host_time.jsonl, in a few seconds
 
-- `fastvae` runs on CPU tensors of N rows as on a GPU, to the point where a known compiled kernel would be launched, and returns.
-- Eager code calls the operators of a GPU on CPU tensors of two rows, which leave it next to nothing to compute. (Fake and meta tensors go
-  through Python at each operator, and take fifty times as long.)
+A small batch on a GPU waits for the host. Its time is measured here without those of the allocator and of the kernel launches:
 
-A launch takes some microseconds, and eager code has ten times as many, so that the ratio of these times is not that of a GPU, which
-`python -m benchmarks.gpu --stage host` measures. `launch_us` is how long one must take for `fastvae` to take 0.8 of eager's time; below
-zero it takes less than that without them. The row goes to benchmarks/results/host_time.jsonl.
+- `fastvae` does on CPU tensors what it does on a GPU, up to the launch of each compiled kernel, which is left out.
+- Eager code runs on CPU tensors of two rows, with next to nothing to compute. (Fake and meta tensors would go through Python at each
+  operator and take fifty times as long.)
+
+Eager code launches ten times as many kernels, at some microseconds each, so the ratio on a GPU is another one:
+`python -m benchmarks.gpu --stage host` measures it. `launch_us` is the time of one launch at which `fastvae` takes 0.8 of eager's time. If
+it is negative, `fastvae` takes less than that even if launches cost nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,18 +30,19 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import fastvae
-from benchmarks.measure import commit, interleaved, machine, summary
-from benchmarks.providers import matrix, versions
+from benchmarks.machine import conditions
+from benchmarks.measure import summaries
+from benchmarks.providers import matrix
+from benchmarks.rows import RESULTS, append
 from fastvae.kernels import launch
 
-RESULTS = Path(__file__).parent / "results" / "host_time.jsonl"
-# As a profiler counted them on an H100; PyTorch's in a step of `fastvae` scales the gradient.
+# Counted by a profiler on an H100: eager code's launches, and the one of PyTorch in a step of `fastvae`, which scales the gradient.
 EAGER_LAUNCHES, PYTORCH_LAUNCHES = 67, 1
 BOUND = 0.8
 
 
-class Kernel:
-    """What `launch` takes for a compiled kernel, which counts its launches and does nothing else."""
+class CountingKernel:
+    """Stands for a compiled kernel: it only counts its launches."""
 
     launches = 0
 
@@ -49,22 +50,22 @@ class Kernel:
         return self._run
 
     def _run(self, *args: Any) -> None:
-        Kernel.launches += 1
+        CountingKernel.launches += 1
 
 
 @contextmanager
 def launches_left_out() -> Iterator[mock.MagicMock]:
-    """Yields what counts the kernels that were not known yet."""
+    """Yields the mock that a kernel's first launch, which compiles it, calls."""
     with (
         mock.patch.object(launch, "_compiled", {}),
-        mock.patch.object(launch, "CompiledKernel", Kernel),
-        mock.patch.object(InterpretedFunction, "__getitem__", return_value=lambda *args, **constants: Kernel()) as first_launches,
+        mock.patch.object(launch, "CompiledKernel", CountingKernel),
+        mock.patch.object(InterpretedFunction, "__getitem__", return_value=lambda *args, **constants: CountingKernel()) as first_launches,
     ):
         yield first_launches
 
 
 def steps(n: int, dim: int) -> dict[str, Callable[[], None]]:
-    """Value and gradient to x."""
+    """Steps that take MMD² and its gradient to x."""
     x, y = torch.randn(n, dim, requires_grad=True), torch.randn(n, dim)
     a, b = torch.randn(2, dim, requires_grad=True), torch.randn(2, dim)
     h = dim**0.5
@@ -87,24 +88,23 @@ def measure(n: int = 128, dim: int = 16, rounds: int = 1000) -> dict[str, Any]:
             for _ in range(20):
                 step()
         first_launches.reset_mock()
-        Kernel.launches = 0
-        times = {name: summary(values, "cpu") for name, values in interleaved(both, "cpu", rounds, 60.0).items()}
+        CountingKernel.launches = 0
+        times = summaries(both, "cpu", rounds, 60.0)
         if first_launches.called:
-            raise RuntimeError("a step has launches that are not found by their key")
-    launches = {"fastvae": Kernel.launches // times["fastvae"]["rounds"] + PYTORCH_LAUNCHES, "eager": EAGER_LAUNCHES}
+            raise RuntimeError("a repeated step compiled a kernel again")
+    launches = {"fastvae": CountingKernel.launches // times["fastvae"]["rounds"] + PYTORCH_LAUNCHES, "eager": EAGER_LAUNCHES}
     ours, eager = (1e3 * times[name]["median_ms"] for name in both)
     needed = (ours - BOUND * eager) / (BOUND * launches["eager"] - launches["fastvae"])
-    of = {"operation": "mmd", "direction": "forward+backward", "n": n, "d": dim, "launches": launches}
-    return of | {"ratio": round(ours / eager, 3), "launch_us": round(needed, 2)} | times
+    case = {"operation": "mmd", "direction": "forward+backward", "n": n, "d": dim, "launches": launches}
+    return case | {"ratio": round(ours / eager, 3), "launch_us": round(needed, 2)} | times
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    common = {"device": machine("cpu"), "commit": commit(), "date": datetime.now(timezone.utc).date().isoformat(), **versions()}
-    with RESULTS.open("a") as file:
-        line = json.dumps({**measure(), **common})
-        print(line)
-        file.write(line + "\n")
+    row = measure() | conditions("cpu")
+    print(json.dumps(row))
+    append(RESULTS / "host_time.jsonl", row)
 
 
 if __name__ == "__main__":

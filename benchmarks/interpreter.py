@@ -1,4 +1,4 @@
-"""tf32 products in Triton's interpreter, which by itself takes them in float32."""
+"""TF32 products in Triton's interpreter, which otherwise takes them in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 @functools.cache
 def emulate_tf32() -> None:
-    """From here on tf32 products drop the last 13 bits of float32 operands, as tensor cores do."""
+    """Makes TF32 products drop the last 13 bits of float32 operands, as tensor cores do."""
     exact = InterpreterBuilder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *options: Any) -> Any:

@@ -1,20 +1,24 @@
-"""Time, memory and the ceilings of the machine."""
+"""Time and memory of steps."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Steps = dict[str, Callable[[], object]]
+T = TypeVar("T")
 
 
 def synchronize(device: str) -> None:
@@ -24,7 +28,7 @@ def synchronize(device: str) -> None:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds: the clock's, and on a CPU the processor's, which a busy machine disturbs less."""
+    """Wall-clock and processor time in seconds. On a CPU, other load disturbs the processor time less."""
 
     wall: float
     processor: float
@@ -38,20 +42,25 @@ def timed(step: Callable[[], object], device: str) -> Time:
     return Time(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def interleaved(steps: dict[str, Callable[[], object]], device: str, rounds: int, seconds: float) -> dict[str, list[Time]]:
-    """Each step once a round, so that what else the machine does falls on all alike; fewer rounds once `seconds` are spent, but three.
+def in_turn(cases: Iterable[T], rounds: int, seconds: float) -> Iterator[T]:
+    """Each case once a round, so that other load affects all alike. After `seconds` no round begins, but there are three at least.
 
-    In an order that changes: a small step takes a tenth longer after one that fills the caches.
+    The order changes from round to round: a small step takes a tenth longer after one that fills the caches.
     """
-    times: dict[str, list[Time]] = {name: [] for name in steps}
-    order, shuffle = list(steps.items()), random.Random(0).shuffle
+    order, shuffle = list(cases), random.Random(0).shuffle
     start = time.perf_counter()
     for n in range(rounds):
         if n >= 3 and time.perf_counter() - start > seconds:
             break
         shuffle(order)
-        for name, step in order:
-            times[name].append(timed(step, device))
+        yield from order
+
+
+def interleaved(steps: Steps, device: str, rounds: int, seconds: float) -> dict[str, list[Time]]:
+    """Times of each step, `in_turn`."""
+    times: dict[str, list[Time]] = {name: [] for name in steps}
+    for name in in_turn(steps, rounds, seconds):
+        times[name].append(timed(steps[name], device))
     return times
 
 
@@ -69,8 +78,17 @@ def summary(times: list[Time], device: str) -> dict[str, float]:
     return {name: round(value, 4) for name, value in row.items()} | {"rounds": len(times)}
 
 
+def summaries(
+    steps: Steps, device: str, rounds: int, seconds: float, *, warm_up: int = 0, memory: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The `summary` of each step after `warm_up` rounds; with `memory` the extra memory of a step too."""
+    extra = {name: {"extra_mib": peak_extra_mib(step, device)} if memory else {} for name, step in steps.items()}
+    interleaved(steps, device, warm_up, seconds)
+    return {name: summary(times, device) | extra[name] for name, times in interleaved(steps, device, rounds, seconds).items()}
+
+
 def peak_extra_mib(step: Callable[[], object], device: str) -> float | None:
-    """The most memory that a step holds beyond what was held before it; None where the system does not say."""
+    """The peak of the memory that a step holds beyond what was held before it, or None where the system does not tell."""
     if device == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats()
@@ -79,10 +97,10 @@ def peak_extra_mib(step: Callable[[], object], device: str) -> float | None:
         synchronize(device)
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
     if sys.platform == "linux":
-        # Freed memory that the allocator keeps would be used again, and not seen.
+        # The step could use freed memory that the allocator kept, and this use would not be seen.
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        # Linux resets a process's peak when asked so.
+        # On Linux this resets the peak of the process.
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
@@ -96,63 +114,9 @@ def _status(field: str) -> int:
     return int(line.split()[1])
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches: multiply-adds, exponentials and copied bytes (read and written) a second."""
-
-    multiply_adds: float
-    exponentials: float
-    copied: float
-
-    @staticmethod
-    def measure(device: str) -> Ceilings:
-        size = 8192 if device == "cuda" else 512
-        a = torch.randn(size, size, device=device)
-        if device == "cuda":
-            a = a.bfloat16()
-        product = torch.empty_like(a)
-        tile = torch.rand(512, 512, device=device)
-        long = torch.empty(1 << (28 if device == "cuda" else 24), device=device)
-        target = torch.empty_like(long)
-        steps: dict[str, Callable[[], object]] = {
-            "product": lambda: torch.mm(a, a, out=product),
-            "copy": lambda: target.copy_(long),
-        }
-        if device == "cpu":
-            # In place, as a second tile would not stay in cache, and of ones anew, as exponentials of exponentials overflow.
-            ones = torch.ones_like(tile)
-            steps["exponential"] = lambda: [ones.exp2_().fill_(1) for _ in range(16)]
-            steps["fill"] = lambda: [ones.fill_(1) for _ in range(16)]
-            if torch.backends.mkldnn.is_available():
-                # MKL's products are half as fast on some processors.
-                layout = a.to_mkldnn()
-                steps["product of oneDNN"] = lambda: torch.nn.functional.linear(layout, layout)
-        best = {name: min(t.wall for t in times) for name, times in interleaved(steps, device, 15, 10).items()}
-        exponentials = 16 * tile.numel() / (best["exponential"] - best["fill"]) if device == "cpu" else _gpu_exponentials()
-        fastest_product = min(seconds for name, seconds in best.items() if name.startswith("product"))
-        return Ceilings(size**3 / fastest_product, exponentials, 2 * 4 * long.numel() / best["copy"])
-
-
-def _gpu_exponentials() -> float:
-    from benchmarks.gpu_ceiling import exponentials_per_second
-
-    return exponentials_per_second()
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    )
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+def run_once(step: Callable[[], T]) -> tuple[T, dict[str, float | None]]:
+    """The result of a step on the CPU that takes too long to be repeated, and its seconds and extra memory."""
+    results: list[T] = []
+    start = time.perf_counter()
+    extra = peak_extra_mib(lambda: results.append(step()), "cpu")
+    return results[0], {"seconds": round(time.perf_counter() - start, 2), "extra_mib": None if extra is None else round(extra)}

@@ -1,4 +1,4 @@
-"""Committed rows: how they are read, and which of them a table or a plot takes."""
+"""Committed rows: writing them, reading them, and what tables and plots take from them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-# What the providers of rows are called that were measured with them.
+# Ends the provider's name in rows that were measured with huge pages.
 HUGE_PAGES = ", huge pages"
 
 
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    """Adds rows to a file. Call it after each case, so that an interrupted run keeps what it has measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def load(benchmark: str, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """All rows of a benchmark, of every device; of equal cases the newest row only."""
+    """All rows of a benchmark, of every device; only the newest row of each case."""
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted(results.glob(f"{benchmark}_*.jsonl")):
         for line in path.read_text().splitlines():
@@ -23,12 +30,12 @@ def load(benchmark: str, results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def milliseconds(row: dict[str, Any]) -> float | None:
-    """What comparisons take: of one thread of a CPU the processor's time, which a busy machine disturbs less than the clock."""
+    """The time that comparisons use: processor time with one CPU thread, as other load disturbs it less; wall-clock time otherwise."""
     return row.get("processor_ms" if row["threads"] == 1 else "median_ms", row.get("median_ms"))
 
 
 def machines(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """(device, threads) of the rows."""
+    """The (device, threads) found in the rows."""
     return sorted({machine_of(row) for row in rows})
 
 

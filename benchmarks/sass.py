@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that need not be there, and count the instructions of its inner loop."""
+"""Compiles a Triton kernel for a GPU that need not be present, and counts the instructions of its loops in SASS, NVIDIA's machine code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOCAL = ("LDL", "STL")
 
 @dataclass(frozen=True)
 class Binary:
-    """What the compiler made of a kernel.
+    """A compiled kernel.
 
     Attributes:
         registers: a thread.
@@ -48,11 +48,11 @@ class Binary:
 
 @dataclass(frozen=True)
 class Loop:
-    body: collections.Counter[str]  # without what is nested
-    nested: collections.Counter[str]  # loops over features; what waits for a barrier counts as one turn of the body
+    body: collections.Counter[str]  # without nested loops; a loop that waits for a barrier counts as one turn of the body
+    nested: collections.Counter[str]  # loops over features
 
     def weighed(self, trips: int) -> collections.Counter[str]:
-        """Instructions of one turn, those of nested loops `trips` times."""
+        """Instructions of one turn, in which each nested loop takes `trips` turns."""
         return self.body + collections.Counter({op: n * trips for op, n in self.nested.items()})
 
 
@@ -115,14 +115,14 @@ def _disassemble(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[Loop]:
-    """Loops are found in the graph of branches: out-of-line code that waits for a barrier makes their spans in the listing overlap."""
+    """Finds loops in the graph of branches: their spans in the listing overlap, as code that waits for a barrier is out of line."""
     starts = sorted({0, *labels.values(), *(i + 1 for i, (op, _) in enumerate(code) if op.startswith(_ENDS))} - {len(code)})
     ends = [*starts[1:], len(code)]
     block_at = {start: n for n, start in enumerate(starts)}
     successors: list[list[int]] = []
     for n, end in enumerate(ends):
         op, rest = code[end - 1]
-        # A branch is conditional by its predicate or by a uniform one, which it takes as an operand.
+        # A conditional branch has a predicate, or a uniform predicate as an operand.
         conditional = op.startswith("@") or (op.startswith(_JUMPS) and not rest.strip().startswith("`"))
         following = []
         target = _TARGET.search(rest)

@@ -1,47 +1,58 @@
-"""Small problems on a CPU, where a loss must not take longer than the lines that it replaces.
+"""Small problems on one CPU thread, where a loss must not take longer than the lines of eager code that it replaces.
 
-    python -m benchmarks.small                      one thread: `mmd` of N = M from 32 to 2,048, two batches of problems, other operations
+    python -m benchmarks.small                      `mmd` with N = M from 32 to 2,048, two batches of problems, and the other operations
     python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --operations --seconds 1
     python -m benchmarks.small --n --batches --operations two_sample_test
-    python -m benchmarks.small --imports 10         what `import fastvae` adds to `import torch`; rows in import.jsonl
+    python -m benchmarks.small --imports 10         the time that `import fastvae` adds to `import torch`; rows in import.jsonl
 
-Of each case all providers once a round, in one process; medians of the processor's time, and their ratio to eager's, which is the
-dense reference of `total_correlation` and `group_mmd`, and of `two_sample_test` one kernel matrix and a permutation at a time. Values
-are checked against float64 first. Rows are appended to benchmarks/results/small.jsonl.
+All providers of a case run in one process, in turn. `over_eager` is the ratio of the median processor time to eager's. Eager code is dense:
+the reference of `total_correlation` and `group_mmd`, and a kernel matrix for each bandwidth of `two_sample_test`. Values are checked
+against float64 before they are timed. Rows are appended to benchmarks/results/small.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastvae
-from benchmarks.measure import Time, commit, interleaved, machine, summary
-from benchmarks.providers import Provider, expected, providers, versions
-from benchmarks.rows import RESULTS
-from benchmarks.run import bandwidths_of, samples, verdict
+from benchmarks.machine import conditions
+from benchmarks.measure import Steps, Time, summaries, summary
+from benchmarks.providers import (
+    TOLERANCE,
+    Bandwidths,
+    Provider,
+    bandwidths_of,
+    eager_kernel_matmul,
+    eager_reparameterize_kl,
+    expected,
+    providers,
+    samples,
+    verdict,
+    verdict_of_value,
+)
+from benchmarks.rows import RESULTS, append
+from fastvae.two_sample import TwoSampleTest
 
 NAMES = ("fastvae", "fastvae, closed-form prior", "eager", "torch.compile", "KeOps", "geomloss")
-# What requires grad: an encoder's sample against one of the prior, or both.
+# Which of x and y require a gradient: an encoder's sample alone, or both.
 DIRECTIONS = {"forward+backward": (True, False), "forward+backward to both": (True, True)}
 BATCHES = ((256, 4, 4096), (1024, 32, 16))
 
 
-def batched_matrix(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tensor:
-    """`benchmarks.providers.matrix` of a batch, in batched products."""
+def batched_matrix(x: Tensor, y: Tensor, bandwidths: Bandwidths) -> Tensor:
+    """`benchmarks.providers.matrix` with batched products."""
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
         norms = a.square().sum(2)[:, :, None] + b.square().sum(2)[:, None, :]
@@ -52,7 +63,7 @@ def batched_matrix(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Tenso
 
 
 def batch_providers() -> list[Provider]:
-    """Each returns the mean over the batch."""
+    """Providers that return the mean of MMD² over the batch."""
 
     def mean_of(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, y, h: compute(x, y, h).mean()
@@ -65,78 +76,72 @@ def batch_providers() -> list[Provider]:
     ]
 
 
-def batch_verdict(provider: Provider, x: Tensor, y: Tensor, h: tuple[float, ...]) -> str:
+def batch_verdict(provider: Provider, x: Tensor, y: Tensor, h: Bandwidths) -> str:
     if provider.prior:
         exact = fastvae.reference.mmd_to_normal(x.double(), bandwidth=h).mean()
     else:
         exact = fastvae.reference.mmd(x[:1].double(), y[:1].double(), bandwidth=h).mean()
         x, y = x[:1], y[:1]
-    wrong = abs(float(provider.compute(x, y, h)) / float(exact) - 1)
-    return "ok" if wrong <= 1e-3 else f"wrong value: relative error {wrong:.1e}"
+    return verdict_of_value(float(provider.compute(x, y, h)), float(exact))
 
 
-def step(compute: Callable[..., Tensor], x: Tensor, y: Tensor, h: tuple[float, ...], leaves: list[Tensor]) -> None:
-    value = compute(x, y, h)
-    torch.autograd.grad(value, leaves, allow_unused=True)
+def step(function: Callable[..., Any], inputs: Sequence[Any], leaves: list[Tensor]) -> None:
+    """Runs the function, and takes the gradient of the sum of its results to the leaves, if there are any."""
+    result = function(*inputs)
+    if not leaves:
+        return
+    results = list(result) if isinstance(result, tuple) else [result]
+    torch.autograd.grad(results, leaves, [torch.ones_like(t) for t in results])
 
 
 def rows(
-    args: argparse.Namespace, case: dict[str, Any], listed: list[Provider], x: Tensor, y: Tensor, check: Any
+    args: argparse.Namespace, case: dict[str, Any], chosen: list[Provider], x: Tensor, y: Tensor, check: Any
 ) -> Iterator[dict[str, Any]]:
     h = bandwidths_of(x.shape[-1], case["bandwidths"])
-    status = {p.name: p.missing or check(p, x, y, h) for p in listed}
+    status = {p.name: p.missing or check(p, x, y, h) for p in chosen}
     for direction, wanted in DIRECTIONS.items():
         points = [t.clone().requires_grad_(grad) for t, grad in zip((x, y), wanted, strict=True)]
         leaves = [t for t in points if t.requires_grad]
-        steps: dict[str, Callable[[], object]] = {
-            p.name: partial(step, p.compute, *points, h, leaves[:1] if p.prior else leaves) for p in listed if status[p.name] == "ok"
+        steps: Steps = {
+            p.name: partial(step, p.compute, (*points, h), leaves[:1] if p.prior else leaves) for p in chosen if status[p.name] == "ok"
         }
-        interleaved(steps, "cpu", 10, args.seconds)
-        times = interleaved(steps, "cpu", args.rounds, args.seconds)
-        found = {name: summary(taken, "cpu") for name, taken in times.items()}
-        for p in listed:
-            row = {
-                "benchmark": "small",
-                "operation": "mmd",
-                "direction": direction,
-                **case,
-                "dtype": "float32",
-                "provider": p.name,
-                "status": status[p.name],
-            }
-            if p.name in found:
-                row |= found[p.name] | {"over_eager": round(found[p.name]["processor_ms"] / found["eager"]["processor_ms"], 3)}
-            yield row | {"note": p.note}
+        for row in timed_rows(args, {"operation": "mmd", "direction": direction, **case}, status, steps):
+            yield row | {"note": next(p.note for p in chosen if p.name == row["provider"])}
 
 
-def code(n: int, dim: int) -> tuple[Tensor, Tensor]:
+def timed_rows(args: argparse.Namespace, case: dict[str, Any], status: dict[str, str], steps: Steps) -> Iterator[dict[str, Any]]:
+    """A row for each provider in `status`."""
+    found = summaries(steps, "cpu", args.rounds, args.seconds, warm_up=10)
+    for name in status:
+        row = {"benchmark": "small", **case, "dtype": "float32", "provider": name, "status": status[name]}
+        if name in found:
+            row |= found[name] | {"over_eager": round(found[name]["processor_ms"] / found["eager"]["processor_ms"], 3)}
+        yield row
+
+
+def codes(n: int, dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     mu, logvar = (torch.randn(n, dim, generator=generator) for _ in range(2))
     return mu, 0.3 * logvar
 
 
-def eager_reparameterize_kl(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    std = torch.exp(0.5 * logvar)
-    return mu + std * torch.randn_like(std), -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), 1)
+def observed_signs(n: int) -> Tensor:
+    """1 for a row of x and −1 for one of y, shape (2n,)."""
+    return torch.cat([torch.ones(n), -torch.ones(n)])
 
 
-def eager_kernel_matmul(x: Tensor, y: Tensor, v: Tensor, h: float) -> Tensor:
-    return torch.exp(torch.cdist(x, y).square() / (-2 * h * h)) @ v
-
-
-def one_by_one(n: int, count: int) -> Tensor:
-    """Permuted signs, (2n, count)."""
-    v = torch.cat([torch.ones(n), -torch.ones(n)])
+def permuted_one_by_one(n: int, count: int) -> Tensor:
+    """Permuted signs, shape (2n, count)."""
+    v = observed_signs(n)
     return torch.stack([v[torch.randperm(2 * n)] for _ in range(count)], 1)
 
 
-def all_at_once(n: int, count: int) -> Tensor:
-    v = torch.cat([torch.ones(n), -torch.ones(n)])
-    return v[torch.rand(count, 2 * n).argsort(1)].T
+def permuted_by_sorting(n: int, count: int) -> Tensor:
+    return observed_signs(n)[torch.rand(count, 2 * n).argsort(1)].T
 
 
-def signs(n: int, count: int) -> Tensor:
-    """Of a wild bootstrap, (n, count)."""
+def random_signs(n: int, count: int) -> Tensor:
+    """Signs of a wild bootstrap, shape (n, count)."""
     return 2.0 * torch.randint(2, (n, count)) - 1
 
 
@@ -149,7 +154,7 @@ def eager_two_sample_test(
     method: str = "permutation",
     aggregate: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Statistic and p-value, dense, of N = M."""
+    """Statistic and p-value for N = M, dense; with "agg" the least p-value of the kernels, and whether the test rejects."""
     n, z = len(x), torch.cat([x, y])
     squared, distances = torch.cdist(z, z).square(), torch.pdist(z)
     if bandwidth is not None:
@@ -162,7 +167,7 @@ def eager_two_sample_test(
         h = [median * 2.0**power for power in (range(-3, 4) if aggregate else (0,))]
     wild = method == "wild_bootstrap"
     count = 2 * permutations if aggregate == "agg" else permutations
-    v = torch.cat([torch.cat([torch.ones(n), -torch.ones(n)])[: n if wild else 2 * n, None], permuted(n, count)], 1).to(z.dtype)
+    v = torch.cat([observed_signs(n)[: n if wild else 2 * n, None], permuted(n, count)], 1).to(z.dtype)
     found = []
     for width in h:
         k = torch.exp(squared / (-2 * width**2)).fill_diagonal_(0)
@@ -182,22 +187,39 @@ def eager_two_sample_test(
 
 
 def eager_agg(values: Tensor, count: int, level: float = 0.05) -> tuple[Tensor, Tensor]:
-    """The least p-value of any kernel, and whether the test rejects at the corrected level: Schrab et al. 2023, algorithm 1."""
+    """The least p-value of the kernels, and whether the test rejects at the corrected level: Schrab et al. 2023, algorithm 1."""
     first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
     p_value = (values >= values[:, :1]).double().mean(1).min()
+
+    def quantiles(u: float) -> Tensor:
+        """Of order 1 − u/K, for each of the K kernels."""
+        return first[:, max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0), None]
+
     low, high = 0.0, float(len(values))
     for _ in range(50):
         u = (low + high) / 2
-        quantiles = first[:, max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0), None]
-        low, high = (u, high) if (second > quantiles).any(0).double().mean() <= level else (low, u)
-    return p_value, (values[:, :1] > first[:, max(math.ceil((count + 1) * (1 - low / len(values))) - 1, 0), None]).any()
+        low, high = (u, high) if (second > quantiles(u)).any(0).double().mean() <= level else (low, u)
+    return p_value, (values[:, :1] > quantiles(low)).any()
 
 
-Operation = tuple[dict[str, Callable[..., Any]], Callable[[int, int], tuple[Tensor, ...]], tuple[int, ...], tuple[tuple[int, int], ...]]
+class Operation(NamedTuple):
+    """An operation that is timed.
+
+    Attributes:
+        functions: "fastvae", "eager" and others, by provider.
+        make_inputs: their arguments for N rows and D features.
+        with_gradient: the indices of the arguments that require a gradient.
+        sizes: (N, D) of each case.
+    """
+
+    functions: dict[str, Callable[..., Any]]
+    make_inputs: Callable[[int, int], tuple[Tensor, ...]]
+    with_gradient: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
 def operations() -> dict[str, Operation]:
-    """Providers, of which the first is ours, their arguments, which of these have a gradient, and sizes N × D."""
+    """The operations besides `mmd`, by name."""
 
     def total_correlation(backend: str | None) -> Callable[..., Tensor]:
         return lambda z, mu, logvar: fastvae.total_correlation(z, mu, logvar, dataset_size=50_000, backend=backend).total_correlation
@@ -211,77 +233,79 @@ def operations() -> dict[str, Operation]:
         "fastvae": lambda x, y, v: fastvae.kernel_matmul(x, y, v, bandwidth=x.shape[1] ** 0.5),
         "eager": lambda x, y, v: eager_kernel_matmul(x, y, v, x.shape[1] ** 0.5),
     }
-    few, more = ((64, 16), (128, 16), (256, 16), (512, 16)), ((64, 64), (512, 64))
-    codes = ((32, 2), (64, 16), (128, 20), (512, 16), (512, 64), (2048, 16), (4096, 64), (65536, 64))
-    found: dict[str, Operation] = {
-        "reparameterize_kl": ({"fastvae": fastvae.reparameterize_kl, "eager": eager_reparameterize_kl}, code, (0, 1), codes),
-        "total_correlation": (
+    kernel_sizes = ((64, 16), (128, 16), (256, 16), (512, 16), (64, 64), (512, 64))
+    found = {
+        "reparameterize_kl": Operation(
+            {"fastvae": fastvae.reparameterize_kl, "eager": eager_reparameterize_kl},
+            codes,
+            (0, 1),
+            ((32, 2), (64, 16), (128, 20), (512, 16), (512, 64), (2048, 16), (4096, 64), (65536, 64)),
+        ),
+        "total_correlation": Operation(
             {"fastvae": total_correlation(None), "eager": total_correlation("reference")},
-            lambda n, dim: (code(n, dim)[0] + 0.1, *code(n, dim)),
+            lambda n, dim: (codes(n, dim)[0] + 0.1, *codes(n, dim)),
             (0, 1, 2),
             ((64, 10), (128, 10), (256, 10), (512, 10), (64, 32), (512, 32)),
         ),
-        "kernel_matmul": (kernel_matmul, lambda n, dim: (*code(n, dim), torch.ones(n, 4)), (0,), ((32, 16), *few, *more)),
+        "kernel_matmul": Operation(kernel_matmul, lambda n, dim: (*codes(n, dim), torch.ones(n, 4)), (0,), ((32, 16), *kernel_sizes)),
     }
-    tests = [(n, dim) for n in (32, 64, 128, 256) for dim in (2, 16)]
+    test_sizes = tuple((n, dim) for n in (32, 64, 128, 256) for dim in (2, 16))
     variants: dict[str, dict[str, Any]] = {f"{count} permutations": {"permutations": count} for count in (500, 200)}
     variants |= {"given bandwidth": {"bandwidth": 4.0}, "wild_bootstrap": {"method": "wild_bootstrap"}}
     variants |= {aggregate: {"aggregate": aggregate} for aggregate in ("fuse", "agg")}
     for variant, options in variants.items():
         functions = {"fastvae": partial(fastvae.two_sample_test, **options)}
-        for name, permuted in (("eager", one_by_one), ("eager, sorted", all_at_once)):
-            functions[name] = partial(eager_two_sample_test, permuted=signs if "method" in options else permuted, **options)
-        sizes = tests if "permutations" in options or "bandwidth" in options else ((128, 16),)
-        found[f"two_sample_test, {variant}"] = (functions, lambda n, dim: samples(n, dim, "cpu"), (), sizes)
+        for name, permuted in (("eager", permuted_one_by_one), ("eager, sorted", permuted_by_sorting)):
+            functions[name] = partial(eager_two_sample_test, permuted=random_signs if "method" in options else permuted, **options)
+        sizes = test_sizes if "permutations" in options or "bandwidth" in options else ((128, 16),)
+        found[f"two_sample_test, {variant}"] = Operation(functions, lambda n, dim: samples(n, dim, "cpu"), (), sizes)
     for groups in (2, 10):
         both = {"fastvae": group_mmd(groups, None), "eager": group_mmd(groups, "reference")}
-        found[f"group_mmd, {groups} groups"] = (both, lambda n, dim: code(n, dim)[:1], (0,), (*few, *more))
+        found[f"group_mmd, {groups} groups"] = Operation(both, lambda n, dim: codes(n, dim)[:1], (0,), kernel_sizes)
     return found
 
 
 def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for name, (functions, make, wanted, sizes) in operations().items():
+    for name, operation in operations().items():
         if not name.startswith(tuple(args.operations)):
             continue
-        for n, dim in sizes:
-            tensors = make(n, dim)
-            torch.manual_seed(0)
-            found = _first(functions["fastvae"](*tensors))
-            torch.manual_seed(0)
-            exact = _first(functions["eager"](*(t if name == "reparameterize_kl" else t.double() for t in tensors)))
-            wrong = float((found - exact).norm() / exact.norm())
-            # Of MMDAgg the statistic is a p-value, of other permutations.
-            status = "ok" if wrong < (0.5 if name.endswith("agg") else 1e-3) else f"wrong value: relative error {wrong:.1e}"
-            inputs = [t.clone().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
-            leaves = [inputs[k] for k in wanted]
-            steps: dict[str, Callable[[], object]] = {
-                provider: partial(_step, function, inputs, leaves) for provider, function in functions.items() if status == "ok"
+        for n, dim in operation.sizes:
+            tensors = operation.make_inputs(n, dim)
+            status = operation_verdict(name, operation, tensors)
+            inputs = [t.clone().requires_grad_(k in operation.with_gradient) for k, t in enumerate(tensors)]
+            leaves = [inputs[k] for k in operation.with_gradient]
+            direction = "forward+backward" if leaves else "forward"
+            case = {"operation": name, "direction": direction, "batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": 1}
+            steps: Steps = {
+                provider: partial(step, function, inputs, leaves) for provider, function in operation.functions.items() if status == "ok"
             }
-            interleaved(steps, "cpu", 10, args.seconds)
-            times = {key: summary(taken, "cpu") for key, taken in interleaved(steps, "cpu", args.rounds, args.seconds).items()}
-            case = {"operation": name, "batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": 1, "dtype": "float32"}
-            for provider in functions:
-                direction = "forward+backward" if leaves else "forward"
-                row = {"benchmark": "small", "direction": direction, **case, "provider": provider, "status": status}
-                if provider in times:
-                    row |= times[provider] | {"over_eager": round(times[provider]["processor_ms"] / times["eager"]["processor_ms"], 3)}
-                yield row
+            yield from timed_rows(args, case, dict.fromkeys(operation.functions, status), steps)
 
 
-def _first(result: Any) -> Tensor:
-    return torch.as_tensor(result[0] if isinstance(result, tuple) else result)
+def operation_verdict(name: str, operation: Operation, tensors: tuple[Tensor, ...]) -> str:
+    """The status of a row: "ok" if `fastvae` agrees with eager code in float64 (in float32 where the same random numbers are needed)."""
+    torch.manual_seed(0)
+    found = operation.functions["fastvae"](*tensors)
+    torch.manual_seed(0)
+    exact = operation.functions["eager"](*(t if name == "reparameterize_kl" else t.double() for t in tensors))
+    if name.endswith(", agg"):
+        return p_value_verdict(found.statistic, float(exact[0]), len(found.null))
+    ours, others = (torch.as_tensor(result[0] if isinstance(result, tuple) else result) for result in (found, exact))
+    wrong = float((ours - others).norm() / others.norm())
+    if not wrong <= TOLERANCE:
+        return f"wrong value: relative error {wrong:.1e}"
+    return p_value_verdict(found.p_value, float(exact[1]), len(found.null)) if isinstance(found, TwoSampleTest) else "ok"
 
 
-def _step(function: Callable[..., Any], inputs: list[Tensor], leaves: list[Tensor]) -> None:
-    result = function(*inputs)
-    if not leaves:
-        return
-    results = list(result) if isinstance(result, tuple) else [result]
-    torch.autograd.grad(results, leaves, [torch.ones_like(t) for t in results])
+def p_value_verdict(found: float, exact: float, permutations: int) -> str:
+    """Whether p-values from independent sets of permutations differ by no more than five standard errors and one count."""
+    mean = (found + exact) / 2
+    allowed = 5 * math.sqrt(2 * mean * (1 - mean) / permutations) + 1 / permutations
+    return "ok" if abs(found - exact) <= allowed else f"wrong p-value: {found:.4f} for {exact:.4f}"
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    listed = [p for p in providers("cpu") if p.name in NAMES]
+    chosen = [p for p in providers("cpu") if p.name in NAMES]
     for n in args.n:
         for dim in args.dims:
             for count in args.bandwidths:
@@ -289,7 +313,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 x, y = samples(n, dim, "cpu")
                 case = {"batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": count}
                 exact = expected(x, y, bandwidths_of(dim, count))
-                yield from rows(args, case, listed, x, y, partial(verdict, exact=exact))
+                yield from rows(args, case, chosen, x, y, partial(verdict, exact=exact))
     for batch, n, dim in args.batches:
         for count in args.bandwidths:
             torch.compiler.reset()
@@ -299,12 +323,13 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from operation_rows(args)
 
 
+# The last statement runs after `import torch`.
 IMPORTS = {"torch": "import torch", "fastvae": "import fastvae", "fastvae after torch": "import fastvae"}
 
 
 def import_rows(rounds: int) -> Iterator[dict[str, Any]]:
-    """Of the statement in fresh processes, in turn, with bytecode as an installation has it; and how many modules it loads."""
-    code = """import sys, time, {first}
+    """Time and number of loaded modules of each statement, in fresh processes, with compiled bytecode as in an installation."""
+    program = """import sys, time, {first}
 wall, processor, modules = time.perf_counter(), time.process_time(), len(sys.modules)
 {statement}
 print(time.perf_counter() - wall, time.process_time() - processor, len(sys.modules) - modules)"""
@@ -314,9 +339,9 @@ print(time.perf_counter() - wall, time.process_time() - processor, len(sys.modul
         environment |= {"PYTHONPYCACHEPREFIX": folder, "PYTHONPATH": str(Path(__file__).parents[1])}
         for n in range(1 + rounds):
             for name, statement in IMPORTS.items():
-                program = code.format(first="torch" if name.endswith("after torch") else "os", statement=statement)
-                run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-                # The first writes the bytecode.
+                text = program.format(first="torch" if name.endswith("after torch") else "os", statement=statement)
+                run = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+                # The first round writes the bytecode.
                 if n:
                     found[name].append([float(number) for number in run.stdout.split()])
     for name, numbers in found.items():
@@ -330,32 +355,26 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 64])
     parser.add_argument("--bandwidths", type=int, nargs="+", choices=[1, 5], default=[1, 5])
     parser.add_argument("--batches", nargs="*", default=["x".join(map(str, shape)) for shape in BATCHES], help="B×N×D, as 1024x32x16")
-    parser.add_argument("--operations", nargs="*", default=[""], help="those besides mmd whose names begin so; all by default")
+    parser.add_argument("--operations", nargs="*", default=[""], help="beginnings of the names of other operations; all by default")
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the rounds of one case; three rounds at least")
-    parser.add_argument("--imports", type=int, default=0, help="only `import fastvae` and `import torch`, each in so many fresh processes")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one case; it has three rounds at least")
+    parser.add_argument("--imports", type=int, default=0, help="time only the imports, each in so many fresh processes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.batches = [tuple(map(int, shape.split("x"))) for shape in args.batches]
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    date = datetime.now(timezone.utc).date().isoformat()
-    common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
-    args.output.mkdir(exist_ok=True)
+    common = conditions("cpu")
     if args.imports:
         for row in import_rows(args.imports):
             print(f"{row['provider']:20} {row['median_ms']:7.0f} ms, {row['modules']} modules", flush=True)
-            with (args.output / "import.jsonl").open("a") as file:
-                file.write(json.dumps(row | common) + "\n")
+            append(args.output / "import.jsonl", row | common)
         return
     for row in cases(args):
-        case = (
-            f"{row['operation']:20} {row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']} {row['direction']:24}"
-        )
+        size = f"{row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']}"
         time = f"{row['processor_ms']:9.3f} ms, {row['over_eager']:.2f} of eager" if "processor_ms" in row else row["status"]
-        print(f"{case} {row['provider']:26} {time}", flush=True)
-        with (args.output / "small.jsonl").open("a") as file:
-            file.write(json.dumps(row | common) + "\n")
+        print(f"{row['operation']:20} {size} {row['direction']:24} {row['provider']:26} {time}", flush=True)
+        append(args.output / "small.jsonl", row | common)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Training steps on a CPU, in a plain loop: python -m benchmarks.training; in `fastvae fit`: python -m benchmarks.training --fit
+"""Training steps on one thread of a CPU.
 
-A perceptron 784-400-20 and Adam, on one thread; `fastvae.VAE` with `VAEObjective` against hand-written PyTorch, each as it is and compiled.
-Of each batch size all providers once a round, in one process; medians of the processor's time, and their ratio to that of the hand-written
-VAE, whose loss has no MMD. Rows are appended to benchmarks/results/training_steps.jsonl.
+    python -m benchmarks.training           `fastvae.VAE` with `VAEObjective` against hand-written PyTorch, eager and compiled
+    python -m benchmarks.training --fit     the command `fastvae fit` against Lightning and plain loops (benchmarks/fit.py)
+
+The model is a perceptron 784-400-20, the optimiser Adam. For each batch size all providers run in one process, in turn. `over_eager` is the
+ratio of the median processor time to that of the hand-written VAE without an MMD. Rows are appended to
+benchmarks/results/training_steps.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastvae
-from benchmarks.measure import commit, interleaved, machine, summary
-from benchmarks.providers import matrix, version, versions
-from benchmarks.rows import RESULTS
+from benchmarks.machine import conditions
+from benchmarks.measure import summaries
+from benchmarks.providers import matrix
+from benchmarks.rows import RESULTS, append
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 BATCHES = (64, 128, 512, 4096)
@@ -52,7 +54,7 @@ def plain_mmd_vae(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def training_step(model: nn.Module, loss: Loss, x: Tensor) -> Callable[[], None]:
-    """A step of Adam on a batch that lies on the device."""
+    """A step of Adam, with model and batch on the device of x."""
     model = model.to(x.device)
     on_gpu = x.device.type == "cuda"
     optimizer = torch.optim.Adam(model.parameters(), fused=on_gpu, capturable=on_gpu)
@@ -86,8 +88,7 @@ def rows(seconds: float) -> Iterator[dict[str, Any]]:
         for name, (make, loss) in losses.items():
             torch.compiler.reset()
             steps[f"{name}, torch.compile"] = training_step(make(), torch.compile(loss, dynamic=False), x)
-        interleaved(steps, "cpu", 10, seconds)
-        times = {name: summary(taken, "cpu") for name, taken in interleaved(steps, "cpu", 1000, seconds).items()}
+        times = summaries(steps, "cpu", 1000, seconds, warm_up=10)
         for name, found in times.items():
             ratio = round(found["processor_ms"] / times["eager"]["processor_ms"], 3)
             yield {"benchmark": "training", "batch": n, "provider": name, **found, "over_eager": ratio}
@@ -95,21 +96,20 @@ def rows(seconds: float) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch size; three rounds at least")
-    parser.add_argument("--fit", action="store_true", help="what `benchmarks.fit` measures instead")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch size; it has three rounds at least")
+    parser.add_argument("--fit", action="store_true", help="the command `fastvae fit` against Lightning and plain loops instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    date = datetime.now(timezone.utc).date().isoformat()
-    common = {"device": machine("cpu"), "threads": 1, **versions(), "commit": commit(), "date": date}
     if args.fit:
         from benchmarks import fit
 
-        common["pythae"] = version("pythae")
-    for row in fit.rows(args.seconds) if args.fit else rows(args.seconds):
+        found, common = fit.rows(args.seconds), conditions("cpu", "pythae")
+    else:
+        found, common = rows(args.seconds), conditions("cpu")
+    for row in found:
         ratio = row.get("over_eager", row.get("over_plain"))
         print(f"{row['batch']:5} {row['provider']:40} {row.get('processor_ms', 0):9.3f} ms, {ratio} of the first", flush=True)
-        with (RESULTS / "training_steps.jsonl").open("a") as file:
-            file.write(json.dumps(row | common) + "\n")
+        append(RESULTS / "training_steps.jsonl", row | common)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The benchmark suite itself: what it checks before it times, and what it says of a peer that is not there."""
 
+import ast
+import graphlib
 import importlib.util
 import json
 import subprocess
@@ -11,8 +13,9 @@ import pytest
 import torch
 
 import fastvae
-from benchmarks import plot, providers, rows, run, table, tensor_core
-from benchmarks.measure import Ceilings, Time, interleaved, peak_extra_mib, summary
+from benchmarks import large_two_sample_test, plot, providers, rows, run, small, table, tensor_core
+from benchmarks.machine import Ceilings
+from benchmarks.measure import Time, interleaved, peak_extra_mib, run_once, summaries, summary
 from fastvae import reference
 
 ROOT = Path(__file__).parents[1]
@@ -41,21 +44,21 @@ def test_expected_is_the_reference(points, exact):
 @pytest.mark.parametrize("compute", [providers.fused, providers.fused_to_normal, providers.matrix, providers.broadcast])
 def test_providers_agree(points, exact, compute):
     provider = providers.Provider("tried", compute, prior=compute is providers.fused_to_normal)
-    assert run.verdict(provider, *points, (2.0, 1.0), exact) == "ok"
+    assert providers.verdict(provider, *points, (2.0, 1.0), exact) == "ok"
 
 
 def test_a_wrong_provider_is_not_timed(points, exact):
     wrong_value = providers.Provider("wrong", lambda x, y, h: 1.01 * fastvae.mmd(x, y, bandwidth=h))
     wrong_gradient = providers.Provider("wrong", lambda x, y, h: fastvae.mmd(x, y, bandwidth=h) + 0.1 * (x - x.detach()).sum())
     fails = providers.Provider("fails", lambda x, y, h: x @ y)
-    assert run.verdict(wrong_value, *points, (2.0, 1.0), exact).startswith("wrong value")
-    assert run.verdict(wrong_gradient, *points, (2.0, 1.0), exact).startswith("wrong gradient")
-    assert run.verdict(fails, *points, (2.0, 1.0), exact).startswith("failed: RuntimeError")
+    assert providers.verdict(wrong_value, *points, (2.0, 1.0), exact).startswith("wrong value")
+    assert providers.verdict(wrong_gradient, *points, (2.0, 1.0), exact).startswith("wrong gradient")
+    assert providers.verdict(fails, *points, (2.0, 1.0), exact).startswith("failed: RuntimeError")
 
 
 def test_the_largest_samples_are_held_to_their_population(monkeypatch):
-    monkeypatch.setattr(run, "PART", 50)
-    x, y = run.samples(4000, 3, "cpu")
+    monkeypatch.setattr(run, "CHECKED_ROWS", 50)
+    x, y = providers.samples(4000, 3, "cpu")
     h = (1.5, 1.0)
     fused = providers.Provider("fused", providers.fused)
     assert run.verdict_by_part(fused, x, y, h) == "ok"
@@ -90,6 +93,71 @@ def test_tiles_that_start_from_zero_keep_the_gradients_digits(dim):
     kept, fresh = (tensor_core.mmd_gradient(8192, dim, fresh) for fresh in tensor_core.SUMS.values())
     assert fresh < 5e-6 < 1e-5 < kept
     assert 10 * tensor_core.witness(8192, dim, True) < tensor_core.witness(8192, dim, False)
+
+
+def test_the_large_two_sample_test_checks_the_permutations_that_were_drawn():
+    x, y = providers.samples(50, 2, "cpu")
+    result = fastvae.two_sample_test(x, y, bandwidth=1.5, permutations=20, seed=3)
+    expected = large_two_sample_test.exact_statistics(torch.cat([x, y]).double(), 1.5, large_two_sample_test.first_splits(50, 4, 3))
+    torch.testing.assert_close(torch.cat([torch.tensor([result.statistic]), result.null[:4]]), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["500 permutations", "agg"])
+def test_p_values_are_held_to_eager_code_before_a_test_is_timed(variant):
+    """On samples whose p-value is far from 0 and 1, so that half of it is an error."""
+    name = f"two_sample_test, {variant}"
+    operation = small.operations()[name]
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(40, 2, generator=generator) for _ in range(2)]
+    assert small.operation_verdict(name, operation, samples) == "ok"
+    right = operation.functions["fastvae"]
+
+    def wrong(x, y):
+        result = right(x, y)
+        p_value = result.statistic if variant == "agg" else result.p_value
+        return result._replace(**{"statistic" if variant == "agg" else "p_value": p_value / 2})
+
+    halved = operation._replace(functions=operation.functions | {"fastvae": wrong})
+    assert small.operation_verdict(name, halved, samples).startswith("wrong p-value")
+
+
+def test_imports_have_no_circle():
+    """Those within functions too."""
+    folder = ROOT / "benchmarks"
+    imported = {}
+    for path in folder.glob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks":
+                names |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+        imported[path.stem] = names
+    assert imported["run"] >= {"machine", "measure", "providers"}
+    # Raises CycleError, which names the circle.
+    order = list(graphlib.TopologicalSorter(imported).static_order())
+    assert set(order) == set(imported)
+
+
+def test_the_readme_names_every_module():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    modules = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith(("__", "bench_"))]
+    assert [name for name in modules if f"`{name}" not in text] == []
+
+
+def test_commands_have_help():
+    """In one other process, as some choose Triton's interpreter."""
+    texts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    commands = sorted(name for name, text in texts.items() if "def main()" in text and "ArgumentParser" in text)
+    assert {"gpu", "host_time", "run", "small"} <= set(commands)
+    code = """import contextlib, importlib, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main()
+        print("no help")"""
+    text = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert "no help" not in text
+    for name in commands:
+        assert f"python -m benchmarks.{name}" in text
 
 
 @pytest.mark.slow
@@ -131,7 +199,7 @@ def test_the_steps_of_the_gpu_suite_have_one_gradient():
 
 def test_a_step_that_fails_is_a_row():
     gpu_steps = pytest.importorskip("benchmarks.gpu_steps")
-    broken, whole = gpu_steps.timed({"broken": lambda: 1 // 0, "whole": lambda: None}, n=3)
+    broken, whole = gpu_steps.timed_rows({"broken": lambda: 1 // 0, "whole": lambda: None}, n=3)
     assert broken == {"n": 3, "provider": "broken", "status": "ZeroDivisionError: integer division or modulo by zero"}
     assert whole["status"] == "ok"
 
@@ -145,9 +213,11 @@ def test_a_missing_peer_is_said(monkeypatch):
 
 
 def test_the_snippet_of_differences_is_refused_where_it_takes_too_much():
-    snippet = providers.Provider("N×M×D", providers.broadcast)
-    assert snippet.refuses(512, 16) is None
-    assert snippet.refuses(8192, 64) == "not run: one of its N×M×D arrays takes 16.0 GiB"
+    found = {p.name: p for p in providers.providers("cpu")}
+    assert found["N×M×D"].refuses(512, 16) is None
+    assert found["N×M×D"].refuses(8192, 64) == "not run: one of its N×M×D arrays takes 16.0 GiB"
+    assert found["eager"].refuses(16_384, 64) is found["fastvae"].refuses(1_000_000, 64) is None
+    assert found["eager"].refuses(32_768, 64) == "not run: one of its N×M arrays takes 4.0 GiB"
 
 
 def test_measures():
@@ -157,6 +227,10 @@ def test_measures():
     assert found == {"median_ms": 6, "p20_ms": 3, "p80_ms": 9, "processor_ms": 12, "rounds": 11}
     extra = peak_extra_mib(lambda: torch.ones(1 << 23), "cpu")
     assert extra is None or extra == pytest.approx(32, abs=4)
+    assert {name: row["rounds"] for name, row in summaries({"a": lambda: None}, "cpu", 5, 60, warm_up=2).items()} == {"a": 5}
+    value, found = run_once(lambda: torch.ones(1 << 23).sum().item())
+    assert (value, set(found)) == (1 << 23, {"seconds", "extra_mib"})
+    assert found["extra_mib"] is None or found["extra_mib"] == pytest.approx(32, abs=4)
 
 
 def test_the_floor_adds_units_on_a_cpu_and_overlaps_them_on_a_gpu():

@@ -20,6 +20,7 @@ from PIL import Image
 from fastvae.cli import FILE_COMMANDS, main, misspelt
 from fastvae.training.callbacks import Pictures, Progress
 from fastvae.training.command import COMMANDS
+from fastvae.training.configs import PACKAGED
 from fastvae.version import __version__
 from tests import drawn_commands
 from tests.test_training_data import dsprites, write_idx
@@ -144,7 +145,7 @@ def test_compare(tmp_path, inside):
         (["fit", *SMALL, "--trainer.default_root_dir", "x"], 2, ["unrecognized arguments: --trainer.default_root_dir x"]),
         (["fit", *SMALL, "--model.beta", "4"], 1, ["model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae"]),
         (["fit", *SMALL, "--checkpoint_every", "3", "--trainer.enable_checkpointing", "false"], 1, ["checkpoint_every must be 0"]),
-        (["fit", "--config", "absent.yaml"], 2, ["config must be a file of YAML, got 'absent.yaml', which is not there"]),
+        (["fit", "--config", "absent.yaml"], 2, ["mnist_mmd_vae, mnist_vae, table, got 'absent.yaml', which is not there"]),
         (
             ["fit", "--model.lr_scheduler", "ReduceLROnPlateau"],
             2,
@@ -522,14 +523,14 @@ def test_an_apple_gpu_is_left_to_who_asks_for_it(inside, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_configuration_is_valid(inside, config):
     out, _ = inside("fit", "--config", str(config), "--print_config")
     assert f"name: {config.stem}" in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("config", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_configuration_trains(tmp_path, inside, config):
     """Its own network and loss, on a few made-up data of the shape and the file names that it asks for."""
     folder = tmp_path / "data"
@@ -563,7 +564,7 @@ def test_every_configuration_trains(tmp_path, inside, config):
 @pytest.mark.slow
 def test_a_table_from_fit_to_export(tmp_path, inside):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(120, 5)))
-    config = Path(__file__).parent.parent / "configs" / "table.yaml"
+    config = PACKAGED / "table.yaml"
     quick = ["--trainer.max_epochs", "2", "--model.hidden", "[8]", "--model.latent_dim", "2", "--data.batch_size", "40"]
     inside("fit", "--config", str(config), "--data.path", "x.npy", *quick)
     assert {file.name for file in (tmp_path / "runs" / "table" / "version_0").glob("*.png")} == set(PICTURES) - {"samples.png"}

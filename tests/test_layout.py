@@ -43,8 +43,9 @@ def test_an_operation_has_one_name_in_every_layer(operation):
         assert path.is_file(), f"{operation} must have {path.relative_to(ROOT)}"
 
 
-def test_kernels_are_a_link_and_no_package():
-    assert (PACKAGE / "kernels").is_symlink()
+def test_kernels_are_joined_without_a_link():
+    assert [path.name for path in (PACKAGE / "kernels").glob("*.py")] == ["__init__.py"]
+    assert not any(path.is_symlink() for path in (PACKAGE, *PACKAGE.rglob("*")))
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

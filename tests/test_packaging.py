@@ -1,5 +1,6 @@
-"""The wheel holds the package and its kernels, and works outside the checkout."""
+"""The wheel holds the package, its kernels and its configurations, and works outside the checkout."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,8 +27,13 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastvae"}
-    for name in ("fastvae/kernels/mmd.py", "fastvae/kernels/reparameterize_kl.py", "fastvae/py.typed"):
-        assert name in names
+    modules = [path.relative_to(ROOT) for path in (ROOT / "fastvae").rglob("*.py")] + [
+        Path("fastvae", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")
+    ]
+    data = [path.relative_to(ROOT) for path in (ROOT / "fastvae" / "configs").glob("*.yaml")] + [Path("fastvae/py.typed")]
+    assert sorted(name for name in names if name.startswith("fastvae/")) == sorted(path.as_posix() for path in modules + data)
+    assert "fastvae/kernels/mmd.py" in names
+    assert "fastvae/configs/mnist_vae.yaml" in names
 
 
 @pytest.mark.slow
@@ -53,6 +59,21 @@ def test_distributions_install_and_work_outside_the_checkout(wheel, tmp_path, di
     result = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+def test_a_checkout_without_links_has_its_kernels(tmp_path):
+    """As on Windows and from a zip file, where git leaves a text file in the place of a link."""
+    pytest.importorskip("triton")
+    for path in ("fastvae", "kernels"):
+        shutil.copytree(ROOT / path, tmp_path / path, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for link in [path for path in tmp_path.rglob("*") if path.is_symlink()]:
+        target = str(link.readlink())
+        link.unlink()
+        link.write_text(target)
+    code = "from fastvae.kernels import mmd; from fastvae.kernels.config import sweep_config; print(mmd.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == (tmp_path / "kernels" / "mmd.py").resolve()
 
 
 HEAVY = "torch._dynamo torch._inductor triton sympy lightning jsonargparse pandas scipy sklearn matplotlib torchmetrics fastvae.kernels"

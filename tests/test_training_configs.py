@@ -11,7 +11,7 @@ from fastvae.training.apply import load
 from fastvae.training.apply import test_data as read_data
 from fastvae.training.checkpoints import AtomicCheckpointIO, is_whole, read_checkpoint
 from fastvae.training.command import run
-from fastvae.training.configs import MOST_VALUES, read_yaml
+from fastvae.training.configs import MOST_VALUES, PACKAGED, read_yaml
 from fastvae.training.module import ImageVAE
 
 CALLBACK = "{trainer: {callbacks: [{class_path: %s}]}}"
@@ -77,6 +77,31 @@ def test_what_a_configuration_may_name(tmp_path, monkeypatch, capsys):
         assert end.value.code == 0
         assert yaml.safe_load(out)["trainer"]["callbacks"][0]["class_path"].rsplit(".")[-1] in callback
         assert "trust" not in out
+
+
+@pytest.mark.parametrize("given", ["--config=table", "--config table", "--config table.yaml", "-c configs/table.yaml"])
+def test_a_configuration_of_the_package_is_found_by_its_name(capsys, given):
+    with pytest.raises(SystemExit) as end:
+        run(["fit", *given.split(), "--print_config"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert yaml.safe_load(out)["model"]["optimal_sigma"] is True
+
+
+def test_a_file_goes_before_a_configuration_of_the_package(tmp_path, capsys):
+    (tmp_path / "table").write_text("name: mine")
+    with pytest.raises(SystemExit):
+        run(["fit", "--config", "table", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_an_unknown_configuration_is_told_the_names_there_are(capsys):
+    names = sorted(file.stem for file in PACKAGED.glob("*.yaml"))
+    assert "mnist_vae" in names
+    for absent in ("tables", "elsewhere/table"):
+        with pytest.raises(SystemExit):
+            run(["fit", "--config", absent])
+        assert f"one of {', '.join(names)}, got '{absent}'" in capsys.readouterr().err
 
 
 def test_values_are_counted_with_their_aliases():

@@ -43,7 +43,7 @@ from fastvae.training.checkpoints import (
     read_checkpoint,
 )
 from fastvae.training.compare import compare
-from fastvae.training.configs import check_config, restrict
+from fastvae.training.configs import check_config, restrict, with_packaged
 from fastvae.training.data import ImageData, new_folder
 from fastvae.training.module import ImageVAE
 from fastvae.training.report import measured, report
@@ -355,7 +355,7 @@ def run(args: list[str]) -> int:
                 },
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                args=args,
+                args=with_packaged(args),
                 trainer_defaults={"max_epochs": 60, "num_sanity_val_steps": 0},
             )
             command.start()

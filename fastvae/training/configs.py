@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ DENIED = (
     "lightning.pytorch.callbacks.LambdaCallback",
     "lightning.pytorch.callbacks.lambda_function",
 )
-# The longest of configs/ has forty values, four deep.
+# The longest of fastvae/configs has forty values, four deep.
 MOST_VALUES, DEEPEST = 10_000, 32
+PACKAGED = Path(__file__).parents[1] / "configs"
 _jsonargparse_yaml = jsonargparse.get_loader("yaml")
 
 
@@ -44,6 +46,26 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 _Dumper.add_multi_representer(str, lambda dumper, value: dumper.represent_str(str.__str__(value)))
 
 
+def with_packaged(args: Sequence[str]) -> list[str]:
+    """Arguments of the command, where `--config mnist_vae` becomes the path of that configuration in the package."""
+    found: list[str] = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if found and found[-1] in ("--config", "-c"):
+            arg = _packaged(arg)
+        elif flag == "--config" and equals:
+            arg = f"--config={_packaged(value)}"
+        found.append(arg)
+    return found
+
+
+def _packaged(path: str) -> str:
+    """The file at `path` if there is one, else the packaged one of that name: `NAME`, `NAME.yaml` or `configs/NAME.yaml`."""
+    folder, name = os.path.split(path)
+    file = PACKAGED / f"{name.removesuffix('.yaml')}.yaml"
+    return str(file) if folder in ("", "configs") and not os.path.isfile(path) and os.path.isfile(file) else path
+
+
 def check_config(path: str) -> dict[str, Any]:
     """The options in a configuration's file, or in the text of one in braces.
 
@@ -54,7 +76,8 @@ def check_config(path: str) -> dict[str, Any]:
     file = Path(path)
     spelt_out = path.lstrip().startswith("{")
     if not spelt_out and not file.is_file():
-        raise FileNotFoundError(f"config must be a file of YAML, got {path!r}, which is not there")
+        names = ", ".join(sorted(file.stem for file in PACKAGED.glob("*.yaml")))
+        raise FileNotFoundError(f"config must be a file of YAML or one of {names}, got {path!r}, which is not there")
     try:
         options = read_yaml(path if spelt_out else file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
