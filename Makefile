@@ -35,5 +35,10 @@ lint: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest
 
+# The site, in build/docs.
+.PHONY: docs
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -15,50 +15,120 @@ import matplotlib.pyplot as plt
 
 from benchmarks.rows import HUGE_PAGES, RESULTS, load, machines, milliseconds
 
+Row = dict[str, Any]
+Value = Callable[[Row], float | None]
+
 _DIRECTION = "forward+backward"
 # A provider has one colour in all plots.
 _PROVIDERS = ("fastvae", "fastvae, closed-form prior", "eager", "torch.compile", "KeOps", "geomloss", "fastvae, inductor")
 _COLOURS = {provider: f"C{k}" for k, provider in enumerate(_PROVIDERS)}
+# The lines of the README's plot and their names there.
+_OVERVIEW = {"fastvae": "fastvae", "eager": "eager PyTorch", "torch.compile": "torch.compile", "KeOps": "KeOps"}
 
 
 def main() -> None:
+    """Draws the plots of the device whose series over N has the most sizes."""
     rows = [row for row in load("mmd") if row["direction"] == _DIRECTION and row["status"] == "ok" and row["threads"] == 1]
     rows = [row for row in rows if not row["provider"].endswith(HUGE_PAGES)]
-    for device, _ in machines(rows):
-        here = [row for row in rows if row["device"] == device]
-        name = re.sub(r"\W+", "-", device.lower()).strip("-")
-        # The dimension of the series over N is the one with the most sizes.
-        sizes = {dim: {row["n"] for row in here if row["dim"] == dim and row["bandwidths"] == 1} for dim in {row["dim"] for row in here}}
-        dim = max(sizes, key=lambda dim: len(sizes[dim]))
-        # Of one bandwidth the compiled loops are as fast as the plain path, whose line they would hide.
-        series = [row for row in here if row["dim"] == dim and row["bandwidths"] == 1 and row["provider"] != "fastvae, inductor"]
-        title = f"MMD² and its gradient, {device}"
-        _lines(series, "n", "N = M", milliseconds, "ms", f"{title}, D {dim}", RESULTS / f"{name}-time.png")
-        _lines(
-            series, "n", "N = M", lambda row: row["extra_mib"], "MiB beyond the inputs", f"{title}, D {dim}", RESULTS / f"{name}-memory.png"
-        )
-        n = max(row["n"] for row in here if row["dim"] != dim)
-        grid = [row for row in here if row["n"] == n and row["bandwidths"] == 1]
-        ours = {row["dim"]: milliseconds(row) for row in grid if row["provider"] == "fastvae"}
-        known = [row for row in grid if row["dim"] in ours]
-        _lines(
-            known, "dim", "D", lambda row, ours=ours: milliseconds(row) / ours[row["dim"]], "times as long as fastvae", f"{title}, N {n}",
-            RESULTS / f"{name}-speed-up.png",
-        )  # fmt: skip
+    device = max((device for device, _ in machines(rows)), key=lambda device: len(_sizes(rows, device)))
+    here = [row for row in rows if row["device"] == device]
+    dim, ns = _series(here)
+    # With one bandwidth the compiled loops are as fast as the plain path and would hide its line.
+    series = [
+        row for row in here if row["dim"] == dim and row["n"] in ns and row["bandwidths"] == 1 and row["provider"] != "fastvae, inductor"
+    ]
+    name = re.sub(r"\W+", "-", device.lower()).strip("-")
+    title = f"MMD² and its gradient, {device}"
+    _overview(series, RESULTS / f"{name}-overview.png")
+    _lines(series, "n", "N = M", milliseconds, "ms", f"{title}, D {dim}", RESULTS / f"{name}-time.png")
+    _lines(series, "n", "N = M", _extra_mib, "MiB beyond the inputs", f"{title}, D {dim}", RESULTS / f"{name}-memory.png")
+    n = max(row["n"] for row in here if row["dim"] != dim)
+    grid = [row for row in here if row["n"] == n and row["bandwidths"] == 1]
+    ours = {row["dim"]: milliseconds(row) for row in grid if row["provider"] == "fastvae"}
+    _lines(
+        [row for row in grid if row["dim"] in ours], "dim", "D", lambda row: milliseconds(row) / ours[row["dim"]],
+        "times as long as fastvae", f"{title}, N {n}", RESULTS / f"{name}-speed-up.png",
+    )  # fmt: skip
 
 
-def _lines(
-    rows: list[dict[str, Any]],
-    key: str,
-    key_label: str,
-    value: Callable[[dict[str, Any]], float | None],
-    label: str,
-    title: str,
-    path: Path,
-) -> None:
+def _sizes(rows: list[Row], device: str) -> set[int]:
+    return _series([row for row in rows if row["device"] == device])[1]
+
+
+def _series(rows: list[Row]) -> tuple[int, set[int]]:
+    """The D with the most sizes N, and these sizes."""
+    sizes = {dim: {row["n"] for row in rows if row["dim"] == dim and row["bandwidths"] == 1} for dim in {row["dim"] for row in rows}}
+    dim = max(sizes, key=lambda dim: len(sizes[dim]))
+    return dim, sizes[dim]
+
+
+def _extra_mib(row: Row) -> float | None:
+    mib: float | None = row["extra_mib"]
+    return mib
+
+
+def _points(rows: list[Row], provider: str, key: str, value: Value) -> list[tuple[float, float]]:
+    return sorted((row[key], number) for row in rows if row["provider"] == provider and (number := value(row)))
+
+
+def _overview(rows: list[Row], path: Path) -> None:
+    """Time and memory over N side by side, each line named at its end."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
+    last = max(row["n"] for row in rows)
+    for axes, value, title in zip(panels, (milliseconds, _extra_mib), ("Time", "Memory beyond the inputs"), strict=True):
+        for provider, label in _OVERVIEW.items():
+            points = _points(rows, provider, "n", value)
+            if not points:
+                continue
+            ours = provider == "fastvae"
+            colour = _COLOURS[provider]
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=3.2 if ours else 1.8, zorder=3 if ours else 2)
+            axes.plot(*points[-1], marker="o" if points[-1][0] == last else "X", markersize=8, color=colour, zorder=4)
+            side, right, rise = _LABEL_PLACE.get((title, provider), ("left", 9, 0))
+            axes.annotate(
+                label, points[-1], xytext=(right, rise), textcoords="offset points", color=colour, ha=side, va="center", fontsize=11,
+                fontweight="bold" if ours else "normal", annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 0.5)} if abs(right) > 20 else None,
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="rows of each sample, N = M")
+        axes.set_title(title, fontsize=13, loc="left")
+        axes.set_xlim(28, last * 12)
+        ticks = [n for n in (32, 512, 8192, 65536) if n <= last]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.tick_params(labelsize=10.5)
+        axes.xaxis.label.set_size(11)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _named_ticks(panels[0], {0.1: "0.1 ms", 1: "1 ms", 10: "10 ms", 100: "100 ms", 1e3: "1 s", 1e4: "10 s", 1e5: "100 s"})
+    _named_ticks(panels[1], {0.1: "0.1 MiB", 1: "1 MiB", 10: "10 MiB", 100: "100 MiB", 1024: "1 GiB", 10240: "10 GiB"})
+    figure.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(figure)
+
+
+# Labels that would lie on another line or label: which side of them faces the end of their line, and their distance from it in points. A
+# thin line leads to those that are far.
+_LABEL_PLACE = {
+    ("Time", "eager"): ("right", -9, 7),
+    ("Time", "torch.compile"): ("left", 50, -24),
+    ("Memory beyond the inputs", "eager"): ("right", -9, 6),
+    ("Memory beyond the inputs", "fastvae"): ("left", 9, 3),
+    ("Memory beyond the inputs", "KeOps"): ("left", 9, -3),
+}
+
+
+def _named_ticks(axes: Any, ticks: dict[float, str]) -> None:
+    axes.set_ylim(bottom=min(ticks))
+    low, high = axes.get_ylim()
+    shown = {tick: name for tick, name in ticks.items() if low <= tick <= high}
+    axes.set_yticks(list(shown), list(shown.values()))
+    axes.minorticks_off()
+
+
+def _lines(rows: list[Row], key: str, key_label: str, value: Value, label: str, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for provider in dict.fromkeys(row["provider"] for row in rows):
-        points = sorted((row[key], value(row)) for row in rows if row["provider"] == provider and value(row))
+        points = _points(rows, provider, key, value)
         if points:
             ours = provider == "fastvae"
             axes.plot(

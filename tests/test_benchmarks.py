@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -284,14 +285,34 @@ def test_plots_are_drawn_from_rows(results, monkeypatch):
     monkeypatch.setattr(plot.plt, "close", figures.append)
     plot.main()
     monkeypatch.undo()
-    for figure in figures:
+    for figure in figures[1:]:
         axes, legend = figure.axes[0], figure.axes[0].get_legend()
         ours = next(line for line in axes.lines if line.get_label() == "fastvae")
         assert ours.get_linewidth() == max(line.get_linewidth() for line in axes.lines)
         assert legend.get_window_extent().x0 >= axes.get_window_extent().x1
         plot.plt.close(figure)
-    assert len(figures) == 3
-    assert {path.name for path in results.glob("*.png")} == {"a-cpu-time.png", "a-cpu-memory.png", "a-cpu-speed-up.png"}
+    assert len(figures) == 4
+    kinds = ("overview", "time", "memory", "speed-up")
+    assert {path.name for path in results.glob("*.png")} == {f"a-cpu-{kind}.png" for kind in kinds}
+
+
+def test_the_plot_of_the_readme_can_be_read(tmp_path, monkeypatch):
+    """Of the committed rows: each line has its name, which lies in the picture and on no other name."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    plot.main()
+    monkeypatch.undo()
+    overview = figures[0]
+    overview.draw_without_rendering()
+    for axes in overview.axes:
+        assert {text.get_text() for text in axes.texts} == {"fastvae", "eager PyTorch", "torch.compile", "KeOps"}
+        boxes = [plot.plt.Text.get_window_extent(text) for text in axes.texts]  # without the lines that lead to them
+        assert all(overview.bbox.containsx(x) for box in boxes for x in box.intervalx)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    for figure in figures:
+        plot.plt.close(figure)
 
 
 def test_host_time_counts_the_launches_of_a_step():
