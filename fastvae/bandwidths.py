@@ -1,4 +1,4 @@
-"""Bandwidths from the data: the rules that `bandwidth="median"` and `bandwidth="mean"` name, without an array of all pairs."""
+"""Bandwidths from the data, without an array of all pairs: the rules named by `bandwidth="median"` and `bandwidth="mean"`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from fastvae.devices import float64_on_cpu
 
 # Squared distances kept at once by an exact selection (128 MiB).
 CAPACITY = 1 << 24
-# Up to so many pairs all are kept. Of more, one in _SHARE, but no more than _SAMPLE, is drawn to tell where to look.
-_ALL, _SHARE, _SAMPLE = 1 << 17, 512, 1 << 18
-# Features of which differences, of few rows, take less time than tiles of products.
-_FEW_FEATURES = 32
-# Of fewer pairs the distances in float64 take no longer than to choose between them.
-_FEW = 1 << 12
-# Features from which float32 differences are vectors, the distances that are numbers of float32 with their squares, and how many numbers
-# of pairs near the one of a rank are few.
-_VECTOR, _DISTANCES, _NEAR_NUMBERS = 8, (1e-15, 1e15), 1 << 16
-# Rows of a tile of float64 distances, which is to stay in the second-level cache.
+# Up to _MAX_PAIRS_KEPT distances are all kept. Of more pairs, one in _PAIRS_PER_SAMPLE but at most _MAX_SAMPLES is drawn for a bracket.
+_MAX_PAIRS_KEPT, _PAIRS_PER_SAMPLE, _MAX_SAMPLES = 1 << 17, 512, 1 << 18
+# Up to this many features, and for few rows, differences take less time than tiles of products.
+_MAX_FEATURES_OF_DIFFERENCES = 32
+# With fewer pairs, float64 alone takes no longer than float32 followed by float64. With fewer features float32 is not vectorised.
+_MIN_PAIRS_IN_FLOAT32, _MIN_FEATURES_IN_FLOAT32 = 1 << 12, 8
+# Distances whose squares float32 can represent, and how many numbers are recomputed in float64 at most.
+_FLOAT32_DISTANCES, _MAX_RECOMPUTED = (1e-15, 1e15), 1 << 16
+# Rows of a tile of float64 distances, which should stay in the second-level cache.
 _TILE = 256
-# Of ‖x‖² + ‖y‖² − 2x·y below this share of the norms fewer than eight digits are left in float64.
-_NEAR = 1e-7
-# Numbers of a block of differences.
+# If ‖x‖² + ‖y‖² − 2x·y is below this share of the norms, fewer than eight digits of it are left in float64.
+_CANCELLED = 1e-7
+# Numbers in a block of differences.
 _BLOCK = 1 << 22
 
 
@@ -36,25 +35,26 @@ _BLOCK = 1 << 22
 def median_bandwidth(
     x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False, pairs: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """h = √(½·median d²) over the pairs i < j of the rows of x and y together, which makes exp(−d²/2h²) = 1/e at the median.
+    """The median rule: h = √(½·median d²) over the pairs i < j of the rows of x and y together, so that exp(−d²/2h²) = 1/e at the median.
 
-    Exact, in memory O((N + M)·D), in the time of about one sweep over all pairs; or of some random pairs. Of an even number of pairs the
-    median is the lower of the two in the middle, as with `torch.median`; `numpy.median` takes their mean. On a GPU it is found in three
-    sweeps by differences in float64, which is slow on a GPU made for graphics, and the call does not wait for it.
+    The result is exact, in memory O((N + M)·D) and in the time of about one sweep over all pairs; or it is that of some random pairs. If
+    the number of pairs is even, the median is the lower of the two middle values, as in `torch.median`. On a GPU it takes three sweeps in
+    float64, which is slow on a consumer GPU; the call does not wait for them.
 
     Args:
-        x: (..., N, D), floating point. With batch dimensions the pairs within all items are taken together: one bandwidth a call.
+        x: (..., N, D), floating point. With batch dimensions, the pairs within each item are pooled: there is one bandwidth a call.
         y: (..., M, D), same batch dimensions, dtype and device as x; None for the pairs of x alone.
-        self_pairs: take the median over all n² entries of the matrix of distances, its diagonal of zeros included.
-        pairs: how many pairs, drawn at random with replacement, to take in place of all.
-        generator: where the random pairs are drawn from; on the device of x.
+        self_pairs: Take the median over all n² entries of the matrix of distances, including its diagonal of zeros.
+        pairs: The number of random pairs, drawn with replacement, to use instead of all pairs.
+        generator: The source of the random pairs, on the device of x.
 
     Returns:
-        A float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
+        h, a float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
 
     Raises:
-        TypeError, ValueError: x or y as in `fastvae.mmd`; fewer than two rows in all; pairs less than one; a median of 0, as of data that
-            are mostly duplicates, where it can be read without waiting (elsewhere it is nan).
+        TypeError: As in `fastvae.mmd`.
+        ValueError: As in `fastvae.mmd`; also fewer than two rows in all, pairs less than one, or a median of 0, as for data that are mostly
+            duplicates (nan where reading it would wait for a GPU).
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 8; the convention is that of alibi-detect's `sigma_median`.
     """
@@ -64,7 +64,7 @@ def median_bandwidth(
     if pairs is None:
         rank = (total - 1) // 2
         if self_pairs:
-            # Of the sorted n² entries the diagonal comes first, and then each pair twice.
+            # The diagonal comes first among the n² sorted entries, then each pair twice.
             rank = max(((2 * total + z.shape[0] * n - 1) // 2 - z.shape[0] * n) // 2, -1)
         squared = ranked_squared_distance(z, rank)
     else:
@@ -76,20 +76,21 @@ def median_bandwidth(
 
 @float64_on_cpu
 def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = False) -> Tensor:
-    """h = √(½·mean d²) over the pairs i ≠ j of the rows of x and y together, in closed form, in O((N + M)·D).
+    """The mean rule: h = √(½·mean d²) over the pairs i ≠ j of the rows of x and y together, in closed form, in time O((N + M)·D).
 
-    With n rows and their mean c, Σ_{i≠j} d² = 2n·Σ_i ‖z_i − c‖². On a GPU the call does not wait.
+    For n rows with mean c, Σ_{i≠j} d² = 2n·Σ_i ‖z_i − c‖². On a GPU the call does not wait.
 
     Args:
-        x: (..., N, D), floating point. With batch dimensions the pairs within all items are taken together: one bandwidth a call.
+        x: (..., N, D), floating point. With batch dimensions, the pairs within each item are pooled: there is one bandwidth a call.
         y: (..., M, D), same batch dimensions, dtype and device as x; None for the pairs of x alone.
-        self_pairs: divide by n², as over all entries of the matrix of distances, not by n² − n.
+        self_pairs: Divide by n², the number of entries of the matrix of distances, instead of n² − n.
 
     Returns:
-        A float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
+        h, a float64 scalar in the units of the data, on the device of x, detached. nan if an input holds a nan or an infinity.
 
     Raises:
-        TypeError, ValueError: x or y as in `fastvae.mmd`; fewer than two rows in all; a mean of 0, where it can be read without waiting.
+        TypeError: As in `fastvae.mmd`.
+        ValueError: As in `fastvae.mmd`; also fewer than two rows in all, or a mean of 0 (nan where reading it would wait for a GPU).
 
     Source: Long et al. 2015, "Learning transferable features with deep adaptation networks", section 4, with n²; alibi-detect's
     `sigma_mean`, with n² − n.
@@ -100,7 +101,7 @@ def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = Fal
 
 
 def resolve(rule: str, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """The bandwidth of a rule by name, as a vector of one."""
+    """The bandwidth that a rule finds, as a vector of length one."""
     return {"median": median_bandwidth, "mean": mean_bandwidth}[rule](x, y).reshape(1)
 
 
@@ -114,7 +115,7 @@ def pooled(x: Tensor, y: Tensor | None) -> Tensor:
         checks.same_batch("x", x, "y", y)
         checks.same_kind("x", x, "y", y)
         z = torch.cat([x, y], -2)
-    checks.enough_pairs(z)
+    checks.two_rows("x" if y is None else "x and y together", z)
     return z.detach().reshape(-1, *z.shape[-2:])
 
 
@@ -125,7 +126,7 @@ def _ranked_op(*args: Any) -> Tensor:
 
 @_ranked_op.register_kernel("cuda")
 def _select_on_gpu(z: Tensor, rank: int) -> Tensor:
-    """The bits of the answer, from three histograms of all pairs; nothing that the host does depends on them."""
+    """A radix select: three histograms of all pairs give the bits of the answer, and the host waits for none of them."""
     from fastvae.kernels.ranked_squared_distance import BITS, BLOCK, histogram
 
     items, rows, dim = z.shape
@@ -137,7 +138,7 @@ def _select_on_gpu(z: Tensor, rank: int) -> Tensor:
     for shift in (2 * BITS, BITS, 0) if rank >= 0 else ():
         histogram(points, rows, known, shift, counts.zero_())
         up_to = counts.cumsum(0)
-        # None of rows that are not finite need be counted.
+        # Rows that are not finite may be missing from the counts.
         digit = torch.searchsorted(up_to, below, right=True).clamp(max=len(counts) - 1)
         below = below - (up_to - counts).index_select(0, digit)
         known = known << BITS | digit
@@ -162,27 +163,29 @@ def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:
 
 
 def _select(z: Tensor, rank: int) -> Tensor:
-    """One sweep counts what is below a bracket, which random pairs suggest, and keeps what is inside it."""
+    """Random pairs give a bracket; a sweep counts the d² below it and keeps those inside."""
     n, dim = z.shape[1:]
     if not bool(z.isfinite().all()):
         return z.new_full((), torch.nan, dtype=torch.float64)
     if rank < 0:
         return z.new_zeros((), dtype=torch.float64)
     total = z.shape[0] * (n * (n - 1) // 2)
-    if z.dtype != torch.float64 and dim >= _VECTOR and _FEW <= total <= _ALL and (found := _select_near(z.float(), rank)) is not None:
-        return found
+    if z.dtype != torch.float64 and dim >= _MIN_FEATURES_IN_FLOAT32 and _MIN_PAIRS_IN_FLOAT32 <= total <= _MAX_PAIRS_KEPT:
+        found = _select_by_float32(z.float(), rank)
+        if found is not None:
+            return found
     z = z.double()
-    if dim <= _FEW_FEATURES and z.shape[0] * n * n <= _ALL:
-        # Rows are at zero distance from themselves, and each pair is there twice.
+    if dim <= _MAX_FEATURES_OF_DIFFERENCES and z.shape[0] * n * n <= _MAX_PAIRS_KEPT:
+        # The matrix has zeros for each row with itself, and each pair twice.
         distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-        return _least(distances.view(-1), z.shape[0] * n + 2 * rank).square()
-    # Not the mean, which one far row moves away from all the others.
-    z = z - _least(z.mT, (n - 1) // 2)[:, None]
-    # Of its own, as the result depends on no random number.
+        return _kth_smallest(distances.view(-1), z.shape[0] * n + 2 * rank).square()
+    # Centred at the median, as a single outlier moves the mean away from all other rows.
+    z = z - _kth_smallest(z.mT, (n - 1) // 2)[:, None]
+    # The result does not depend on the random numbers, so the global generator is left alone.
     generator = torch.Generator("cpu").manual_seed(0)
     low, high = 0.0, torch.inf
-    if total > _ALL:
-        sample = _random_squared_distances(z, min(total // _SHARE, _SAMPLE), generator, False)
+    if total > _MAX_PAIRS_KEPT:
+        sample = _random_squared_distances(z, min(total // _PAIRS_PER_SAMPLE, _MAX_SAMPLES), generator, False)
         low, high = _bracket(sample, rank / total, low, high)
     while True:
         below, inside, kept = _sweep(z, low, high, generator)
@@ -191,38 +194,38 @@ def _select(z: Tensor, rank: int) -> Tensor:
         elif below + inside <= rank:
             low, high = high, torch.inf
         elif inside == len(kept):
-            return _least(kept, rank - below)
+            return _kth_smallest(kept, rank - below)
         elif bool(kept.min() == kept.max()):
             return kept[0]
         else:
             low, high = _bracket(kept, (rank - below) / inside, low, high)
 
 
-def _select_near(z: Tensor, rank: int) -> Tensor | None:
-    """In float64 only the pairs that float32 puts near the one of this rank; None if they are many, or their squares no float32."""
+def _select_by_float32(z: Tensor, rank: int) -> Tensor | None:
+    """Selects in float32, then in float64 among the pairs that float32 finds close; None if these are many or float32 cannot hold d²."""
     distances = torch.cat([torch.pdist(rows) for rows in z])
-    found = float(_least(distances, rank))
-    if not _DISTANCES[0] < found < _DISTANCES[1]:
+    found = float(_kth_smallest(distances, rank))
+    if not _FLOAT32_DISTANCES[0] < found < _FLOAT32_DISTANCES[1]:
         return None
-    # Four times what sums of so many squares are rounded by.
+    # Four times the rounding error of a sum of this many squares.
     slack = found * (z.shape[2] + 8) * torch.finfo(torch.float32).eps
     values = distances.numpy()
     below = int(np.count_nonzero(values < found - slack))
     near = np.flatnonzero((values >= found - slack) & (values <= found + slack))
-    if len(near) * z.shape[2] > _NEAR_NUMBERS:
+    if len(near) * z.shape[2] > _MAX_RECOMPUTED:
         return None
     n = z.shape[1]
     item, pair = np.divmod(near, n * (n - 1) // 2)
-    # Pairs of row i with later ones, and of the rows before it.
+    # The number of pairs of row i with later rows, and the index of the first of them.
     counts = np.arange(n - 1, 0, -1)
     starts = np.cumsum(counts) - counts
     i = np.searchsorted(starts, pair, side="right") - 1
     j = pair - starts[i] + i + 1
-    return _least((z[item, i].double() - z[item, j].double()).square().sum(1), rank - below)
+    return _kth_smallest((z[item, i].double() - z[item, j].double()).square().sum(1), rank - below)
 
 
 def _sweep(z: Tensor, low: float, high: float, generator: torch.Generator) -> tuple[int, int, Tensor]:
-    """How many d² are below `low` and how many from it to `high`, and those, or a random part of them where they are too many."""
+    """How many d² are below `low`, how many lie in [low, high], and these values, or a random part of them if there are too many."""
     below, inside, share, held = 0, 0, 1.0, 0
     kept: list[Tensor] = []
     for d2 in _squared_distances(z):
@@ -239,17 +242,17 @@ def _sweep(z: Tensor, low: float, high: float, generator: torch.Generator) -> tu
 
 
 def _within(d2: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    """How many values are below `low`, and those from it to `high`."""
+    """How many values are below `low`, and the values in [low, high]."""
     if low <= 0 and high == torch.inf:
         return 0, d2.flatten().clone()
-    # numpy compares and selects eight times faster than PyTorch does.
+    # numpy compares and selects eight times faster than PyTorch.
     values = d2.numpy()
     under = values < low
     return int(np.count_nonzero(under)), torch.from_numpy(values[(values <= high) ^ under])
 
 
-def _least(values: Tensor, rank: int) -> Tensor:
-    """Of this rank, from 0, in the last dimension, which numpy finds several times faster than PyTorch."""
+def _kth_smallest(values: Tensor, rank: int) -> Tensor:
+    """The value of this rank, counted from 0, in the last dimension; by numpy, which is several times faster than PyTorch."""
     return torch.from_numpy(np.partition(values.numpy(), rank))[..., rank]
 
 
@@ -260,7 +263,7 @@ def _thin(values: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[float, float]:
-    """Where the quantile lies but for one in ten thousand samples: four standard deviations of its rank to each side."""
+    """Bounds of the quantile, four standard deviations of its rank to each side: about one sample in ten thousand misses it."""
     count = len(sample)
     ordered = sample.sort().values
     margin = 4 * (fraction * (1 - fraction) * count) ** 0.5 + 4
@@ -269,10 +272,10 @@ def _bracket(sample: Tensor, fraction: float, low: float, high: float) -> tuple[
 
 
 def _squared_distances(z: Tensor) -> Iterator[Tensor]:
-    """d² of all pairs i < j within the items of z (items, rows, D), a tile in each; the next one reuses its memory."""
+    """d² of all pairs i < j within the items of z (items, rows, D), tile by tile. Each tile reuses the memory of the last one."""
     buffer = z.new_empty(min(_TILE, z.shape[1]) ** 2)
     for rows in z:
-        # In the order of their norms, so that far rows share tiles.
+        # Sorted by norm, so that outliers share tiles.
         norm, order = rows.square().sum(1, keepdim=True).sort(0)
         rows, one = rows[order[:, 0]], torch.ones_like(norm)
         left, right = torch.cat([-2 * rows, norm, one], 1), torch.cat([rows, one, norm], 1).T.contiguous()
@@ -283,8 +286,8 @@ def _squared_distances(z: Tensor) -> Iterator[Tensor]:
             d2 = torch.mm(a, b, out=buffer[: a.shape[0] * b.shape[1]].view(a.shape[0], b.shape[1]))
             if i == j:
                 d2.fill_diagonal_(torch.inf)
-            # A d² so small beside the norms has lost its digits: duplicates, or near pairs that are far from the others.
-            if float(d2.amin()) < _NEAR * (most + more):
+            # Products of close pairs far from the origin cancel: their tile is computed by differences.
+            if float(d2.amin()) < _CANCELLED * (most + more):
                 d2 = torch.cdist(rows[i], rows[j], compute_mode="donot_use_mm_for_euclid_dist").square_()
             yield d2[tuple(torch.triu_indices(row=len(d2), col=len(d2), offset=1, device="cpu"))] if i == j else d2
 
@@ -308,12 +311,12 @@ def _random_squared_distances(z: Tensor, pairs: int, generator: torch.Generator 
 
 
 def _ranked(values: Tensor, rank: int) -> Tensor:
-    """The value of this rank, from 0. On a GPU `kthvalue` is no deterministic algorithm."""
+    """The value of this rank, counted from 0. On a GPU `kthvalue` is not deterministic."""
     return values.kthvalue(rank + 1).values if values.device.type == "cpu" else values.sort().values[rank]
 
 
 def _centred(z: Tensor) -> Tensor:
-    """z in float64 less the mean of each item, in two steps: the mean of what is far from the origin is itself rounded."""
+    """z in float64 minus the mean of each item. Subtracted twice, as the first mean is rounded if z is far from the origin."""
     z = z.double()
     z = z - z.mean(1, keepdim=True)
     return z - z.mean(1, keepdim=True)

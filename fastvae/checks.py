@@ -1,4 +1,4 @@
-"""Every check of a public argument and every sentence of an error: the argument, the rule, what was received."""
+"""Checks of public arguments. Each error names the argument, the rule, what was received and, where there is one, the way out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import numpy as np
 import torch
@@ -58,22 +58,22 @@ def kernel(value: object) -> Kernel:
 
 
 def kernels(value: object, aggregate: str | None) -> list[Kernel]:
-    """One kernel, or with `aggregate` one or several."""
+    """One kernel, or one or several if `aggregate` is given."""
     if isinstance(value, (str, Kernel)) or not isinstance(value, Sequence):
         return [kernel(value)]
     if aggregate is None:
-        raise ValueError(f"kernel must be one kernel where aggregate is None, got {len(value)}: pass aggregate='fuse' or 'agg'")
+        raise ValueError(f"kernel must be a single kernel with aggregate=None, got {len(value)}: pass aggregate='fuse' or 'agg'")
     if len(value) == 0:
         raise ValueError("kernel must hold at least one kernel, got none")
     return [kernel(one) for one in value]
 
 
 def aggregated(aggregate: str, estimator: str, bandwidth_weights: object, families: Sequence[Kernel]) -> None:
-    """What a test of a set of kernels goes with."""
+    """The options that a test with a set of kernels accepts."""
     if estimator != "unbiased":
         raise ValueError(f"estimator must be 'unbiased' with aggregate={aggregate!r}, got {estimator!r}")
     if bandwidth_weights is not None:
-        rule = f"bandwidth_weights must be None with aggregate={aggregate!r}, as each bandwidth is a kernel of its own"
+        rule = f"bandwidth_weights must be None with aggregate={aggregate!r}, where each bandwidth is a separate kernel"
         raise ValueError(f"{rule}, got {bandwidth_weights!r}")
     for family in families:
         if aggregate == "fuse":
@@ -83,7 +83,7 @@ def aggregated(aggregate: str, estimator: str, bandwidth_weights: object, famili
 def kernel_options(
     value: object, precision: str | None, backend: str | None, device: torch.device | None, backends: tuple[str | None, ...] = BACKENDS
 ) -> Kernel:
-    """The kernel, and how to compute with it on `device` (any, if None)."""
+    """Checks the options of the computation on `device` (any device if None) and returns the kernel."""
     option("precision", precision, PRECISIONS)
     option("backend", backend, backends)
     if device is not None:
@@ -91,8 +91,28 @@ def kernel_options(
     return kernel(value)
 
 
+def mmd_options(
+    value: KernelName | Kernel,
+    estimator: MMDEstimator,
+    precision: Precision | None,
+    backend: MMDBackend | None,
+    bandwidth: float | BandwidthRule | Sequence[float] | Tensor,
+    bandwidth_weights: Sequence[float] | Tensor | None,
+    device: torch.device | None = None,
+    to_normal: bool = False,
+) -> tuple[Kernel, Numbers, Numbers]:
+    """The kernel, the bandwidths and their weights of an MMD between samples, or `to_normal`, on `device` (any device if None)."""
+    if to_normal:
+        option("estimator", estimator, ESTIMATORS)
+        closed_form(value)
+        no_bandwidth_rule(bandwidth)
+    family = kernel_options(value, precision, backend, device, MMD_BACKENDS)
+    option("estimator", estimator, MMD_ESTIMATORS)
+    return family, *bandwidths(bandwidth, bandwidth_weights, device)
+
+
 def closed_form(value: object) -> None:
-    """A kernel whose expectations over N(0, I) are known."""
+    """A kernel whose expectations over N(0, I) have a closed form."""
     if not isinstance(kernel(value), RBF):
         raise ValueError(
             f"kernel must be 'rbf' for the closed form against N(0, I), got {kernel(value).name!r}: "
@@ -101,48 +121,52 @@ def closed_form(value: object) -> None:
 
 
 def points(name: str, x: object, *, batched: bool = False) -> None:
-    """A floating tensor of shape (rows ≥ 1, features ≥ 1), after any batch dimensions if `batched`."""
-    floating_tensor(name, x)
-    assert isinstance(x, Tensor)
+    """A floating-point tensor of shape (rows ≥ 1, features ≥ 1), with any batch dimensions before these if `batched`."""
+    x = floating_tensor(name, x)
     if x.ndim < 2 or (x.ndim > 2 and not batched):
         raise ValueError(f"{name} must have shape {'(..., rows, features)' if batched else '(rows, features)'}, got {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+    _not_empty(name, x)
     if x.ndim > 3:
         rows, features = x.shape[-2:]
         _warn_of_images(
-            f"{name} of shape {tuple(x.shape)} is taken for a batch of {x.shape[:-2].numel()} samples, {rows} rows of {features} features "
-            f"each: pass {name}.flatten(1) if it is one sample, as of images, or {name}.flatten(0, -3) if it is a batch"
+            f"{name} of shape {tuple(x.shape)} is treated as a batch of {x.shape[:-2].numel()} samples, each with {rows} rows and "
+            f"{features} features: pass {name}.flatten(1) if it is one sample of images, or {name}.flatten(0, -3) if it is a batch"
         )
 
 
+def _not_empty(name: str, x: Tensor) -> None:
+    if x.numel() == 0:
+        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+
+
 def images(mu: Tensor) -> None:
-    """Of mu with more than one batch dimension, whose KL may be meant for all but the first."""
+    """Warns of a mu with several batch dimensions: its KL is summed over the last dimension alone."""
     if mu.ndim > 3:
         _warn_of_images(
             f"mu of shape {tuple(mu.shape)} has a KL of shape {tuple(mu.shape[:-1])}, summed over its last dimension alone: pass "
-            "mu.flatten(1) and logvar.flatten(1) for one of each sample, as of images, or flatten(0, -2) of both for one of each row"
+            "mu.flatten(1) and logvar.flatten(1) for one KL an image, or flatten(0, -2) of both for one KL a row"
         )
 
 
 def _warn_of_images(sentence: str) -> None:
     if not torch.compiler.is_compiling():
-        # At the caller's line, however the call came here.
+        # Points at the caller's line, through all frames of fastvae and PyTorch.
         level, frame = 1, sys._getframe()
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("fastvae.", "torch.")):
             level, frame = level + 1, frame.f_back
         warnings.warn(sentence, stacklevel=level)
 
 
-def floating_tensor(name: str, x: object) -> None:
+def floating_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must have dtype float64, float32, bfloat16 or float16, got {x.dtype}")
+    return x
 
 
 def same_kind(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """The same dtype on the same device."""
+    """The same dtype and device."""
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}")
     same_dtype(name_a, a, name_b, b)
@@ -174,7 +198,7 @@ def same_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, why: str) -> None:
 
 
 def real(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
-    """A real, finite number, returned as float."""
+    """A finite real number, as a float."""
     if type(value) is float:
         number = value
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -201,15 +225,15 @@ def integer(name: str, value: Any, *, at_least: int) -> int:
     return int(value)
 
 
-def fraction(name: str, value: Any) -> float:
-    number = real(name, value, above=0)
+def fraction(name: str, value: Any, *, or_zero: bool = False) -> float:
+    number = real(name, value, at_least=0) if or_zero else real(name, value, above=0)
     if number >= 1:
         raise ValueError(f"{name} must be less than 1, got {number:g}")
     return number
 
 
 def seed(value: Any) -> torch.Generator | None:
-    """A generator on the CPU for a seed, that itself, or None for torch's own."""
+    """A CPU generator with this seed, the generator itself, or None for PyTorch's global one."""
     if isinstance(value, torch.Generator):
         if value.device.type != "cpu":
             raise ValueError(f"seed must be an integer or a torch.Generator on the CPU, got one on {value.device}")
@@ -219,7 +243,7 @@ def seed(value: Any) -> torch.Generator | None:
 
 def progress(value: object) -> None:
     if not isinstance(value, bool) and not callable(value):
-        raise TypeError(f"progress must be True, False or a function of the fraction done, got {type(value).__name__}")
+        raise TypeError(f"progress must be True, False or a function that takes the fraction done, got {type(value).__name__}")
 
 
 def sizes(name: str, values: object) -> None:
@@ -245,12 +269,12 @@ def no_bandwidth_rule(value: object) -> None:
 
 
 def positive_distance(rule: str, distance: Tensor) -> Tensor:
-    """A bandwidth that a rule found, `distance` itself, which is not zero; one that can't be read is nan where it is."""
+    """The bandwidth that a rule found. A bandwidth of zero is an error, or nan where reading it would wait for a GPU."""
     if not _readable(distance):
         return torch.where(distance == 0, torch.nan, distance)
     if distance == 0:
         raise ValueError(
-            f"the {rule} distance between rows must be greater than 0 for bandwidth={rule!r}, got 0, as the rows are mostly duplicates: "
+            f"the {rule} distance between rows must be greater than 0 for bandwidth={rule!r}, got 0, as most rows are duplicates: "
             "pass a number"
         )
     return distance
@@ -260,20 +284,15 @@ def positive_quantile(distance: Tensor) -> None:
     if distance == 0:
         raise ValueError(
             "the 5 % quantile of the distances between rows must be greater than 0 for aggregate='fuse', got 0, as many rows are "
-            "duplicates: pass the bandwidths"
+            "duplicates: pass bandwidths"
         )
 
 
-def enough_pairs(z: Tensor) -> None:
-    if z.shape[-2] < 2:
-        raise ValueError(f"a rule for the bandwidth must have at least two rows to take distances of, got {z.shape[-2]}")
-
-
 def bandwidths(bandwidth: object, weights: object, device: torch.device | None) -> tuple[Numbers, Numbers]:
-    """The bandwidths h_b and as many weights a_b, numbers or vectors of float64, for data on `device` (any, if None).
+    """The bandwidths h_b and as many weights a_b, as numbers or float64 vectors, for data on `device` (any device if None).
 
-    Numbers are checked here. A tensor stays on its device, its values unread: the operations turn a value that is not positive into nan.
-    The name of a rule gives nan, in place of which the caller puts what the rule finds.
+    Numbers are checked here. A tensor on a GPU is not read: the operations turn a value that is not positive into nan. The name of a rule
+    gives nan, which the caller replaces by the bandwidth that the rule finds.
     """
     if isinstance(bandwidth, str):
         bandwidth_rule(bandwidth)
@@ -305,14 +324,14 @@ def _vector(name: str, value: object, device: torch.device | None, *, positive: 
     values = [value] if single else list(cast("Sequence[object]", value))
     found = _bandwidth_numbers(name, values, positive)
     if torch.compiler.is_compiling() and not _are_fixed(found):
-        # As arguments of an op they would be compiled anew at each change.
+        # As arguments of an operation, numbers that change would be compiled again at each change.
         return filled(found, device)
     return found
 
 
 def _are_fixed(numbers: Sequence[float]) -> bool:
-    """Whether the compiler takes them for constants, not for numbers that change from call to call."""
-    # It imports sympy, which the compiler has done by now.
+    """Whether the compiler treats the numbers as constants, not as symbols."""
+    # Imported here, as it imports sympy, which the compiler has already imported.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return all(statically_known_true(number != 0) for number in numbers)
@@ -324,7 +343,7 @@ def _bandwidth_numbers(name: str, values: Sequence[object], positive: bool) -> l
         return numbers
     for number in numbers:
         if not 1e-30 <= number <= 1e30:
-            raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got {number:g}")
+            raise ValueError(f"{name} must be between 1e-30 and 1e30, so that its powers do not overflow, got {number:g}")
     if len(numbers) > 1 and max(numbers) > 1e15 * min(numbers) * (1 + 1e-6):
         raise ValueError(f"{name} must hold values within a factor of 1e15 of one another, got {min(numbers):g} and {max(numbers):g}")
     return numbers
@@ -334,28 +353,28 @@ def is_process_group(group: object) -> bool:
     return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
 
 
-def same_on_ranks(name: str, told: Sequence[Sequence[tuple[int, torch.dtype]]]) -> None:
-    """The features and dtype of x and of its weights, if it has any, as each rank told them."""
-    if any(own != told[0] for own in told):
-        shapes = [" and ".join(f"(rows{f', {features}' if features else ''}) of {dtype}" for features, dtype in own) for own in told]
+def same_on_ranks(name: str, kinds: Sequence[Sequence[tuple[int, torch.dtype]]]) -> None:
+    """The same features and dtypes, of x and of its weights if it has any, on each rank."""
+    if any(own != kinds[0] for own in kinds):
+        shapes = [" and ".join(f"(rows{f', {features}' if features else ''}) of {dtype}" for features, dtype in own) for own in kinds]
         received = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(f"{name} must have the same features and dtype, and weights or none, on all ranks of the group, got {received}")
 
 
-def none_refused(ranks: Sequence[int]) -> None:
+def no_rank_failed(ranks: Sequence[int]) -> None:
     if ranks:
         several = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        raise ValueError(f"the arguments must be valid on all ranks of process_group, got an error on {several}, which says more")
+        raise ValueError(f"the arguments must be valid on all ranks of process_group, got an error on {several}: see the message there")
 
 
 def process_group(group: object) -> None:
-    """A group of `torch.distributed` that this process is a member of."""
+    """A group of `torch.distributed` that contains this process."""
     if not is_process_group(group):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}")
 
 
 def distributed(x: Tensor, estimator: str, backend: str | None, group: object) -> None:
-    """What a process group goes with."""
+    """The arguments that a process group can be combined with."""
     process_group(group)
     if x.ndim > 2:
         raise ValueError(f"x must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
@@ -366,23 +385,21 @@ def distributed(x: Tensor, estimator: str, backend: str | None, group: object) -
 
 def known_groups(num_groups: int | None) -> None:
     if num_groups is None:
-        raise ValueError("num_groups must be given with a process_group, as a rank may lack a group, got None")
+        raise ValueError("num_groups must be given with a process_group, as a rank may lack some groups, got None")
 
 
 def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
-    """One constant weight a row."""
-    floating_tensor(name, weights)
-    assert isinstance(weights, Tensor)
+    """One weight for each row, without gradient."""
+    weights = floating_tensor(name, weights)
     if weights.shape != x.shape[:-1]:
         raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
     if weights.device != x.device:
         raise ValueError(f"{name} and {x_name} must be on the same device, got {weights.device} and {x.device}")
-    if requires_grad(weights) and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require grad, as they are taken as constants: pass {name}.detach()")
+    constant(name, weights)
 
 
 def sum_of_weights(name: str, weights: Tensor) -> None:
-    """Finite weights that sum to one. Where reading the sum would wait for a GPU or break a graph, the operation makes a wrong one nan."""
+    """Finite weights that sum to one. Where reading the sum would wait for a GPU or break a graph, the operation returns nan instead."""
     if _readable(weights):
         for total in weights.detach().double().sum(-1).reshape(-1).tolist():
             if not abs(total - 1) <= rounding_of_sum(weights.dtype):
@@ -391,7 +408,7 @@ def sum_of_weights(name: str, weights: Tensor) -> None:
 
 def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
     if estimator == "unbiased" and _readable(weights) and int((weights != 0).sum(-1).min()) < 2:
-        raise ValueError(f"{name} must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'")
+        raise ValueError(f"{name} must have at least two nonzero values for estimator='unbiased', got one: use estimator='biased'")
 
 
 def no_linear_weights(name: str, estimator: str) -> None:
@@ -405,24 +422,23 @@ def enough_rows(name: str, x: Tensor, estimator: str) -> None:
 
 
 def two_rows(name: str, x: Tensor) -> None:
-    """For what leaves the pairs of a row with itself out, whatever its arguments."""
     if x.shape[-2] < 2:
         raise ValueError(f"{name} must have at least two rows, got {x.shape[-2]}")
 
 
 def backend_device(backend: str | None, device: torch.device) -> None:
-    """The forced backend can compute on this device, and the default one is there."""
+    """A backend that works on this device, and is installed."""
     if backend in ("cpu", "inductor") and device.type != "cpu":
         raise ValueError(f"backend={backend!r} must have tensors on the CPU, got {device}")
     if backend == "triton" and device.type != "cuda" and not triton_interpreter():
         raise ValueError(
-            f"backend='triton' must have tensors on a CUDA device, got {device}: or set TRITON_INTERPRET=1 before Python starts"
+            f"backend='triton' must have tensors on a CUDA device, got {device}: set TRITON_INTERPRET=1 before Python starts to run there"
         )
     if device.type == "cuda" and backend in (None, "triton") and not _has_triton():
         raise RuntimeError("Triton must be installed for tensors on a CUDA device: pip install triton, or pass backend='reference'")
 
 
-# Looked up here, as the compiler can't trace it.
+# Found at import, as the compiler cannot trace find_spec.
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -436,44 +452,41 @@ def _has_triton() -> bool:
 
 
 def rows(name: str, x: object) -> None:
-    """A floating tensor of shape (..., features ≥ 1), not empty."""
-    floating_tensor(name, x)
-    assert isinstance(x, Tensor)
+    """A floating-point tensor of shape (..., features ≥ 1), not empty."""
+    x = floating_tensor(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} must have shape (..., features), two dimensions or more, got {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+    _not_empty(name, x)
 
 
 def columns(name: str, v: object, y_name: str, y: Tensor) -> None:
-    """A floating vector or matrix with the rows of y."""
-    floating_tensor(name, v)
-    assert isinstance(v, Tensor)
+    """A floating-point vector or matrix with as many rows as y."""
+    v = floating_tensor(name, v)
     if v.ndim not in (1, 2) or v.shape[0] != y.shape[0] or v.numel() == 0:
         raise ValueError(f"{name} must have shape ({y.shape[0]},) or ({y.shape[0]}, columns), the rows of {y_name}, got {tuple(v.shape)}")
 
 
 def constant(name: str, value: Numbers) -> None:
     if requires_grad(value) and torch.is_grad_enabled():
-        raise ValueError(f"{name} must not require grad, as it is taken as a constant: pass {name}.detach()")
+        raise ValueError(f"{name} must be constant, got a tensor that requires grad: pass {name}.detach()")
 
 
 def requires_grad(value: object) -> bool:
     if not isinstance(value, Tensor) or value.requires_grad or torch.compiler.is_compiling():
         return isinstance(value, Tensor) and value.requires_grad
-    # Within torch.vmap a tensor does not say that it requires grad outside of it.
+    # Inside torch.vmap a tensor does not show that it requires grad outside.
     return torch._C._functorch.is_functorch_wrapped_tensor(value) and requires_grad(torch._C._functorch.get_unwrapped(value))
 
 
 def groups(value: object, num_groups: object, z: Tensor) -> int:
-    """Labels (N,) or weights (N, G) of the rows of z; returns G."""
+    """Checks labels (N,) or weights (N, G) of the rows of z, and returns G."""
     if not isinstance(value, Tensor):
         raise TypeError(f"groups must be a torch.Tensor, got {type(value).__name__}")
     if value.device != z.device:
         raise ValueError(f"groups and z must be on the same device, got {value.device} and {z.device}")
     soft = value.is_floating_point()
     if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"groups must hold integers, or weights in a floating dtype, got {value.dtype}")
+        raise TypeError(f"groups must hold integers or floating-point weights, got {value.dtype}")
     if value.shape[:1] != z.shape[:1] or value.ndim != (2 if soft else 1) or value.numel() == 0:
         shape = f"({z.shape[0]}, groups)" if soft else f"({z.shape[0]},)"
         raise ValueError(f"groups must have shape {shape}, one row for each row of z, got {tuple(value.shape)}")
@@ -487,11 +500,11 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
             raise ValueError(f"groups must hold weights of at least 0, got {value.min().item():g}")
         return value.shape[1]
     if num_groups is None and (torch.compiler.is_compiling() or _is_batched(value)):
-        raise ValueError("num_groups must be given within torch.compile and torch.vmap, got None")
+        raise ValueError("num_groups must be given inside torch.compile and torch.vmap, got None")
     if num_groups is not None and not _readable(value):
         assert isinstance(num_groups, int)
         return num_groups
-    # In int64, as PyTorch has no order of the larger unsigned integers.
+    # In int64, as PyTorch cannot compare unsigned integers of more than 8 bits.
     low, high = (int(end) for end in value.long().aminmax())
     size = high + 1 if num_groups is None else num_groups
     assert isinstance(size, int)
@@ -516,7 +529,7 @@ def pairs(value: Any, num_groups: int) -> Tensor:
 
 
 def unit_interval(name: str, x: Tensor, way: str) -> bool:
-    """Whether x could be looked at; nan is left to become a loss of nan."""
+    """Whether x could be read. nan passes, and makes the loss nan."""
     if torch._C._are_functorch_transforms_active() or not _readable(x) or not x.numel():
         return False
     low, high = (bound.item() for bound in x.detach().aminmax())
@@ -526,12 +539,12 @@ def unit_interval(name: str, x: Tensor, way: str) -> bool:
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether reading its values neither waits for a GPU nor breaks a graph."""
+    """Whether reading the values neither waits for a GPU nor breaks a graph."""
     return not torch.compiler.is_compiling() and t.is_cpu and not _is_batched(t)
 
 
 def _is_batched(t: Tensor) -> bool:
-    """Whether it is one of many to `torch.vmap`, also within another transform."""
+    """Whether t is batched by `torch.vmap`, also inside another transform."""
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         if torch._C._functorch.is_batchedtensor(t):
             return True
@@ -552,19 +565,22 @@ def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
     if generator is not None:
-        raise ValueError("eps and generator must not both be given")
+        raise ValueError("generator must be None where eps is given, got both: pass one of them")
     floating_tensor("eps", eps)
     same_shape("mu", mu, "eps", eps)
     same_kind("mu", mu, "eps", eps)
-    if requires_grad(eps) and torch.is_grad_enabled():
-        raise ValueError("eps must not require grad, as it is taken as a constant: pass eps.detach()")
+    constant("eps", eps)
 
 
 def dataset_size(value: Any, z: Tensor, estimator: str) -> None:
-    """At least as many examples as the batch z has."""
+    """At least as many examples as the batch z has rows."""
     integer("dataset_size", value, at_least=1)
     rows = z.shape[0]
     if value < rows:
         raise ValueError(f"dataset_size must be at least the number of rows of z, {rows}, got {value}")
     if estimator == "minibatch_stratified" and rows < 2:
         raise ValueError(f"z must have at least two rows for estimator={estimator!r}, got {rows}: use estimator='minibatch_weighted'")
+
+
+def kl_of_deterministic(kl_weight: float | Tensor) -> NoReturn:
+    raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(kl_weight):g}")

@@ -1,4 +1,4 @@
-"""The command `fastvae`: fit and test on Lightning's own command line, and compare."""
+"""The entry point of the command `fastvae`, which answers simple calls without importing Lightning."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ FILE_COMMANDS = ("compare", "report", "sample", "reconstruct", "encode", "traver
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run `fastvae` with the arguments given, or those of the process. A bad argument, file or number ends in one sentence on stderr."""
+    """Runs `fastvae` with these arguments, or those of the process. A wrong argument, file or number gives one sentence on stderr."""
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
-        # Told before Lightning is imported.
         sys.stdout.write(f"fastvae {__version__}\n")
         return
     if wrong := misspelt(given):
@@ -29,12 +28,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
-        sys.exit(f'error: the command needs the package {error.name}, which is not installed: pip install "fastvae-mmd[train]"')
+        sys.exit(f'error: the package {error.name} must be installed for this command: pip install "fastvae-mmd[train]"')
     sys.exit(run(given))
 
 
 def misspelt(args: list[str]) -> str | None:
-    """A command, or a flag of the data, the model or the trainer, that there is not: told before Lightning is imported."""
+    """An error sentence for an unknown command, or an unknown flag of data, model or trainer, found without importing Lightning."""
     commands = ("fit", "test", *FILE_COMMANDS)
     if not args or args[0].startswith("-"):
         return None
@@ -56,7 +55,7 @@ def misspelt(args: list[str]) -> str | None:
 
 
 def _options(file: Path, name: str) -> list[str]:
-    """The arguments of a class's constructor, read and not run."""
+    """The arguments of a class's constructor, found by parsing its file."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except OSError:

@@ -1,4 +1,4 @@
-"""Devices that have no float64, as Apple's GPUs (MPS): sums over pairs need it, and are taken on the CPU."""
+"""Devices without float64, such as Apple's GPUs (MPS). Sums over pairs need float64 and run on the CPU there."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def lacks_float64(device: torch.device) -> bool:
 
 
 def float64_on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which takes float64: on the CPU, where the device of its first argument has none; results come back, as float32."""
+    """Decorates a function that needs float64: if its first tensor's device has none, it runs on the CPU and returns float32 results."""
 
     @functools.wraps(function)
     def anywhere(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A device's type takes longer to read than all else here, but the compiler would put these into its graph.
+        # A fast path, as reading a device's type takes longer. Not for the compiler, which would put is_cpu into its graph.
         if args and isinstance(args[0], Tensor) and not torch.compiler.is_compiling() and (args[0].is_cpu or args[0].is_cuda):
             return function(*args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -1,7 +1,7 @@
-"""The rows of all ranks of a process group, for losses of the global batch whose gradients need no communication.
+"""Gathers the rows of all ranks of a process group, for losses of the global batch whose gradients need no communication.
 
-Each rank takes the gradient of the global loss to its own rows. Data parallelism averages the ranks' gradients where it should sum them, so
-that each is multiplied by the number of ranks first: the averaged gradient is then that of one process with the whole batch.
+Each rank computes the gradient of the global loss with respect to its own rows. These gradients should be summed, but data parallelism
+averages them. Each is therefore multiplied by the number of ranks: the average is then the gradient of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from fastvae import checks
 
 Module = TypeVar("Module", bound="GroupModule")
 DTYPES = (*checks.FLOAT_DTYPES, torch.int64)
-REFUSED = -1
+FAILED = -1
 SCHEMA = "(str name, Tensor[] tensors, str group, str estimator) -> (Tensor[], SymInt)"
 
 
 def is_initialized() -> bool:
-    """Whether this process is in a process group; false also of a PyTorch that is built without them."""
+    """Whether this process is in a process group; False if PyTorch is built without them."""
     return dist.is_available() and dist.is_initialized()
 
 
 def gather_rows(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup, estimator: str = "biased") -> tuple[list[Tensor], int]:
-    """Of one or two tensors (n_r, …) the rows of all ranks r, (Σ n_r, …), without gradient, and where this rank's begin.
+    """The rows of all ranks r, (Σ n_r, …), of one or two tensors (n_r, …), without gradient, and the index of this rank's first row.
 
-    Ranks may differ in n_r. Where they differ in anything else, or have too few rows for `estimator`, each of them raises the same error.
+    Ranks may differ in n_r. If they differ in anything else, or have too few rows for `estimator`, all ranks raise the same error.
     """
     rows, start = torch.ops.fastvae.gather_rows(name, [t.detach() for t in tensors], group.group_name, estimator)
     return list(rows), start
 
 
-class Heard:
-    """Around a rank's own checks before it gathers: where they raise, the ranks that gather raise too, and none waits for it."""
+class propagate_errors:
+    """A context for a rank's own checks before it gathers: if they raise, the other ranks raise too, instead of waiting for this one."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -47,32 +47,32 @@ class Heard:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, Exception) and checks.is_process_group(self.group):
-            _exchange([REFUSED] + [0] * 4, cast(dist.ProcessGroup, self.group))
+            _exchange([FAILED] + [0] * 4, cast(dist.ProcessGroup, self.group))
 
 
 def gather(name: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`gather_rows`, whose gradient to x is that of the loss to these rows times the number of ranks.
+    """The rows of all ranks. The gradient of x is that of the loss with respect to its rows, times the number of ranks.
 
-    Any loss of the result is the loss of the global batch, the same on each rank, though each rank does all of its work.
+    Any loss of the result is the loss of the global batch, the same on each rank, but each rank does all of the work.
     """
     (rows,), _ = torch.ops.fastvae.gather_rows(name, [x], group.group_name, "biased")
     return cast(Tensor, rows)
 
 
 def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all ranks' shares, whose gradient is that of this rank's share times the number of ranks."""
+    """The sum of all ranks' shares. The gradient of this rank's share is multiplied by the number of ranks."""
     return cast(Tensor, _SumShares.apply(share, group))  # type: ignore[no-untyped-call]
 
 
 def global_mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The mean over the first dimension of x, taken over all ranks, whose gradient is that to these rows times the number of ranks."""
+    """The mean over the first dimension of x and over all ranks. The gradient of x is multiplied by the number of ranks."""
     sums = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).reshape(-1)
     total = sum_shares(torch.cat([sums, sums.new_full((1,), x.shape[0])]), group)
     return (total[:-1] / total[-1].detach()).reshape(x.shape[1:]).to(x.dtype)
 
 
 class GroupModule(nn.Module):
-    """A module with a process group, which its copies share."""
+    """A module with a process group. Deep copies share the group, which cannot be copied."""
 
     process_group: dist.ProcessGroup | None
 
@@ -83,14 +83,14 @@ class GroupModule(nn.Module):
         return twin
 
 
-# An op, as the rows of other ranks are numbers that a compiler cannot know.
+# A custom op, as a compiler cannot trace collectives whose sizes other ranks decide.
 @torch.library.custom_op("fastvae::gather_rows", mutates_args=(), schema=SCHEMA)
 def _gather_op(name: str, tensors: Sequence[Tensor], group: str, estimator: str) -> tuple[list[Tensor], int]:
     process_group = _named(group)
-    own = [(t.shape[1] if t.ndim > 1 else 0, DTYPES.index(t.dtype)) for t in tensors] + [(REFUSED, REFUSED)] * (2 - len(tensors))
-    shares = _exchange([tensors[0].shape[0], *own[0], *own[1]], process_group)
-    checks.same_on_ranks(name, [[(f, DTYPES[d]) for f, d in (share[1:3], share[3:5]) if f >= 0] for share in shares])
-    counts = [share[0] for share in shares]
+    own = [(t.shape[1] if t.ndim > 1 else 0, DTYPES.index(t.dtype)) for t in tensors] + [(-1, -1)] * (2 - len(tensors))
+    received = _exchange([tensors[0].shape[0], *own[0], *own[1]], process_group)
+    checks.same_on_ranks(name, [[(f, DTYPES[d]) for f, d in (numbers[1:3], numbers[3:5]) if f >= 0] for numbers in received])
+    counts = [numbers[0] for numbers in received]
     rows = [_gathered(t, counts, process_group) for t in tensors]
     checks.enough_rows(name, rows[0], estimator)
     return rows, sum(counts[: dist.get_rank(process_group)])
@@ -103,17 +103,17 @@ def _fake(name: str, tensors: Sequence[Tensor], group: str, estimator: str) -> t
     return [t.new_empty(rows, *t.shape[1:]) for t in tensors], cast(int, context.new_dynamic_size())
 
 
-def _keep_place(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], int]) -> None:
-    ctx.place = output[1], [t.shape[0] for t in inputs[1]]
+def _save_own_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], int]) -> None:
+    ctx.own_rows = output[1], [t.shape[0] for t in inputs[1]]
     ctx.world = dist.get_world_size(_named(inputs[2]))
 
 
 def _backward(ctx: Any, grads: list[Tensor], _: None) -> tuple[None, list[Tensor], None, None]:
-    start, rows = ctx.place
+    start, rows = ctx.own_rows
     return None, [grad.narrow(0, start, n) * ctx.world for grad, n in zip(grads, rows, strict=True)], None, None
 
 
-_gather_op.register_autograd(_backward, setup_context=_keep_place)
+_gather_op.register_autograd(_backward, setup_context=_save_own_rows)
 
 
 def _named(group: str) -> dist.ProcessGroup:
@@ -122,20 +122,20 @@ def _named(group: str) -> dist.ProcessGroup:
 
 
 def _exchange(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """What each rank tells the others before it gathers: its rows, and of two tensors features and dtype.
+    """The five numbers that each rank sends before it gathers: its rows or `FAILED`, then features and dtype of each of two tensors.
 
-    A group whose only backend is NCCL waits for the GPU here, once, as no array has a size before; one with Gloo for the CPU does not.
+    A group with NCCL alone waits for the GPU here, once, as the sizes of the results depend on the numbers. A group with Gloo does not.
     """
     on_gpu = dist.get_backend(group) == "nccl"
-    told = torch.tensor(own, device="cpu", pin_memory=on_gpu).to("cuda" if on_gpu else "cpu", non_blocking=True)
-    shares = _all_gather(told[None], dist.get_world_size(group), group).tolist()
-    if own[0] != REFUSED:
-        checks.none_refused([rank for rank, share in enumerate(shares) if share[0] == REFUSED])
-    return shares
+    sent = torch.tensor(own, device="cpu", pin_memory=on_gpu).to("cuda" if on_gpu else "cpu", non_blocking=True)
+    received = _all_gather(sent[None], dist.get_world_size(group), group).tolist()
+    if own[0] != FAILED:
+        checks.no_rank_failed([rank for rank, numbers in enumerate(received) if numbers[0] == FAILED])
+    return received
 
 
 def _gathered(t: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks, as many as `counts` says; padded on their way where these differ, as collectives want one shape."""
+    """The rows of all ranks, `counts` of each. Where the counts differ, tensors are padded to one shape, as collectives require."""
     most = max(counts)
     if min(counts) == most:
         return _all_gather(t.contiguous(), len(counts), group)
@@ -146,10 +146,9 @@ def _gathered(t: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_gather(t: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
-    """The rows of equally many on each rank, written to where they stay."""
+    """The rows of all ranks, which have equally many each."""
     rows = t.new_empty(ranks * t.shape[0], *t.shape[1:])
-    # Its name in PyTorch before 2.13.
-    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before PyTorch 2.13
     gather(rows, t, group=group)
     return rows
 

@@ -1,10 +1,9 @@
-"""The public functions: check, canonicalise, apply."""
+"""The public functions. Each checks its arguments, brings them into one form and applies an operation to them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +13,9 @@ from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
-from fastvae.distributed import Heard, gather_rows, sum_shares
+from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_sums import Numbers, as_vector
-from fastvae.ops.common import NO_CONTEXT, accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
+from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
@@ -49,51 +48,51 @@ def mmd(
 
         MMD² = mean k(x, x') + mean k(y, y') − 2·mean k(x, y),   k = Σ_b a_b·k_b of bandwidth h_b
 
-    Differentiable once, with respect to x, y, the bandwidths and their weights; all gradients are computed in the same sweep as the value,
-    and only those that an input requires.
+    Differentiable once, with respect to x, y, the bandwidths and their weights. The gradients that an input requires are computed together
+    with the value, in one sweep over the pairs of rows.
 
     Args:
-        x: (..., N, D), floating point. With more than one batch dimension a warning asks whether images were meant, of which x.flatten(1)
-            is one sample; x.flatten(0, -3) is a batch without it.
+        x: (..., N, D), floating point. More than one batch dimension raises a warning, as images are often meant: x.flatten(1) makes one
+            sample of them, and x.flatten(0, -3) makes one batch dimension.
         y: (..., M, D), same batch dimensions, dtype and device as x.
-        bandwidth: h, a length in the units of the data (not h², γ or 2h²); a number, a sequence or a tensor, in which case it may
-            require grad. From 1e-30 to 1e30, and several within a factor of 1e15 of one another. Or a rule, "median" or "mean":
-            `fastvae.median_bandwidth(x, y)`, in the time of one more sweep, on a GPU of three, or `fastvae.mean_bandwidth(x, y)`; a
-            constant, and one for all batch dimensions.
+        bandwidth: h, a length in the units of the data (not h², γ or 2h²), as a number, a sequence or a tensor. A tensor may require grad.
+            Each h lies between 1e-30 and 1e30; several lie within a factor of 1e15 of one another. Or the name of a rule: "median" for
+            `fastvae.median_bandwidth(x, y)`, which takes the time of one more sweep (of three on a GPU), or "mean" for
+            `fastvae.mean_bandwidth(x, y)`. A rule gives one constant for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
-        kernel: "rbf" or "gaussian" exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h or
-            "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖; or a `fastvae.Kernel` of `fastvae.radial`, with parameters of its own.
-        estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic: without the pairs i = j) or "linear" (N = M,
-            mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
-        x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient. Not for estimator="linear".
+        kernel: "rbf" (or "gaussian") exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h
+            or "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖. Or a `fastvae.Kernel` from `fastvae.radial`, with other parameters.
+        estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic, without the pairs i = j) or "linear" (for N = M,
+            the mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
+        x_weights: (..., N), summing to one; 1/N each by default. They get no gradient. Not for estimator="linear".
         y_weights: (..., M), likewise.
-        precision: of the products on a GPU; None follows PyTorch's switch, `torch.set_float32_matmul_precision` or its newer form
-            `torch.backends.cuda.matmul.fp32_precision`. "highest": three of bfloat16 parts, nearly as good as float32, "high": tf32
-            or, where they are faster, those (on Hopper from 2²⁶ pairs on, if a gradient is wanted), "medium": bfloat16, "ieee": float32
-            multiply-adds. float64 stays float64; the CPU keeps the input's precision, but where PyTorch's own switch stands at "medium"
-            and the processor multiplies bfloat16 matrices (AMX).
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
-            "inductor" is "cpu", and for the RBF kernel and samples of 1,024 rows and more has loops that `torch.compile` makes: faster for
-            up to 8 features, and for bandwidths whose h² are powers of two times one another. It needs a C++ compiler, and seconds the
-            first time for each number of features, bandwidths and threads, for other ratios of bandwidths, and where data so near
-            together that k is near one needs sums of k − 1.
-        process_group: of `torch.distributed`, whose ranks each hold some rows of x and y, the numbers of which may differ: the result is
-            the MMD² of all of them, the same on each rank. Each rank sweeps its own rows against all; its gradient, of the global MMD²
-            times the number of ranks, needs no communication, and averaged over the ranks as data parallelism does it is that of one
-            process with all rows. x_weights and y_weights sum to one over all ranks. An argument that is wrong on one rank alone is an
-            error on each. Not for batch dimensions, estimator="linear" or backend="reference". None: this process alone.
+        precision: How matrix products are computed on a GPU. "ieee": float32 multiply-adds. "highest": three products of bfloat16 parts,
+            nearly as accurate as float32. "high": TF32, or "highest" where that is faster (on Hopper, for 2²⁶ pairs or more with a
+            gradient). "medium": bfloat16. None follows PyTorch's setting, `torch.set_float32_matmul_precision` or
+            `torch.backends.cuda.matmul.fp32_precision`. float64 inputs stay in float64. A CPU keeps the precision of the input, except
+            where PyTorch's setting is "medium" and the processor multiplies bfloat16 matrices (AMX).
+        backend: None chooses by device. "cpu", "triton" or "reference" (dense, differentiable more than once) forces one. "inductor" is
+            "cpu" with loops made by `torch.compile`, for the RBF kernel and samples of 1,024 rows or more. It is faster for up to 8
+            features, and for bandwidths whose h² differ by powers of two. It needs a C++ compiler, and compiles for some seconds at each
+            new number of features, bandwidths or threads and at new ratios of bandwidths.
+        process_group: A group of `torch.distributed` whose ranks each hold some rows of x and y, not necessarily equally many. The result
+            is the MMD² of all rows, the same on each rank. Each rank sweeps its own rows against all rows. Its gradient is that of the
+            global MMD² times the number of ranks and needs no communication: averaged over the ranks, as data parallelism does, it is the
+            gradient of one process with all rows. x_weights and y_weights sum to one over all ranks. A wrong argument on one rank is an
+            error on all of them. Not for batch dimensions, estimator="linear" or backend="reference". None: this process alone.
 
     Returns:
-        Shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
+        MMD², shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
         infinity.
 
     Raises:
         TypeError: x or y is not a floating-point tensor, or their dtypes differ.
-        ValueError: a shape, device, bandwidth, weight or option that the rules above exclude; one row where estimator is not "biased".
+        ValueError: A shape, device, bandwidth, weight or option breaks a rule above, or a sample has one row and estimator is not
+            "biased".
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
-    with _heard(process_group):
+    with propagate_errors(process_group):
         checks.points("x", x, batched=True)
         checks.points("y", y, batched=True)
         checks.same_features("x", x, "y", y)
@@ -116,7 +115,7 @@ def mmd_to_normal(
     backend: checks.MMDBackend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Squared maximum mean discrepancy between a sample and N(0, I), the expectations over N(0, I) in closed form.
+    """Squared maximum mean discrepancy between a sample and N(0, I), with the expectations over N(0, I) in closed form.
 
         MMD² = mean k(x, x') − 2·mean_i Σ_b a_b·(h²/(h²+1))^{D/2}·exp(−‖x_i‖²/(2(h²+1))) + Σ_b a_b·(h²/(h²+2))^{D/2}
 
@@ -124,26 +123,25 @@ def mmd_to_normal(
 
     Args:
         x: (..., N, D), floating point.
-        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad.
-        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
-        kernel: "rbf" or "gaussian", its other name, the only one of these expectations.
-        estimator: "biased" or "unbiased" for the mean over pairs of x.
-        x_weights: (..., N), summing to one; 1/N each by default. A constant: no gradient.
-        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
-            PyTorch's switch, `torch.set_float32_matmul_precision`.
-        backend: None chooses by device; "cpu", "inductor", "triton" or "reference" (dense, differentiable more than once) forces one.
-        process_group: of `torch.distributed`, whose ranks each hold some rows: the result is that of all of them, the same on each rank.
-            None: this process alone.
+        bandwidth: h, as in `mmd`, but not a rule.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
+        kernel: "rbf", or "gaussian", its other name. Other kernels have no closed form here.
+        estimator: "biased" or "unbiased", for the mean over pairs of x.
+        x_weights: (..., N), summing to one; 1/N each by default. They get no gradient.
+        precision: As in `mmd`.
+        backend: As in `mmd`.
+        process_group: As in `mmd`.
 
     Returns:
-        Shape (...), as in `mmd`.
+        MMD², shape (...), dtype as in `mmd`.
 
     Raises:
-        TypeError, ValueError: as `mmd`.
+        TypeError: As in `mmd`.
+        ValueError: As in `mmd`; also another kernel, or a rule for the bandwidth.
 
     Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
     """
-    with _heard(process_group):
+    with propagate_errors(process_group):
         checks.points("x", x, batched=True)
     return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
 
@@ -161,40 +159,38 @@ def _mmd(
     backend: checks.MMDBackend | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
-    with _heard(process_group):
+    samples = [("x", x, x_weights)] if y is None else [("x", x, x_weights), ("y", y, y_weights)]
+    with propagate_errors(process_group):
         (family, h, a), kernel_options = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, y is None)
-        for name, points, weights in (("x", x, x_weights), ("y", y, y_weights)):
-            if points is not None and weights is not None:
+        for name, points, weights in samples:
+            if weights is not None:
                 checks.no_linear_weights(f"{name}_weights", estimator)
                 checks.sample_weights(f"{name}_weights", weights, name, points)
         if process_group is not None:
             checks.distributed(x, estimator, backend, process_group)
-    whole: list[Tensor | None] = [None] * 4
+    # x, y and their weights on all ranks, None without a process group, and the first row of this rank in each sample.
+    gathered: list[Tensor | None] = [None] * 4
     starts = [0, 0]
     if process_group is not None:
-        for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
-            if points is not None:
-                own = [points] if weights is None else [points, weights]
-                (whole[n], *rest), starts[n] = gather_rows(name, own, process_group, estimator)
-                whole[n + 2] = rest[0] if rest else None
+        for n, (name, points, weights) in enumerate(samples):
+            own = [points] if weights is None else [points, weights]
+            (gathered[n], *rest), starts[n] = gather_rows(name, own, process_group, estimator)
+            gathered[n + 2] = rest[0] if rest else None
     if isinstance(bandwidth, str):
-        h = resolve(bandwidth, x if whole[0] is None else whole[0], y if whole[1] is None else whole[1])
-    for n, (name, points, weights) in enumerate((("x", x, x_weights), ("y", y, y_weights))):
-        if points is None:
-            continue
-        all_points, all_weights = whole[n], whole[n + 2]
+        h = resolve(bandwidth, x if gathered[0] is None else gathered[0], y if gathered[1] is None else gathered[1])
+    for n, (name, points, weights) in enumerate(samples):
+        all_points, all_weights = gathered[n], gathered[n + 2]
         checks.enough_rows(name, points if all_points is None else all_points, estimator)
-        if weights is None:
-            continue
-        entire = weights if all_weights is None else all_weights
-        checks.sum_of_weights(f"{name}_weights", entire)
-        checks.enough_weights(f"{name}_weights", entire, estimator)
+        all_weights = weights if all_weights is None else all_weights
+        if all_weights is not None:
+            checks.sum_of_weights(f"{name}_weights", all_weights)
+            checks.enough_weights(f"{name}_weights", all_weights, estimator)
     if backend == "reference" or estimator == "linear":
         return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
     tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
     tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
     arguments = (estimator == "unbiased", precision or "", backend or "")
-    value = apply_mmd(*tensors, *whole, *starts, *(kernel_options or kernel_arguments(family, h, a)), *arguments)
+    value = apply_mmd(*tensors, *gathered, *starts, *(kernel_options or kernel_arguments(family, h, a)), *arguments)
     if process_group is not None:
         return sum_shares(value, process_group)
     return value.reshape(x.shape[:-2]) if x.ndim > 3 else value
@@ -212,55 +208,31 @@ def _options(
     weights: Any,
     *more: Any,
 ) -> Options:
-    """The kernel, its bandwidths and their weights; also as arguments of an operation, if they have been asked for before."""
+    """The kernel, its bandwidths and their weights, and the same as arguments of an operation if these are cached."""
     options = kernel, estimator, precision, backend, bandwidth, weights, *more
-    # In a training step checks of numbers that never change take as long as some of the sums: they are made once.
+    # In a small training step these checks take as long as some of the sums, so their results are cached.
     if type(bandwidth) is float and weights is None and backend is None and not torch.compiler.is_compiling():
         try:
-            return _known_options(*options)
+            return _cached_options(*options)
         except TypeError:
-            # Of an option that has no hash, or that is refused: what is wrong is said below.
-            pass
-    return _checked_options(*options), None
+            pass  # An option cannot be hashed or is wrong: the checks below say which.
+    return checks.mmd_options(*options), None
 
 
 @functools.lru_cache(maxsize=256)
-def _known_options(*options: Any) -> Options:
-    checked = _checked_options(*options)
+def _cached_options(*options: Any) -> Options:
+    checked = checks.mmd_options(*options)
     return checked, kernel_arguments(*checked)
 
 
-def _checked_options(
-    kernel: checks.KernelName | Kernel,
-    estimator: checks.MMDEstimator,
-    precision: checks.Precision | None,
-    backend: checks.MMDBackend | None,
-    bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor,
-    bandwidth_weights: Sequence[float] | Tensor | None,
-    device: torch.device,
-    to_normal: bool,
-) -> tuple[Kernel, Numbers, Numbers]:
-    if to_normal:
-        checks.option("estimator", estimator, checks.ESTIMATORS)
-        checks.closed_form(kernel)
-        checks.no_bandwidth_rule(bandwidth)
-    family = checks.kernel_options(kernel, precision, backend, device, checks.MMD_BACKENDS)
-    checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
-    return family, *checks.bandwidths(bandwidth, bandwidth_weights, device)
-
-
 def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:
-    """`apply` of the bandwidths and their weights; one bandwidth at a time where they are to have a gradient."""
+    """`apply` of all bandwidths at once, or of one at a time if the bandwidths or their weights require grad."""
     if not torch.is_grad_enabled() or not (checks.requires_grad(h) or checks.requires_grad(a)):
         return apply(h, a)
-    # The result is linear in the kernel, and the derivative to one bandwidth comes with the gradient to the points.
+    # The result is linear in the kernel, and the derivative with respect to one bandwidth comes with the gradient of the points.
     parts = torch.stack([apply(h[n : n + 1], [1.0]) for n in range(len(h))], -1)
     with without_autocast(parts.device):
         return parts @ as_vector(a, parts.device).to(parts)
-
-
-def _heard(group: ProcessGroup | None) -> AbstractContextManager[None]:
-    return NO_CONTEXT if group is None else Heard(group)
 
 
 def _dense_mmd(
@@ -302,28 +274,26 @@ def kernel_matmul(
 
         out_i = Σ_j k(x_i, y_j)·v_j
 
-    It is the mean embedding of y, weighted by v, seen at x. Differentiable once, with respect to x, y, v, the bandwidths and their weights;
-    a gradient to B > 1 bandwidths takes B sweeps.
+    This evaluates at x the mean embedding of y weighted by v. Differentiable once, with respect to x, y, v, the bandwidths and their
+    weights. Gradients of B > 1 bandwidths take B sweeps.
 
     Args:
         x: (N, D), floating point.
         y: (M, D), same dtype and device as x.
-        v: (M,) or (M, C), likewise.
-        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad; or a rule,
-            "median" or "mean", which finds one from the rows.
-        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
-        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
-            `fastvae.Kernel` of `fastvae.radial`.
-        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
-            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        v: (M,) or (M, C), same dtype and device as x.
+        bandwidth: h, as in `mmd`.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
+        kernel: As in `mmd`.
+        precision: As in `mmd`.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
-        (N,) or (N, C), float64 for float64 inputs, else float32. nan where a number that it depends on is nan or infinite.
+        K·v, shape (N,) or (N, C); float64 for float64 inputs, else float32. An element is nan if a number that it depends on is nan or
+        infinite.
 
     Raises:
-        TypeError: an input is not a floating-point tensor, or their dtypes differ.
-        ValueError: a shape, device, bandwidth or option that the rules above exclude.
+        TypeError: An input is not a floating-point tensor, or their dtypes differ.
+        ValueError: A shape, device, bandwidth or option breaks a rule above.
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
     """
@@ -368,21 +338,19 @@ def witness(
     Args:
         points: t, (T, D), floating point.
         x: (N, D), same dtype and device as points.
-        y: (M, D), likewise.
-        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, which may require grad; or a rule,
-            "median" or "mean", which finds one from the rows of x and y.
-        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
-        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
-            `fastvae.Kernel` of `fastvae.radial`.
-        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
-            PyTorch's switch, `torch.set_float32_matmul_precision`.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        y: (M, D), same dtype and device as points.
+        bandwidth: h, as in `mmd`; a rule takes the rows of x and y.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
+        kernel: As in `mmd`.
+        precision: As in `mmd`.
+        backend: As in `kernel_matmul`.
 
     Returns:
-        (T,), differentiable as `kernel_matmul`.
+        Shape (T,), differentiable as `kernel_matmul` is.
 
     Raises:
-        TypeError, ValueError: as `kernel_matmul`.
+        TypeError: As in `kernel_matmul`.
+        ValueError: As in `kernel_matmul`.
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
     """
@@ -394,7 +362,7 @@ def witness(
     if isinstance(bandwidth, str):
         checks.bandwidth_rule(bandwidth)
         bandwidth = resolve(bandwidth, x, y)
-    # Whole numbers, as they cancel exactly where 1/N and 1/M, rounded, would not; in the accumulation dtype, which holds them.
+    # The weights are integers, which cancel exactly: 1/N and 1/M are rounded. The accumulation dtype can represent them.
     points, x, y = (t.to(accumulation_dtype(t.dtype)) for t in (points, x, y))
     n, m = x.shape[0], y.shape[0]
     weights = torch.cat([x.new_full((n,), m), y.new_full((m,), -n)])
@@ -403,12 +371,12 @@ def witness(
 
 
 class GroupMMD(NamedTuple):
-    """MMD² between groups.
+    """MMD² between groups, as returned by `group_mmd`.
 
     Attributes:
-        values: (G, G), zero on its diagonal, or (P,) for P given pairs; zero, and without gradient, where a group is not valid.
-        valid: (G,), False for a group that is excluded, as it has fewer than two members.
-        pairs: (G, G) or (P,), True where both groups of a pair are valid and differ.
+        values: (G, G) with a diagonal of zeros, or (P,) for P given pairs. 0, without gradient, where a group is not valid.
+        valid: (G,), False for a group with fewer than two members, which is excluded.
+        pairs: (G, G) or (P,), True where the two groups of a pair are valid and differ.
     """
 
     values: Tensor
@@ -416,7 +384,7 @@ class GroupMMD(NamedTuple):
     pairs: Tensor
 
     def mean(self) -> Tensor:
-        """The mean over all valid pairs, a scalar; 0 if there is none."""
+        """The mean over all valid pairs, a scalar; 0 if there are none."""
         return self.values.sum() / self.pairs.sum().clamp(min=1)
 
 
@@ -437,39 +405,37 @@ def group_mmd(
 ) -> GroupMMD:
     """MMD² between all pairs of G groups of rows, in one sweep over all pairs of rows, in memory O(N·(D + G)).
 
-    With `groups` of weights and `pairs` of a class in one domain with the same class in another it is the local MMD of subdomain
-    adaptation. Differentiable once, with respect to z. Where the loss is a multiple of the sum over all given pairs, as a mean is, the
-    gradient is taken in the sweep of the value; any other takes a second one, as does any on a GPU.
+    With weights as `groups`, and `pairs` of the same class in two domains, this is the local MMD (LMMD) of subdomain adaptation.
+    Differentiable once, with respect to z. On a CPU the gradient is computed together with the value if the loss is a multiple of the sum
+    over all given pairs, as a mean is. Other losses, and all losses on a GPU, take a second sweep.
 
     Args:
         z: (N, D), floating point.
-        groups: (N,), each row's group from 0 to G − 1, integers; or (N, G), its weight in each, floating point, not negative. Columns are
-            divided by their sums.
-        num_groups: G. By default the largest number in groups plus one, which on a GPU waits for it.
-        pairs: (P, 2), the pairs of groups wanted; all by default.
-        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, constants; or a rule, "median" or "mean", which
-            finds one from all rows of z together.
-        bandwidth_weights: a_b, one for each bandwidth, likewise; 1 each by default.
-        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `mmd` has, or a
-            `fastvae.Kernel` of `fastvae.radial`.
-        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
-            PyTorch's switch, `torch.set_float32_matmul_precision`.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        groups: (N,), integers, the group of each row from 0 to G − 1; or (N, G), floating point, the weight of each row in each group, at
+            least 0. Each column is divided by its sum.
+        num_groups: G. By default the largest number in groups plus one; on a GPU the call then waits for it.
+        pairs: (P, 2), the wanted pairs of groups; all by default.
+        bandwidth: h, as in `mmd`, but without a gradient; a rule takes all rows of z together.
+        bandwidth_weights: a_b, one for each bandwidth; 1 each by default. They get no gradient.
+        kernel: As in `mmd`.
         estimator: "biased" or "unbiased".
-        process_group: of `torch.distributed`, whose ranks each hold some rows of z: the result is that of all of them, the same on each
-            rank. num_groups must be given. Each rank sweeps its own rows against all, once more for the gradient. None: this process alone.
+        precision: As in `mmd`.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        process_group: A group of `torch.distributed` whose ranks each hold some rows of z. The result is that of all rows, the same on each
+            rank. Each rank sweeps its own rows against all rows, and again for the gradient. num_groups must be given. None: this process
+            alone.
 
     Returns:
-        `GroupMMD(values, valid, pairs)`. A group with fewer than two members, or fewer than two rows of a weight that is not zero, is
-        excluded: not valid.
+        `GroupMMD(values, valid, pairs)`. A group with fewer than two rows, or fewer than two rows of a nonzero weight, is excluded.
 
     Raises:
-        TypeError, ValueError: as `mmd`; groups, num_groups or pairs that the rules above exclude.
+        TypeError: As in `mmd`.
+        ValueError: As in `mmd`; also groups, num_groups or pairs that break a rule above.
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6; Zhu et al. 2021, "Deep subdomain adaptation network for image
     classification", for soft weights.
     """
-    with Heard(process_group):
+    with propagate_errors(process_group):
         checks.points("z", z)
         z = _autocast(z)
         checks.option("estimator", estimator, checks.ESTIMATORS)
@@ -500,13 +466,13 @@ def group_mmd(
         else:
             sums = quadratic_form_op(z, v, *arguments, False)
         if process_group is not None:
-            # This rank's rows against the others': half of what the sum over the ranks has of them, and all of its gradient to these rows.
+            # Pairs of this rank's rows with other ranks' rows. Both ranks count them: half of the value is kept, and all of the gradient.
             place = torch.arange(all_z.shape[0], device=z.device)
             others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], all_v, 0)
             kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
-            # Near one, as k of a wide bandwidth is, sums of k in float32 would not cancel as those of k − 1 of a sweep do.
-            fine = torch.float64 if z.device.type == "cpu" else dtype
-            across = v.double().T @ kernel_matmul(z.to(fine), all_z.to(fine), others.to(fine), bandwidth=h, **kernel_options).double()
+            # For a wide bandwidth k is near 1, and float32 sums of k cancel badly; the sweep over own pairs sums k − 1 instead.
+            wide = torch.float64 if z.device.type == "cpu" else dtype
+            across = v.double().T @ kernel_matmul(z.to(wide), all_z.to(wide), others.to(wide), bandwidth=h, **kernel_options).double()
             across = across + across.T
             sums = sum_shares(sums + across - 0.5 * across.detach(), process_group)
         own = pairs_with_self(z, v, family, h, a)
@@ -520,14 +486,14 @@ def group_mmd(
 
 
 def _group_weights(groups: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Labels (N,) or weights (N, G) as columns of a quadratic form, of any scale, and from them the arguments of `GroupWeights.of`."""
+    """The columns of a quadratic form, of any scale, from labels (N,) or weights (N, G), and the arguments of `GroupWeights.of`."""
     if not groups.is_floating_point():
         v = groups[:, None] == torch.arange(size, device=groups.device)
         counts = v.sum(0, dtype=torch.float64)
         return v, (counts, counts, counts)
     weights = groups.double()
     members = (weights != 0).sum(0)
-    # Rounded, they no longer sum to one: the sums of a sweep are divided by those of the weights that it sees.
+    # The rounded weights no longer sum to one, so the result is divided by the sums of the weights as rounded.
     v = torch.where(members >= 2, weights / weights.sum(0), 0).to(dtype)
     exact = v.double()
     return v, (exact.sum(0), exact.T @ exact, members)
@@ -541,7 +507,7 @@ def _on_device(pairs: Tensor, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _constant_pairs(pairs: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """A copy to a GPU waits for it: each set of pairs is copied once, and for gradients too if `torch.inference_mode` is on now."""
+    """The pairs as a tensor. Cached, as each copy to a GPU waits for it; not an inference tensor, as later calls may need a gradient."""
     with torch.inference_mode(False):
         return torch.tensor(pairs, device=device)
 
@@ -555,28 +521,28 @@ def reparameterize_kl(
     per_dimension: bool = False,
     backend: checks.Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A sample of N(μ, σ²) by the reparameterisation trick, and its KL divergence to N(0, I), in one pass; backward in one pass.
+    """A sample of N(μ, σ²) by the reparameterisation trick and the KL divergence to N(0, I), in one pass forward and one backward.
 
         z = μ + exp(½·logvar)·ε,   KL_i = ½·Σ_d (μ² + exp(logvar) − 1 − logvar)   in nats
 
     Args:
-        mu: μ, (..., D), floating point. With more than two dimensions before D a warning asks whether images were meant, of which
-            mu.flatten(1) has one KL each; mu.flatten(0, -2), or per_dimension, is without it.
+        mu: μ, (..., D), floating point. More than two dimensions before D raise a warning, as images are often meant: mu.flatten(1) has one
+            KL for each, and mu.flatten(0, -2) has one for each row. With per_dimension there is no warning.
         logvar: log σ², same shape, dtype and device as mu.
-        eps: ε, same shape, dtype and device as mu. A constant: no gradient. Drawn from N(0, I) by default: on a GPU inside the kernels,
-            forward and backward, from a seed of 64 bits (Philox, float32; a seed is drawn at every call and every replay of a CUDA graph).
-            `torch.vmap` lets it be drawn with randomness="different" or "same".
-        generator: where ε or its seed is drawn from, PyTorch's by default; not together with eps. The same state gives the same z on the
-            same kind of device.
-        per_dimension: return the summands of KL instead of their sum.
+        eps: ε, same shape, dtype and device as mu. It gets no gradient. By default it is drawn from N(0, I). On a GPU the kernels draw it
+            in float32, forward and backward, from a 64-bit seed (Philox); each call, and each replay of a CUDA graph, draws a new seed.
+            Under `torch.vmap`, randomness="different" or "same" allows the draw.
+        generator: The source of ε or of its seed, PyTorch's global one by default. Not together with eps. The same state gives the same z
+            on the same kind of device.
+        per_dimension: Return the D summands of the KL instead of their sum.
         backend: None chooses by device; "cpu", "triton" or "reference" forces one.
 
     Returns:
-        z (..., D) in the dtype of mu, and KL (...), or (..., D) if per_dimension, in float64 for float64 inputs, else in float32.
+        z, (..., D), in the dtype of mu; and the KL in nats, (...), or (..., D) if per_dimension, float64 for float64 inputs, else float32.
 
     Raises:
         TypeError: mu, logvar or eps is not a floating-point tensor, or their dtypes differ.
-        ValueError: shapes or devices differ, both eps and generator are given, or an option is unknown.
+        ValueError: Shapes or devices differ, both eps and generator are given, or an option is unknown.
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
@@ -597,8 +563,8 @@ def reparameterize_kl(
     if len(shape) != 2:
         mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
     noise = _noise(mu, generator, backend) if eps is None else eps
-    # A compiler for the CPU makes one loop of the formulas, with what comes before and after them; an operation of ours would stop it. And
-    # every transform of torch.func, and every device, has all that they need.
+    # The plain formulas run on every device and under every transform of torch.func, and the compiler fuses them on a CPU with the code
+    # around them, which an operation would prevent.
     if torch.compiler.is_compiling():
         inlined = mu.device.type != "cuda"
     else:
@@ -616,7 +582,7 @@ def reparameterize_kl(
 
 
 def _noise(mu: Tensor, generator: torch.Generator | None, backend: checks.Backend | None) -> Tensor:
-    """What the operation takes for ε: a seed where kernels make ε, which costs them less than to read it; elsewhere ε itself."""
+    """ε as the operation takes it: a seed for the Triton kernels, which draw ε faster than they would read it; else ε itself."""
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
     if generator is None:
@@ -639,24 +605,24 @@ def total_correlation(
     estimator: checks.DensityEstimator = "minibatch_weighted",
     backend: checks.Backend | None = None,
 ) -> KLDecomposition:
-    """The KL divergence of a VAE in the three terms of β-TC-VAE, its densities estimated from the batch, in memory O(N·D).
+    """The KL divergence of a VAE split into the three terms of β-TC-VAE, estimated from the batch, in memory O(N·D).
 
         mutual information  mean_i (log q(z_i|n_i) − log q(z_i))
         total correlation   mean_i (log q(z_i) − Σ_d log q(z_id))
         dimension-wise KL   mean_i (Σ_d log q(z_id) − log p(z_i)),  p = N(0, I)
 
-    They sum to the KL divergence, as estimated from the samples z. β-TC-VAE minimises α·mutual_information + β·total_correlation +
-    γ·dimensionwise_kl in the place of the KL divergence, usually with α = γ = 1. Differentiable once, with respect to z, mu and logvar;
-    the backward pass sweeps the pairs of the batch once more.
+    They sum to the KL divergence as estimated from the samples z. β-TC-VAE replaces the KL divergence by α·mutual_information +
+    β·total_correlation + γ·dimensionwise_kl, usually with α = γ = 1. Differentiable once, with respect to z, mu and logvar; the backward
+    pass sweeps the pairs of the batch once more.
 
     Args:
         z: (N, D), floating point; row i is a sample of N(mu_i, exp(logvar_i)).
         mu: μ of the posteriors, same shape, dtype and device as z.
-        logvar: log σ² of the posteriors, likewise.
-        dataset_size: examples in the data set that the batch is drawn from, N or more.
-        estimator: "minibatch_weighted" underestimates every density by a factor between N and dataset_size, as its weights sum to
-            1/dataset_size: good as a loss, but the total correlation is too large, and the dimension-wise KL too small, by about
-            D·log(dataset_size). "minibatch_stratified" is unbiased for q(z) where the batch is drawn without replacement; N of two or more.
+        logvar: log σ² of the posteriors, same shape, dtype and device as z.
+        dataset_size: The number of examples in the data set that the batch is drawn from, N or more.
+        estimator: "minibatch_weighted" has weights that sum to 1/dataset_size and so underestimates every density by a factor between N and
+            dataset_size. It works well as a loss, but the total correlation is too large, and the dimension-wise KL too small, by about
+            D·log(dataset_size). "minibatch_stratified" is unbiased for q(z) if the batch is drawn without replacement; it needs N ≥ 2.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
@@ -664,8 +630,8 @@ def total_correlation(
         float32. nan if an input holds a nan or an infinity.
 
     Raises:
-        TypeError: z, mu or logvar is not a floating-point tensor, or their dtypes differ; dataset_size is not an integer.
-        ValueError: shapes or devices differ, dataset_size is less than N, N = 1 with estimator="minibatch_stratified", or an option is
+        TypeError: z, mu or logvar is not a floating-point tensor, their dtypes differ, or dataset_size is not an integer.
+        ValueError: Shapes or devices differ, dataset_size is less than N, N is 1 with estimator="minibatch_stratified", or an option is
             unknown.
 
     Source: Chen, Li, Grosse and Duvenaud 2018, "Isolating sources of disentanglement in variational autoencoders", section 4, appendix C.
@@ -692,7 +658,7 @@ def total_correlation(
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x, or under autocast x in float32, as autocast does for the losses of PyTorch."""
+    """x, in float32 if autocast is on and x is half precision, as autocast does for PyTorch's losses."""
     if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
         return x.float()
     return x

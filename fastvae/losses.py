@@ -1,4 +1,4 @@
-"""Losses as nn.Modules."""
+"""MMD as an nn.Module."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MMDLoss(GroupModule):
     """MMD² between two samples, or between a sample and N(0, I), as a loss.
 
     `MMDLoss(bandwidth=2.0)(x, y)` is `fastvae.mmd(x, y, bandwidth=2.0)`, and `MMDLoss(bandwidth=2.0)(x)` is
-    `fastvae.mmd_to_normal(x, bandwidth=2.0)`; the arguments, shapes and errors are those of the two functions. A rule
-    such as bandwidth="median" is applied anew in each call.
+    `fastvae.mmd_to_normal(x, bandwidth=2.0)`, with the same arguments, shapes and errors. A rule such as bandwidth="median" is applied
+    in each call.
     """
 
     def __init__(
@@ -36,9 +36,7 @@ class MMDLoss(GroupModule):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        checks.kernel_options(kernel, precision, backend, None, checks.MMD_BACKENDS)
-        checks.option("estimator", estimator, checks.MMD_ESTIMATORS)
-        checks.bandwidths(bandwidth, bandwidth_weights, None)
+        checks.mmd_options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights)
         self.bandwidth = bandwidth
         self.bandwidth_weights = bandwidth_weights
         self.kernel = kernel
@@ -48,12 +46,12 @@ class MMDLoss(GroupModule):
         self.process_group = process_group
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, x_weights: Tensor | None = None, y_weights: Tensor | None = None) -> Tensor:
-        """The loss, shape (...), of x (..., N, D) and y (..., M, D), or of x and N(0, I) if y is None."""
+        """The loss, shape (...), between x (..., N, D) and y (..., M, D), or between x and N(0, I) if y is None."""
         names = ("bandwidth", "bandwidth_weights", "kernel", "estimator", "precision", "backend", "process_group")
         options = {name: getattr(self, name) for name in names}
         if y is None:
             if y_weights is not None:
-                raise ValueError("y_weights must be None where y is None, got weights")
+                raise ValueError("y_weights must be None if y is None, got weights")
             return mmd_to_normal(x, x_weights=x_weights, **options)
         return mmd(x, y, x_weights=x_weights, y_weights=y_weights, **options)
 

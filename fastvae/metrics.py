@@ -1,6 +1,6 @@
 """Distances between two sets of embeddings as torchmetrics metrics, which collect batches and synchronise over processes.
 
-The embeddings are the user's: no network is inside. Not imported by `import fastvae`; it needs torchmetrics, which Lightning brings.
+They take embeddings and contain no network. `import fastvae` does not import this module, as it needs torchmetrics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ try:
     from torchmetrics import Metric
     from torchmetrics.utilities import dim_zero_cat
 except ImportError as error:
-    raise ImportError("fastvae.metrics must have torchmetrics: pip install torchmetrics, or pip install 'fastvae-mmd[train]'") from error
+    raise ImportError("torchmetrics must be installed for fastvae.metrics: pip install 'fastvae-mmd[train]'") from error
 
 __all__ = ["CMMD", "KernelInceptionDistance"]
 
@@ -42,16 +42,16 @@ class _EmbeddingMetric(Metric):
         self.backend = backend
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")
-        # A MetricCollection keeps one state for metrics whose states are alike, and compares lists as far as the shorter one goes.
-        # This tells apart metrics that hold other numbers of embeddings, or keep others at a reset.
+        # A MetricCollection shares one state between metrics whose states are equal, but compares only as many elements of lists as the
+        # shorter one has. This state tells metrics apart that hold different numbers of embeddings or keep others at a reset.
         self.add_state("counts", torch.tensor([0, 0, reset_real_features]), dist_reduce_fx="sum")
 
     def forward(self, embeddings: Tensor, real: bool) -> None:
-        """`update`: a batch is of one kind and has no distance of its own."""
+        """The same as `update`. A single batch has no distance to return."""
         self.update(embeddings, real)
 
     def update(self, embeddings: Tensor, real: bool) -> None:
-        """Add a batch of embeddings (N, D), of real data or not."""
+        """Adds a batch of embeddings (N, D), floating point, of real data (`real=True`) or of generated data."""
         checks.points("embeddings", embeddings)
         checks.option("real", real, (True, False))
         for features in (self.real_features, self.fake_features):
@@ -61,13 +61,13 @@ class _EmbeddingMetric(Metric):
         name = "real_features" if real else "fake_features"
         own = getattr(self, name)
         assert isinstance(own, list)
-        # New ones: a MetricCollection hands the old ones to other metrics as well.
+        # New lists and tensors, as a MetricCollection shares the old ones with other metrics.
         setattr(self, name, [*own, embeddings.detach()])
         self.counts = self.counts.clone()
         self.counts[int(real)] += len(embeddings)
 
     def reset(self) -> None:
-        """Forget all embeddings, or, unless `reset_real_features`, those that are not of real data."""
+        """Forgets all embeddings, or only those of generated data if `reset_real_features` is False."""
         real, counts = self.real_features, self.counts.clone()
         self.real_features, self.fake_features = [], []
         super().reset()
@@ -76,18 +76,14 @@ class _EmbeddingMetric(Metric):
             self.counts[1] = counts[1]
 
     def _embeddings(self) -> tuple[Tensor, Tensor]:
-        sets = [dim_zero_cat(f) if len(f) else None for f in (self.real_features, self.fake_features)]
-        for name, features in zip(("real", "not real"), sets, strict=True):
-            if features is None:
+        for name, features in (("real", self.real_features), ("not real", self.fake_features)):
+            if not len(features):
                 raise ValueError(f"embeddings that are {name} must be given before compute(): update(embeddings, real={name == 'real'})")
-        real, fake = sets
-        assert real is not None
-        assert fake is not None
-        return real, fake
+        return dim_zero_cat(self.real_features), dim_zero_cat(self.fake_features)
 
 
 class CMMD(_EmbeddingMetric):
-    """CMMD of embeddings, such as CLIP's, streaming: `fastvae.recipes.cmmd` of all batches.
+    """CMMD of embeddings such as CLIP's: `fastvae.recipes.cmmd` of all batches.
 
         scale·V of exp(−d²/(2·sigma²)), embeddings divided by their L2 norms unless `normalize=False`
 
@@ -96,16 +92,16 @@ class CMMD(_EmbeddingMetric):
         metric.update(embeddings_of_samples, real=False)
         metric.compute()
 
-    Memory grows with the embeddings, not with their square. It sums in float64, whatever the embeddings are: of near copies, u and
-    u + 0.001·noise, float32 has not one digit.
+    Memory grows linearly with the number of embeddings. The sums are in float64 for any dtype of the embeddings, as float32 would leave no
+    correct digit for near copies such as u and u + 0.001·noise.
 
     Args:
-        sigma, scale, normalize: as above.
-        reset_real_features: whether `reset()` forgets the real embeddings too.
-        backend: as in `fastvae.mmd`.
-        **kwargs: of `torchmetrics.Metric`.
-
-    `update(embeddings, real)` takes (N, D), floating point, `compute()` returns a scalar.
+        sigma: The bandwidth.
+        scale: A factor of the result.
+        normalize: Whether to divide embeddings by their L2 norms.
+        reset_real_features: Whether `reset()` also forgets the real embeddings.
+        backend: As in `fastvae.mmd`.
+        **kwargs: Arguments of `torchmetrics.Metric`.
 
     Source: Jayasumana et al. 2024, "Rethinking FID: towards a better evaluation metric for image generation".
     """
@@ -127,32 +123,32 @@ class CMMD(_EmbeddingMetric):
 
     @torch.no_grad()
     def compute(self) -> Tensor:
-        """CMMD of all embeddings so far."""
+        """CMMD of all embeddings so far, a scalar."""
         real, fake = self._embeddings()
         dtype = accumulation_dtype(real.dtype)
-        fine = dtype if real.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-        return recipes.cmmd(
-            real.to(fine), fake.to(fine), sigma=self.sigma, scale=self.scale, normalize=self.normalize, backend=self.backend
-        ).to(dtype)
+        if real.device.type != "mps":  # Apple's GPUs have no float64
+            real, fake = real.double(), fake.double()
+        return recipes.cmmd(real, fake, sigma=self.sigma, scale=self.scale, normalize=self.normalize, backend=self.backend).to(dtype)
 
 
 class KernelInceptionDistance(_EmbeddingMetric):
-    """The kernel inception distance of embeddings, streaming: `fastvae.recipes.kid` of all batches.
+    """The kernel inception distance of embeddings: `fastvae.recipes.kid` of all batches.
 
         U of (gamma·x·y + coef)^degree, gamma = 1/D by default: mean and standard deviation over subsets
 
-    With `subsets=None` all rows at once, exactly, and nan for the standard deviation: the value that the mean over subsets estimates. With
-    a `seed` every `compute()` draws the same subsets; without, the global generator does, as in torchmetrics, whose numbers these are.
-    It is off by some 1e-8 of a value of the kernel where the features are float32.
+    The numbers are those of torchmetrics. With float32 features the error is about 1e-8 times a value of the kernel.
 
     Args:
-        subsets, subset_size, degree, gamma, coef: as above.
-        seed: of the subsets.
-        reset_real_features: whether `reset()` forgets the real embeddings too.
-        precision, backend: as in `fastvae.mmd`.
-        **kwargs: of `torchmetrics.Metric`.
-
-    `update(embeddings, real)` takes (N, D), floating point, `compute()` returns `fastvae.recipes.KID(mean, std)`.
+        subsets: The number of subsets. None: all rows at once, the exact value that subsets only estimate; the standard deviation is nan.
+        subset_size: The number of embeddings of each kind in a subset.
+        degree: The degree of the kernel.
+        gamma: The factor of x·y in the kernel; 1/D by default.
+        coef: The constant in the kernel.
+        seed: If given, every `compute()` draws the same subsets. By default they come from the global generator, as in torchmetrics.
+        reset_real_features: Whether `reset()` also forgets the real embeddings.
+        precision: As in `fastvae.mmd`.
+        backend: As in `fastvae.mmd`.
+        **kwargs: Arguments of `torchmetrics.Metric`.
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs", section 4.
     """
@@ -186,7 +182,7 @@ class KernelInceptionDistance(_EmbeddingMetric):
 
     @torch.no_grad()
     def compute(self) -> recipes.KID:
-        """(mean, standard deviation) of all embeddings so far."""
+        """`fastvae.recipes.KID(mean, std)` of all embeddings so far."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         return recipes.kid(
             *self._embeddings(),

@@ -1,11 +1,12 @@
-"""Everybody else's MMD: each function returns the number, and the gradient, of one library's formula, in one or a few sweeps.
+"""The MMD of other libraries and papers: each function gives the value and gradient of one formula, in one sweep or a few.
 
-d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, of one dtype on
-one device; where a formula pairs the rows of x and y, N = M. A bandwidth that a library takes from the data is a constant, as it is there.
-All functions take `precision` and `backend` of `fastvae.mmd`, and raise its errors. They pass through `torch.compile(fullgraph=True)`, and
-but for `trvae` without `num_groups` no call waits for a GPU. `docs/coming-from.md` shows the swap for each library.
+Notation: d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, with
+the same dtype and device; N = M where a formula pairs the rows of x and y. A bandwidth that the library computes from the data has no
+gradient, as in the library. All functions take the arguments `precision` and `backend` of `fastvae.mmd` and raise its errors. They work
+under `torch.compile(fullgraph=True)`, and no call waits for a GPU, except `trvae` without `num_groups`. `docs/coming-from.md` shows how to
+switch from each library.
 
-The formulas were read from each project's source. Its rounding is not reproduced, nor a lower bound of 1e-8 or less on d².
+The formulas were read from the source of each project. Rounding, and lower bounds of 1e-8 or less on d², are not reproduced.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from fastvae import checks
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_distance
 from fastvae.devices import float64_on_cpu
 from fastvae.functional import group_mmd, kernel_matmul, mmd
+from fastvae.objectives import IMQ_SCALES
 from fastvae.ops.common import accumulation_dtype
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.two_sample import squared
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,12 +50,11 @@ __all__ = [
     "wae",
 ]
 
-IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 TRVAE_ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
 
 
 class Options(TypedDict, total=False):
-    """What every recipe hands on to `fastvae.mmd`."""
+    """The options that every recipe passes on to `fastvae.mmd`."""
 
     precision: checks.Precision | None
     backend: checks.Backend | None
@@ -68,13 +70,13 @@ def pythae(
     scales: Sequence[float] = IMQ_SCALES,
     **options: Unpack[Options],
 ) -> Tensor:
-    """The `mmd_loss` that pythae's WAE_MMD and INFOVAE_MMD report, of codes x and a sample y of the prior, N = M.
+    """The `mmd_loss` of pythae's WAE_MMD and INFOVAE_MMD, for codes x and a sample y of the prior, N = M.
 
         U − 2·S,   k = exp(−d²/C) and S = 1 ("rbf"), or k = Σ_s sC/(sC + d²) over the S scales ("imq");   C = 2·D·kernel_bandwidth²
 
-    Its quirks: the objective takes N times this number, so that its weight of an MMD grows with the batch. The constant −2·S comes from
-    `k − k.diag()`, which takes the diagonal from every row in place of removing it; U is this number plus 2·S. WAE_MMD takes all scales,
-    INFOVAE_MMD one: `scales=(1.0,)`. The default weight α + λ − 1 of INFOVAE_MMD is −0.999: it maximises the MMD.
+    Its quirks: The objective multiplies this number by N, so the weight of the MMD grows with the batch. The constant −2·S comes from
+    `k − k.diag()`, which subtracts the diagonal from every row instead of removing it; U is this number plus 2·S. WAE_MMD uses all scales,
+    INFOVAE_MMD one: `scales=(1.0,)`. The default weight α + λ − 1 of INFOVAE_MMD is −0.999, which maximises the MMD.
 
     Source: github.com/clementchadebec/benchmark_VAE, models/wae_mmd and models/info_vae.
     """
@@ -88,11 +90,11 @@ def pythae(
 
 @float64_on_cpu
 def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] = IMQ_SCALES, **options: Unpack[Options]) -> Tensor:
-    """The MMD penalty of the Wasserstein autoencoder's authors, of codes x and a sample y of the prior N(0, pz_scale²), N = M.
+    """The MMD penalty of the Wasserstein autoencoder's authors, for codes x and a sample y of the prior N(0, pz_scale²), N = M.
 
         U of k = Σ_s sC/(sC + d²),   C = 2·D·pz_scale²
 
-    It may be negative. Their other kernel, "RBF", whose bandwidth has a gradient of its own there, is not reproduced.
+    It may be negative. Their other kernel, "RBF", whose bandwidth has a gradient, is not reproduced.
 
     Source: github.com/tolstikhin/wae, wae.py; Tolstikhin et al. 2018, "Wasserstein auto-encoders", section 4.
     """
@@ -102,12 +104,12 @@ def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] 
 
 @float64_on_cpu
 def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
-    """The MMD of InfoVAE's authors (MMD-VAE), of codes x and a sample y of the prior: 200 rows there.
+    """The MMD of InfoVAE's authors (MMD-VAE), for codes x and a sample y of the prior (200 rows in the original).
 
         V of k = exp(−d²/D²)
 
-    Its quirk: the mean of d² over features is divided by D once more, so that k is near 1 everywhere for D of 20 or more, and the gradient
-    fades as 1/D².
+    Its quirk: The mean of d² over features is divided by D a second time. For D of 20 or more, k is near 1 everywhere, and the gradient
+    falls as 1/D².
 
     Source: github.com/ShengjiaZhao/MMD-Variational-Autoencoder, mmd_vae.py; Zhao, Song and Ermon 2019, "InfoVAE".
     """
@@ -125,13 +127,13 @@ def pytorch_vae(
     latent_var: float = 2.0,
     **options: Unpack[Options],
 ) -> Tensor:
-    """The MMD that AntixK's PyTorch-VAE multiplies by `reg_weight`, of codes x and a sample y of the prior, N = M = B.
+    """The MMD that AntixK's PyTorch-VAE multiplies by `reg_weight`, for codes x and a sample y of the prior, N = M = B.
 
         "rbf": V/(B(B−1)) with k = exp(−d²/(2·D²·latent_var)) for model="info_vae", exp(−d²/D²) for "wae_mmd"
         "imq": Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(B(B−1)) with k = C/(C + d²), C = 2·D·latent_var
 
-    Its quirks: with "rbf" a mean over B² pairs is divided by B(B−1) a second time, so that the penalty fades as 1/B². With "imq" the sum is
-    divided only here, and the pairs i = j are left out of all three terms: a U-statistic, but not U. For "info_vae" `reg_weight` stands for
+    Its quirks: With "rbf", a mean over B² pairs is divided by B(B−1) a second time, so the penalty falls as 1/B². With "imq", the sum is
+    divided once, and the pairs i = j are left out of all three terms: a U-statistic, but not U. For "info_vae" replace `reg_weight` by
     alpha + reg_weight − 1.
 
     Source: github.com/AntixK/PyTorch-VAE, models/info_vae.py and models/wae_mmd.py.
@@ -159,12 +161,12 @@ def geomloss(
     y_weights: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """The kernel norms of `geomloss.SamplesLoss(loss, blur=blur)`, of x (..., N, D) and y (..., M, D).
+    """The kernel norms of `geomloss.SamplesLoss(loss, blur=blur)`, for x (..., N, D) and y (..., M, D).
 
         ½·V,   k = exp(−d²/(2·blur²)) ("gaussian"), exp(−d/blur) ("laplacian") or −d ("energy", without blur)
 
-    Weights, (..., N) and (..., M), sum to one here, and have no gradient. Its quirks: without KeOps it takes d ≥ 1e-4 (in units of blur),
-    also for a point and itself, which moves "laplacian" and "energy" by up to 1e-4·(Σ p² + Σ q²)/2; its second derivative is wrong.
+    Weights, (..., N) and (..., M), must sum to one and get no gradient. Its quirks: Without KeOps it uses d ≥ 1e-4 (in units of blur), also
+    between a point and itself, which changes "laplacian" and "energy" by up to 1e-4·(Σ p² + Σ q²)/2. Its second derivative is wrong.
 
     Source: github.com/jeanfeydy/geomloss, kernel_samples.py; Feydy et al. 2019, "Interpolating between optimal transport and MMD".
     """
@@ -178,14 +180,14 @@ def geomloss(
 def alibi_detect(
     x: Tensor, y: Tensor, *, sigma: checks.BandwidthRule | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]
 ) -> Tensor:
-    """The MMD² of alibi-detect's `MMDDrift`, of the reference set x and the test set y.
+    """The MMD² of alibi-detect's `MMDDrift`, for the reference set x and the test set y.
 
         U of the mean over σ of exp(−d²/(2σ²))
 
-    `sigma` is a number, several, or a rule on the pairs i < j of the reference set alone, as with `configure_kernel_from_x_ref=True`:
-    "median" √(½·median d²), the lower of two medians, as its PyTorch backend, "mean" √(½·mean d²), as its KeOps backend. Its quirks: with
-    `configure_kernel_from_x_ref=False` the rule sees only the pairs of x with y of the first test; its p-value leaves the observed
-    statistic out, so that it may be 0.
+    `sigma` is a number, several, or a rule on the pairs i < j of the reference set, as with `configure_kernel_from_x_ref=True`: "median"
+    √(½·median d²), the lower of two medians, as in its PyTorch backend, or "mean" √(½·mean d²), as in its KeOps backend. Its quirks: With
+    `configure_kernel_from_x_ref=False` the rule uses only the pairs of x with the y of the first test. Its p-value leaves out the observed
+    statistic, so it may be 0.
 
     Source: github.com/SeldonIO/alibi-detect, cd/pytorch/mmd.py, utils/pytorch/kernels.py and utils/keops/kernels.py.
     """
@@ -211,8 +213,8 @@ def dan(
         U + 2/(N−1);   if `linear` the mean over i of k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(x_j, y_i), plus 2/(N−1), j = i+1 mod N
         k = Σ_α exp(−d²/(2σ²)),   σ² = α·mean d² over all (2N)² pairs of x and y together, those of a row with itself included
 
-    Its quirks: 2/(N−1) is added, also where `linear`, "to make up for the diagonal", for any number of kernels. The library's scripts take
-    these five α; the linear one is in O(N·D).
+    Its quirks: 2/(N−1) is added "to make up for the diagonal", for any number of kernels, and also if `linear`. The library's scripts use
+    these five α. The linear form takes time O(N·D).
 
     Source: github.com/thuml/Transfer-Learning-Library, tllib/alignment/dan.py and tllib/modules/kernels.py; Long et al. 2015.
     """
@@ -241,8 +243,8 @@ def pytorch_adapt(
         U ("quadratic") or the linear-time estimator ("linear", N = M) of the mean over s of exp(−s·d²/m),
         m = median of all N² entries of the matrix of d² of x, its diagonal of zeros included
 
-    `kernel_scales` are the s: a number, several, or what its `get_kernel_scales()` returns, 2 ** torch.linspace(-8, 8, 33). Its quirk: the
-    bandwidth comes from x alone, so that the loss is not symmetric. The median makes even "linear" as much work as a sweep over x.
+    `kernel_scales` are the s: a number, several, or the result of its `get_kernel_scales()`, 2 ** torch.linspace(-8, 8, 33). Its quirk: The
+    bandwidth comes from x alone, so the loss is not symmetric. Because of the median, even "linear" takes a sweep over x.
 
     Source: github.com/KevinMusgrave/pytorch-adapt, layers/mmd_loss.py and layers/utils.py.
     """
@@ -259,7 +261,7 @@ def pytorch_adapt(
 
 @float64_on_cpu
 def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5, **options: Unpack[Options]) -> Tensor:
-    """`MMDLoss` of jindongwang's transferlearning (DeepDA; DDC, DAN, DSAN in its other folders).
+    """`MMDLoss` of jindongwang's transferlearning (DeepDA, and DDC, DAN and DSAN in other folders).
 
         V of k = Σ_i exp(−d²/(b·kernel_mul^{i − kernel_num // 2})), i = 0 … kernel_num − 1,
         b = mean of d² over the n² − n pairs i ≠ j of x and y together, n = N + M
@@ -285,12 +287,12 @@ def trvae(
     beta: float = 1.0,
     **options: Unpack[Options],
 ) -> Tensor:
-    """The MMD between conditions of trVAE, as in scArches, of z (N, D) whose rows belong to the `groups` (N,), integers from 0.
+    """The MMD between conditions of trVAE, as in scArches, for z (N, D) whose rows belong to the `groups` (N,), integers from 0.
 
         beta·Σ over pairs of groups of V,   k = Σ_α exp(−d²/(2α)) over 19 α = 1e-6, 1e-5 … 1, 5, 10 … 35, 100, 1e3 … 1e6
 
-    All pairs in one sweep. `boundary` takes only the pairs of a group before it with one from it on. Its quirks: a sum over pairs, not a
-    mean, so that the weight grows with the number of groups; a group of one row counts without a boundary, and not with one. Without
+    All pairs take one sweep. With `boundary`, only pairs of a group below it with a group at or above it count. Its quirks: It sums over
+    pairs, so the weight grows with the number of groups. A group of one row counts without a boundary, but not with one. Without
     `num_groups` the call waits for a GPU.
 
     Source: github.com/theislab/scarches, models/trvae/losses.py; Lotfollahi et al. 2020, "Conditional out-of-distribution generation".
@@ -307,8 +309,8 @@ def trvae(
         pairs = [(i, j) for i in range(first) for j in range(first, size)]
     else:
         pairs = [(i, j) for i in range(size) for j in range(i, size)]
-        # V of a row does not change when the row is there twice, and group_mmd takes groups of two. What needs no twin gets one too, in a
-        # group of no pair, as to count them would be to wait for a GPU.
+        # group_mmd needs groups of two rows, and V stays the same if a row is repeated. Every group gets a second row: finding the groups
+        # that need one would wait for a GPU; rows that are not needed go to an additional group without pairs.
         members = torch.nn.functional.one_hot(groups.long(), size)
         twins = torch.where(members.sum(0) == 1, torch.arange(size, device=z.device), size)
         z, groups = torch.cat([z, z[members.argmax(0)]]), torch.cat([groups.long(), twins])
@@ -325,14 +327,14 @@ def mmd_gan(
 
         √max(V, 0), or √max(U, 0) unless `biased`;   k = Σ_σ exp(−d²/(2σ²))
 
-    Where the estimate is not positive, as U often is for samples alike, value and gradient are 0, never nan; just above it the gradient has
-    no bound.
+    Where the estimate is not positive, as U often is for similar samples, value and gradient are 0, not nan. Just above 0 the gradient is
+    unbounded.
 
     Source: github.com/OctoberChang/MMD-GAN, mmd.py; Li et al. 2017, "MMD GAN".
     """
     x, y = _samples(x, y, biased=biased)
     value = mmd(x, y, bandwidth=_positive("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
-    # The slope of the root at 0 is infinite, but the backward pass of relu selects, and does not multiply.
+    # The derivative of the root at 0 is infinite, but relu's backward pass masks it and does not multiply.
     return value.relu().sqrt()
 
 
@@ -342,8 +344,8 @@ def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, no
 
         scale·V of exp(−d²/(2·sigma²)), rows divided by their L2 norms first unless `normalize=False`
 
-    At σ = 10 every k of unit vectors is above 0.98: the original code loses most of float32's digits, this sums k − 1. Of float32 rows V is
-    still off by up to 2e-7/sigma² on a CPU and some 4e-6/N on a GPU, more than that of near copies: pass those in float64, as
+    At σ = 10, k of unit vectors is above 0.98. The original code loses most digits of float32 there; this one sums k − 1. With float32 rows
+    the error of V is still up to 2e-7/sigma² on a CPU and about 4e-6/N on a GPU, which exceeds V for near copies: pass those in float64, as
     `fastvae.metrics.CMMD` does.
 
     Source: github.com/google-research/google-research, cmmd/distance.py; Jayasumana et al. 2024, "Rethinking FID".
@@ -355,7 +357,12 @@ def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, no
 
 
 class KID(NamedTuple):
-    """Mean and standard deviation, without Bessel's correction, of the kernel inception distance over subsets."""
+    """The kernel inception distance over subsets.
+
+    Attributes:
+        mean: The mean over the subsets, a scalar.
+        std: The standard deviation over the subsets, without Bessel's correction, a scalar.
+    """
 
     mean: Tensor
     std: Tensor
@@ -374,12 +381,12 @@ def kid(
     generator: torch.Generator | None = None,
     **options: Unpack[Options],
 ) -> KID:
-    """The kernel inception distance of features x and y, as `torchmetrics.image.KernelInceptionDistance` takes it.
+    """The kernel inception distance of features x and y, as in `torchmetrics.image.KernelInceptionDistance`.
 
         U of (gamma·x·y + coef)^degree, gamma = 1/D by default: mean and standard deviation over subsets of `subset_size` rows of each
 
-    Subsets are drawn as there, `torch.randperm` on the CPU for x and then for y, from `generator` or the global one: equal seeds give equal
-    subsets. `subsets=None` takes all rows at once, streaming: the value that the mean over subsets estimates, without its noise; its
+    The subsets are drawn as in torchmetrics, by `torch.randperm` on the CPU for x and then for y, from `generator` or the global one, so
+    equal seeds give equal subsets. `subsets=None` takes all rows at once: the mean is then the value that subsets only estimate, and the
     standard deviation is nan.
 
     Source: Bińkowski et al. 2018, "Demystifying MMD GANs", section 4; github.com/Lightning-AI/torchmetrics, image/kid.py.
@@ -394,11 +401,11 @@ def kid(
     checks.integer("subset_size", subset_size, at_least=2)
     for name, t in (("x", x), ("y", y)):
         if t.shape[0] < subset_size:
-            raise ValueError(f"{name} must have at least subset_size = {subset_size} rows, got {t.shape[0]}: or pass subsets=None")
+            raise ValueError(f"{name} must have at least subset_size = {subset_size} rows, got {t.shape[0]}: pass subsets=None")
     drawn = torch.stack([torch.randperm(len(t), generator=generator, device="cpu")[:subset_size] for _ in range(subsets) for t in (x, y)])
     rows = _sent(drawn, x.device).reshape(subsets, 2, subset_size)
     stacked = torch.stack([mmd(x[of_x], y[of_y], bandwidth=h, kernel=kernel, estimator="unbiased", **options) for of_x, of_y in rows])
-    stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan where a row is not finite, also one that no subset has
+    stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan if any row is not finite, also one that no subset contains
     return KID(stacked.mean(), stacked.std(unbiased=False))
 
 
@@ -418,9 +425,9 @@ def mmdagg(
         N ≠ M or `permutations_same_sample_size`: U;   else Σ_{i≠j} k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j), about N(N−1) times U
         k = exp(−d²/λ²) ("gaussian"), (1 + d²/λ²)^−½ ("imq") or exp(−d/λ) ("matern_0.5_l2")
 
-    By default the λ are a geometric series over the distances between the first 500 rows of each set, from half the smallest to twice the
-    largest. Its quirks: "gaussian" lacks the 2 of 2λ², so that h = λ/√2; "laplace", in its default
-    "laplace_gaussian", is of the L1 norm, which is not here. The test itself is another matter: p-values need permutations.
+    By default the λ are a geometric series from half the smallest to twice the largest distance between the first 500 rows of each set. Its
+    quirks: "gaussian" lacks the 2 of 2λ², so h = λ/√2. The "laplace" part of its default "laplace_gaussian" uses the L1 norm, which is not
+    supported here. For the test itself see `fastvae.two_sample_test`.
 
     Source: github.com/antoninschrab/mmdagg; Schrab et al. 2023, "MMD aggregated two-sample test".
     """
@@ -453,16 +460,16 @@ def mmdfuse(
         log mean over kernels and λ of exp(lambda_multiplier·(n(n−1))^{3/2}·U/√(Σ_{i≠j} k(z_i, z_j)²)),   z = [x; y], n = min(N, M)
         k = exp(−d²/(2λ²)) ("gaussian"), (1 + d²/λ²)^−½ ("imq", "rq") or exp(−d/λ) ("matern_0.5_l2")
 
-    By default the λ go in equal steps from half the 5 % quantile to twice the 95 % quantile of the distances between rows of z, the zeros
-    of the diagonal replaced by the median; rows must not repeat. Its quirk: "laplace", one of its two
-    default kernels, is exp(−√2·‖x−y‖₁/λ) of the L1 norm, which is not here.
+    By default the λ are evenly spaced from half the 5 % quantile to twice the 95 % quantile of the distances between rows of z, where the
+    median replaces the zeros of the diagonal; rows must not repeat. Its quirk: "laplace", one of its two default kernels, is
+    exp(−√2·‖x−y‖₁/λ) with the L1 norm, which is not supported here.
 
     Source: github.com/antoninschrab/mmdfuse-paper; Biggs, Schrab and Gretton 2023, "MMD-FUSE".
     """
     x, y = _samples(x, y)
     families = [_schrab_kernel(kernel, _MMDFUSE) for kernel in ([kernels] if isinstance(kernels, str) else kernels)]
     z, n = torch.cat([x, y]), min(len(x), len(y))
-    z_again = z.clone()  # Dynamo takes no tensor twice.
+    z_again = z.clone()  # Dynamo does not accept the same tensor twice.
     lambdas: list[Any]
     if bandwidths is None:
         lambdas = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
@@ -471,7 +478,7 @@ def mmdfuse(
     multiplier = checks.real("lambda_multiplier", lambda_multiplier, above=0)
     statistics = []
     for family, factor in families:
-        square, shrink = _squared(family)
+        square, shrink = squared(family)
         for h in lambdas:
             value = mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options)
             squares = kernel_matmul(
@@ -481,7 +488,7 @@ def mmdfuse(
     return (multiplier * torch.stack(statistics)).logsumexp(0) - math.log(len(statistics))
 
 
-# k of these names at λ is the kernel at h = factor·λ.
+# For each name: the kernel, and factor such that h = factor·λ.
 _MMDAGG: dict[str, tuple[Kernel, float]] = {
     "gaussian": (RBF(), 0.5**0.5),
     "imq": (RationalQuadratic(0.5), 1.0),
@@ -492,16 +499,9 @@ _MMDFUSE: dict[str, tuple[Kernel, float]] = {**_MMDAGG, "gaussian": (RBF(), 1.0)
 
 def _schrab_kernel(name: str, known: dict[str, tuple[Kernel, float]]) -> tuple[Kernel, float]:
     if name in ("laplace", "laplace_gaussian", "gaussian_laplace") or (isinstance(name, str) and name.endswith("_l1")):
-        raise ValueError(f"kernel must be of the Euclidean distance, one of {', '.join(map(repr, known))}, got {name!r} of the L1 norm")
+        raise ValueError(f"kernel must use the Euclidean distance, one of {', '.join(map(repr, known))}, got {name!r} of the L1 norm")
     checks.option("kernel", name, known)
     return known[name]
-
-
-def _squared(kernel: Kernel) -> tuple[Kernel, float]:
-    """k², and the factor of its bandwidth."""
-    if isinstance(kernel, RationalQuadratic):
-        return RationalQuadratic(2 * kernel.alpha), 0.5**0.5
-    return kernel, 0.5 if isinstance(kernel, Laplace) else 0.5**0.5
 
 
 def _mmdagg_bandwidths(x: Tensor, y: Tensor, count: int) -> list[Tensor]:
@@ -520,12 +520,12 @@ def _mmdfuse_bandwidths(z: Tensor, count: int) -> list[Tensor]:
     def distance(rank: int) -> Tensor:
         return ranked_squared_distance(z, rank).sqrt()
 
-    # Of the sorted entries the n zeros come first.
+    # The n zeros come first among the sorted entries.
     middle = (entries - 1) // 2 - n
     median = 0.5 * (distance(middle) + distance(entries // 2 - n))
 
     def quantile(rank: int) -> Tensor:
-        """Of the entries whose zeros are now the median."""
+        """The entry of this rank after the median has replaced the zeros."""
         if rank <= middle:
             return distance(rank)
         return distance(rank - n) if rank > middle + n else median
@@ -535,7 +535,7 @@ def _mmdfuse_bandwidths(z: Tensor, count: int) -> list[Tensor]:
 
 
 def _samples(x: Tensor, y: Tensor, paired_for: str | None = None, *, biased: bool = False) -> tuple[Tensor, Tensor]:
-    """x and y, checked as far as a recipe reads them itself: equally many rows if something needs that, and two of each unless `biased`."""
+    """Checks the shapes of x and y: equally many rows if `paired_for` is given, and at least two of each unless `biased`."""
     for name, t in (("x", x), ("y", y)):
         checks.points(name, t)
         if not biased:
@@ -547,12 +547,12 @@ def _samples(x: Tensor, y: Tensor, paired_for: str | None = None, *, biased: boo
 
 
 def _of_data(bandwidth: Tensor) -> Tensor:
-    """A number also where the samples hold a nan: MMD² is then nan by itself, and a bandwidth of nan an error."""
+    """The bandwidth, 1 instead of nan: samples with a nan make MMD² nan anyway, but a bandwidth of nan is an error."""
     return bandwidth.nan_to_num(nan=1.0)
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """A copy on another device, for which a GPU is not waited for."""
+    """A copy on another device, without waiting for a GPU."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return t.to(device)
     return t.pin_memory().to(device, non_blocking=True)
@@ -577,7 +577,7 @@ def _imq_set(x: Tensor, y: Tensor, c: float, scales: Sequence[float], options: O
 
 
 def _without_pairs(x: Tensor, y: Tensor, kernel: Kernel, bandwidth: float | Tensor, options: Options) -> Tensor:
-    """Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(N(N−1)): V, and what its pairs i = j add to it."""
+    """Σ_{i≠j} (k(x_i, x_j) + k(y_i, y_j) − 2·k(x_i, y_j))/(N(N−1)): V without its pairs i = j."""
     n, value = len(x), mmd(x, y, bandwidth=bandwidth, kernel=kernel, **options)
     h = bandwidth if isinstance(bandwidth, Tensor) else torch.tensor(bandwidth, dtype=torch.float64, device="cpu")
     gamma = kernel.gamma(h, x.shape[1])

@@ -1,4 +1,4 @@
-"""The kernel two-sample test: p-values of MMD² by permutations, all of them in one sweep over the pairs of rows."""
+"""The kernel two-sample test: p-values of MMD², with all permutations in one sweep over the pairs of rows."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from fastvae.ops.quadratic_form import quadratic_form_diagonal
 from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
 from fastvae.reference.mmd import bandwidths
 
-# Of MMDAgg: steps of the bisection, each of which halves an interval of length one or so.
+# Steps of MMDAgg's bisection.
 _BISECTIONS = 50
-# Of the collections where none is given.
+# The default bandwidths of MMD-FUSE and MMDAgg.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
-# Random numbers that are held at once: with more, the memory is new at each draw, which takes longer than the draw. And permutations of one
-# draw: with fewer, those of a row of v lie in fewer than a cache line.
-_DRAWN_AT_ONCE, _LEAST_AT_ONCE = 1 << 13, 16
-# Two splits of the same value differ by a few roundings of sums of this spread, and of this size.
+# Random numbers in one draw: more would need fresh memory for each draw, which takes longer than the draw. And the fewest permutations in
+# one draw: with fewer, the part of a row of v is shorter than a cache line.
+_NUMBERS_PER_DRAW, _MIN_PERMUTATIONS_PER_DRAW = 1 << 13, 16
+# Statistics closer than these multiples of the dtype's eps count as equal: times the spread of all statistics, plus times their size.
 _TIED_SPREAD, _TIED_SIZE = 256, 8
 
 
 class KernelTest(NamedTuple):
-    """One kernel of a test.
+    """One kernel of a two-sample test.
 
     Attributes:
-        kernel: its family.
-        bandwidth: h_b, shape (B,).
-        statistic: MMD².
-        p_value: of a test with this kernel alone.
+        kernel: The kernel.
+        bandwidth: Its bandwidths h_b, shape (B,).
+        statistic: MMD² with this kernel.
+        p_value: The p-value of a test with this kernel alone.
     """
 
     kernel: Kernel
@@ -60,12 +60,12 @@ class TwoSampleTest(NamedTuple):
     """The result of `two_sample_test`.
 
     Attributes:
-        statistic: MMD² of x and y; with aggregate="fuse" the soft maximum of the normalised MMD² of all kernels, with "agg" the least
-            p-value of any kernel, which counts the more the smaller it is.
-        p_value: (1 + number of `null` at least as extreme as `statistic`)/(1 + number of `null`); nan if an input is not finite.
-        reject: whether the test at the level given rejects that x and y have one distribution.
-        null: the statistic of each permutation, float64, shape (permutations,), or (2·permutations,) with aggregate="agg".
-        kernels: each kernel's own statistic and p-value.
+        statistic: MMD² of x and y. With aggregate="fuse" the soft maximum of the normalised MMD² of all kernels; with "agg" the smallest
+            p-value of any kernel, where smaller is more extreme.
+        p_value: (1 + the number of `null` at least as extreme as `statistic`)/(1 + the number of `null`); nan if an input is not finite.
+        reject: Whether the test at the given level rejects that x and y have the same distribution.
+        null: The statistic of each permutation, float64, shape (permutations,), or (2·permutations,) with aggregate="agg".
+        kernels: The statistic and p-value of each kernel.
     """
 
     statistic: float
@@ -100,43 +100,44 @@ def two_sample_test(
     precision: checks.Precision | None = None,
     backend: checks.Backend | None = None,
 ) -> TwoSampleTest:
-    """Whether two samples come from one distribution: the permutation test of MMD², in memory O((N + M)·(D + permutations)).
+    """Tests whether two samples have the same distribution, by permutations of MMD², in memory O((N + M)·(D + permutations)).
 
-    Each permutation is a column of a matrix of signs; one sweep over the pairs of rows takes the statistics of all. The level is exact for
-    any sample sizes: under the null hypothesis p_value ≤ level with a probability of at most `level`. Permutations whose statistic differs
+    Each permutation is a column of a matrix of signs, and one sweep over the pairs of rows computes the statistics of all of them. The
+    level is exact for any sample sizes: under the null hypothesis, p_value ≤ level with probability at most `level`. Statistics that differ
     from the observed one by no more than rounding count as equal to it.
 
     Args:
         x: (N, D), floating point.
         y: (M, D), same dtype and device as x.
-        bandwidth: h, a length in the units of the data: a number, a sequence or a tensor, constants; or a rule, "median" or "mean".
-            "median" by default. With `aggregate` the collection, each number a kernel of its own, by default that of the method.
-        bandwidth_weights: one for each bandwidth; 1 each by default. Not with `aggregate`.
-        kernel: "rbf" or "gaussian", "imq", "rational_quadratic", "laplace", "energy" or "polynomial", whose formulas `fastvae.mmd` has, or
-            a `fastvae.Kernel` of `fastvae.radial`; with `aggregate` one or several, each with every bandwidth of the collection.
-        estimator: "unbiased" or "biased", which changes nothing but the statistic where N = M; with `aggregate` "unbiased".
-        permutations: B, how many; the least p-value is 1/(1 + B).
-        method: "permutation" of all rows, or "wild_bootstrap", for N = M: x_i and y_i swap places with probability ½ each. Its unbiased
-            statistic leaves out the pairs of x_i and y_i, as in lemma 6 of Gretton et al. 2012, where `mmd` does not.
-        aggregate: None for one kernel, or a set of kernels in one test, a sweep or two for each kernel and bandwidth.
-            "fuse": MMD-FUSE, log-mean-exp of MMD²/√(mean k²) times λ = √(n(n − 1)), n = min(N, M), over λ. Its collection is 10 bandwidths
-            evenly spaced from half the 5 % quantile of the pooled distances to twice their 95 % quantile. For "rbf", "imq",
-            "rational_quadratic" and "laplace".
-            "agg": MMDAgg, the least p-value of the kernels, `reject` by the level corrected by bisection with B permutations for the
-            quantiles and B more for the correction (its B1 and B2; B3 = 50). `p_value` is that of the least p-value among all 2B and
-            exact too; near the level the two may differ. Its collection is 2^l·median_bandwidth(x, y), l = −3 … 3.
-        level: of `reject`.
-        seed: an integer, or a generator on the CPU; the same seed draws the same permutations on every device. None: torch's own numbers.
-        progress: True for a bar (of tqdm, if it is installed) on stderr, or a function that is called with the fraction done.
-        precision: of the products on a GPU, from the most exact to the fastest "ieee", "highest", "high" or "medium"; None follows
-            PyTorch's switch, `torch.set_float32_matmul_precision`.
+        bandwidth: h, as in `fastvae.mmd`, but without a gradient; "median" by default. With `aggregate` each number is a separate kernel,
+            and the default is the collection of the method.
+        bandwidth_weights: One for each bandwidth; 1 each by default. Not with `aggregate`.
+        kernel: As in `fastvae.mmd`. With `aggregate` one kernel or several, each combined with every bandwidth.
+        estimator: "unbiased" or "biased". For N = M the choice changes only the statistic. With `aggregate`, "unbiased".
+        permutations: B, the number of permutations; the smallest possible p-value is 1/(1 + B).
+        method: "permutation" of all rows; or, for N = M, "wild_bootstrap": each x_i and y_i swap places with probability ½. The unbiased
+            statistic of the wild bootstrap leaves out the pairs of x_i and y_i, as in lemma 6 of Gretton et al. 2012; that of `mmd` does
+            not.
+        aggregate: None for a test with one kernel; "fuse" or "agg" for one test with a set of kernels, in a sweep or two for each kernel
+            and bandwidth. "fuse" is MMD-FUSE: (1/λ)·log mean exp(λ·MMD²/√(mean k²)) over the kernels, λ = √(n(n − 1)) and n = min(N, M),
+            for "rbf", "imq", "rational_quadratic" and "laplace". Its default bandwidths are 10, evenly spaced from half the 5 % quantile to
+            twice the 95 % quantile of the pooled distances. "agg" is MMDAgg: the smallest p-value of the kernels. It rejects at a level
+            corrected by bisection, with B permutations for the quantiles and B more for the correction (B1 and B2 of the paper; B3 = 50).
+            `p_value`, the rank of the smallest p-value among all 2B, is exact too; near the level the two may disagree. Its default
+            bandwidths are 2^l·median_bandwidth(x, y), l = −3 … 3.
+        level: The level of `reject`.
+        seed: An integer, or a generator on the CPU. The same seed draws the same permutations on every device. None: PyTorch's global
+            generator.
+        progress: True for a progress bar on stderr (by tqdm if it is installed), or a function that is called with the fraction done.
+        precision: As in `fastvae.mmd`.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense) forces one.
 
     Returns:
         `TwoSampleTest(statistic, p_value, reject, null, kernels)`.
 
     Raises:
-        TypeError, ValueError: as `mmd`; an option that the rules above exclude; N ≠ M with method="wild_bootstrap".
+        TypeError: As in `fastvae.mmd`.
+        ValueError: As in `fastvae.mmd`; also N ≠ M with method="wild_bootstrap", or an option that breaks a rule above.
 
     Source: Gretton et al. 2012, "A kernel two-sample test"; Phipson and Smyth 2010 for the p-value; Chwialkowski et al. 2014, "A wild
     bootstrap for degenerate kernel tests"; Biggs, Schrab and Gretton 2023, "MMD-FUSE: learning and combining kernels for two-sample testing
@@ -166,7 +167,7 @@ def two_sample_test(
     families = checks.kernels(kernel, aggregate)
     if aggregate is not None:
         checks.aggregated(aggregate, estimator, bandwidth_weights, families)
-    data = _Data(torch.cat([x, y]).detach(), x.shape[0], estimator, method == "wild_bootstrap", precision or "", backend or "")
+    data = _Samples(torch.cat([x, y]).detach(), x.shape[0], estimator, method == "wild_bootstrap", precision or "", backend or "")
     if aggregate is None:
         h, a = checks.bandwidths("median" if bandwidth is None else bandwidth, bandwidth_weights, x.device)
         if bandwidth is None or isinstance(bandwidth, str):
@@ -190,7 +191,7 @@ def two_sample_test(
             values.append(fused)
             ties.append(tie)
         null_values, tied = torch.stack(values), torch.stack(ties)
-        # All that is read of a GPU, at once.
+        # The only values that are read from a GPU.
         numbers = torch.stack([null_values[:, 0], _p_values(null_values, tied)], 1).tolist()
     each = tuple(KernelTest(family, h, *own) for (family, h, _), own in zip(members, numbers, strict=False))
     if aggregate == "agg":
@@ -199,8 +200,8 @@ def two_sample_test(
     return TwoSampleTest(statistic, p_value, p_value <= level, null_values[-1, 1:], each)
 
 
-class _Data(NamedTuple):
-    """Both samples, and how their statistics are taken; x is the first `n` rows of z."""
+class _Samples(NamedTuple):
+    """Both samples and the options of their statistics; x is the first `n` rows of z."""
 
     z: Tensor
     n: int
@@ -215,17 +216,17 @@ class _Data(NamedTuple):
 
     @property
     def signs(self) -> tuple[int, int]:
-        """What stands for a row of x and for one of y: 1/N and −1/M times the same number, and whole, as then no sum of them is rounded."""
+        """The weights of a row of x and a row of y: 1/N and −1/M times a number that makes them integers, so that sums are exact."""
         divisor = math.gcd(self.n, self.m)
         return self.m // divisor, -self.n // divisor
 
     def columns(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """v (N + M, 2 + count), whose vᵀKv is a multiple of MMD²: as observed, permuted, and last ones, for the sum over all pairs.
+        """v (N + M, 2 + count), so that vᵀKv is a multiple of MMD²: observed, permuted, and a last column of ones for the sum of all pairs.
 
-        Of a wild bootstrap the rows of x alone, (N, 1 + count), as those of y have the other sign.
+        For a wild bootstrap only the rows of x, (N, 1 + count): those of y have the opposite sign.
         """
         n, rows, (of_x, of_y) = self.n, self.n + self.m, self.signs
-        # On the CPU, whatever the default device, as its generator is; numpy draws in half of PyTorch's time.
+        # On the CPU, whatever the default device, as the generator is there. numpy draws in half of PyTorch's time.
         source = np.random.PCG64(torch.empty(1, dtype=torch.int64, device="cpu").random_(generator=generator).numpy())
         dtype = accumulation_dtype(self.z.dtype)
         if self.swaps:
@@ -235,9 +236,9 @@ class _Data(NamedTuple):
             return signs.to(self.z.device)
         v = torch.empty(rows, 2 + count, dtype=dtype, device="cpu")
         v[:n, 0], v[n:, 0], v[:, -1] = of_x, of_y, 1
-        at_once = max(_DRAWN_AT_ONCE // rows, _LEAST_AT_ONCE)
-        for start in range(1, 1 + count, at_once):
-            part = v[:, start : min(start + at_once, 1 + count)]
+        per_draw = max(_NUMBERS_PER_DRAW // rows, _MIN_PERMUTATIONS_PER_DRAW)
+        for start in range(1, 1 + count, per_draw):
+            part = v[:, start : min(start + per_draw, 1 + count)]
             part.copy_(_subsets(part.shape[1], rows, n, source).T)
         v[:, 1:-1].mul_(of_x - of_y).add_(of_y)
         return v.to(self.z.device)
@@ -245,17 +246,17 @@ class _Data(NamedTuple):
     def statistics(
         self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None
     ) -> tuple[Tensor, Tensor]:
-        """MMD² of each of the `columns` but that of ones, float64, and by how much rounding may set equal ones apart."""
-        n, m, unit = self.n, self.m, self.n * self.signs[0]
+        """MMD² of each of the `columns` but that of ones, float64, and how far apart rounding may set equal statistics."""
+        n, m, scale = self.n, self.m, self.n * self.signs[0]
         form = self.form(v, family, h, a, progress)
         total = form[-1]
-        form = (form if self.swaps else form[:-1]) / unit**2
-        own = self.own(family, h, a)
-        # Of weights 1/n and −1/m: w² = 1/(nm) + (1/n − 1/m)·w.
-        biased = form + own.mean() * (1 / n + 1 / m)
-        w = None if n == m else v[:, :-1].double() / unit
-        if w is not None and own.ndim:
-            biased = biased + (1 / n - 1 / m) * (w.T @ own)
+        form = (form if self.swaps else form[:-1]) / scale**2
+        diagonal = self.diagonal(family, h, a)
+        # The weights w are 1/n and −1/m, so w² = 1/(nm) + (1/n − 1/m)·w.
+        biased = form + diagonal.mean() * (1 / n + 1 / m)
+        w = None if n == m else v[:, :-1].double() / scale
+        if w is not None and diagonal.ndim:
+            biased = biased + (1 / n - 1 / m) * (w.T @ diagonal)
         if self.estimator == "biased":
             value = biased
         elif self.swaps:
@@ -267,8 +268,8 @@ class _Data(NamedTuple):
             of_xy = (of_xx + of_yy) / (1 / n + 1 / m) ** 2
             value = form * (1 + of_xy) + total * (of_yy - of_xy / m**2)
             if w is not None:
-                row_sums = self.row_sums(family, h, a) - own
-                # Their sum is better known than they are.
+                row_sums = self.row_sums(family, h, a) - diagonal
+                # `total` is more accurate than the sum of the row sums.
                 row_sums = row_sums + (total - row_sums.sum()) / len(row_sums)
                 x_all = (w.T @ row_sums + total / m) / (1 / n + 1 / m)
                 value = value + x_all * (of_xx - of_yy - of_xy * (1 / n**2 - 1 / m**2))
@@ -277,7 +278,7 @@ class _Data(NamedTuple):
         return value, torch.finfo(v.dtype).eps * (_TIED_SPREAD * spread + _TIED_SIZE * size)
 
     def form(self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
-        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64; v of half the rows stands for [v, −v]."""
+        """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64. v with half of the rows means [v, −v]."""
         if self.backend == "reference":
             z = self.z.to(v)
             v = v if len(v) == len(z) else torch.cat([v, -v])
@@ -285,8 +286,8 @@ class _Data(NamedTuple):
         arguments = (*kernel_arguments(family, h, a), self.precision, self.backend)
         return quadratic_form_diagonal(self.z, v, *arguments, progress=progress)
 
-    def own(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
-        """k(z_i, z_i), float64; one number if it is the same for all."""
+    def diagonal(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
+        """k(z_i, z_i), float64; a scalar if it is the same for all rows."""
         return family.value_at_zero * a.sum() if family.radial else _pointwise(family, h, a, self.z, self.z)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ class _Data(NamedTuple):
 
 
 def _subsets(count: int, rows: int, size: int, source: np.random.PCG64) -> Tensor:
-    """Random sets of `size` of the rows, (count, rows): of the least random numbers, whose last bits are the row's own number."""
+    """Random sets of `size` rows as booleans (count, rows): the rows with the smallest keys. Row numbers in the last bits break ties."""
     keys = source.random_raw(count * rows).reshape(count, rows)
     keys &= np.uint64(2**64 - 2 ** rows.bit_length())
     keys |= np.arange(rows, dtype=np.uint64)
@@ -323,7 +324,7 @@ def _subsets(count: int, rows: int, size: int, source: np.random.PCG64) -> Tenso
 
 
 def squared(kernel: Kernel) -> tuple[Kernel, float]:
-    """k² as a kernel of a family, and the factor that takes h to its bandwidth."""
+    """k² as a kernel, and the factor between h and its bandwidth."""
     kernel, factor = kernel.canonical()
     if isinstance(kernel, RBF):
         return kernel, factor * 0.5**0.5
@@ -346,7 +347,7 @@ def _constant(numbers: Numbers) -> Tensor:
 
 
 def _collection(aggregate: str, bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    """The bandwidths of a set, (B,)."""
+    """The bandwidths of a test with a set of kernels, (B,)."""
     if bandwidth is not None:
         h, _ = checks.bandwidths(bandwidth, None, x.device)
         return resolve(bandwidth, x, y) if isinstance(bandwidth, str) else _constant(h)
@@ -362,14 +363,14 @@ def _collection(aggregate: str, bandwidth: float | checks.BandwidthRule | Sequen
 
 
 def _p_values(values: Tensor, tied: Tensor) -> Tensor:
-    """Of the first value of each row among all of them."""
+    """The p-value of the first value of each row among all values of the row."""
     extreme = (values >= values[:, :1] - tied[:, None]).sum(1)
     return torch.where(values.isfinite().all(1), extreme.double() / values.shape[1], torch.nan)
 
 
 def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int, level: float) -> TwoSampleTest:
-    """Of values (K, 1 + 2·count): p-values of all permutations and their least, and the corrected level, every kernel of weight 1/K."""
-    # A GPU would be waited for at each of the steps, and they are small.
+    """MMDAgg from values (K, 1 + 2·count) of K kernels of weight 1/K: the smallest p-values, and the test at the corrected level."""
+    # On the CPU, as each of these small steps would wait for a GPU.
     device, values, ties = values.device, values.cpu(), ties.cpu()
     if not bool(values.isfinite().all()):
         return TwoSampleTest(math.nan, math.nan, False, torch.full_like(values[0, 1:], math.nan, device=device), each)
@@ -379,11 +380,10 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
     first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
 
     def rank(u: float) -> int:
-        """Of the quantiles of order 1 − u/K."""
+        """The rank of the quantile of order 1 − u/K."""
         return max(math.ceil((count + 1) * (1 - u / len(values))) - 1, 0)
 
-    # Of most steps the rank is that of one before.
-    @functools.cache
+    @functools.cache  # most steps have the rank of an earlier one
     def exceeded(rank: int) -> float:
         return float((second > first[:, rank, None] + ties[:, None]).any(0).double().mean())
 
@@ -399,14 +399,14 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
 
 
 def _ranks(values: Tensor, tied: Tensor) -> Tensor:
-    """How many values each of them is not greater than."""
+    """For each value, how many values are at least as large."""
     ordered = values.sort().values
     return len(values) - torch.searchsorted(ordered, values - tied)
 
 
 @contextmanager
 def _reporting(progress: bool | Callable[[float], None]) -> Iterator[Callable[[float], None] | None]:
-    """What is called with the fraction done."""
+    """The function to call with the fraction done, or None."""
     if not isinstance(progress, bool):
         yield progress
         return

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +19,42 @@ from fastvae.functional import draw_noise, reparameterize_kl
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
 from fastvae.preparation import Standardise
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 WEIGHTS = ("model.safetensors", "model.pt")
-# Its name in a state_dict.
+# The name of the preparation in a state_dict.
 PREPARATION = "preparation._extra_state"
 LikelihoodName = Literal["gaussian", "bernoulli"]
 Posterior = Literal["gaussian", "deterministic"]
+
+
+class VAEOptions(TypedDict, total=False):
+    """The options of `VAE` that do not depend on its networks."""
+
+    likelihood: LikelihoodName | Likelihood
+    posterior: Posterior
+    logvar_bounds: tuple[float, float] | None
+    preparation: Standardise | None
 
 
 class VAE(nn.Module):
     """An encoder q(z|x), a decoder p(x|z) and the prior N(0, I) over z.
 
     Args:
-        encoder: any module. For posterior="gaussian" it returns (N, 2·latent_dim), the means and then the log-variances, or the pair
-            (mu, logvar); for "deterministic" it returns (N, latent_dim).
-        decoder: any module from (N, latent_dim) to the likelihood's parameters: means ("gaussian") or logits ("bernoulli").
+        encoder: Any module. For posterior="gaussian" it returns (N, 2·latent_dim), the means followed by the log-variances, or the pair
+            (mu, logvar). For "deterministic" it returns (N, latent_dim).
+        decoder: Any module that maps (N, latent_dim) to the likelihood's parameters: means ("gaussian") or logits ("bernoulli").
         latent_dim: D, the number of latent dimensions.
-        likelihood: "gaussian" (sigma 1), "bernoulli", or a `Likelihood`, as `Gaussian(0.1)` or `Gaussian(learned=True)`.
+        likelihood: "gaussian" (sigma 1), "bernoulli", or a `Likelihood` such as `Gaussian(0.1)` or `Gaussian(learned=True)`.
         posterior: "gaussian" or "deterministic".
-        logvar_bounds: (low, high) in which to hold logvar: the encoder's value v becomes c + r·tanh((v − c)/r), with c the middle of the
-            bounds and r half their distance. Its gradient, 1 − ((logvar − c)/r)², is 1 in the middle and falls to 0 towards the bounds,
-            which no v passes. None leaves logvar as the encoder returns it.
-        preparation: `Standardise(mean, scale)` or `Standardise.of(x)`, where x is to be prepared before the encoder and the likelihood see
-            it. Every x that is given, and what `reconstruct` and `sample` return, are in the units of the data all the same.
+        logvar_bounds: (low, high), soft bounds of logvar. The encoder's value v becomes c + r·tanh((v − c)/r), where c is the middle of the
+            bounds and r half their distance. The derivative is 1 in the middle and falls to 0 towards the bounds. None: no bounds.
+        preparation: `Standardise(mean, scale)` or `Standardise.of(x)`, to transform x before the encoder and the likelihood see it. All
+            methods still take and return data in their own units.
 
     Raises:
-        ValueError: an unknown option, bounds that are not in order, or an encoder whose result has the wrong shape.
+        ValueError: An unknown option, bounds that are not in order, or an encoder whose result has the wrong shape.
     """
 
     def __init__(
@@ -66,9 +77,9 @@ class VAE(nn.Module):
         self.likelihood = _likelihood(likelihood)
         self.posterior = posterior
         self.preparation = preparation
-        # What `mlp` or `conv` was called with, for `save_pretrained`; of other networks only their weights are known.
+        # The arguments of `mlp` or `conv`, for `save_pretrained`. Of other networks only the weights are known.
         self.networks: dict[str, Any] | None = None
-        # Tells `sample` the device and dtype, whatever the decoder is made of.
+        # Gives `sample` its device and dtype, for any decoder.
         self.register_buffer("origin", torch.zeros(self.latent_dim), persistent=False)
         self.origin: Tensor
 
@@ -79,23 +90,19 @@ class VAE(nn.Module):
         *,
         latent_dim: int,
         hidden: Sequence[int] = (400,),
-        likelihood: LikelihoodName | Likelihood = "gaussian",
-        posterior: Posterior = "gaussian",
-        logvar_bounds: tuple[float, float] | None = None,
-        preparation: Standardise | None = None,
+        **options: Unpack[VAEOptions],
     ) -> VAE:
-        """A VAE of two mirrored perceptrons, for samples of `shape`: a number of features, or (C, H, W)."""
-        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
+        """A VAE of two mirrored perceptrons.
+
+        Args:
+            shape: The shape of one sample: a number of features, or (C, H, W).
+            latent_dim: The number of latent dimensions.
+            hidden: The widths of the encoder's hidden layers; the decoder has them in reverse.
+            **options: `likelihood`, `posterior`, `logvar_bounds` and `preparation` of `VAE`.
+        """
+        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=options.get("posterior", "gaussian"))
         decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
-        vae = cls(
-            encoder,
-            decoder,
-            latent_dim=latent_dim,
-            likelihood=likelihood,
-            posterior=posterior,
-            logvar_bounds=logvar_bounds,
-            preparation=preparation,
-        )
+        vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
         vae.networks = {"architecture": "mlp", "shape": list(_shape(shape)), "hidden": list(hidden)}
         return vae
 
@@ -107,23 +114,20 @@ class VAE(nn.Module):
         latent_dim: int,
         channels: Sequence[int] = (32, 64),
         hidden: int = 256,
-        likelihood: LikelihoodName | Likelihood = "gaussian",
-        posterior: Posterior = "gaussian",
-        logvar_bounds: tuple[float, float] | None = None,
-        preparation: Standardise | None = None,
+        **options: Unpack[VAEOptions],
     ) -> VAE:
-        """A VAE of two mirrored convolutional networks, for images of shape (C, H, W) with H, W ≥ 2^len(channels)."""
-        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
+        """A VAE of two mirrored convolutional networks.
+
+        Args:
+            shape: The shape of one image, (C, H, W) with H, W ≥ 2^len(channels).
+            latent_dim: The number of latent dimensions.
+            channels: The channels of the encoder's convolutions, each of which halves H and W; the decoder has them in reverse.
+            hidden: The width of the hidden layer between convolutions and code.
+            **options: `likelihood`, `posterior`, `logvar_bounds` and `preparation` of `VAE`.
+        """
+        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=options.get("posterior", "gaussian"))
         decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
-        vae = cls(
-            encoder,
-            decoder,
-            latent_dim=latent_dim,
-            likelihood=likelihood,
-            posterior=posterior,
-            logvar_bounds=logvar_bounds,
-            preparation=preparation,
-        )
+        vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
         vae.networks = {"architecture": "conv", "shape": list(_shape(shape)), "channels": list(channels), "hidden": hidden}
         return vae
 
@@ -136,14 +140,18 @@ class VAE(nn.Module):
         samples: int = 1,
         prepared: bool = False,
     ) -> VAEOutput:
-        """Encode, draw z, decode.
+        """Encodes x, draws z and decodes it.
 
         Args:
-            x: (N, …), whatever the encoder takes.
-            eps: the noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim), or (N, samples, latent_dim) for more samples than one;
-                drawn from `generator` where not given.
-            samples: K codes for each x. A deterministic posterior has one.
-            prepared: x, and the x that an objective gets with the output, have been through `preparation`.
+            x: (N, …), as the encoder takes it.
+            eps: The noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim), or (N, samples, latent_dim) if samples > 1. Drawn by
+                default.
+            generator: The source of eps, PyTorch's global one by default.
+            samples: K, the number of codes of each x. A deterministic posterior has one.
+            prepared: Whether x, here and in the objective, has already been through `preparation`.
+
+        Raises:
+            ValueError: More than one sample of a deterministic posterior.
         """
         mu, logvar = self.encode(x, prepared=prepared)
         preparation = None if prepared else self.preparation
@@ -153,7 +161,7 @@ class VAE(nn.Module):
             z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
             return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood, preparation, eps)
         if logvar is None:
-            raise ValueError(f"samples must be 1 for a deterministic posterior, which has one code, got {samples}")
+            raise ValueError(f"samples must be 1 for a deterministic posterior, which has a single code, got {samples}")
         means = _repeated(mu, samples)
         eps = draw_noise(means, generator) if eps is None else eps
         z, kl = reparameterize_kl(means, _repeated(logvar, samples), eps=eps)
@@ -161,7 +169,7 @@ class VAE(nn.Module):
         return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood, preparation, eps.flatten(0, 1))
 
     def encode(self, x: Tensor, *, prepared: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior. `prepared` is that of `forward`."""
+        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior. `prepared` as in `forward`."""
         code = self.encoder(x if prepared else self._prepared(x))
         if self.posterior == "deterministic":
             _check_code("a deterministic encoder's result", code, self.latent_dim)
@@ -184,8 +192,8 @@ class VAE(nn.Module):
         if self.logvar_bounds is None:
             return logvar
         low, high = self.logvar_bounds
-        middle, reach = (low + high) / 2, (high - low) / 2
-        return middle + reach * ((logvar - middle) / reach).tanh()
+        middle, radius = (low + high) / 2, (high - low) / 2
+        return middle + radius * ((logvar - middle) / radius).tanh()
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's parameters for codes z (N, latent_dim), as the decoder returns them."""
@@ -193,19 +201,19 @@ class VAE(nn.Module):
         return reconstruction
 
     def expected(self, z: Tensor) -> Tensor:
-        """E[x|z] for codes z (N, latent_dim), in the units of the data: in float64 where a `preparation` is undone."""
+        """E[x|z] for codes z (N, latent_dim), in the units of the data; float64 with a `preparation`."""
         x = self.likelihood.mean(self.decode(z))
         return x if self.preparation is None else self.preparation.inverse(x)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, with what the VAE was made with and what it prepares x by, and its weights: model.safetensors where the
-        package safetensors is installed, else model.pt for `torch.load(file, weights_only=True)`.
+        """Writes config.json, with the options, and the weights to `folder`.
 
-        Networks that are not those of `mlp` or `conv`, and a likelihood other than `Gaussian` and `Bernoulli`, are named by their classes;
-        `from_pretrained` has to be given them.
+        The weights go to model.safetensors if the package safetensors is installed, else to model.pt, which
+        `torch.load(file, weights_only=True)` reads. Of networks other than those of `mlp` and `conv`, and of a likelihood other than
+        `Gaussian` and `Bernoulli`, only the names of the classes are saved: `from_pretrained` needs such modules as arguments.
 
         Raises:
-            ValueError: networks that were changed after `mlp` or `conv` made them, where `networks` still tells of those.
+            ValueError: The encoder or decoder that `mlp` or `conv` made was replaced.
         """
         self._check_networks()
         folder = Path(folder)
@@ -222,7 +230,7 @@ class VAE(nn.Module):
         state.pop(PREPARATION, None)
         weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         for name in WEIGHTS:
-            (folder / name).unlink(missing_ok=True)  # the other one, of an earlier call
+            (folder / name).unlink(missing_ok=True)  # an earlier call may have written the other file
         if importlib.util.find_spec("safetensors"):
             from safetensors.torch import save_file  # type: ignore[import-not-found, unused-ignore]
 
@@ -242,7 +250,7 @@ class VAE(nn.Module):
             if own != other:
                 raise ValueError(
                     f"{name} must be the one that VAE.{self.networks['architecture']} made, got another: "
-                    "with vae.networks = None its weights alone are saved"
+                    "set vae.networks = None to save the weights alone"
                 )
 
     @classmethod
@@ -254,16 +262,18 @@ class VAE(nn.Module):
         decoder: nn.Module | None = None,
         likelihood: Likelihood | None = None,
     ) -> VAE:
-        """The VAE that `save_pretrained` or `fastvae export` wrote, on the CPU, in evaluation mode. It runs no code of the folder.
+        """Loads a VAE that `save_pretrained` or `fastvae export` wrote, on the CPU, in evaluation mode. Untrusted files are safe to load.
 
         Args:
-            folder: with config.json and model.safetensors or model.pt in it.
-            encoder, decoder: where they are not those of `mlp` or `conv`, modules like those that were saved, which get the weights.
-            likelihood: where it is neither `Gaussian` nor `Bernoulli`, one like it.
+            folder: A folder with config.json and model.safetensors or model.pt.
+            encoder: A module like the one that was saved, which receives the weights. Needed unless `mlp` or `conv` made it.
+            decoder: Likewise.
+            likelihood: A likelihood like the one that was saved. Needed unless it is a `Gaussian` or `Bernoulli`.
 
         Raises:
-            FileNotFoundError, ImportError: no such files, or the package safetensors that they need.
-            ValueError: files that are not those of a VAE, or weights that do not fit it.
+            FileNotFoundError: The files are missing.
+            ImportError: The weights need the package safetensors.
+            ValueError: The files are not those of a VAE, or the weights do not fit it.
         """
         folder = Path(folder)
         weights = _weights(folder)
@@ -273,20 +283,20 @@ class VAE(nn.Module):
             if config["preparation"] is not None:
                 config["preparation"] = Standardise(**config["preparation"])
                 weights[PREPARATION] = config["preparation"].get_extra_state()
-            with torch.device("meta"):  # nothing of a size that the weights in the file do not have
+            with torch.device("meta"):  # allocates nothing, however large a network the file names
                 config["likelihood"] = likelihood or _likelihood_of(config["likelihood"])
                 architecture = networks.pop("architecture", None)
                 if architecture in ("mlp", "conv"):
                     vae: VAE = getattr(cls, architecture)(**networks, **config)
             if architecture not in ("mlp", "conv"):
                 if encoder is None or decoder is None:
-                    raise ValueError(f"encoder and decoder must be given for networks of one's own, {networks}, got none")
+                    raise ValueError(f"encoder and decoder must be given for custom networks, {networks}, got none")
                 vae = cls(encoder, decoder, **config)
             vae.load_state_dict(weights, assign=True)
         except FileNotFoundError:
             raise
         except (OSError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"folder must hold a VAE's config.json and its weights, got others in {str(folder)!r} ({error})") from error
+            raise ValueError(f"folder must hold the config.json and weights of a VAE, got others in {str(folder)!r} ({error})") from error
         dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
         vae.origin = torch.zeros(vae.latent_dim, dtype=dtype)
         return vae.eval()
@@ -295,15 +305,20 @@ class VAE(nn.Module):
     def log_likelihood(
         self, x: Tensor, *, samples: int = 500, chunk: int = 50, generator: torch.Generator | None = None, prepared: bool = False
     ) -> Tensor:
-        """An estimate of log p(x) in nats, shape (N,): log 1/K·Σ_k p(x|z_k)·p(z_k)/q(z_k|x) over K = `samples` codes z_k ~ q(z|x).
+        """An estimate of log p(x) in nats, shape (N,), by importance sampling: log 1/K·Σ_k p(x|z_k)·p(z_k)/q(z_k|x) with z_k ~ q(z|x).
 
-        It is a density of x as it is given: of the data in their own units or, if x is `prepared`, of what `preparation` makes of them.
+        On average it lies below log p(x) and approaches it as K grows; K = 1 is the ELBO. It has no gradient. The density is that of x as
+        given: in the units of the data, or standardised if x is `prepared`.
 
-        It lies below log p(x) on average, and nears it as K grows; K = 1 is the ELBO. Without a gradient, `chunk` codes of each x at a
-        time: memory O(N·chunk·features), whatever K is.
+        Args:
+            x: (N, …), as the encoder takes it.
+            samples: K, the number of codes of each x.
+            chunk: The number of codes of each x to process at a time, for memory O(N·chunk·features) at any K.
+            generator: The source of the codes' noise, PyTorch's global one by default.
+            prepared: Whether x has already been through `preparation`.
 
         Raises:
-            ValueError: a deterministic posterior, samples or chunk below 1.
+            ValueError: A deterministic posterior, or samples or chunk below 1.
 
         Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders".
         """
@@ -338,7 +353,7 @@ class VAE(nn.Module):
 
 
 def mlp_encoder(shape: int | Sequence[int], hidden: Sequence[int], latent_dim: int, *, posterior: Posterior = "gaussian") -> nn.Sequential:
-    """(N, *shape) or (N, features) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". ReLU between the layers."""
+    """(N, *shape) or (N, features) → (N, 2·latent_dim), or (N, latent_dim) for posterior="deterministic". ReLU between layers."""
     checks.sizes("hidden", hidden)
     widths = [math.prod(_shape(shape)), *hidden, _code_width(latent_dim, posterior)]
     return nn.Sequential(nn.Flatten(), *_perceptron(widths))
@@ -439,7 +454,7 @@ def _likelihood_options(likelihood: Likelihood) -> dict[str, Any]:
 def _likelihood_of(options: dict[str, Any]) -> Likelihood:
     kind = options.pop("kind")
     if kind not in get_args(LikelihoodName):
-        raise ValueError(f"likelihood must be given where it is one's own, {kind}, got none")
+        raise ValueError(f"likelihood must be given for a custom one, {kind}, got none")
     return Gaussian(**options) if kind == "gaussian" else Bernoulli(**options)
 
 
@@ -451,23 +466,22 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file} must hold tensors alone, got another file ({error})") from error
+            raise ValueError(f"{file} must hold tensors only, got another file ({error})") from error
         if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-            raise ValueError(f"{file} must hold tensors by their names, got others")
+            raise ValueError(f"{file} must hold a dictionary of tensors, got other values")
         return weights
     if importlib.util.find_spec("safetensors") is None:
-        raise ImportError(f"{file} needs the package safetensors, which is not installed")
+        raise ImportError(f"safetensors must be installed to read {file}: pip install safetensors")
     from safetensors import SafetensorError  # type: ignore[import-not-found, unused-ignore]
     from safetensors.torch import load_file  # type: ignore[import-not-found, unused-ignore]
 
     try:
         return dict(load_file(file))
     except SafetensorError as error:
-        raise ValueError(f"{file} must hold tensors alone, got another file ({error})") from error
+        raise ValueError(f"{file} must hold tensors only, got another file ({error})") from error
 
 
 def _check_code(name: str, code: object, width: int) -> None:
-    checks.floating_tensor(name, code)
-    assert isinstance(code, Tensor)
+    code = checks.floating_tensor(name, code)
     if code.ndim != 2 or code.shape[1] != width:
         raise ValueError(f"{name} must have shape (N, {width}), got {tuple(code.shape)}")

@@ -199,7 +199,7 @@ FAULTS = [
     Fault(
         "median: near pairs far from the others by products",
         "fastvae/bandwidths.py",
-        "            if float(d2.amin()) < _NEAR * (most + more):\n",
+        "            if float(d2.amin()) < _CANCELLED * (most + more):\n",
         "            if False:\n",
         ("tests/test_bandwidths.py", "-k", "far_from"),
     ),

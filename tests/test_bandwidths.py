@@ -66,8 +66,8 @@ def test_median_with_rows_far_from_the_others(far, rows_far, dtype):
 def test_selection_in_little_memory(monkeypatch, capacity, values):
     """Whatever the random pairs say, the median is exact: a bracket that holds too much is narrowed, one that misses is widened."""
     monkeypatch.setattr(bandwidths, "CAPACITY", capacity)
-    monkeypatch.setattr(bandwidths, "_ALL", 1000)
-    monkeypatch.setattr(bandwidths, "_SAMPLE", 400)
+    monkeypatch.setattr(bandwidths, "_MAX_PAIRS_KEPT", 1000)
+    monkeypatch.setattr(bandwidths, "_MAX_SAMPLES", 400)
     z = rows(1200, 2)
     if values == "few":
         z = (2 * z).round()
@@ -79,7 +79,7 @@ def test_selection_in_little_memory(monkeypatch, capacity, values):
 
 @pytest.mark.parametrize("wrong", [(0.0, 1e-3), (1e3, 1e4)])
 def test_a_missed_bracket_is_widened(monkeypatch, wrong):
-    monkeypatch.setattr(bandwidths, "_ALL", 1000)
+    monkeypatch.setattr(bandwidths, "_MAX_PAIRS_KEPT", 1000)
     brackets = iter([wrong])
     original = bandwidths._bracket
     monkeypatch.setattr(bandwidths, "_bracket", lambda *args: next(brackets, None) or original(*args))
@@ -149,7 +149,7 @@ def test_rules_do_not_wait_for_a_gpu(options):
 def test_no_array_of_all_pairs(monkeypatch):
     """What a sweep keeps is bounded, as is each of its tiles."""
     monkeypatch.setattr(bandwidths, "CAPACITY", 5000)
-    monkeypatch.setattr(bandwidths, "_ALL", 5000)
+    monkeypatch.setattr(bandwidths, "_MAX_PAIRS_KEPT", 5000)
     monkeypatch.setattr(bandwidths, "_TILE", 64)
     kept, original = [], bandwidths._sweep
     monkeypatch.setattr(bandwidths, "_sweep", lambda *args: kept.append(original(*args)) or kept[-1])
@@ -167,7 +167,7 @@ def test_random_pairs():
     assert median_bandwidth(x[:2], pairs=50).item() == pytest.approx(median_bandwidth(x[:2]).item())
 
 
-@pytest.mark.filterwarnings("ignore:. of shape .* is taken for a batch")
+@pytest.mark.filterwarnings("ignore:. of shape .* is treated as a batch")
 def test_batch_dimensions_are_taken_together():
     x, y = rows(12).reshape(2, 2, 3, 3), rows(8, seed=6).reshape(2, 2, 2, 3)
     pairs = [squared_distances(torch.cat([a, b]))[np.triu_indices(5, 1)] for a, b in zip(x.flatten(0, 1), y.flatten(0, 1), strict=True)]
@@ -258,8 +258,8 @@ def test_duplicates(pairs):
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
-        (lambda: median_bandwidth(rows(1)), ValueError, "a rule for the bandwidth must have at least two rows to take distances of, got 1"),
-        (lambda: mean_bandwidth(rows(1)), ValueError, "a rule for the bandwidth must have at least two rows to take distances of, got 1"),
+        (lambda: median_bandwidth(rows(1)), ValueError, "x must have at least two rows, got 1"),
+        (lambda: mean_bandwidth(rows(1)), ValueError, "x must have at least two rows, got 1"),
         (lambda: median_bandwidth(rows(3), rows(3, 2)), ValueError, "x and y must have the same number of features"),
         (lambda: mean_bandwidth(rows(3), rows(3).double()), TypeError, "x and y must have the same dtype"),
         (lambda: median_bandwidth(rows(3), pairs=0), ValueError, "pairs must be at least 1, got 0"),

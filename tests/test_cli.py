@@ -140,18 +140,22 @@ def test_compare(tmp_path, inside):
         (["fit", "--trainer.precision", "fp7"], 2, ["trainer.precision must be one of 64, 32, 16, 'transformer-engine',", "null, got fp7"]),
         (["fit", *SMALL, "--trainer.logger", "WandbLogger"], 1, ["error: WandbLogger cannot be made", "wandb"]),
         (["fit", *SMALL, "--trainer.devices", "9999"], 1, ["trainer.devices must be at most", "got 9999"]),
-        (["fit", *SMALL, "--trainer.num_nodes", "2"], 1, ["trainer.num_nodes must be 1 where no launcher has set MASTER_ADDR, got 2"]),
+        (["fit", *SMALL, "--trainer.num_nodes", "2"], 1, ["trainer.num_nodes must be 1 unless a launcher sets MASTER_ADDR, got 2"]),
         (["fit", *SMALL, "--trainer.check_val_every_n_epoch", "0"], 1, ["trainer.check_val_every_n_epoch must be at least 1, got 0"]),
         (["fit", *SMALL, "--trainer.default_root_dir", "x"], 2, ["unrecognized arguments: --trainer.default_root_dir x"]),
-        (["fit", *SMALL, "--model.beta", "4"], 1, ["model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae"]),
+        (["fit", *SMALL, "--model.beta", "4"], 1, ["model.objective must be beta_vae or beta_tc_vae for model.beta, got mmd_vae"]),
         (["fit", *SMALL, "--checkpoint_every", "3", "--trainer.enable_checkpointing", "false"], 1, ["checkpoint_every must be 0"]),
         (["fit", "--config", "absent.yaml"], 2, ["mnist_mmd_vae, mnist_vae, table, got 'absent.yaml', which is not there"]),
         (
             ["fit", "--model.lr_scheduler", "ReduceLROnPlateau"],
             2,
-            ["lr_scheduler must be the full path of a class, as torch.optim.lr_scheduler.ReduceLROnPlateau, got ReduceLROnPlateau (see"],
+            ["lr_scheduler must be the full path of a class, such as torch.optim.lr_scheduler.ReduceLROnPlateau, got ReduceLROnPlateau"],
         ),
-        (["fit", "--model.optimizer", "Foo"], 2, ["model.optimizer must be the full path of a class, as torch.optim.AdamW, got Foo (see"]),
+        (
+            ["fit", "--model.optimizer", "Foo"],
+            2,
+            ["model.optimizer must be the full path of a class, such as torch.optim.AdamW, got Foo (see"],
+        ),
         (["fit", "--data.name", "cifar"], 2, ["data.name must be one of", "'fashion_mnist'", "got cifar"]),
         (["fit", "--model.latent_dim", "x"], 2, ["model.latent_dim must be an integer, got x"]),
         (["fit", "--model.bandwidth", "x"], 2, ["model.bandwidth must be one of a number, null, got x"]),
@@ -166,7 +170,11 @@ def test_compare(tmp_path, inside):
         (["sample", "--n", "x"], 2, ["n must be an integer, got x"]),
         (["fit", *SMALL, "--checkpoint_every", "-3"], 1, ["checkpoint_every must be at least 0, got -3"]),
         (["test"], 1, ["ckpt_path must not be 'last' before a run has written a checkpoint"]),
-        (["fit", "--ckpt_path", "absent.ckpt"], 1, ["ckpt_path must be 'last' or a whole checkpoint's file, got 'absent.ckpt'"]),
+        (
+            ["fit", "--ckpt_path", "absent.ckpt"],
+            1,
+            ["ckpt_path must be 'last', 'best' or the file of a complete checkpoint, got 'absent.ckpt'"],
+        ),
     ],
 )
 def test_a_wrong_call_is_one_sentence(tmp_path, inside, args, code, words):
@@ -274,18 +282,18 @@ def test_what_a_checkpoint_goes_on_with_is_not_given_otherwise(tmp_path, inside)
     before = files(tmp_path)
     more = ["--trainer.max_epochs", "2"]
     sigma = ["--model.sigma", "0.05"]
-    kept = "as it was for ckpt_path"
+    kept = ", as in ckpt_path"
     for name, args, words in (
-        ("learned", sigma, "model.sigma must not be given with ckpt_path where model.learn_sigma is true, as the checkpoint's goes on"),
+        ("learned", sigma, "model.sigma must not be given with ckpt_path if model.learn_sigma is true, as it comes from the checkpoint"),
         ("learned", ["--model.sigma", "1"], "model.sigma must not be given with ckpt_path"),
-        ("optimal", sigma, "model.sigma must not be given with ckpt_path where model.optimal_sigma is true"),
-        ("optimal", ["--model", "{sigma: 0.05}"], "model.sigma must not be given with ckpt_path where model.optimal_sigma is true"),
-        ("learned", ["--model.optimizer", "SGD"], f"model.optimizer must be torch.optim.Adam {kept}"),
-        ("fixed", ["--model.optimizer", "Adam"], f"model.optimizer must be torch.optim.SGD {kept}"),
-        ("fixed", ["--model.lr_scheduler", "StepLR", *STEP], f"model.lr_scheduler must be null {kept}"),
-        ("rprop", ["--model.lr_scheduler", "LinearLR"], f"model.lr_scheduler must be torch.optim.lr_scheduler.StepLR {kept}"),
-        ("rprop", ["--model.lr", "1"], f"model.lr must be 0.001 {kept}, got 1.0: torch.optim.Rprop holds"),
-        ("learned", ["--model.optimizer", "Adam", "--model.optimizer.amsgrad", "true"], f"model.optimizer.amsgrad must be false {kept}"),
+        ("optimal", sigma, "model.sigma must not be given with ckpt_path if model.optimal_sigma is true"),
+        ("optimal", ["--model", "{sigma: 0.05}"], "model.sigma must not be given with ckpt_path if model.optimal_sigma is true"),
+        ("learned", ["--model.optimizer", "SGD"], f"model.optimizer must be torch.optim.Adam{kept}"),
+        ("fixed", ["--model.optimizer", "Adam"], f"model.optimizer must be torch.optim.SGD{kept}"),
+        ("fixed", ["--model.lr_scheduler", "StepLR", *STEP], f"model.lr_scheduler must be null{kept}"),
+        ("rprop", ["--model.lr_scheduler", "LinearLR"], f"model.lr_scheduler must be torch.optim.lr_scheduler.StepLR{kept}"),
+        ("rprop", ["--model.lr", "1"], f"model.lr must be 0.001{kept}, got 1.0: the state of torch.optim.Rprop"),
+        ("learned", ["--model.optimizer", "Adam", "--model.optimizer.amsgrad", "true"], f"model.optimizer.amsgrad must be false{kept}"),
     ):
         assert error(inside("fit", "--name", name, "--ckpt_path", "last", *more, *args, code=1)[1]).startswith(f"error: {words}")
     for name in ("learned", "optimal"):
@@ -322,10 +330,10 @@ def test_an_option_without_a_use_is_refused_wherever_it_is_given(tmp_path, insid
         ["--config={model: {beta: 4}}"],
     ):
         line = error(inside("fit", *QUICK, *args, code=1)[1])
-        assert line == "error: model.beta is for model.objective beta_vae or beta_tc_vae, got it for mmd_vae", args
+        assert line == "error: model.objective must be beta_vae or beta_tc_vae for model.beta, got mmd_vae", args
     for args in (["--model.lr_scheduler_interval", "step"], ["--config", "{model: {lr_scheduler_interval: step}}"]):
         line = error(inside("fit", *QUICK, *args, code=1)[1])
-        assert line == "error: model.lr_scheduler_interval is for a model.lr_scheduler, got step without one"
+        assert line == "error: model.lr_scheduler must be given for model.lr_scheduler_interval, got none"
     inside("fit", *QUICK, "--name", "one", "--model.objective", "beta_vae", "--model.beta", "4")
     written = str(tmp_path / "runs" / "one" / "version_0" / "config.yaml")
     inside("fit", "--config", written, "--name", "same", "--trainer.max_epochs", "1")
@@ -341,16 +349,16 @@ def test_a_run_that_has_come_to_its_end(tmp_path, inside):
     before = files(tmp_path)
     out, _ = inside("fit", "--ckpt_path", "last")
     assert out.startswith("nothing to do: ")
-    assert "with 1 of 1 epochs; to go on: --trainer.max_epochs 2" in out
+    assert "after 1 of 1 epochs; to continue: --trainer.max_epochs 2" in out
     out, _ = inside("fit", "--ckpt_path", "last", "--trainer.max_epochs", "9", "--trainer.max_steps", "2")
-    assert "with 3 of 2 steps" in out
+    assert "after 3 of 2 steps" in out
     out, _ = inside("fit", "--ckpt_path", "last", "--trainer.max_epochs", "9", "--trainer.max_time", "00:00:00:00")
     assert "s of trainer.max_time" in out
     assert files(tmp_path) == before
     early = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.min_delta", "1e5", *EARLY]
     inside("fit", *QUICK, "--name", "early", *early, "--trainer.callbacks.patience", "1", "--trainer.max_epochs", "5")
     out, _ = inside("fit", "--name", "early", "--ckpt_path", "last")
-    assert "by EarlyStopping; to go on: --trainer.callbacks.patience 3" in out
+    assert "by EarlyStopping; to continue: --trainer.callbacks.patience 3" in out
     inside("fit", "--name", "early", "--ckpt_path", "last", "--trainer.callbacks.patience", "3")
     assert (tmp_path / "runs" / "early" / "version_1").exists()
 
@@ -404,13 +412,13 @@ def test_without_a_logger_and_without_checkpoints(tmp_path, inside):
     [
         (
             ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/los"],
-            "EarlyStopping's monitor must be one of train/",
+            "monitor of EarlyStopping must be one of train/",
         ),
         (
             ["--data.validation", "0", "--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"],
-            "EarlyStopping's monitor must be a metric of the training where there is no validation, got 'val/loss'",
+            "monitor of EarlyStopping must be a training metric in a run without validation, got 'val/loss'",
         ),
-        (["--data.batch_size", "1"], "data.batch_size must be at least 2 for the unbiased MMD, got 1: --model.estimator biased takes one"),
+        (["--data.batch_size", "1"], "data.batch_size must be at least 2 for the unbiased MMD, got 1: or use --model.estimator biased"),
     ],
 )
 def test_what_is_refused_before_the_first_step(tmp_path, inside, args, words):
@@ -571,7 +579,7 @@ def test_a_table_from_fit_to_export(tmp_path, inside):
     inside("test")
     inside("sample", "--n", "7", "--output", "samples.npy")
     assert np.load("samples.npy").shape == (7, 5)
-    assert "output must be a .npy file where the data are no images" in error(inside("sample", code=1)[1])
+    assert "output must be a .npy file for data other than images" in error(inside("sample", code=1)[1])
     inside("encode")
     with np.load("codes.npz") as codes:
         assert codes["mu"].shape == (24, 2)

@@ -244,7 +244,7 @@ def one_rank_with_bad_input(rank, world):
         torch.testing.assert_close(fastvae.mmd(x, x, process_group=group), torch.tensor(0.0))
 
 
-REFUSED = "the arguments must be valid on all ranks of process_group, got an error on rank 1, which says more"
+REFUSED = "the arguments must be valid on all ranks of process_group, got an error on rank 1: see the message there"
 
 
 def lose_a_rank(rank, folder):

@@ -71,13 +71,13 @@ BAD_MMD = [
         (X, Y),
         {"x_weights": torch.eye(4)[0], "estimator": "unbiased"},
         ValueError,
-        "x_weights must have at least two that are not zero for estimator='unbiased', got one: use estimator='biased'",
+        "x_weights must have at least two nonzero values for estimator='unbiased', got one: use estimator='biased'",
     ),
     (
         (X, Y),
         {"bandwidth": 1e160},
         ValueError,
-        "bandwidth must be between 1e-30 and 1e30, so that its powers are numbers in the sums too, got 1e+160",
+        "bandwidth must be between 1e-30 and 1e30, so that its powers do not overflow, got 1e+160",
     ),
     (
         (X, Y),
@@ -88,7 +88,7 @@ BAD_MMD = [
     ((X, Y), {"bandwidth": 10**400}, ValueError, "bandwidth must be finite, got inf"),
     ((X, Y), {"x_weights": [0.25] * 4}, TypeError, "x_weights must be a torch.Tensor, got list"),
     ((X, Y), {"x_weights": HALF.to("meta")}, ValueError, "x_weights and x must be on the same device, got meta and cpu"),
-    ((X, Y), {"x_weights": HALF.clone().requires_grad_()}, ValueError, "x_weights must not require grad"),
+    ((X, Y), {"x_weights": HALF.clone().requires_grad_()}, ValueError, "x_weights must be constant, got a tensor that requires grad"),
 ]
 
 
@@ -109,8 +109,8 @@ def test_mmd(points, options, error, sentence):
         ({"logvar": X.double()}, TypeError, "mu and logvar must have the same dtype, got torch.float32 and torch.float64"),
         ({"logvar": 1.0}, TypeError, "logvar must be a torch.Tensor, got float"),
         ({"eps": Y}, ValueError, "mu and eps must have the same shape, got (4, 3) and (5, 3)"),
-        ({"eps": X, "generator": torch.Generator()}, ValueError, "eps and generator must not both be given"),
-        ({"eps": X.clone().requires_grad_()}, ValueError, "eps must not require grad, as it is taken as a constant: pass eps.detach()"),
+        ({"eps": X, "generator": torch.Generator()}, ValueError, "generator must be None where eps is given, got both: pass one of them"),
+        ({"eps": X.clone().requires_grad_()}, ValueError, "eps must be constant, got a tensor that requires grad: pass eps.detach()"),
         ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
     ],
     ids=lambda value: str(value)[:50],
@@ -158,11 +158,11 @@ def test_total_correlation(options, error, sentence):
 
 def test_a_sentence_asks_whether_images_were_meant():
     x = torch.randn(4, 3, 8, 8)
-    sample = r"x of shape \(4, 3, 8, 8\) is taken for a batch of 12 samples, 8 rows of 8 features each: pass x.flatten\(1\) if it is one"
+    sample = r"x of shape \(4, 3, 8, 8\) is treated as a batch of 12 samples, each with 8 rows and 8 features: pass x.flatten"
     with pytest.warns(UserWarning, match=sample) as caught:
         assert fastvae.mmd_to_normal(x).shape == (4, 3)
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="is taken for a batch of 12 samples"):
+    with pytest.warns(UserWarning, match="is treated as a batch of 12 samples"):
         torch.testing.assert_close(fastvae.mmd(x, x + 1).flatten(), fastvae.mmd(x.flatten(0, -3), x.flatten(0, -3) + 1))
     one_kl = r"mu of shape \(4, 3, 8, 8\) has a KL of shape \(4, 3, 8\), summed over its last dimension alone: pass mu.flatten\(1\) and"
     with pytest.warns(UserWarning, match=one_kl) as caught:
@@ -188,7 +188,7 @@ def test_loss_refuses_when_it_is_made():
         fastvae.MMDLoss(bandwidth="scott")
     with pytest.raises(ValueError, match=r"closed form against N\(0, I\), got 'median': pass fastvae.median_bandwidth\(x\), or"):
         fastvae.MMDLoss(bandwidth="median")(X)
-    with pytest.raises(ValueError, match="y_weights must be None where y is None"):
+    with pytest.raises(ValueError, match="y_weights must be None if y is None"):
         fastvae.MMDLoss()(X, y_weights=HALF)
 
 

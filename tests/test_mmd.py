@@ -411,7 +411,7 @@ def test_kernels_with_a_cusp_have_no_gradient_there(kernel, backend):
     assert not any(grad.any() for grad in gradients)
 
 
-@pytest.mark.filterwarnings("ignore:. of shape .* is taken for a batch")
+@pytest.mark.filterwarnings("ignore:. of shape .* is treated as a batch")
 def test_batch_dimensions():
     x, y = (torch.randn(2, 3, rows, 4, dtype=torch.float64, device=DEVICE) for rows in (9, 7))
     p = torch.rand(2, 3, 9, dtype=torch.float64, device=DEVICE)

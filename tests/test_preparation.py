@@ -84,9 +84,9 @@ def test_an_objective_gets_the_x_that_the_vae_got(objective):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Standardise([0.0], [1.0, 2.0]), r"mean and scale must have one shape, got \(1,\) and \(2,\)"),
-        (lambda: Standardise([0.0], [0.0]), "mean and scale must be finite, and scale positive, got others"),
-        (lambda: Standardise([math.nan], [1.0]), "mean and scale must be finite, and scale positive, got others"),
+        (lambda: Standardise([0.0], [1.0, 2.0]), r"mean and scale must have the same shape, got \(1,\) and \(2,\)"),
+        (lambda: Standardise([0.0], [0.0]), "mean and scale must be finite and scale greater than 0, got other numbers"),
+        (lambda: Standardise([math.nan], [1.0]), "mean and scale must be finite and scale greater than 0, got other numbers"),
         (lambda: Standardise.of(torch.zeros(0, 3)), "x must have at least one sample, got none"),
         (lambda: Standardise.of(torch.rand(5, 3))(torch.rand(5, 1)), r"x must have samples of shape \(3,\), got shape \(5, 1\)"),
     ],

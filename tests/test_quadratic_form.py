@@ -115,7 +115,7 @@ def test_labels_and_pairs_of_every_integer_dtype(dtype):
     for num_groups in (None, 3):
         found = fastvae.group_mmd(z, labels.to(dtype), num_groups=num_groups, pairs=pairs.to(dtype)).values
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    with pytest.raises(TypeError, match=r"groups must hold integers, or weights in a floating dtype, got torch\.bool"):
+    with pytest.raises(TypeError, match=r"groups must hold integers or floating-point weights, got torch\.bool"):
         fastvae.group_mmd(z, labels > 0)
     with pytest.raises(ValueError, match=r"pairs must be pairs of integers, shape \(P, 2\), got shape \(2, 2\) of torch\.bool"):
         fastvae.group_mmd(z, labels, pairs=pairs > 0)

@@ -323,7 +323,7 @@ def test_trvae_with_an_empty_group_and_one_of_one_row(boundary, beta):
 def test_trvae_takes_labels_of_every_integer_dtype(dtype, boundary):
     z, labels = samples()[0], LABELS.to(DEVICE)
     assert recipes.trvae(z, labels.to(dtype), boundary=boundary) == recipes.trvae(z, labels, boundary=boundary)
-    with pytest.raises(TypeError, match=r"groups must hold integers, or weights in a floating dtype, got torch\.bool"):
+    with pytest.raises(TypeError, match=r"groups must hold integers or floating-point weights, got torch\.bool"):
         recipes.trvae(z, labels > 2, boundary=boundary)
 
 
@@ -463,8 +463,8 @@ def test_compile():
             lambda x, y: recipes.trvae(x, torch.tensor([0, 1] * 4 + [0]), boundary=2),
             "boundary must be less than the number of groups, 2, got 2",
         ),
-        (lambda x, y: recipes.kid(x, y), "x must have at least subset_size = 1000 rows, got 9: or pass subsets=None"),
-        (lambda x, y: recipes.mmdagg(x, y, kernel="laplace"), "kernel must be of the Euclidean distance, .* got 'laplace' of the L1 norm"),
+        (lambda x, y: recipes.kid(x, y), "x must have at least subset_size = 1000 rows, got 9: pass subsets=None"),
+        (lambda x, y: recipes.mmdagg(x, y, kernel="laplace"), "kernel must use the Euclidean distance, .* got 'laplace' of the L1 norm"),
         (lambda x, y: recipes.mmdfuse(x, y, kernels="matern_1.5_l2"), "kernel must be one of .* got 'matern_1.5_l2'"),
     ],
 )

@@ -156,17 +156,17 @@ def test_columns_are_taken_by_their_names(runs, tmp_path):
     with np.load("codes.npz") as codes:
         np.testing.assert_allclose(codes["mu"], vae.encode(x)[0], rtol=1e-4, atol=1e-6)
     columns_as(tmp_path / "new.csv", ["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"the columns that the model was trained on, by their names, got data without 'd'$"):
+    with pytest.raises(ValueError, match=r"the columns that the model was trained on, by name, got data without 'd'$"):
         apply.encode(path="new.csv")
     pd.DataFrame(x.numpy(), columns=list("abxy")).to_csv("new.csv", index=False)
     with pytest.raises(ValueError, match=r"got data without 'c', 'd' and with 'x', 'y'$"):
         apply.encode(path="new.csv")
     runs([4], "{name: table}", columns=[1, 2], likelihood="gaussian")
-    with pytest.raises(ValueError, match="ckpt_path must be a checkpoint of this model, got columns whose names are no text"):
+    with pytest.raises(ValueError, match="ckpt_path must be a checkpoint of this model, got columns whose names are not text"):
         apply.encode(path="new.csv")
     runs([4], "{name: table}", columns="aabc", likelihood="gaussian")
     (tmp_path / "new.csv").write_text("a,b,a,c\n1,2,3,4\n")
-    with pytest.raises(ValueError, match=r"got data with another order of the columns of one name, 'a'$"):
+    with pytest.raises(ValueError, match=r"got data with another order of columns that share a name, 'a'$"):
         apply.encode(path="new.csv")
 
 
@@ -222,7 +222,7 @@ def test_names_of_classes_are_in_the_legend():
 def test_anndata_that_is_not_installed_is_named(runs, monkeypatch):
     runs()
     monkeypatch.setattr(apply.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"output must end in .npz or .csv where anndata is not installed \(pip install"):
+    with pytest.raises(ValueError, match=r"anndata must be installed for output in .h5ad: pip install"):
         apply.encode(output="codes.h5ad")
 
 
@@ -411,9 +411,12 @@ def test_networks_optimiser_and_schedule_by_class_path(tmp_path, monkeypatch, ca
         (lambda: apply.sample(output="x.jpg"), "output must end in .png or .npy, got 'x.jpg'"),
         (lambda: apply.sample(n=0), "n must be at least 1, got 0"),
         (lambda: apply.encode(output="x.npy"), "output must end in .npz or .csv or .h5ad, got 'x.npy'"),
-        (lambda: apply.traverse(image=180), "image must be from 0 to 179, the number of the data, got 180"),
+        (lambda: apply.traverse(image=180), "image must be an index from 0 to 179, got 180"),
         (lambda: apply.traverse(steps=1), "steps must be at least 2, got 1"),
-        (lambda: apply.sample(ckpt_path="absent.ckpt"), "ckpt_path must be 'last' or a whole checkpoint's file, got 'absent.ckpt'"),
+        (
+            lambda: apply.sample(ckpt_path="absent.ckpt"),
+            "ckpt_path must be 'last', 'best' or the file of a complete checkpoint, got 'absent.ckpt'",
+        ),
     ],
 )
 def test_error_sentences(runs, call, sentence):
@@ -425,7 +428,7 @@ def test_error_sentences(runs, call, sentence):
 def test_a_run_without_its_configuration(runs, tmp_path):
     runs()
     (tmp_path / "runs" / "a" / "version_0" / "config.yaml").unlink()
-    with pytest.raises(ValueError, match=r"path must be given where the run has no config.yaml"):
+    with pytest.raises(ValueError, match=r"path must be given if the run has no config.yaml"):
         apply.reconstruct()
     (tmp_path / "mine").mkdir()
     for k in range(4):

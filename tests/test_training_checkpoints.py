@@ -299,20 +299,20 @@ def test_killed_and_resumed(tmp_path):
     assert [newest.name, before.name] == ["epoch=0-step=4.ckpt", "step=3.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.raises(
-        ValueError, match=rf"'last' or a whole checkpoint's file, got '.*step=4.ckpt'; .* beside it is '{re.escape(str(before))}'"
+        ValueError, match=rf"'last', 'best' or the file of a complete checkpoint, got '.*step=4.ckpt': use '{re.escape(str(before))}'"
     ):
         checkpoint_file(str(newest), runs / "killed")
-    assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a whole checkpoint, taking the one before it" in resume("killed")
+    assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a complete checkpoint, using the one before it" in resume("killed")
 
     # The signal comes in the last step of an epoch, and is heeded in the validation after it.
     code, err = end(start(tmp_path, *SMALL, "--name", "stopped", at="step3", number=signal.SIGTERM))
     assert code == 0
-    assert err.splitlines()[-1].startswith(f"stopped by SIGTERM at step 4; to go on: fastvae fit --ckpt_path {runs}/stopped/version_0/")
+    assert err.splitlines()[-1].startswith(f"stopped by SIGTERM at step 4; to resume: fastvae fit --ckpt_path {runs}/stopped/version_0/")
     assert "warn" not in resume("stopped").lower()
 
     code, err = end(start(tmp_path, *SMALL, "--name", "interrupted", at="step2", number=signal.SIGINT))
     assert code == 130
-    assert err.splitlines()[-1].startswith(f"stopped by Ctrl-C at step 3; to go on: fastvae fit --ckpt_path {runs}/interrupted/version_0/")
+    assert err.splitlines()[-1].startswith(f"stopped by Ctrl-C at step 3; to resume: fastvae fit --ckpt_path {runs}/interrupted/version_0/")
     assert "Traceback" not in err
     resume("interrupted")
 
@@ -348,7 +348,7 @@ def test_two_processes_killed_and_resumed(tmp_path):
         assert code != 0
         # Lightning may kill the first one before it has said so.
         if name == "first" or code == 1:
-            assert "error: the processes of the run must all be there, got no answer from another one" in err
+            assert "error: all processes of the run must be alive, got no answer from another one" in err
         code, err = end(start_several(tmp_path, "--ckpt_path", "last", "--name", name))
         assert code == 0, err
         assert "warn" not in err.lower()

@@ -189,8 +189,8 @@ def test_what_a_checkpoint_names_is_not_called(tmp_path):
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        ("{bogus: 1}", "must hold the options of data"),
-        ("[1, 2]", "must hold the options of data"),
+        ("{bogus: 1}", "must hold options of data"),
+        ("[1, 2]", "must hold options of data"),
         ("{name: cifar}", "data.name must be one of"),
         ("{name: digits, batch_size: x}", "batch_size"),
         ("!!python/object/apply:os.system [touch run]", "path must be given"),

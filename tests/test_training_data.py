@@ -216,25 +216,25 @@ SENTENCES = {
     "header cut off": "must have .* bytes for shape .*, got 9: it is corrupt",
     "not idx": "must be an IDX file, got one that begins with 3c 68 74 6d",
     "empty file": "must be an IDX file, got one that begins with nothing",
-    "truncated gzip": "must be a whole gzip file, got a corrupt one",
-    "not gzip": "must be a whole gzip file, got a corrupt one",
-    "truncated npz": "must be a whole .npz file of plain arrays, got a corrupt or pickled one",
-    "truncated npy": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
-    "pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
-    "bare pickle": "must be a whole .npy file of plain arrays, got a corrupt or pickled one",
+    "truncated gzip": "must be a complete gzip file, got a corrupt one",
+    "not gzip": "must be a complete gzip file, got a corrupt one",
+    "truncated npz": "must be a complete .npz file of plain arrays, got a corrupt or pickled one",
+    "truncated npy": "must be a complete .npy file of plain arrays, got a corrupt or pickled one",
+    "pickle": "must be a complete .npy file of plain arrays, got a corrupt or pickled one",
+    "bare pickle": "must be a complete .npy file of plain arrays, got a corrupt or pickled one",
     "single value": "must hold arrays of images or labels, got the single value a",
     "integers": r"images in a in .*a.npy must be uint8, uint16 or floating in \[0, 1\], got int64",
     "range": r"must lie in \[0, 1\], got values from",
     "nan": r"must lie in \[0, 1\], got values from nan",
-    "labels": "must have one label an image, got 3 labels for 4 images",
-    "two shapes": r"must have one shape, got \(1, 5, 4\) in a.x_train and \(1, 6, 6\) in a.x_test",
-    "two shapes in one set": r"must have one shape, got \(1, 5, 4\) in a.x1 and \(1, 6, 6\) in a.x2",
+    "labels": "must have one label for each image, got 3 labels for 4 images",
+    "two shapes": r"must have the same shape, got \(1, 5, 4\) in a.x_train and \(1, 6, 6\) in a.x_test",
+    "two shapes in one set": r"must have the same shape, got \(1, 5, 4\) in a.x1 and \(1, 6, 6\) in a.x2",
     "five dimensions": r"must have shape \(N, F\), .* got \(4, 2, 2, 2, 2\)",
     "labels in between": "labels in .* must be whole numbers, got others",
     "labels of nan": "labels in .* must be whole numbers, got others",
     "images of text": "must hold arrays of real numbers, got a.x of <U1",
-    "labels of another set": "labels in .* must go with data of their set, got those of test alone",
-    "no training images": "data.path must hold training data, got sets test and val alone",
+    "labels of another set": "labels in .* must belong to a set with data, got only labels for test",
+    "no training images": "data.path must hold training data, got only test and val sets",
     "idx of no dimension": "must be an IDX file, got one that begins with 00 00 08 00",
     "no images": "must hold images in IDX, .npy or .npz files or pictures, got none",
 }
@@ -316,17 +316,17 @@ HOSTILE = {
     "gzip bomb of a small header": r"must have 20 bytes for shape \(3,\), got 21: it is corrupt",
     "idx shape that overflows": r"must hold at most 0.001 GB once decompressed, got 1.84467e\+10 GB",
     "npy shape that overflows": r"must hold at most 0.001 GB once decompressed, got 7.3787e\+10 GB",
-    "npy header that claims more": r"must be a whole .npy file .*4000 bytes of float32 in shape \(1000,\) in its header, 8 in the file",
-    "npy header that claims less": r"must be a whole .npy file .*4 bytes of float32 .* 8 in the file",
-    "npy negative shape": r"must be a whole .npy file of plain arrays",
-    "npy of numbers without bytes": r"must be a whole .npy file of plain arrays",
-    "npy shape beyond an int64": r"must be a whole .npy file of plain arrays",
-    "npy header cut off": r"must be a whole .npy file of plain arrays",
-    "npz of lzma flipped": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+    "npy header that claims more": r"must be a complete .npy file .*4000 bytes of float32 in shape \(1000,\) in its header, 8 in the file",
+    "npy header that claims less": r"must be a complete .npy file .*4 bytes of float32 .* 8 in the file",
+    "npy negative shape": r"must be a complete .npy file of plain arrays",
+    "npy of numbers without bytes": r"must be a complete .npy file of plain arrays",
+    "npy shape beyond an int64": r"must be a complete .npy file of plain arrays",
+    "npy header cut off": r"must be a complete .npy file of plain arrays",
+    "npz of lzma flipped": r"must be a complete .npz file of plain arrays, got a corrupt or pickled one",
     "npz of several that are too large together": r"files in .* must hold at most 0.001 GB once decompressed",
     "npz bomb": r"must hold at most 0.001 GB once decompressed, got 0.00419443 GB",
-    "npz of a pickle": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
-    "npz flipped": r"must be a whole .npz file of plain arrays, got a corrupt or pickled one",
+    "npz of a pickle": r"must be a complete .npz file of plain arrays, got a corrupt or pickled one",
+    "npz flipped": r"must be a complete .npz file of plain arrays, got a corrupt or pickled one",
 }
 
 
@@ -424,7 +424,7 @@ def write_pictures(folder, n=4, size=(20, 30), mode="RGB"):
 def test_a_folder_of_pictures(tmp_path, mode, channels):
     write_pictures(tmp_path / "cats", mode=mode)
     write_pictures(tmp_path / "dogs", n=2, size=(50, 20), mode=mode)
-    with pytest.raises(ValueError, match=r"must have one size, got \(30, 20\) and \(20, 50\) in 0.png: give data.image_size"):
+    with pytest.raises(ValueError, match=r"must have the same size, got \(30, 20\) and \(20, 50\) in 0.png: set data.image_size"):
         ImageData(path=str(tmp_path)).setup()
     data = ImageData(path=str(tmp_path), image_size=16, validation=0, test=0)
     assert data.shape == [channels, 16, 16]
@@ -510,7 +510,7 @@ def test_pictures_of_several_modes_have_one(tmp_path):
 @pytest.mark.parametrize(
     ("image", "options", "sentence"),
     [
-        (Image.fromarray(DEEP.astype(np.int32)), {}, "a.tif must be a picture of greys or colours of 8 or 16 bits, .* got mode I"),
+        (Image.fromarray(DEEP.astype(np.int32)), {}, "a.tif must hold greys or colours of 8 or 16 bits, .* got mode I"),
         (Image.fromarray(DEEP.astype(np.float32)), {}, r"a.tif must have floats in \[0, 1\], got values from 0 to 65535"),
         (Image.fromarray(GREY), {"save_all": True, "append_images": [Image.fromarray(GREY)]}, "a.tif must hold one picture, got 2"),
     ],
@@ -531,7 +531,7 @@ def test_arrays_of_16_bits_and_of_one(tmp_path, array, expected):
 
 def test_arrays_keep_their_size(tmp_path):
     np.save(tmp_path / "a.npy", images(10))
-    with pytest.raises(ValueError, match=r"data.image_size must be left out for arrays, whose size is given, got 8 for"):
+    with pytest.raises(ValueError, match=r"data.image_size must not be given for arrays, whose size is fixed, got 8 for"):
         ImageData(path=str(tmp_path), image_size=8).setup()
     assert whole_images(tmp_path, image_size=8).shape == (10, 5, 4, 1)
 
@@ -676,14 +676,14 @@ def test_pictures_that_are_none(tmp_path, monkeypatch):
     write_pictures(tmp_path, n=1)
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one"):
+    with pytest.raises(ValueError, match=r"0.png must be a complete picture, got a corrupt one"):
         ImageData(path=str(tmp_path)).setup()
     (tmp_path / "0.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one"):
+    with pytest.raises(ValueError, match=r"0.png must be a complete picture, got a corrupt one"):
         ImageData(path=str(tmp_path)).setup()
 
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "0.png", "EPS")
-    with pytest.raises(ValueError, match=r"0.png must be a whole picture, got a corrupt one \(cannot identify"):
+    with pytest.raises(ValueError, match=r"0.png must be a complete picture, got a corrupt one \(cannot identify"):
         ImageData(path=str(tmp_path)).setup()
 
     def chunk(kind, body):
@@ -806,11 +806,11 @@ def test_a_table_in_text(tmp_path, kind, suffix):
 @pytest.mark.parametrize(
     ("text", "n", "warning"),
     [
-        ("0,1,2\n3,4,5\n6,7,8\n", 2, "0, 1, 2, is taken for names: if it is a row of data, put a row of names before it"),
-        ("0,1,2,3\n5,1,1,1\n", 1, "0, 1, 2, …, is taken for names: if it is a row of data, put a row of names before it"),
-        ("2019,2020\n1.5,2.5\n", 2, "2019, 2020, is taken for data: if it has names, begin them with a letter"),
-        ("2019,2020\n1,2\n", 2, "2019, 2020, is taken for data: if it has names, begin them with a letter"),
-        ("400;410;420\n0,1;0,2;0,4\n", 2, "400, 410, 420, is taken for data: if it has names, begin them with a letter"),
+        ("0,1,2\n3,4,5\n6,7,8\n", 2, "0, 1, 2, is read as names: if it is data, put a row of names before it"),
+        ("0,1,2,3\n5,1,1,1\n", 1, "0, 1, 2, …, is read as names: if it is data, put a row of names before it"),
+        ("2019,2020\n1.5,2.5\n", 2, "2019, 2020, is read as data: if it holds names, start them with a letter"),
+        ("2019,2020\n1,2\n", 2, "2019, 2020, is read as data: if it holds names, start them with a letter"),
+        ("400;410;420\n0,1;0,2;0,4\n", 2, "400, 410, 420, is read as data: if it holds names, start them with a letter"),
         (",0,1,2\n0,3,4,5\n", 1, None),
         ("x2019,x2020\n1,2\n", 1, None),
         ("a,b,c\n0,1,2\n3,4,5\n", 2, None),
@@ -875,7 +875,7 @@ def test_names_of_classes_are_those_of_all_sets(tmp_path):
 def test_files_of_one_table_have_its_columns(tmp_path):
     for name, header in (("a", "xy"), ("b", "yx")):
         (tmp_path / f"{name}.csv").write_text(lines(header, [1, 2], [3, 4]))
-    with pytest.raises(ValueError, match=r"b.csv must have the columns of the file before, got 'y' in the place of 'x'"):
+    with pytest.raises(ValueError, match=r"b.csv must have the columns of the file before, got 'y' instead of 'x'"):
         ImageData("table", path=str(tmp_path)).setup()
     (tmp_path / "b.csv").write_text(lines([5, 6], [7, 8]))
     assert len(ImageData("table", path=str(tmp_path)).whole().splits["train"].images) == 4
@@ -947,12 +947,12 @@ def test_a_gzipped_table_is_bounded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.csv", "a,b\n1,2\n3\n", r"must be a table of numbers, got another file \('' in row 2, column 'b', and text may stand in"),
+        ("a.csv", "a,b\n1,2\n3\n", r"must be a table of numbers, got another file \('' in row 2, column 'b': only a column named label"),
         ("a.csv", "a,b\n1,2\n3,4,5\n", r"must be a table of numbers, got another file \(.*Expected 2 fields in line 3, saw 3\)"),
         ("a.csv", "a,b\n1,2,3,4\n", r"must be a table of numbers, got another file \(2 names in its first row and 4 columns below\)"),
-        ("a.csv", "a,b\n1,x\n", r"must be a table of numbers, got another file \('x' in row 1, column 'b', and text"),
-        ("a.csv", "1,,3\n4,5,6\n", r"must be a table of numbers, got another file \('' in row 1, column 2, and text"),
-        ("a.csv", "1,NA,3\n4,5,6\n", r"must be a table of numbers, got another file \('NA' in row 1, column 2, and text"),
+        ("a.csv", "a,b\n1,x\n", r"must be a table of numbers, got another file \('x' in row 1, column 'b': only a column"),
+        ("a.csv", "1,,3\n4,5,6\n", r"must be a table of numbers, got another file \('' in row 1, column 2: only a column"),
+        ("a.csv", "1,NA,3\n4,5,6\n", r"must be a table of numbers, got another file \('NA' in row 1, column 2: only a column"),
         ("a.csv", "5.1,3.5,setosa\n4.9,3,setosa\n", r"must be a table of numbers, got another file \('setosa' in row 1, column 3"),
         ("a.csv", b"a,\xf6\n1,2\n", r"got another file \(its text must be UTF-8, or UTF-16 with a byte order mark\)"),
         ("a.csv", b"label,x\n" + b"a,2\n" * 9**5 + b"\xf6,2\n", r"\(its text must be UTF-8, or UTF-16 with a byte order mark\)"),
@@ -963,7 +963,7 @@ def test_a_gzipped_table_is_bounded(tmp_path, monkeypatch):
         ("a.csv", "label\n1\n", "no rows or no columns of numbers"),
         ("a.csv", "a,label\n1,0.5\n2,1\n", "must be whole numbers, got others"),
         ("a.csv", "1,nan\n2,3\n", "a.csv must hold finite numbers, got nan in row 1, column 2"),
-        ("a.csv", "1,1e39\n2,3\n", "must hold numbers within float32, got larger ones: data.standardise true takes them"),
+        ("a.csv", "1,1e39\n2,3\n", "must hold numbers in the range of float32, got larger ones: use data.standardise true"),
         ("a.csv", "1,2\n", "data must leave at least two rows to train on, got 1 of the 1 in"),
         ("a.txt", "1,2\n", "data.path must hold a matrix in a .npy, .npz, .csv, .* or .parquet file, got none"),
     ],
@@ -981,8 +981,8 @@ def test_a_broken_table_is_one_sentence(tmp_path, name, text, sentence):
         ({"name": "dsprites"}, "data.path must name the .npz file of dSprites for data.name 'dsprites', got none"),
         ({"name": "table", "path": "x", "binarisation": "dynamic"}, "data.binarisation must be none for a table, got dynamic"),
         ({"image_size": 0}, "data.image_size must be at least 1, got 0"),
-        ({"image_size": 8}, "data.image_size must be left out for data.name 'mnist_5k', whose size is given, got 8"),
-        ({"name": "table", "path": "x", "image_size": 8}, "data.image_size must be left out for data.name 'table'"),
+        ({"image_size": 8}, "data.image_size must not be given for data.name 'mnist_5k', whose size is fixed, got 8"),
+        ({"name": "table", "path": "x", "image_size": 8}, "data.image_size must not be given for data.name 'table'"),
         ({"name": "digits", "standardise": True}, "data.standardise must be false for images"),
     ],
 )

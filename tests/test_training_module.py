@@ -194,7 +194,7 @@ def test_a_checkpoint_brings_its_preparation_to_whatever_is_tested(tmp_path):
     plain(tmp_path, 1).fit(module, last)
     assert last.preparation is own
     bare = ImageData("table", path=files["b"], validation=0)
-    with pytest.raises(ValueError, match=r"data.standardise must be true as it was for ckpt_path, got false"):
+    with pytest.raises(ValueError, match=r"data.standardise must be true, as in ckpt_path, got false"):
         plain(tmp_path).test(ImageVAE([3], latent_dim=2, hidden=[4]), bare, ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -269,7 +269,7 @@ def test_a_table_of_unlike_units_is_told_to_be_standardised(tmp_path):
     data = ImageData("table", str(tmp_path / "x.npy"), batch_size=10)
     data.setup()
     trainer = plain(tmp_path, 1, [StopAtNonFinite()])
-    with pytest.raises(NonFiniteError, match=r"; --data\.standardise true scales the columns of a table"):
+    with pytest.raises(NonFiniteError, match=r"; try --data\.standardise true, which scales the columns of a table"):
         trainer.fit(ImageVAE(data.shape, objective="vae", likelihood="gaussian"), datamodule=data)
 
 
@@ -336,7 +336,7 @@ def test_further_options_reach_the_model():
             "model.free_bits must be 0 unless model.objective is vae or beta_vae, got 1 for mmd_vae",
         ),
         ({"objective": "beta_tc_vae"}, "model.dataset_size must be given for model.objective beta_tc_vae, got none"),
-        ({"compile": True, "gradient_norms_every": 1}, "gradient_norms_every must be 0 where compile is true, got 1"),
+        ({"compile": True, "gradient_norms_every": 1}, "gradient_norms_every must be 0 if compile is true, got 1"),
     ],
 )
 def test_options_that_do_not_go_together(options, sentence):

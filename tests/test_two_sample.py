@@ -45,7 +45,7 @@ def mmd_of_split(k, in_x, estimator):
 
 def splits(n, m, permutations, seed):
     """The permutations that the seed stands for, the observed split first."""
-    data = two_sample._Data(torch.empty(n + m, 1), n, "unbiased", False, "", "")
+    data = two_sample._Samples(torch.empty(n + m, 1), n, "unbiased", False, "", "")
     return list((data.columns(permutations, torch.Generator().manual_seed(seed))[:, :-1] > 0).T.numpy())
 
 
@@ -86,7 +86,7 @@ def test_wild_bootstrap_of_every_kernel(kernel, estimator):
     )
     k = gram(torch.cat([x, y]), 1.3, kernel)
     h = k[:n, :n] + k[n:, n:] - k[:n, n:] - k[n:, :n]
-    data = two_sample._Data(torch.empty(2 * n, 1, dtype=torch.float64), n, estimator, True, "", "")
+    data = two_sample._Samples(torch.empty(2 * n, 1, dtype=torch.float64), n, estimator, True, "", "")
     signs = data.columns(40, torch.Generator().manual_seed(4)).T.numpy()
     assert (signs[0] == 1).all()
     if estimator == "biased":
@@ -174,8 +174,8 @@ class Reads(TorchDispatchMode):
 @pytest.fixture
 def no_sweeps(monkeypatch):
     """The operations, whose CPU implementations read numbers, give others."""
-    monkeypatch.setattr(two_sample._Data, "form", lambda self, v, *_: v.double().square().sum(0))
-    monkeypatch.setattr(two_sample._Data, "row_sums", lambda self, *_: self.z.double().square().sum(1))
+    monkeypatch.setattr(two_sample._Samples, "form", lambda self, v, *_: v.double().square().sum(0))
+    monkeypatch.setattr(two_sample._Samples, "row_sums", lambda self, *_: self.z.double().square().sum(1))
 
 
 @pytest.mark.usefixtures("no_sweeps")
@@ -191,7 +191,7 @@ def test_what_is_read_of_a_gpu_is_read_at_once(options):
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_statistics_copy_no_numbers_to_a_device(kernel, estimator):
     z, v = torch.empty(9, 2, device="meta"), torch.empty(9, 4, device="meta")
-    data = two_sample._Data(z, 4, estimator, False, "", "")
+    data = two_sample._Samples(z, 4, estimator, False, "", "")
     h = torch.ones(2, dtype=torch.float64, device="cpu")
     with Copies() as copies:
         values, ties = data.statistics(v, KERNELS[kernel], h, h, None)
@@ -225,7 +225,7 @@ def test_seed():
 
 
 def columns(n, m, count, swaps=False):
-    data = two_sample._Data(torch.empty(n + m, 1, device=DEVICE), n, "unbiased", swaps, "", "")
+    data = two_sample._Samples(torch.empty(n + m, 1, device=DEVICE), n, "unbiased", swaps, "", "")
     return data.columns(count, torch.Generator().manual_seed(0)).cpu()
 
 
@@ -484,12 +484,12 @@ X, Y = torch.zeros(4, 3), torch.ones(5, 3)
         ((X, Y), {"level": 1}, ValueError, "level must be less than 1, got 1"),
         ((X, Y), {"seed": 0.5}, TypeError, "seed must be an integer, got float"),
         ((X, Y), {"seed": -1}, ValueError, "seed must be at least 0, got -1"),
-        ((X, Y), {"progress": 1}, TypeError, "progress must be True, False or a function of the fraction done, got int"),
+        ((X, Y), {"progress": 1}, TypeError, "progress must be True, False or a function that takes the fraction done, got int"),
         (
             (X, Y),
             {"kernel": ["rbf"]},
             ValueError,
-            "kernel must be one kernel where aggregate is None, got 1: pass aggregate='fuse' or 'agg'",
+            "kernel must be a single kernel with aggregate=None, got 1: pass aggregate='fuse' or 'agg'",
         ),
         ((X, Y), {"kernel": [], "aggregate": "agg"}, ValueError, "kernel must hold at least one kernel, got none"),
         ((X, Y), {"kernel": 3}, TypeError, "kernel must be a name or a fastvae.radial.Kernel, got int"),
@@ -509,7 +509,7 @@ X, Y = torch.zeros(4, 3), torch.ones(5, 3)
             (X, Y),
             {"bandwidth_weights": [1.0], "aggregate": "agg"},
             ValueError,
-            "bandwidth_weights must be None with aggregate='agg', as each bandwidth is a kernel of its own, got [1.0]",
+            "bandwidth_weights must be None with aggregate='agg', where each bandwidth is a separate kernel, got [1.0]",
         ),
         ((X, Y), {"bandwidth": "scott"}, ValueError, "bandwidth must be a number, several, or one of 'median', 'mean', got 'scott'"),
         ((X, Y), {"bandwidth": "scott", "aggregate": "agg"}, ValueError, "bandwidth must be a number, several, or one of 'median'"),

@@ -243,7 +243,7 @@ def test_any_user_module(encoder):
         (
             lambda: VAE.mlp(5, latent_dim=2, posterior="deterministic")(torch.rand(3, 5), samples=2),
             ValueError,
-            "samples must be 1 for a deterministic posterior, which has one code, got 2",
+            "samples must be 1 for a deterministic posterior, which has a single code, got 2",
         ),
         (
             lambda: VAE.mlp(5, latent_dim=2, posterior="deterministic").log_likelihood(torch.rand(3, 5)),
@@ -412,20 +412,20 @@ class Intruder:
     [
         (lambda folder, config: (folder / "config.json").unlink(), "must hold config.json and model.safetensors or model.pt, got none"),
         (lambda folder, config: (folder / "model.pt").unlink(), "must hold config.json and model.safetensors or model.pt, got none"),
-        (lambda folder, config: (folder / "config.json").write_text("{"), "must hold a VAE's config.json and its weights"),
-        (lambda folder, config: (folder / "config.json").write_text("[1]"), "must hold a VAE's config.json and its weights"),
-        (lambda folder, config: (folder / "config.json").write_text("[" * 100_000), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: (folder / "config.json").write_text("{"), "must hold the config.json and weights of a VAE"),
+        (lambda folder, config: (folder / "config.json").write_text("[1]"), "must hold the config.json and weights of a VAE"),
+        (lambda folder, config: (folder / "config.json").write_text("[" * 100_000), "must hold the config.json and weights of a VAE"),
         (lambda folder, config: config["networks"].update(hidden=[10**9, 10**9]), "size mismatch"),
-        (lambda folder, config: config.update(latent_dim=10**12), "must hold a VAE's config.json and its weights"),
+        (lambda folder, config: config.update(latent_dim=10**12), "must hold the config.json and weights of a VAE"),
         (lambda folder, config: config["networks"].update(architecture="__init__"), "encoder and decoder must be given"),
         (lambda folder, config: config.update(posterior="x"), "posterior must be one of"),
         (lambda folder, config: config.update(bogus=1), "bogus"),
-        (lambda folder, config: config["likelihood"].update(kind="os.system"), "likelihood must be given where it is one's own, os.system"),
-        (lambda folder, config: config["preparation"].update(scale=[0] * 5), "scale positive"),
+        (lambda folder, config: config["likelihood"].update(kind="os.system"), "likelihood must be given for a custom one, os.system"),
+        (lambda folder, config: config["preparation"].update(scale=[0] * 5), "scale greater than 0"),
         (lambda folder, config: config.update(preparation=None), None),
-        (lambda folder, config: torch.save([1], folder / "model.pt"), "must hold tensors by their names"),
-        (lambda folder, config: (folder / "model.pt").write_bytes(pickle.dumps(Intruder(), protocol=2)), "must hold tensors alone"),
-        (lambda folder, config: (folder / "model.pt").write_bytes(b""), "must hold tensors alone"),
+        (lambda folder, config: torch.save([1], folder / "model.pt"), "must hold a dictionary of tensors"),
+        (lambda folder, config: (folder / "model.pt").write_bytes(pickle.dumps(Intruder(), protocol=2)), "must hold tensors only"),
+        (lambda folder, config: (folder / "model.pt").write_bytes(b""), "must hold tensors only"),
     ],
 )
 def test_a_folder_of_something_else_is_one_sentence(tmp_path, monkeypatch, capfd, change, sentence):
@@ -448,7 +448,7 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     VAE.mlp(5, latent_dim=2).save_pretrained(tmp_path)
     (tmp_path / "model.pt").rename(tmp_path / "model.safetensors")
-    with pytest.raises(ImportError, match=r"model.safetensors needs the package safetensors, which is not installed"):
+    with pytest.raises(ImportError, match=r"safetensors must be installed to read .*model.safetensors"):
         VAE.from_pretrained(tmp_path)
 
 
@@ -457,7 +457,7 @@ def test_networks_that_were_changed_are_not_saved_as_those_they_were(tmp_path, n
     vae = VAE.mlp(4, latent_dim=2, hidden=(8,)).eval()
     other = nn.Sequential(*(nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in getattr(vae, name)))
     setattr(vae, name, other)
-    with pytest.raises(ValueError, match=rf"{name} must be the one that VAE.mlp made, got another: with vae.networks = None"):
+    with pytest.raises(ValueError, match=rf"{name} must be the one that VAE.mlp made, got another: set vae.networks = None"):
         vae.save_pretrained(tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
     vae.networks = None

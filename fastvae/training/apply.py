@@ -1,4 +1,4 @@
-"""What a checkpoint is for, once trained: samples, reconstructions, codes, traversals, and files that need no fastvae."""
+"""Commands that use a trained checkpoint: samples, reconstructions, codes, traversals, and exported files that need no fastvae."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
     """Decode draws from the prior N(0, I).
 
     Args:
-        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
+        ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
         n: The number of samples.
         output: A .png picture, or a .npy array.
         seed: The seed of the random draws.
@@ -39,25 +39,25 @@ def sample(ckpt_path: str = "last", n: int = 64, output: str = "samples.png", se
     """
     module = load(ckpt_path, runs)
     x = module.vae.sample(checks.integer("n", n, at_least=1), generator=torch.Generator().manual_seed(seed))
-    # A decoder of one's own may return rows.
+    # A custom decoder may return flat rows.
     x = x.reshape(-1, *module.hparams["shape"])
-    if not _saved(x, output):
+    if not _saved_as_array(x, output):
         pictures.grid(_images(x), Path(output), "Samples: decoded draws from the prior N(0, I)")
-    _tell(output)
+    _print_path(output)
 
 
 @torch.no_grad()
 def reconstruct(
     ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "reconstructions.png", runs: str = "runs"
 ) -> None:
-    """Encode test data, or all data of a path, and decode the means of the codes.
+    """Reconstruct the test data of a run, or all data in a path: encode them and decode the means of their codes.
 
-    A table's columns are taken by their names, where they have some: reconstructions have them in the order of the training table.
+    The columns of a table are matched by name, if they have names; reconstructions have them in the order of the training table.
 
     Args:
-        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
-        n: How many of them; by default all in an array or a table, and 32 images in a picture.
+        ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
+        path: A folder or file of data, used whole and in order; the run's own test data by default.
+        n: The number of samples; by default all of them in an array or a table, and 32 images in a picture.
         output: A .png picture of originals and reconstructions, or a .npy array of reconstructions.
         runs: The folder of all runs.
     """
@@ -67,30 +67,30 @@ def reconstruct(
     if n is None and x.ndim == 4 and output.endswith(".png"):
         x = x[:SHOWN]
     x_hat = torch.cat([module.vae.reconstruct(part) for part in torch.split(x, CHUNK)])
-    if not _saved(x_hat, output):
+    if not _saved_as_array(x_hat, output):
         picture = pictures.reconstructions if x.ndim == 4 else pictures.table_reconstructions
         picture(x, x_hat.reshape(x.shape), Path(output))
-    _tell(output)
+    _print_path(output)
 
 
 @torch.no_grad()
 def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "codes.npz", runs: str = "runs") -> None:
-    """Encode test data, or all data of a path: mu and logvar of shape (N, latent_dim), and what the data have of labels and names.
+    """Encode the test data of a run, or all data in a path: mu and logvar of shape (N, latent_dim), with labels and names.
 
-    A .npz file has labels (N,), -1 for none, which a label -1 of a table is too, the names of their classes, if they have some, and rows
-    (N,): a picture's file, the column without a name that a table begins with, else the place in the data, as test data are shuffled. A
-    .csv file has a row a sample, and so has a .h5ad file, whose X is mu.
+    A .npz file also holds labels (N,), -1 for none; the classes' names, if there are any; and rows (N,), the name of each sample: a
+    picture's file, a table's first column if that has no name, else the index in the data (test data are shuffled). A .csv file has one row
+    for each sample; so has a .h5ad file, whose X is mu.
 
     Args:
-        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
-        n: How many of them; all by default.
-        output: A .npz, .csv or, where the package anndata is installed, .h5ad file.
+        ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
+        path: A folder or file of data, used whole and in order; the run's own test data by default.
+        n: The number of samples; all by default.
+        output: A .npz, .csv or, if the package anndata is installed, .h5ad file.
         runs: The folder of all runs.
     """
     _suffix(output, ".npz", ".csv", ".h5ad")
     if output.endswith(".h5ad") and not importlib.util.find_spec("anndata"):
-        raise ValueError("output must end in .npz or .csv where anndata is not installed (pip install 'fastvae-mmd[tables]'), got .h5ad")
+        raise ValueError("anndata must be installed for output in .h5ad: pip install 'fastvae-mmd[tables]', or use .npz or .csv")
     module = load(ckpt_path, runs)
     source = test_data(module, ckpt_path, path, runs, n)
     x, labels = source.splits["train"]
@@ -106,7 +106,7 @@ def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = Non
         np.savez(output, **arrays)  # type: ignore[arg-type]
     else:
         _save_table(arrays, source, output)
-    _tell(output)
+    _print_path(output)
 
 
 def _save_table(codes: dict[str, np.ndarray[Any, Any]], source: Source, output: str) -> None:
@@ -114,17 +114,17 @@ def _save_table(codes: dict[str, np.ndarray[Any, Any]], source: Source, output: 
 
     labels = source.splits["train"].labels.tolist()
     rows = pd.Index(source.rows["train"], name="row")
-    about = pd.DataFrame(index=rows)
+    observations = pd.DataFrame(index=rows)
     if any(label != NO_LABEL for label in labels):
-        about["label"] = ["" if label == NO_LABEL else source.classes[label] if source.classes else str(label) for label in labels]
+        observations["label"] = ["" if label == NO_LABEL else source.classes[label] if source.classes else str(label) for label in labels]
     if output.endswith(".h5ad"):
         from anndata import AnnData
 
         layers = {name: values for name, values in codes.items() if name != "mu"}
-        AnnData(codes["mu"], obs=about, var=pd.DataFrame(index=_names("mu", codes["mu"])), layers=layers).write_h5ad(output)
+        AnnData(codes["mu"], obs=observations, var=pd.DataFrame(index=_names("mu", codes["mu"])), layers=layers).write_h5ad(output)
         return
     frames = [pd.DataFrame(values, index=rows, columns=_names(name, values)) for name, values in codes.items()]
-    pd.concat([about, *frames], axis=1).to_csv(output)
+    pd.concat([observations, *frames], axis=1).to_csv(output)
 
 
 def _names(name: str, values: np.ndarray[Any, Any]) -> list[str]:
@@ -141,14 +141,14 @@ def traverse(
     output: str = "traversal.png",
     runs: str = "runs",
 ) -> None:
-    """Move one latent dimension of a code at a time, a row each, the most informative dimension first.
+    """Vary one latent dimension of a code at a time and decode: a row for each dimension, the most informative first.
 
     Args:
-        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        path: A folder or file of data, taken whole and in its order; the test data of the run's own by default.
-        image: The number, from 0, of the one whose code is moved.
-        reach: How far a latent dimension is moved: from minus this to this.
-        steps: How many values a latent dimension takes, a column of the picture each.
+        ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
+        path: A folder or file of data, used whole and in order; the run's own test data by default.
+        image: The index of the sample whose code is varied, from 0.
+        reach: Each latent dimension goes from -reach to reach.
+        steps: The number of values of each latent dimension, each a column of the picture.
         output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
         runs: The folder of all runs.
     """
@@ -156,7 +156,7 @@ def traverse(
     vae = module.vae
     x, _ = test_data(module, ckpt_path, path, runs, None).splits["train"]
     if not 0 <= image < len(x):
-        raise ValueError(f"image must be from 0 to {len(x) - 1}, the number of the data, got {image}")
+        raise ValueError(f"image must be an index from 0 to {len(x) - 1}, got {image}")
     mu = torch.cat([vae.encode(part)[0] for part in torch.split(x[:10_000], CHUNK)])
     order = mu.var(0, correction=0).argsort(descending=True)
     code = vae.encode(x[image : image + 1])[0]
@@ -165,7 +165,7 @@ def traverse(
     for row, d in enumerate(order):
         z[row, :, d] = values
     decoded = vae.expected(z.flatten(0, 1)).reshape(-1, *x.shape[1:])
-    if not _saved(decoded.unflatten(0, z.shape[:2]), output):
+    if not _saved_as_array(decoded.unflatten(0, z.shape[:2]), output):
         pictures.grid(
             _images(decoded),
             Path(output),
@@ -174,19 +174,19 @@ def traverse(
             row_labels=[f"z{d}" for d in order.tolist()],
             column_labels=[f"{round(value, 2) + 0.0:g}".replace("-", "−") for value in values.tolist()],
         )
-    _tell(output)
+    _print_path(output)
 
 
 def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") -> None:
-    """Write encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and beside them what `fastvae.VAE.from_pretrained` reads.
+    """Export a model: encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and the files that `VAE.from_pretrained` reads.
 
-    encoder.pt2 takes x (N, *shape) to mu and logvar (mu alone if the posterior is deterministic), decoder.pt2 takes z (N, latent_dim) to
-    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. config.json has the options and the mean and
-    scale of a standardised table; the weights are in model.safetensors where the package safetensors is there, else in model.pt.
+    encoder.pt2 maps x (N, *shape) to mu and logvar (only mu if the posterior is deterministic), and decoder.pt2 maps z (N, latent_dim) to
+    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. config.json holds the options, and the mean
+    and scale of a standardised table. The weights are in model.safetensors if the package safetensors is installed, else in model.pt.
 
     Args:
-        ckpt_path: A checkpoint, 'last' for the newest one of all runs, or 'best' for the best one of that run.
-        output: The folder of the files.
+        ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
+        output: The folder for the files.
         runs: The folder of all runs.
     """
     module = load(ckpt_path, runs)
@@ -200,7 +200,7 @@ def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") 
         program = torch.export.export(part.eval(), (example,), dynamic_shapes=({0: batch},))
         torch.export.save(program, folder / f"{name}.pt2")
     module.vae.save_pretrained(folder)
-    _tell(output)
+    _print_path(output)
 
 
 class _Encoder(nn.Module):
@@ -223,12 +223,12 @@ class _Decoder(nn.Module):
 
 
 def load(ckpt_path: str, runs: str) -> ImageVAE:
-    """The module of a checkpoint, on the CPU, for evaluation."""
+    """The module of a checkpoint, on the CPU, in evaluation mode."""
     saved = read_checkpoint(checkpoint_file(ckpt_path, Path(runs, "*")))
-    # Not by `load_from_checkpoint`, which calls the function that the file names as "_instantiator".
+    # `load_from_checkpoint` is unsafe: it calls the function that the file names as "_instantiator".
     try:
         options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}
-        with torch.device("meta"):  # nothing of a size that the weights in the file do not have
+        with torch.device("meta"):  # allocates nothing, however large a model the file names
             _module(options).on_load_checkpoint(saved)
         module = _module(options)
         module.on_load_checkpoint(saved)
@@ -239,11 +239,11 @@ def load(ckpt_path: str, runs: str) -> ImageVAE:
 
 
 def _module(options: dict[str, Any]) -> ImageVAE:
-    """The module, its own networks made by the classes that the checkpoint names, if `--trust` allows their packages."""
+    """The module. Custom networks are made by the classes that the checkpoint names, if `--trust` allows their packages."""
     own: dict[str, Any] = {"optimizer": None, "lr_scheduler": None}
     for article, name in (("an", "encoder"), ("a", "decoder")):
         if options.get(name) is not None:
-            restrict()  # also where no command did
+            restrict()  # for callers other than the command
             parser = jsonargparse.ArgumentParser(exit_on_error=False)
             parser.add_argument("--network", type=nn.Module)
             try:
@@ -256,13 +256,13 @@ def _module(options: dict[str, Any]) -> ImageVAE:
 
 
 def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: int | None) -> Source:
-    """The first n (all, if None) of the run's test data, or of all data of a path, in their own units, as the split "train"."""
+    """The first n samples (all if None) of the run's test data, or of all data in a path, in their own units, as the split "train"."""
     config = checkpoint_file(ckpt_path, Path(runs, "*")).parent.parent / "config.yaml"
     try:
         options = read_yaml(config.read_text(encoding="utf-8"))["data"]
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         if path is None:
-            raise ValueError(f"path must be given where the run has no config.yaml, got none beside {str(config)!r}") from error
+            raise ValueError(f"path must be given if the run has no config.yaml, got none and no {str(config)!r}") from error
         options = {}
     if path is not None:
         options |= {"path": path}
@@ -276,7 +276,7 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
     try:
         data = ImageData(**options)
     except TypeError as error:
-        raise ValueError(f"{str(config)!r} must hold the options of data, got others ({error})") from error
+        raise ValueError(f"{str(config)!r} must hold options of data, got others ({error})") from error
     if path is not None:
         source = data.whole()
     else:
@@ -293,12 +293,12 @@ def test_data(module: ImageVAE, ckpt_path: str, path: str | None, runs: str, n: 
 
 def _images(x: Tensor) -> Tensor:
     if x.ndim != 4:
-        raise ValueError(f"output must be a .npy file where the data are no images, got a picture of shape {tuple(x.shape[1:])}")
+        raise ValueError(f"output must be a .npy file for data other than images, got a picture for shape {tuple(x.shape[1:])}")
     return x
 
 
-def _saved(x: Tensor, output: str) -> bool:
-    """Whether the array was written: a picture is left to the caller."""
+def _saved_as_array(x: Tensor, output: str) -> bool:
+    """Writes x if `output` is a .npy file, and returns whether it is one. The caller draws pictures."""
     _suffix(output, ".png", ".npy")
     if output.endswith(".npy"):
         np.save(output, x.numpy())
@@ -310,5 +310,5 @@ def _suffix(output: str, *known: str) -> None:
         raise ValueError(f"output must end in {' or '.join(known)}, got {output!r}")
 
 
-def _tell(output: str) -> None:
+def _print_path(output: str) -> None:
     sys.stdout.write(f"Written: {Path(output).resolve()}\n")

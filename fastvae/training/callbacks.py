@@ -1,4 +1,4 @@
-"""Callbacks: stop at the first non-finite number, at Ctrl-C and at a metric that nothing logs; tell and draw what was learned."""
+"""Callbacks that stop at a non-finite number, at Ctrl-C or at an unknown metric, show progress, and draw pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class StopAtNonFinite(Callback):
-    """Raises `NonFiniteError` before a non-finite loss or gradient reaches the weights: the last checkpoint written is a good one."""
+    """Raises `NonFiniteError` before a non-finite loss or gradient reaches the weights, so that the last checkpoint is a good one."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not math.isfinite(loss.item()):
@@ -37,7 +37,7 @@ class StopAtNonFinite(Callback):
             self._stop(trainer, "loss", {**x, **dict(pl_module.named_parameters()), **observed, "loss": loss})
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        if trainer.precision == "16-mixed":  # its loss scaler makes infinite gradients, and skips them, by design
+        if trainer.precision == "16-mixed":  # its loss scaler makes infinite gradients by design, and skips them
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
@@ -49,48 +49,48 @@ class StopAtNonFinite(Callback):
         checkpoint = trainer.checkpoint_callback
         path = (checkpoint.last_model_path or checkpoint.best_model_path) if isinstance(checkpoint, ModelCheckpoint) else ""
         data = getattr(trainer, "datamodule", None)
-        # Columns of unlike units are the usual reason.
+        # In a table, columns of different units are the usual reason.
         table = isinstance(data, ImageData) and len(data.shape) == 1 and not data.standardise
         raise NonFiniteError(
             f"{what} must be finite, got a non-finite one at step {trainer.global_step} "
             f"(epoch {trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}), "
             f"first seen in {first}; the last good checkpoint is {path or 'not yet written'}"
-            + ("; --data.standardise true scales the columns of a table" if table else "")
+            + ("; try --data.standardise true, which scales the columns of a table" if table else "")
         )
 
 
 class Interrupt(Callback):
-    """Ctrl-C stops between two steps, as SIGTERM does; a second one at once. Several processes are left to Lightning."""
+    """Lets the first Ctrl-C stop the run between two steps, as SIGTERM does, and a second one at once. Only for a single process."""
 
     def __init__(self) -> None:
-        self._before: Any = None
-        self._came = False
+        self._previous_handler: Any = None
+        self._interrupted = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def stop(*_: object) -> None:
-            self._came = trainer._signal_connector.received_sigterm = True
+            self._interrupted = trainer._signal_connector.received_sigterm = True
             self._restore()
 
-        # Python hears of signals in its first thread alone.
+        # Python handles signals in its main thread only.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, stop)
+            self._previous_handler = signal.signal(signal.SIGINT, stop)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
-        if self._came and isinstance(exception, SIGTERMException):
+        if self._interrupted and isinstance(exception, SIGTERMException):
             exception.args = (f"stopped by Ctrl-C at step {trainer.global_step}",)
 
     def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
 
 
 class KnownMetrics(Callback):
-    """Refuses a callback that waits for a metric of the run that nothing logs, before the first step."""
+    """Raises an error before the first step if a callback or schedule monitors a metric that nothing logs."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -99,7 +99,7 @@ class KnownMetrics(Callback):
         waiting = {type(callback).__name__: callback.monitor for callback in given if getattr(callback, "monitor", None)}
         waiting |= {type(config.scheduler).__name__: config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
         waiting = {name: metric for name, metric in waiting.items() if str(metric).startswith(("train/", "val/")) or "/" not in str(metric)}
-        # A callback from elsewhere may log metrics of its own.
+        # A callback from another package may log its own metrics.
         known_callbacks = all(type(callback).__module__.split(".")[0] == "lightning" for callback in given)
         if not (waiting and known_callbacks and isinstance(data, ImageData) and isinstance(pl_module, VAEModule)):
             return
@@ -108,25 +108,25 @@ class KnownMetrics(Callback):
             known = pl_module.metric_names(x)
         for name, metric in waiting.items():
             if metric.startswith("val/") and not sum(trainer.num_val_batches):
-                raise ValueError(f"{name}'s monitor must be a metric of the training where there is no validation, got {metric!r}")
+                raise ValueError(f"monitor of {name} must be a training metric in a run without validation, got {metric!r}")
             if metric not in known | set(trainer.callback_metrics) and not metric.startswith("lr-") and metric not in ("step", "epoch"):
-                raise ValueError(f"{name}'s monitor must be one of {', '.join(sorted(known))}, got {metric!r}")
+                raise ValueError(f"monitor of {name} must be one of {', '.join(sorted(known))}, got {metric!r}")
 
 
 SHOWN = {"train/loss": "loss", "train/reconstruction": "rec", "train/kl": "kl", "train/mmd": "mmd", "val/loss": "val"}
 
 
 class Progress(ProgressBar):
-    """One bar an epoch, within the terminal's width, on the stream that is one; where none is, a line an epoch on stderr."""
+    """Shows one progress bar for each epoch if stderr or stdout is a terminal, else writes one line for each epoch to stderr."""
 
     def __init__(self) -> None:
         super().__init__()
         self._stream = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
         self._bar: tqdm[Any] | None = None
-        self._told = 0.0
+        self._last_update = 0.0
 
     def disable(self) -> None:
-        """Of the processes but the first one."""
+        """Called in all processes but the first."""
         self._stream = None
         self.enabled = False
 
@@ -140,7 +140,7 @@ class Progress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is None and self._stream is not None:
-            self._begin(self._title(), self.total_train_batches)  # an epoch that is gone on with
+            self._begin(self._title(), self.total_train_batches)  # a resumed epoch
         self._step(batch_idx + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,7 +169,7 @@ class Progress(ProgressBar):
         return f"Epoch {self.trainer.current_epoch + 1}{f'/{last}' if last and last > 0 else ''}"
 
     def _numbers(self) -> str:
-        """Of the training their means over the epoch as far as it is."""
+        """The metrics, those of the training as means over the epoch so far, in as many digits as fit the terminal."""
         results, shown = self.trainer._results, {}
         for name, short in SHOWN.items():
             running = results.get(f"training_step.{name}") if results else None
@@ -192,10 +192,10 @@ class Progress(ProgressBar):
 
     def _step(self, done: int) -> None:
         if self._bar is not None:
-            # As seldom as it is drawn, as the numbers have to be fetched from the device.
+            # Updated no more often than the bar is drawn, as reading the numbers waits for the device.
             now = time.monotonic()
-            if now > self._told + self._bar.mininterval:
-                self._told = now
+            if now > self._last_update + self._bar.mininterval:
+                self._last_update = now
                 self._bar.postfix = (self._numbers(),)
             self._bar.update(done - self._bar.n)
 
@@ -206,7 +206,7 @@ class Progress(ProgressBar):
 
 
 class Pictures(Callback):
-    """Writes latent.png, loss_curves.png, reconstructions.png and, of images, samples.png into the run's folder after the fit."""
+    """Writes latent.png, loss_curves.png, reconstructions.png and, for images, samples.png to the run's folder after the fit."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -221,14 +221,14 @@ class Pictures(Callback):
         metrics = {
             name.removesuffix("_epoch"): float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")
         }
-        # An epoch that was stopped and gone on with is told of once.
+        # A resumed epoch replaces the part of it that was recorded before.
         self.history = [row for row in self.history if row["epoch"] != trainer.current_epoch]
         self.history.append({"epoch": trainer.current_epoch, **metrics})
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        log_dir = trainer.log_dir  # asked for by every process, as the first one tells the others
+        log_dir = trainer.log_dir  # a collective call: every process needs to make it
         if not (trainer.is_global_zero and log_dir and isinstance(data, ImageData) and isinstance(pl_module, VAEModule)):
             return
         folder = Path(log_dir)
@@ -243,7 +243,7 @@ class Pictures(Callback):
             samples = vae.sample(100, generator=generator).reshape(-1, *x.shape[1:])
             pictures.grid(samples, folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
         else:
-            # As the network has them, where columns of different units share an axis.
+            # Standardised, as columns of different units share one axis.
             pictures.table_reconstructions(x, vae.likelihood.mean(vae.decode(output.mu)), folder / "reconstructions.png")
         pictures.latent(output.z, shown.labels, folder / "latent.png", classes=data.classes)
         pictures.loss_curves(self.history, folder / "loss_curves.png")

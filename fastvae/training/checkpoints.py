@@ -1,4 +1,4 @@
-"""What a checkpoint needs so that a resumed run is the uninterrupted one: random numbers, the place in the data, whole files."""
+"""Checkpoints that make a resumed run equal to an uninterrupted one: random states, the position in the data, complete files."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from fastvae.distributed import is_initialized
 
 
 class RandomState(Callback):
-    """Checkpoints hold the states of Python's, numpy's and torch's random numbers, and a resumed run goes on with them.
+    """Saves and restores the random states of Python, numpy and torch.
 
-    What measures, in validation and at an epoch's end, draws from them and puts them back, so that it has no part in the training. An
-    epoch that ends before its last batch, by `max_steps` or `max_time`, is saved as one that goes on.
+    Validation and measurements at the end of an epoch draw random numbers too; the states are restored after them, so that they do not
+    change the training. An epoch that `max_steps` or `max_time` ends before its last batch is saved as unfinished.
     """
 
     def __init__(self, *, restore: bool = True) -> None:
         self._restore = restore
         self._loaded: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
-        self._measures = False
+        self._measuring = False
         self.started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that the next step begins with, also where they wait for it or for the end of a measurement; of all processes."""
-        own = self._loaded or (self._after_step if self._measures else None) or random_state()
+        """The random states of all processes at the start of the next step, also while they are not yet, or not again, the current ones."""
+        own = self._loaded or (self._after_step if self._measuring else None) or random_state()
         if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -62,7 +62,7 @@ class RandomState(Callback):
         self._loaded = dict(enumerate([state_dict, *others])).get(rank) if self._restore else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts an epoch that was stopped as done, and would begin the next one.
+        # Lightning counts a stopped epoch as finished, and would start the next one.
         epoch, batches = checkpoint["loops"]["fit_loop"]["epoch_progress"], trainer.fit_loop.epoch_loop.batch_progress
         if batches.current.ready and not batches.is_last_batch and epoch["total"]["processed"] == epoch["total"]["started"]:
             for count in epoch.values():
@@ -70,38 +70,38 @@ class RandomState(Callback):
                 count["completed"] = min(count["completed"], count["processed"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not earlier: what Lightning does until the first step may draw numbers.
+        # Not earlier, as Lightning may draw random numbers before the first step.
         if self.started:
             return
         self.started = True
         if self._loaded is not None:
             set_random_state(self._loaded)
         elif trainer.global_rank > 0:
-            # Noise is to differ between the processes, which began with one seed.
+            # All processes start with the same seed, but their noise must differ.
             torch.manual_seed(epoch_seed(torch.initial_seed(), trainer.global_step, stream=1 + trainer.global_rank))
         self._loaded = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Here and not at a validation's start, before which its loader has drawn a seed.
+        # Here and not at the start of a validation, before which its loader has drawn a seed.
         self._after_step = random_state()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measures = True
+        self._measuring = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measures = False
+        self._measuring = False
         if self._after_step is not None:
             set_random_state(self._after_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measures = True
+        self._measuring = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_end(trainer, pl_module)
 
 
 def random_state() -> dict[str, Any]:
-    """The global states, of types that `torch.load(weights_only=True)` takes."""
+    """The global random states, in types that `torch.load(weights_only=True)` can read."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -117,13 +117,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
-    # A run that goes on with fewer GPUs has no use for the states of the others.
+    # A run may be resumed with fewer GPUs than before.
     for device in range(min(torch.cuda.device_count(), len(state["cuda"]))):
         torch.cuda.set_rng_state(state["cuda"][device].cpu(), device)
 
 
 class GivenOptions(Callback):
-    """What a run is given otherwise than the run that it goes on from goes before what the checkpoint remembers of it."""
+    """Options that are given to a resumed run override those in the state of its checkpoint: learning rate, schedule, patience."""
 
     def __init__(self) -> None:
         self._before: list[dict[str, Any]] = []
@@ -152,9 +152,9 @@ class GivenOptions(Callback):
             lr = before["lr"]
             ratios = []
             for group in optimizer.param_groups:
-                # A schedule goes on where it was, from the rate given; one that began at a rate of its own has no use for it.
-                takes_lr = lr and math.isclose(group.get("initial_lr", lr), lr)
-                ratios.append(given["lr"] / lr if takes_lr else 1.0)
+                # A schedule continues with the new rate, unless it set its own initial rate.
+                follows_lr = lr and math.isclose(group.get("initial_lr", lr), lr)
+                ratios.append(given["lr"] / lr if follows_lr else 1.0)
                 rates = {name: group[name] * ratios[-1] for name in ("lr", "initial_lr") if name in group}
                 group.update(changed | rates)
             for config in trainer.lr_scheduler_configs:
@@ -163,11 +163,11 @@ class GivenOptions(Callback):
         make: Any = pl_module.lr_scheduler if self._other_schedule else None
         if make is not None:
             for config in trainer.lr_scheduler_configs:
-                config.scheduler = _with_its_options(config.scheduler, make)
+                config.scheduler = _replaced_scheduler(config.scheduler, make)
 
 
-def _with_its_options(scheduler: Any, make: Callable[[Any], Any]) -> Any:
-    """The schedule that `make` makes, at the step where `scheduler` is."""
+def _replaced_scheduler(scheduler: Any, make: Callable[[Any], Any]) -> Any:
+    """The scheduler that `make` makes, advanced to the step of `scheduler`."""
     optimizer = scheduler.optimizer
     if isinstance(scheduler, ReduceLROnPlateau):
         made = make(optimizer)
@@ -180,25 +180,25 @@ def _with_its_options(scheduler: Any, make: Callable[[Any], Any]) -> Any:
         group.update(optimizer.defaults)
     made = make(optimizer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the optimizer's own steps are those of the checkpoint
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the checkpoint's optimizer has taken the steps
         for _ in range(scheduler.last_epoch):
             made.step()
     return made
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves on SIGTERM too, which Lightning raises between two steps. Any other exception may come in the middle of one."""
+    """Also saves on SIGTERM, which Lightning raises between two steps. Other exceptions may come in the middle of one."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and self.save_on_exception and trainer.state.fn == TrainerFn.FITTING:
             super().on_exception(trainer, pl_module, exception)
             path = self.last_model_path or self.best_model_path
             stopped = str(exception) or f"stopped by SIGTERM at step {trainer.global_step}"
-            exception.args = (f"{stopped}; to go on: fastvae fit --ckpt_path {path}",)
+            exception.args = (f"{stopped}; to resume: fastvae fit --ckpt_path {path}",)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt, of the least validation loss of the run's own epochs; of a run without validation nothing."""
+    """Keeps best.ckpt, the checkpoint with the lowest validation loss of this run's epochs. Without validation there is none."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(folder, filename="best", monitor="val/loss", enable_version_counter=False, save_on_train_epoch_end=False)
@@ -209,9 +209,9 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the checkpoint and renames, so that its name never stands for a part of it. Reads tensors and plain values alone.
+    """Writes to a temporary file in the same folder and renames it, so that no checkpoint is partial. Reads only tensors and plain values.
 
-    Lightning's own writing goes by way of the folder for temporary files, from where a move to another disk is a copy.
+    Lightning writes to the system's temporary folder instead, from which a move to another disk is a copy, and not atomic.
     """
 
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -232,7 +232,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(checkpoint: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """What a run saved: tensors and plain values, never a pickled object, whose loading may run code."""
+    """The contents of a checkpoint. Only tensors and plain values are read: loading other pickled objects may run code."""
     try:
         saved: object = torch.load(checkpoint, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
@@ -244,7 +244,7 @@ def read_checkpoint(checkpoint: Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def finished(saved: dict[str, Any], trainer: Any) -> str | None:
-    """Why a run with these options of the trainer has nothing left to do after this checkpoint, and how to go on; None where it has."""
+    """Why a run with these trainer options is finished at this checkpoint, and how to continue it; None if it is not finished."""
     callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
     patience = [callback.init_args.patience for callback in callbacks if "EarlyStopping" in str(getattr(callback, "class_path", ""))]
     try:
@@ -255,16 +255,16 @@ def finished(saved: dict[str, Any], trainer: Any) -> str | None:
     except (KeyError, TypeError, AttributeError):
         return None
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
-        return f"with {epochs} of {trainer.max_epochs} epochs; to go on: --trainer.max_epochs {epochs + max(epochs, 1)}"
+        return f"after {epochs} of {trainer.max_epochs} epochs; to continue: --trainer.max_epochs {epochs + max(epochs, 1)}"
     if 0 <= trainer.max_steps <= steps:
-        return f"with {steps} of {trainer.max_steps} steps; to go on: --trainer.max_steps {steps + max(steps, 1)}, or -1"
+        return f"after {steps} of {trainer.max_steps} steps; to continue: --trainer.max_steps {steps + max(steps, 1)}, or -1"
     if trainer.max_time is not None and Timer(trainer.max_time).time_remaining() <= seconds:
-        return f"after {seconds:.0f} s of trainer.max_time; to go on, give it more, or null"
-    return f"by EarlyStopping; to go on: --trainer.callbacks.patience {2 * max(patience) + 1}" if stopped else None
+        return f"after {seconds:.0f} s of trainer.max_time; to continue, pass a longer time, or null"
+    return f"by EarlyStopping; to continue: --trainer.callbacks.patience {2 * max(patience) + 1}" if stopped else None
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the file holds all that `torch.save` wrote, every byte as its checksum has it, and nothing compressed."""
+    """Whether the file is a complete result of `torch.save`: nothing compressed, and all checksums right."""
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist()) and archive.testzip() is None
@@ -273,28 +273,30 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder of checkpoints to go on from: neither links to one of them nor the best one, of within an epoch."""
+    """The checkpoints in a run's folder that can be resumed, without links and best.ckpt."""
     files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink() and file.name != "best.ckpt"]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 
 def checkpoint_file(path: str, folder: Path) -> Path:
-    """The whole checkpoint of this path, or for "last" the newest one of the runs in `folder`, which may be a pattern, or for "best" that
-    run's best one."""
+    """The complete checkpoint at this path. "last" is the newest one of the runs in `folder`, which may be a pattern, and "best" the best
+    one of that run."""
     if path == "last":
         return last_checkpoint(folder)
     checkpoint = last_checkpoint(folder).with_name("best.ckpt") if path == "best" else Path(path)
     if path == "best" and not checkpoint.is_file():
-        raise FileNotFoundError(f"ckpt_path must not be 'best' for a run without validation, got none in {str(checkpoint.parent)!r}")
+        raise FileNotFoundError(
+            f"ckpt_path must not be 'best' for a run without validation, got no best.ckpt in {str(checkpoint.parent)!r}"
+        )
     if not is_whole(checkpoint):
         before = next((str(file) for file in newest_first(checkpoint.parent) if is_whole(file)), None)
-        hint = f"; a whole one beside it is {before!r}" if before else ""
-        raise ValueError(f"ckpt_path must be 'last' or a whole checkpoint's file, got {path!r}{hint}")
+        hint = f": use {before!r}, a complete one beside it" if before else ""
+        raise ValueError(f"ckpt_path must be 'last', 'best' or the file of a complete checkpoint, got {path!r}{hint}")
     return checkpoint
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of all runs in `folder`, which may be a pattern; one that is not whole is passed over, and named."""
+    """The newest complete checkpoint of all runs in `folder`, which may be a pattern. Incomplete ones are skipped with a warning."""
     folders = [Path(found) for found in glob.glob(f"{folder}/version_*/checkpoints")]
     files = [file for found in folders for file in newest_first(found)]
     if not files:
@@ -302,12 +304,12 @@ def last_checkpoint(folder: Path) -> Path:
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         if is_whole(file):
             return file
-        sys.stderr.write(f"warning: {str(file)!r} is not a whole checkpoint, taking the one before it\n")
-    raise ValueError(f"ckpt_path must be a whole checkpoint's file, got none among the {len(files)} in {str(folder)!r}")
+        sys.stderr.write(f"warning: {str(file)!r} is not a complete checkpoint, using the one before it\n")
+    raise ValueError(f"ckpt_path must be a complete checkpoint, got none among the {len(files)} files in {str(folder)!r}")
 
 
 class EpochSampler(RandomSampler):
-    """The order of an epoch, drawn from the seed and the epoch's number alone. The epoch counts up unless Lightning sets it."""
+    """Shuffles each epoch by the seed and the epoch's number alone. The epoch counts up unless Lightning sets it."""
 
     def __init__(self, data: Any, seed: int) -> None:
         super().__init__(data, generator=torch.Generator())
@@ -324,22 +326,22 @@ class EpochSampler(RandomSampler):
 
 
 def epoch_seed(seed: int, epoch: int, stream: int = 0) -> int:
-    """A seed of its own for each seed, epoch and use."""
+    """A different seed for each seed, epoch and stream."""
     return int(np.random.SeedSequence((seed % 2**63, epoch, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class ResumableLoader(DataLoader[tuple[Tensor, Tensor]]):
-    """A DataLoader whose state is its place in the epoch, which Lightning keeps in its checkpoints.
+    """A DataLoader whose state, which Lightning saves in its checkpoints, is the position in the epoch.
 
-    A resumed epoch begins anew and passes over the batches that were seen: what an epoch draws has to follow from its number, as with
-    `EpochSampler` and a data set's `start_epoch(epoch)`, which is called before an epoch's first batch.
+    A resumed epoch starts again and skips the batches that were seen. Its random draws therefore depend on the epoch's number alone, as
+    with `EpochSampler` and the data set's `start_epoch(epoch)`, which is called before the first batch of each epoch.
     """
 
     _seen = 0
     _skip = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # The epoch is known no sooner than its first batch: Lightning makes the iterator before it sets the sampler's epoch.
+        # The epoch is read at the first batch, as Lightning makes the iterator before it sets the sampler's epoch.
         skip, self._skip = self._skip, 0
         if hasattr(self.dataset, "start_epoch"):
             self.dataset.start_epoch(getattr(self.sampler, "epoch", 0))

@@ -1,4 +1,4 @@
-"""The command line on LightningCLI: what a run is called, where it goes, and how an error reads."""
+"""The command line, based on LightningCLI: names and folders of runs, resuming, and error messages."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ from fastvae.training.module import ImageVAE
 from fastvae.training.report import measured, report
 from fastvae.version import __version__
 
-# Each is true of our runs, and none asks the user for anything.
+# Warnings that are hidden: users can do nothing about them.
 QUIET = (
     "The '.*_dataloader' does not have many workers",  # a batch is one indexing of a tensor in memory
-    "The number of training batches .* is smaller than the logging interval",  # epoch means are logged all the same
-    "The dirpath has changed from",  # a resumed run has a folder of its own, so that the old one stays as it was
+    "The number of training batches .* is smaller than the logging interval",  # epoch means are logged anyway
+    "The dirpath has changed from",  # a resumed run gets a new folder, so that the old one stays unchanged
     "You defined a `validation_step` but have no `val_dataloader`",  # --data.validation 0 asks for that
     r"It is recommended to use `self.log\('train/",  # the terms are those of the global batch on each process
-    "GPU available but not used",  # Apple's, and why is said
-    "Total length of `list` across ranks is zero",  # the same
+    "GPU available but not used",  # Apple's; a message of our own says why
+    "Total length of `list` across ranks is zero",  # --data.validation 0 on several processes
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # between Lightning and a newer torch
-    r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # the same with jsonargparse
+    r"(?s)\s*By default only one Jsonargparse|.*was deprecated in v4.*removed\s+in\s+v5",  # between Lightning and a newer jsonargparse
 )
 NEWEST_TWO: dict[str, Any] = {"monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
-# Options of the model that follow from the data, and their names there.
+# Options of the model that come from the data, and their names there.
 LINKS = {"shape": "data.shape", "dataset_size": "data.train_size"}
-# Lightning's options that have no use here: nothing is predicted, --runs says where files go, and no registry is written to.
+# Lightning's options that are not supported: nothing is predicted, --runs gives the folder, and there is no model registry.
 UNUSED = ("limit_predict_batches", "default_root_dir", "model_registry")
-# The options of the model that some of its objectives, likelihoods and architectures take.
+# Options of the model that only some of its objectives, likelihoods, architectures or schedules use.
 MMD_OBJECTIVES, KL_OBJECTIVES = (
     ("info_vae", "mmd_vae", "wae_mmd"),
     ("vae", "beta_vae", "info_vae", "capacity_vae", "dip_vae", "beta_tc_vae"),
 )
-TAKEN_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+USED_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("channels",): ("architecture", ("conv",)),
     ("sigma", "learn_sigma", "optimal_sigma"): ("likelihood", ("gaussian", "auto")),
     ("beta",): ("objective", ("beta_vae", "beta_tc_vae")),
@@ -88,19 +88,19 @@ TAKEN_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("kl_schedule_cycles",): ("kl_schedule", ("cyclical",)),
     ("mmd_schedule_steps",): ("mmd_schedule", ("linear", "cosine", "cyclical")),
 }
-# What an optimizer begins its state with, so that it cannot change later.
-KEPT = {
+# Options that an optimizer stores in its state, so that they cannot change later.
+FIXED_OPTIONS = {
     **dict.fromkeys([f"torch.optim.{name}" for name in ("Adam", "AdamW", "NAdam", "RAdam")], ("amsgrad",)),
     "torch.optim.Adagrad": ("initial_accumulator_value",),
     "torch.optim.RMSprop": ("centered", "momentum"),
     "torch.optim.Rprop": ("lr",),
 }
 CKPT_PATH_HELP = {
-    "fit": "Go on with this run: a checkpoint's file, last (the newest of all runs) or best. Flags go before what the run was given.",
-    "test": "A checkpoint's file, last (the newest of all runs, the default) or best.",
+    "fit": "Resume from this checkpoint: a file, last (the newest of all runs) or best. Other flags override the options of that run.",
+    "test": "A checkpoint: a file, last (the newest of all runs, the default) or best.",
 }
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
-# Each command that is a function, and its positional argument if it has one.
+# The commands that are functions, and their positional arguments if they have one.
 COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
     "compare": (compare, None),
     "report": (report, "runs"),
@@ -110,12 +110,12 @@ COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
     "traverse": (traverse, None),
     "export": (export, None),
 }
-HELP = {"runs": "Folders of runs, or of several versions of one, of which the newest is taken."}
+HELP = {"runs": "Folders of runs, at most five. A folder with several versions of a run stands for the newest one."}
 ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
-    """Says an error in one sentence, and lists `COMMANDS` beside Lightning's own subcommands."""
+    """Reports errors in one sentence, and lists `COMMANDS` besides Lightning's subcommands."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -132,7 +132,7 @@ class Parser(LightningArgumentParser):
 
 
 class RunTrainer(Trainer):
-    """Lightning's Trainer, which writes into the run's folder, wherever its loggers write."""
+    """Lightning's Trainer. It writes to the run's folder, wherever its loggers write."""
 
     @property
     def log_dir(self) -> str | None:
@@ -141,7 +141,7 @@ class RunTrainer(Trainer):
 
 
 class NothingToDo(Exception):
-    """The run that is to be gone on with has come to its end."""
+    """The run to resume is already finished."""
 
 
 class CommandLine(LightningCLI):
@@ -151,7 +151,7 @@ class CommandLine(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        # Checkpoints are read as weights alone, whatever is asked for.
+        # Checkpoints are always read with weights_only.
         return {name: {*skip, "weights_only"} for name, skip in LightningCLI.subcommands().items() if name in ("fit", "test")}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -160,13 +160,13 @@ class CommandLine(LightningCLI):
             "--name",
             type=str | None,
             default=None,
-            help="The run's files go to RUNS/NAME/version_K, K the next free number. The objective's name by default.",
+            help="The run's files go to RUNS/NAME/version_K, where K is the next free number. By default the objective's name.",
         )
         parser.add_argument(
             "--checkpoint_every",
             type=int,
             default=0,
-            help="Training steps between two checkpoints, beside that of each epoch. The last two of each kind are kept.",
+            help="The number of training steps between two checkpoints, in addition to one an epoch. The last two of each kind are kept.",
         )
         super().add_default_arguments_to_parser(parser)
 
@@ -182,11 +182,11 @@ class CommandLine(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         for action in parser._actions:
             if action.dest in ("model.encoder", "model.decoder"):
-                # The hundreds of modules of PyTorch are none of the user's own.
+                # The default help would list hundreds of PyTorch's modules.
                 action.extra_help = str  # type: ignore[attr-defined]
             if action.dest == "ckpt_path":
                 action.help = CKPT_PATH_HELP[subcommand]
-        # What every run is asked for stands before what Lightning adds.
+        # Our options come before Lightning's.
         parser._action_groups = sorted(parser._action_groups, key=lambda group: (group.title or "").startswith(("Lightning's", "Linked")))
         return parser
 
@@ -196,8 +196,7 @@ class CommandLine(LightningCLI):
         before = self._checkpoint(parser, args)
         self.seeded = False
         if before is not None:
-            # The checkpoint's model and its run's configuration are the defaults of what continues or measures it; what is given here goes
-            # before them.
+            # The checkpoint's model options and its run's configuration are defaults, which the given arguments override.
             command, checkpoint = before
             saved = read_checkpoint(checkpoint)
             self._subcommand_parsers[command].set_defaults(_model_defaults(saved, checkpoint))
@@ -211,27 +210,27 @@ class CommandLine(LightningCLI):
         if before is not None:
             config.ckpt_path = str(checkpoint.resolve())
             if command == "fit" and (why := finished(saved, config.trainer)):
-                raise NothingToDo(f"nothing to do: {checkpoint} has come to its end, {why}")
+                raise NothingToDo(f"nothing to do: {checkpoint} finished {why}")
         config.name = config.name or config.model.objective
         if config.data.path and Path(config.data.path).exists():
-            config.data.path = str(Path(config.data.path).resolve())  # so that its checkpoint finds it from every folder
+            config.data.path = str(Path(config.data.path).resolve())  # so that its checkpoint finds it from any folder
         checks.integer("checkpoint_every", config.checkpoint_every, at_least=0)
         if config.checkpoint_every and not _saves(config.trainer):
-            raise ValueError(f"checkpoint_every must be 0 where no checkpoints are written, got {config.checkpoint_every}")
+            raise ValueError(f"checkpoint_every must be 0 if checkpoints are disabled, got {config.checkpoint_every}")
         _check_devices(config.trainer)
         flags, configurations = _given(given, self.config.subcommand)
-        _check_taken(config.model, flags, configurations)
+        _check_used(config.model, flags, configurations)
         if before is not None:
-            _check_kept(config.model, saved.get("hyper_parameters", {}), flags, fits=command == "fit")
+            _check_unchanged(config.model, saved.get("hyper_parameters", {}), flags, fits=command == "fit")
         if config.trainer.check_val_every_n_epoch is not None:
             checks.integer("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch, at_least=1)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's puts the checkpoint's options in the place of those given."""
+        """Does nothing: Lightning's method would replace the given options by those of the checkpoint."""
 
     def _checkpoint(self, parser: LightningArgumentParser, args: list[str]) -> tuple[str, Path] | None:
-        """The subcommand and the checkpoint it goes on from or measures; None without a checkpoint."""
-        # Before the parser proper, which would take what is given for all there is.
+        """The subcommand and the checkpoint that it resumes or measures; None without a checkpoint."""
+        # Parsed in advance, as the checkpoint decides the defaults of the main parser.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("-c", "--config", action="append", default=[])
         for name in ("ckpt_path", "runs", "name"):
@@ -256,17 +255,17 @@ class CommandLine(LightningCLI):
         if not options.fast_dev_run:
             prefix = "version" if fits else "test"
             parent = Path(self._get(self.config, "runs"), self._get(self.config, "name"))
-            # Of several processes the first one writes.
+            # Only the first process creates the folder.
             folder = new_folder(parent, prefix) if getattr(rank_zero_only, "rank", 0) == 0 else parent / prefix
             kwargs["default_root_dir"] = str(folder)
             if options.logger in (None, True) and not options.barebones:
                 place = (folder.parent.parent, folder.parent.name, folder.name)
                 csv = CSVLogger(*place)
-                _ = csv.experiment  # takes its folder while it is empty: found with files in it, it would warn that it may delete them
+                _ = csv.experiment  # opened while its folder is empty: it would warn about deleting files otherwise
                 kwargs["logger"] = [csv, TensorBoardLogger(*place, default_hp_metric=False)] if fits else [csv]
         if options.accelerator == "auto" and torch.backends.mps.is_available():
             sys.stderr.write(
-                "on the CPU, as MPS has no float64, which the losses need: --trainer.accelerator mps trains the networks there\n"
+                "training on the CPU, as MPS has no float64, which the losses need: --trainer.accelerator mps runs the networks on MPS\n"
             )
             kwargs["accelerator"] = "cpu"
         callbacks = [*_listed(options.callbacks), StopAtNonFinite(), Pictures(), KnownMetrics(), GivenOptions()]
@@ -285,21 +284,19 @@ class CommandLine(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Left to `start`, so that an error tells whether it is one of the arguments."""
+        """Does nothing here: `start` runs the subcommand, so that `run` can tell errors in parsing from later ones."""
 
     def start(self) -> None:
         super()._run_subcommand(str(self.subcommand))
 
     def before_fit(self) -> None:
-        """A batch of one has no unbiased MMD."""
-        objective, sizes = (
-            self.model.objective,
-            {"data.batch_size": self.datamodule.batch_size, "data.train_size": self.datamodule.train_size},
-        )
+        """Checks that the unbiased MMD has at least two samples in a batch."""
+        objective = self.model.objective
+        sizes = {"data.batch_size": self.datamodule.batch_size, "data.train_size": self.datamodule.train_size}
         if objective.mmd_weight and objective.estimator == "unbiased" and self.trainer.world_size == 1:
             for name, size in sizes.items():
                 if size < 2:
-                    raise ValueError(f"{name} must be at least 2 for the unbiased MMD, got {size}: --model.estimator biased takes one")
+                    raise ValueError(f"{name} must be at least 2 for the unbiased MMD, got {size}: or use --model.estimator biased")
 
     def after_fit(self) -> None:
         folder, last = self.trainer.log_dir, self.saving.last_model_path if self.saving else ""
@@ -312,7 +309,7 @@ class CommandLine(LightningCLI):
     def test(self, verbose: bool = True, **kwargs: Any) -> None:
         results = next(iter(self.trainer.test(verbose=False, **kwargs)), None)
         if results is None:
-            raise ValueError("trainer.limit_test_batches must leave a batch to measure, got none")
+            raise ValueError("trainer.limit_test_batches must leave at least one batch, got none")
         folder = self.trainer.log_dir
         if self.trainer.is_global_zero:
             if verbose:
@@ -325,13 +322,13 @@ class CommandLine(LightningCLI):
 
 
 def run(args: list[str]) -> int:
-    """The exit status of `fastvae` with `args`; a wrong argument, file or number is one sentence on stderr."""
+    """Runs `fastvae` with `args` and returns its exit status. A wrong argument, file or number gives one sentence on stderr."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(words in record.getMessage() for words in ("Tip", "SIGTERMException was raised"))
     )
-    # Not an option of the parser, which a configuration could set.
+    # Not an option of the main parser, where a configuration could set it.
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--trust", action="append", default=[])
     grouped = is_initialized()
@@ -371,13 +368,13 @@ def run(args: list[str]) -> int:
         sys.stderr.write(f"error: {plain(str(error))}\n")
         return 1
     except RuntimeError as error:
-        # Gloo has no class of errors of its own.
+        # Gloo has no exception class.
         if not (torch.distributed.is_available() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))):
             if not _by_arguments(error, command):
                 raise
             sys.stderr.write(f"error: {plain(str(error))}\n")
             return 1
-        sentence = "the processes of the run must all be there, got no answer from another one: to go on, fastvae fit --ckpt_path last"
+        sentence = "all processes of the run must be alive, got no answer from another one: to resume, fastvae fit --ckpt_path last"
         sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
         return 1
     except Exception as error:
@@ -386,10 +383,10 @@ def run(args: list[str]) -> int:
         sys.stderr.write(f"error: {plain(str(error)) or type(error).__name__}\n")
         return 1
     finally:
-        # A worker of Gloo that still holds the last collective while the interpreter ends aborts the process; Lightning only ends NCCL's.
+        # A Gloo worker that still holds the last collective when the interpreter exits aborts the process. Lightning only shuts down NCCL.
         if not grouped and is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
-            # A compiled step's caches hold the group still: here its workers have the interpreter to let go of the last collective.
+            # The caches of a compiled step may still hold the group: its workers need the interpreter to release the last collective.
             time.sleep(0.1)
     return 0
 
@@ -405,7 +402,7 @@ def command_parser(name: str) -> jsonargparse.ArgumentParser:
 
 
 def _by_arguments(error: Exception, command: CommandLine | None) -> bool:
-    """Whether another package raised it of what it was given: Lightning at any time, others before the first training step."""
+    """Whether another package raised the error because of the arguments: Lightning at any time, others before the first step."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     trains = command is not None and command.random_state.started
@@ -414,7 +411,7 @@ def _by_arguments(error: Exception, command: CommandLine | None) -> bool:
 
 
 def _listed(value: Any) -> list[Any]:
-    """What may be given as one or as several."""
+    """The value as a list: one or several may be given."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
@@ -435,13 +432,13 @@ def _model_defaults(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def _of_command(options: dict[str, Any], command: str) -> dict[str, Any]:
-    """A configuration's options; one that stands before the command holds them under its name."""
+    """The options of a configuration. One that is given before the command holds them under the command's name."""
     inner = options.get(command)
     return options | inner if isinstance(inner, dict) else options
 
 
 def _given(args: list[str], command: str) -> tuple[set[str], list[dict[str, Any]]]:
-    """The options of the model that are given as flags, by name, and those of each configuration with their values."""
+    """The names of the model's options that are given as flags, and the model's options in each configuration."""
     flags: set[str] = set()
     configurations = []
     for arg, following in itertools.zip_longest(args, args[1:], fillvalue=""):
@@ -460,41 +457,41 @@ def _given(args: list[str], command: str) -> tuple[set[str], list[dict[str, Any]
     return flags, configurations
 
 
-def _check_taken(model: jsonargparse.Namespace, flags: set[str], configurations: list[dict[str, Any]]) -> None:
-    """That no option of the model is given that what is trained has no use for.
+def _check_used(model: jsonargparse.Namespace, flags: set[str], configurations: list[dict[str, Any]]) -> None:
+    """Checks that no option of the model is given that has no effect.
 
-    A configuration may hold all options as they are by default, and those of what it asks for itself, where a flag asks for something else.
+    A configuration may hold defaults, and the options of its own objective, architecture, … even if a flag chooses another one.
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(ImageVAE).parameters.items()}
-    for names, (chooser, choices) in TAKEN_BY.items():
+    for names, (chooser, choices) in USED_BY.items():
         given = flags.intersection(names)
         for options in configurations:
             if options.get(chooser) not in choices:
                 given |= {name for name in options.keys() & set(names) if not _same(options[name], defaults[name])}
         for name in sorted(given):
             if model[chooser] not in choices:
-                raise ValueError(f"model.{name} is for model.{chooser} {' or '.join(choices)}, got it for {model[chooser]}")
+                raise ValueError(f"model.{chooser} must be {' or '.join(choices)} for model.{name}, got {model[chooser]}")
     interval = "lr_scheduler_interval" in flags or model.lr_scheduler_interval != defaults["lr_scheduler_interval"]
     if interval and model.lr_scheduler is None:
-        raise ValueError(f"model.lr_scheduler_interval is for a model.lr_scheduler, got {model.lr_scheduler_interval} without one")
+        raise ValueError("model.lr_scheduler must be given for model.lr_scheduler_interval, got none")
 
 
-def _check_kept(model: jsonargparse.Namespace, before: dict[str, Any], flags: set[str], *, fits: bool) -> None:
-    """That nothing is given otherwise that the checkpoint goes on with, its sigma and the state of its optimizer."""
+def _check_unchanged(model: jsonargparse.Namespace, before: dict[str, Any], flags: set[str], *, fits: bool) -> None:
+    """Checks that no option changes that is part of the checkpoint's state: a trained sigma, and the state of the optimizer."""
     found = next((name for name in ("learn_sigma", "optimal_sigma") if before.get(name)), None)
     if found and ("sigma" in flags or model.sigma != before.get("sigma", model.sigma)):
-        raise ValueError(f"model.sigma must not be given with ckpt_path where model.{found} is true, as the checkpoint's goes on")
+        raise ValueError(f"model.sigma must not be given with ckpt_path if model.{found} is true, as it comes from the checkpoint")
     if not fits:
         return
     for name, default in {"optimizer": "torch.optim.Adam", "lr_scheduler": "null"}.items():
         (is_, options), (was, options_before) = (_class_and_options(chosen, default) for chosen in (model[name], before.get(name)))
         if name in before and is_ != was:
-            raise ValueError(f"model.{name} must be {was} as it was for ckpt_path, whose state it goes on with, got {is_}")
-        for kept in KEPT.get(is_, ()):
-            values = [model.lr, before.get("lr")] if kept == "lr" else [chosen.get(kept) or 0 for chosen in (options, options_before)]
+            raise ValueError(f"model.{name} must be {was}, as in ckpt_path, whose state it continues, got {is_}")
+        for fixed in FIXED_OPTIONS.get(is_, ()):
+            values = [model.lr, before.get("lr")] if fixed == "lr" else [chosen.get(fixed) or 0 for chosen in (options, options_before)]
             if name in before and values[0] != values[1]:
-                option, got, must = "lr" if kept == "lr" else f"{name}.{kept}", values[0], type(values[0])(values[1])
-                sentence = f"must be {must} as it was for ckpt_path, got {got}: {is_} holds what follows from it in its state"
+                option, got, must = "lr" if fixed == "lr" else f"{name}.{fixed}", values[0], type(values[0])(values[1])
+                sentence = f"must be {must}, as in ckpt_path, got {got}: the state of {is_} depends on it"
                 raise ValueError(f"model.{option} {sentence.replace('True', 'true').replace('False', 'false')}")
 
 
@@ -508,24 +505,24 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _check_devices(trainer: jsonargparse.Namespace) -> None:
-    """On a CPU each device is a process with the data and the network of its own."""
+    """Checks the number of devices and nodes. On a CPU each device is a process with its own copy of data and network."""
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.accelerator.is_available())
     most = max(os.cpu_count() or 1, 2)
     if on_cpu and str(trainer.devices).isdigit() and int(trainer.devices) > most:
         raise ValueError(f"trainer.devices must be at most {most} on this CPU, as each is a process, got {trainer.devices}")
-    # Lightning waits for the other nodes without end.
+    # Without a launcher, Lightning would wait for the other nodes for ever.
     if str(trainer.num_nodes) not in ("0", "1") and not {"MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID"}.intersection(os.environ):
-        raise ValueError(f"trainer.num_nodes must be 1 where no launcher has set MASTER_ADDR, got {trainer.num_nodes}")
+        raise ValueError(f"trainer.num_nodes must be 1 unless a launcher sets MASTER_ADDR, got {trainer.num_nodes}")
 
 
 def plain(message: str) -> str:
-    """jsonargparse's message on one line, without Python's names of types."""
+    """jsonargparse's message on one line, without the names of Python types."""
     if denied := re.search(r"Importing '(.*?)' is not allowed", message):
         return f"a configuration may name classes of fastvae, Lightning and PyTorch, got {denied[1]}: --trust PACKAGE allows a package's"
     message = " ".join(message.split())
     if unknown := re.search(r'Parser key "(.*?)": - Expected a path but (\S+) either .*Callable', message):
         like = "torch.optim.AdamW" if unknown[1].endswith("optimizer") else "torch.optim.lr_scheduler.ReduceLROnPlateau"
-        return f"{unknown[1]} must be the full path of a class, as {like}, got {unknown[2]}"
+        return f"{unknown[1]} must be the full path of a class, such as {like}, got {unknown[2]}"
     if failed := re.search(
         r"(?:Parser key \"(.*?)\": )?.*Problem with given class_path '(.*?)': (.*?)(?: - Expected a| Given value|$)", message
     ):

@@ -1,4 +1,4 @@
-"""The ELBO beside MMD-VAE on data whose ELBO collapses: scikit-learn's digits under a Gaussian decoder of sigma 1."""
+"""Compares the ELBO with MMD-VAE on data where the ELBO collapses: scikit-learn's digits with a Gaussian decoder of sigma 1."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ ROWS = {
 def compare(
     epochs: int = 100, lambda_: float = 10.0, latent_dim: int = 10, batch_size: int = 128, seed: int = 0, runs: str = "runs"
 ) -> None:
-    """Show on scikit-learn's digits how the ELBO's codes collapse and MMD-VAE's do not.
+    """Show on scikit-learn's digits that codes collapse with the ELBO and do not with MMD-VAE.
 
-    Both are trained on the 1,797 images and measured over all of them: a table, printed and in table.txt, and compare.png.
+    Both are trained and measured on all 1,797 images. The result is a table, printed and in table.txt, and compare.png.
 
     Args:
-        epochs: Epochs of each training.
-        lambda_: The MMD's weight.
+        epochs: The number of epochs of each training.
+        lambda_: The weight of the MMD.
         latent_dim: The number of latent dimensions.
-        batch_size: Images a batch.
+        batch_size: The number of images in a batch.
         seed: The seed of the weights, the order of the batches and the noise.
         runs: The folder of all runs: the files go to RUNS/compare/version_K.
     """
@@ -76,7 +76,7 @@ def train(vae: VAE, objective: VAEObjective, data: ImageData, epochs: int) -> No
 
 @torch.no_grad()
 def measure(vae: VAE, objective: VAEObjective, x: Tensor) -> tuple[dict[str, str], Tensor]:
-    """The table's column, and the codes z."""
+    """The column of the table, and the codes z."""
     output = vae(x)
     assert output.logvar is not None
     terms, marginal = objective(output, x), marginal_summary(output.z)

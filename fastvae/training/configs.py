@@ -1,4 +1,4 @@
-"""What a configuration may hold: it can come from somebody else, beside a checkpoint, and it can name classes to import."""
+"""Limits on configurations, which may be untrusted, as they are shared with checkpoints and can name classes to import."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jsonargparse.typing
 import torch
 import yaml  # type: ignore[import-untyped]
 
-# Callbacks, loggers, strategies and what they are made of. The interfaces of the command line run what they are given, and
-# LambdaCallback calls any function by its name.
+# Packages of callbacks, loggers, strategies and their arguments. Denied are the command-line interfaces, which run what they are given, and
+# LambdaCallback, which calls any function by its name.
 KNOWN = ("fastvae", "lightning", "torch.nn", "torch.optim", "torch.distributed.fsdp", "torch.float16", "torch.bfloat16", "torch.float32")
 DENIED = (
     "*",
@@ -29,12 +29,12 @@ _jsonargparse_yaml = jsonargparse.get_loader("yaml")
 
 
 def restrict(trusted: Sequence[str] = ()) -> None:
-    """Let configurations name classes of fastvae, Lightning and PyTorch, and of these packages, in values that are quickly read."""
+    """Lets configurations name only classes of fastvae, Lightning, PyTorch and these packages, and limits the size of their YAML."""
     jsonargparse.set_parsing_settings(
         import_path_denylist=list(DENIED), import_path_allowlist=[*KNOWN, *trusted], instantiate_subclass_spec_in_any=False
     )
     jsonargparse.set_loader("yaml", read_yaml, (yaml.YAMLError,))
-    # What Lightning's callbacks have as defaults is written so that it can be read again.
+    # Writes the defaults of Lightning's callbacks, some of which are subclasses of str, so that they can be read again.
     jsonargparse.set_dumper("yaml", lambda data: str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)))
     jsonargparse.typing.register_type(torch.device, fail_already_registered=False)
 
@@ -67,11 +67,11 @@ def _packaged(path: str) -> str:
 
 
 def check_config(path: str) -> dict[str, Any]:
-    """The options in a configuration's file, or in the text of one in braces.
+    """The options in a configuration file, or in YAML text in braces.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it holds nothing, no YAML or no named options, with the line.
+        FileNotFoundError: There is no such file.
+        ValueError: It is empty, is not YAML or holds no named options; the message gives the line.
     """
     file = Path(path)
     spelt_out = path.lstrip().startswith("{")
@@ -81,7 +81,7 @@ def check_config(path: str) -> dict[str, Any]:
     try:
         options = read_yaml(path if spelt_out else file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"config must be a file of YAML, got {path!r}, which is no text") from error
+        raise ValueError(f"config must be a file of YAML, got {path!r}, which is not text") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -99,23 +99,23 @@ def check_config(path: str) -> dict[str, Any]:
 
 
 def read_yaml(text: str) -> Any:
-    """The plain values of a YAML text, as jsonargparse reads it.
+    """The plain values in YAML text, as jsonargparse reads it.
 
     Raises:
-        yaml.YAMLError: another text, a tag of Python's, or values that are too many or too deep.
+        yaml.YAMLError: The text is not YAML, has a Python tag, or holds too many values or too deep ones.
     """
     depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # which, unlike loading, does not recurse
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # unlike loading, parsing does not recurse
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise yaml.YAMLError(f"its values must be nested at most {DEEPEST} deep, got more")
     value = _jsonargparse_yaml(text)
-    # An alias stands for all that it names, and jsonargparse copies it.
+    # Aliases count in full, as jsonargparse copies what they stand for.
     values, left = 0, [value]
     while left:
         values += 1
         if values > MOST_VALUES:
-            raise yaml.YAMLError(f"it must hold at most {MOST_VALUES:,} values, its aliases spelt out, got more")
+            raise yaml.YAMLError(f"it must hold at most {MOST_VALUES:,} values, including those of its aliases, got more")
         inner = left.pop()
         left += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
     return value

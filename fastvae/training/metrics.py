@@ -1,4 +1,4 @@
-"""How much the codes tell about the data, and how near their marginal q(z) is to the prior N(0, I)."""
+"""Measures of the information in the codes and of the distance between their marginal q(z) and the prior N(0, I)."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from fastvae.kernel_sums import rbf_normal_mean_exponent, rbf_normal_self_expone
 
 @float64_on_cpu
 def information(mu: Tensor, logvar: Tensor, z: Tensor) -> tuple[float, float]:
-    """I(x; z) and KL(q(z) ‖ Π_d q(z_d)) in nats, of a code z_i ~ q(z|x_i) of each of N samples.
+    """I(x; z) and KL(q(z) ‖ Π_d q(z_d)) in nats, estimated from one code z_i ~ q(z|x_i) of each of N samples.
 
         I = 1/N·Σ_i [log q(z_i|x_i) − log q(z_i)],   q(z) = 1/N·Σ_j q(z|x_j)                                            (1)
 
-    I is at most log N: where it comes near that, more samples would give more. So few samples bias the other too, and as a rule upwards.
-    In float64, where also a narrow posterior's densities keep their digits.
+    The estimate of I is at most log N: near that limit more samples would give a larger value. Too few samples also bias the second value,
+    usually upwards. Computed in float64, which keeps the digits of narrow posteriors' densities.
 
     Args:
-        mu, logvar: of the Gaussian posteriors, shape (N, D).
-        z: the codes, likewise.
+        mu: The means of the Gaussian posteriors, (N, D).
+        logvar: Their log-variances, (N, D).
+        z: The codes, (N, D).
 
     Source: Hoffman and Johnson 2016, "ELBO surgery"; Chen et al. 2018.
     """
     n, d = z.shape
     terms = total_correlation(z.detach().double(), mu.detach().double(), logvar.detach().double(), dataset_size=n)
-    # Each of its 1 + D densities has weights that sum to 1/N in the place of one.
+    # The weights of each of the 1 + D densities sum to 1/N instead of 1.
     return float(terms.mutual_information) - math.log(n), float(terms.total_correlation) - (d - 1) * math.log(n)
 
 
 @float64_on_cpu
 def active_units(mu: Tensor, *, threshold: float = 0.01) -> int:
-    """The latent dimensions whose posterior mean moves with x: Var_x(mu_d) > threshold. Source: Burda, Grosse and Salakhutdinov 2016."""
+    """The number of latent dimensions whose mean varies with x: Var_x(mu_d) > threshold. Source: Burda, Grosse and Salakhutdinov 2016."""
     return int((mu.detach().double().var(0, correction=0) > threshold).sum())
 
 
 @float64_on_cpu
 def collapsed_units(mu: Tensor, logvar: Tensor, *, epsilon: float = 0.01, delta: float = 0.01) -> int:
-    """The latent dimensions whose posterior is the prior: KL(q(z_d|x) ‖ N(0, 1)) < epsilon for all but a share `delta` of the x.
+    """The number of latent dimensions whose posterior is the prior: KL(q(z_d|x) ‖ N(0, 1)) < epsilon for all but a share `delta` of the x.
 
-    Unlike `active_units` it also sees a variance that moves with x. Source: Lucas et al. 2019, "Don't blame the ELBO!", definition 1.
+    Unlike `active_units` this takes the variance into account. Source: Lucas et al. 2019, "Don't blame the ELBO!", definition 1.
     """
     return int(((_kl(mu, logvar) < epsilon).double().mean(0) >= 1 - delta).sum())
 
@@ -61,10 +62,10 @@ def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 @float64_on_cpu
 def marginal_summary(z: Tensor) -> dict[str, float]:
-    """How far q(z) is from N(0, I), from codes z (N, D).
+    """Differences between q(z) and N(0, I), from codes z (N, D).
 
-    `mean` and `correlation` are the largest absolute ones, 0 at the prior; `std_min` and `std_max` are 1 there; `mmd` is the unbiased
-    MMD² with bandwidth √D, so it may be slightly negative.
+    `mean` and `correlation` are the largest absolute values, 0 for the prior. `std_min` and `std_max` are 1 for the prior. `mmd` is the
+    unbiased MMD² with bandwidth √D, which may be slightly negative.
     """
     z = z.detach().double()
     std = z.std(0, correction=0)
@@ -81,19 +82,20 @@ def marginal_summary(z: Tensor) -> dict[str, float]:
 
 @float64_on_cpu
 def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
-    """The three terms of the unbiased MMD² of codes z (N ≥ 2, D) to N(0, I), and that standardised.
+    """The three terms of the unbiased MMD² between codes z (N ≥ 2, D) and N(0, I), and the standardised MMD².
 
         mmd = within − 2·cross + prior,   within = mean_{i≠j} k(z_i, z_j), cross = mean_i E_y k(z_i, y), prior = E_yy' k(y, y')
 
-    `standardised` is mmd divided by its standard deviation where the codes are N independent draws from the prior,
+    `standardised` is mmd divided by its standard deviation for N independent draws from the prior,
 
         √(2/(N(N−1))·E_yy' h(y, y')²),   h(y, y') = k(y, y') − E_y k(y, y') − E_y' k(y, y') + prior                      (2)
 
-    so that it compares over batch sizes, numbers of dimensions and bandwidths: about 0 and of variance 1 at the prior, far from it
-    otherwise, as N grows. Its law at the prior is a weighted sum of χ² and not normal: values of 3 or 4 are no rarity.
+    so it can be compared between batch sizes, numbers of dimensions and bandwidths. For the prior it has mean 0 and variance 1; otherwise
+    it grows with N. For the prior it is distributed as a weighted sum of χ², not normally: values of 3 or 4 are not rare.
 
     Args:
-        bandwidth: of the RBF kernel, √D by default.
+        z: The codes, (N, D).
+        bandwidth: The bandwidth of the RBF kernel, √D by default.
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 5 and appendix B; the Gaussian integrals of Rustamov 2019.
     """
@@ -102,7 +104,7 @@ def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
     h = torch.tensor([math.sqrt(d) if bandwidth is None else bandwidth], dtype=z.dtype, device=z.device)
     mmd = float(mmd_to_normal(z, bandwidth=h, estimator="unbiased"))
     cross, prior = float(rbf_normal_mean_exponent(z, h).exp().mean()), float(rbf_normal_self_exponent(d, h).exp())
-    # E k² is the same integral at the bandwidth h/√2; E_y (E_y' k)² that of a Gaussian's square.
+    # E k² is the integral of the prior's term at bandwidth h/√2; E_y (E_y' k)² is that of the square of a Gaussian.
     h2 = float(h) ** 2
     square = float(rbf_normal_self_exponent(d, h / math.sqrt(2)).exp())
     mean_square = math.exp(d * math.log(h2 / (h2 + 1)) + 0.5 * d * math.log((h2 + 1) / (h2 + 3)))
@@ -117,9 +119,9 @@ def mmd_terms(z: Tensor, *, bandwidth: float | None = None) -> dict[str, float]:
 
 @float64_on_cpu
 def code_summary(mu: Tensor, logvar: Tensor | None, z: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Everything that this module measures of posteriors (N, D) and a code z (N, D) of each: scalars, and vectors (D,).
+    """All measures of this module for posteriors (N, D) and one code z (N, D) of each: scalars, and vectors (D,).
 
-    A deterministic posterior has no logvar (None), and what needs one is left out; so is what needs two codes where N is 1.
+    Measures that need logvar are left out if it is None (deterministic posterior), and those that need two codes if N is 1.
     """
     scalars: dict[str, float] = {"evaluation_size": len(mu), "active_units": active_units(mu)}
     vectors = {"mu_variance": mu.detach().double().var(0, correction=0)}

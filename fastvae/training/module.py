@@ -1,4 +1,4 @@
-"""The LightningModules: any VAE with any objective, and the image VAE of the command line."""
+"""LightningModules: `VAEModule` trains any VAE on any objective, `ImageVAE` is the model of the command line."""
 
 from __future__ import annotations
 
@@ -16,48 +16,51 @@ from fastvae import checks
 from fastvae.distributed import is_initialized
 from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.preparation import Standardise
+from fastvae.schedules import Kind as ScheduleKind
 from fastvae.training.data import ImageData
 from fastvae.training.metrics import code_summary
 from fastvae.training.schedule import Schedule
 from fastvae.vae import PREPARATION as IN_VAE
-from fastvae.vae import VAE
+from fastvae.vae import VAE, VAEOptions
 
 Batch = tuple[Tensor, Tensor]
-# From the parameters and the learning rate.
+# Takes the parameters and the learning rate.
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
-# Options that hold more than plain values, but where the command line names them by their classes.
-OWN = ("encoder", "decoder", "optimizer", "lr_scheduler")
-# One scalar a dimension is a picture; thousands of columns are a burden.
+# Options that may be objects; on the command line they are the names of classes.
+OBJECT_OPTIONS = ("encoder", "decoder", "optimizer", "lr_scheduler")
+# With more latent dimensions, no scalar is logged for each.
 MOST_LOGGED_DIMENSIONS = 256
-# Its name in a checkpoint.
+# The name of the preparation in a checkpoint.
 PREPARATION = f"vae.{IN_VAE}"
-# Where a checkpoint has the names of the training table's columns.
+# The name of the training table's columns in a checkpoint.
 COLUMNS = "columns"
 
 
 class VAEModule(LightningModule):
-    """Trains `vae` on `objective`, and measures its codes in validation and test.
+    """Trains a VAE on an objective, and measures its codes in validation and test.
 
-    Batches are pairs (x, labels), x in the units of the data, or prepared already if they come from `ImageData`; the labels are not used.
-    Losses are those of x as the vae's `preparation` leaves it. Beside the loss's terms, each validation (without one, each epoch of
-    training) reports what `fastvae.training.metrics.code_summary` tells of the first `diagnostics_size` codes (of the last ones, in
-    training), and `test` of the first `evaluation_size`.
+    Batches are pairs (x, labels). x is in the units of the data, or already standardised if it comes from `ImageData`; the labels are not
+    used. Losses are those of x after the VAE's `preparation`. Besides the terms of the loss, each validation (or without one, each epoch of
+    training) logs the measures of `fastvae.training.metrics.code_summary`, over the first `diagnostics_size` codes (the last ones, in
+    training); `test` logs them over the first `evaluation_size`.
 
     Args:
-        lr: the learning rate.
-        optimizer: of the parameters and lr, as `torch.optim.AdamW`; Adam by default.
-        lr_scheduler: of the optimizer, as `lambda optimizer: CosineAnnealingLR(optimizer, 100)`; a constant rate by default.
-            `ReduceLROnPlateau` follows the validation loss, or without a validation the training loss.
-        lr_scheduler_interval: "epoch" or "step", after which the scheduler takes a step.
-        evaluation_size: codes measured in test.
-        diagnostics_size: codes measured in each epoch; 0 for none.
-        nll_samples: codes an x of the importance-weighted −log p(x) that `test` reports as `nll`; 0 for none.
-        gradient_norms_every: steps between two logs of the gradient norm of each summand of the loss; 0 for none. Costs a backward pass a
-            summand, and retains the graph, which a compiled step does not allow.
-        compile: the forward pass and the loss as one graph, by `torch.compile(fullgraph=True)`, its batch size dynamic.
-        channels_last: the memory format of images and convolutions.
+        vae: The model.
+        objective: The loss.
+        lr: The learning rate.
+        optimizer: A function of the parameters and lr, such as `torch.optim.AdamW`; Adam by default.
+        lr_scheduler: A function of the optimizer, such as `lambda optimizer: CosineAnnealingLR(optimizer, 100)`; a constant rate by
+            default. `ReduceLROnPlateau` monitors the validation loss, or the training loss if there is no validation.
+        lr_scheduler_interval: "epoch" or "step", after which the scheduler steps.
+        evaluation_size: The number of codes measured in test.
+        diagnostics_size: The number of codes measured in each epoch; 0 for none.
+        nll_samples: The number of codes of each x for the importance-weighted −log p(x) that `test` logs as `nll`; 0 for none.
+        gradient_norms_every: The number of steps between two logs of the gradient norm of each term of the loss; 0 for none. Takes a
+            backward pass for each term and retains the graph, so it does not work with `compile`.
+        compile: Compile the forward pass and the loss by `torch.compile(fullgraph=True, dynamic=True)`.
+        channels_last: Use the channels_last memory format for images and convolutions.
     """
 
     def __init__(
@@ -78,9 +81,9 @@ class VAEModule(LightningModule):
     ) -> None:
         super().__init__()
         if vae.posterior == "deterministic" and objective.kl_weight:
-            raise ValueError(f"kl_weight must be 0 for a deterministic posterior, which has no KL, got {float(objective.kl_weight):g}")
+            checks.kl_of_deterministic(objective.kl_weight)
         if compile and gradient_norms_every:
-            raise ValueError(f"gradient_norms_every must be 0 where compile is true, got {gradient_norms_every}")
+            raise ValueError(f"gradient_norms_every must be 0 if compile is true, got {gradient_norms_every}")
         self.channels_last = channels_last
         self.vae = vae.to(memory_format=torch.channels_last) if channels_last else vae  # type: ignore[call-overload]
         self.objective = objective
@@ -104,16 +107,16 @@ class VAEModule(LightningModule):
         if is_initialized() and dist.get_world_size() > 1:
             self.objective.process_group = dist.group.WORLD
         if self.trainer.precision == "64-true":
-            self.double()  # before Lightning does, so that a checkpoint's weights are not rounded to float32 on their way
+            self.double()  # before Lightning does, so that a checkpoint's weights are not rounded to float32 first
         data = getattr(self.trainer, "datamodule", None)
         self._prepared = isinstance(data, ImageData)
         if isinstance(data, ImageData):
             self.columns = data.take_columns(self.columns)
-            # One object for both: a checkpoint that is loaded next sets its numbers, for the data too.
+            # Shared by model and data, so that a checkpoint that is loaded later sets its numbers for both.
             self.vae.preparation = data.prepare_by(self.vae.preparation)
             if isinstance(self.vae.likelihood, Bernoulli):
                 for part in data.blocks():
-                    checks.unit_interval("data", part, "model.likelihood gaussian takes any")
+                    checks.unit_interval("data", part, "model.likelihood gaussian takes any numbers")
 
     def teardown(self, stage: str) -> None:
         self.objective.process_group = None
@@ -177,7 +180,7 @@ class VAEModule(LightningModule):
 
     @torch.no_grad()
     def metric_names(self, x: Tensor) -> set[str]:
-        """What a run logs, by name, found with a batch of its shape. The random numbers are left as they were."""
+        """The names of all metrics that a run logs, found with a batch x of its shape. The random state is preserved."""
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             training = self.training
             output = self.eval()(x)
@@ -196,7 +199,7 @@ class VAEModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         columns = checkpoint.get(COLUMNS, [])
         if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
-            raise ValueError("ckpt_path must be a checkpoint of this model, got columns whose names are no text")
+            raise ValueError("ckpt_path must be a checkpoint of this model, got columns whose names are not text")
         self.columns = tuple(columns)
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageData):
@@ -207,7 +210,7 @@ class VAEModule(LightningModule):
         own = self.state_dict()
         if (PREPARATION in own) != (PREPARATION in saved):
             is_, must = (str(PREPARATION in state).lower() for state in (own, saved))
-            raise ValueError(f"data.standardise must be {must} as it was for ckpt_path, got {is_}")
+            raise ValueError(f"data.standardise must be {must}, as in ckpt_path, got {is_}")
         for name in sorted(own.keys() | saved.keys()):
             shapes = [tuple(state[name].shape) if name in state else "absent" for state in (own, saved)]
             if shapes[0] != shapes[1]:
@@ -222,7 +225,7 @@ class VAEModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _adam(self) -> torch.optim.Adam:
-        # On a CPU the fused one takes a third of the default's time. With it Lightning does not clip gradients of mixed precision.
+        # On a CPU the fused Adam takes a third of the time. Lightning cannot clip gradients with it in mixed precision.
         mixed = self._trainer is not None and "mixed" in self.trainer.precision
         return torch.optim.Adam(self.parameters(), lr=self.lr, fused=True if self.device.type == "cpu" and not mixed else None)
 
@@ -240,7 +243,6 @@ class VAEModule(LightningModule):
 
     def _log_codes(self, stage: str, size: int) -> None:
         if self._codes and size:
-            # Rows of z beyond those of mu are further samples of the same codes.
             mu, z = (torch.cat([getattr(codes, name) for codes in self._codes])[:size] for name in ("mu", "z"))
             logvars = [codes.logvar for codes in self._codes if codes.logvar is not None]
             scalars, per_dimension = code_summary(mu, torch.cat(logvars)[:size] if logvars else None, z)
@@ -251,8 +253,8 @@ class VAEModule(LightningModule):
         self._codes = []
 
     def _log_step(self, name: str, value: Tensor, batch_size: int, shown: bool = False) -> None:
-        """`self.log`, whose checks and copies take a twentieth of a small step for each name: where it would only add a number to the
-        results of an epoch that it has begun, this is done directly."""
+        """`self.log` without its checks and copies, which take a twentieth of a small step for each name, where it would only add a number
+        to the results of an epoch."""
         name = f"train/{name}"
         results, key = getattr(self._trainer, "_results", None), f"training_step.{name}"
         if results is None or key not in results or self.trainer._logger_connector.should_reset_tensors("training_step"):
@@ -272,55 +274,55 @@ class ImageVAE(VAEModule):
     """A VAE for images of one shape, or for rows of a table.
 
     Args:
-        shape: of one image, (C, H, W), or of one row, (features,).
+        shape: The shape of one image, (C, H, W), or of one row, (features,).
         architecture: The networks: mlp (perceptrons) or conv (convolutions, for images).
         latent_dim: The number of latent dimensions.
-        hidden: The widths of the perceptron's hidden layers (mlp; conv uses the first).
-        channels: The channels of each convolution, each of which halves the image.
-        likelihood: p(x|z): bernoulli, for values in [0, 1], gaussian, or auto: gaussian for tables or with a learned or optimal sigma, else
-            bernoulli.
-        sigma: The Gaussian likelihood's standard deviation, or where it starts if it is learned or optimal.
-        learn_sigma: Train the Gaussian likelihood's sigma.
-        optimal_sigma: Take for the Gaussian likelihood in each training batch the sigma that makes it likeliest.
+        hidden: The widths of the hidden layers of mlp; conv uses the first.
+        channels: The channels of each convolution of conv, each of which halves the image.
+        likelihood: p(x|z): bernoulli (for values in [0, 1]), gaussian, or auto: gaussian for tables or with a learned or optimal sigma,
+            else bernoulli.
+        sigma: The standard deviation of the Gaussian likelihood, or its initial value if it is learned or optimal.
+        learn_sigma: Train the sigma of the Gaussian likelihood.
+        optimal_sigma: Use the sigma that maximises the Gaussian likelihood of each training batch.
         posterior: q(z|x): gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
-        logvar_bounds: Hold the encoder's log-variance softly between these two numbers.
+        logvar_bounds: Soft bounds of the encoder's log-variance, two numbers.
         objective: The loss: vae, beta_vae, info_vae, mmd_vae, wae_mmd, beta_tc_vae, capacity_vae, dip_vae or iwae.
-        beta: The weight of the KL in beta_vae, of the total correlation in beta_tc_vae.
-        alpha: InfoVAE's alpha: the KL has the weight 1 - alpha.
-        lambda_: InfoVAE's lambda: the MMD has the weight alpha + lambda - 1 in info_vae, lambda in mmd_vae and wae_mmd.
-        kernel: The MMD's kernel in wae_mmd; the other objectives take rbf, which is also called gaussian.
-        bandwidth: The kernel's bandwidth; sqrt(latent_dim) if it is not given, and the seven of the WAE's authors for imq.
-        estimator: The MMD's estimator, unbiased or biased.
-        tc_estimator: The total correlation's estimator in beta_tc_vae, minibatch_weighted or minibatch_stratified.
+        beta: The weight of the KL in beta_vae, or of the total correlation in beta_tc_vae.
+        alpha: InfoVAE's alpha: the weight of the KL is 1 - alpha.
+        lambda_: InfoVAE's lambda: the weight of the MMD is alpha + lambda - 1 in info_vae, and lambda in mmd_vae and wae_mmd.
+        kernel: The kernel of the MMD in wae_mmd. The other objectives use rbf, also called gaussian.
+        bandwidth: The bandwidth of the kernel; by default sqrt(latent_dim), or for imq the seven of the WAE's authors.
+        estimator: The estimator of the MMD, unbiased or biased.
+        tc_estimator: The estimator of the total correlation in beta_tc_vae, minibatch_weighted or minibatch_stratified.
         dataset_size: The number of training images, for the total correlation.
-        free_bits: The nats of KL that each group of latent dimensions has for free, in vae and beta_vae.
-        free_bits_group: How many neighbouring latent dimensions share the nats of free_bits.
+        free_bits: The KL in nats below which a group of latent dimensions has no penalty, in vae and beta_vae.
+        free_bits_group: The number of neighbouring latent dimensions in a group of free_bits.
         gamma: The weight of |KL - capacity| in capacity_vae.
-        capacity: The nats at which capacity_vae holds each image's KL.
-        lambda_od: The weight of the covariances of the codes in dip_vae.
-        lambda_d: The weight in dip_vae of how far the codes' variances are off one; by default 10 lambda_od (dip_kind i) or lambda_od (ii).
-        dip_kind: What dip_vae takes the covariance of: the posterior's means (i), or means and variances (ii).
-        samples: How many codes iwae draws for an image.
+        capacity: The target of each image's KL in capacity_vae, in nats.
+        lambda_od: The weight of the off-diagonal covariances of the codes in dip_vae.
+        lambda_d: The weight in dip_vae of (variance - 1)² of the codes; by default 10 lambda_od (dip_kind i) or lambda_od (ii).
+        dip_kind: The covariance in dip_vae: of the posterior's means (i), or of the codes (ii).
+        samples: The number of codes of each image in iwae.
         bound_gradient: The encoder's gradient in iwae: reparameterised, or doubly, which is less noisy for many samples.
-        kl_schedule: How the KL's weight reaches its value from 0: constant (at once), linear, cosine or cyclical.
-        kl_schedule_steps: In how many training steps the KL's weight reaches its value.
-        kl_schedule_cycles: How many cycles kl_schedule cyclical has in these steps.
-        mmd_schedule: How the MMD's weight reaches its value from 0: constant (at once), linear, cosine or cyclical.
-        mmd_schedule_steps: In how many training steps the MMD's weight reaches its value.
-        capacity_schedule: How capacity_vae's capacity reaches its value from 0: constant (at once), linear, cosine or cyclical.
-        capacity_schedule_steps: In how many training steps the capacity reaches its value.
-        encoder: A class of your own for the encoder, as my_package.Encoder, from images to 2 latent_dim numbers.
-        decoder: The same for the decoder, from codes to what the likelihood takes.
+        kl_schedule: The schedule of the KL's weight from 0 to its value: constant (at once), linear, cosine or cyclical.
+        kl_schedule_steps: The number of training steps of kl_schedule.
+        kl_schedule_cycles: The number of cycles of the cyclical kl_schedule.
+        mmd_schedule: The schedule of the MMD's weight from 0 to its value: constant (at once), linear, cosine or cyclical.
+        mmd_schedule_steps: The number of training steps of mmd_schedule.
+        capacity_schedule: The schedule of the capacity in capacity_vae from 0: constant (at once), linear, cosine or cyclical.
+        capacity_schedule_steps: The number of training steps of capacity_schedule.
+        encoder: Your own class of the encoder, such as my_package.Encoder, from images to 2 latent_dim numbers.
+        decoder: Your own class of the decoder, from codes to the parameters of the likelihood.
         lr: The learning rate.
-        optimizer: The optimizer's class, as torch.optim.AdamW; Adam if it is not given.
-        lr_scheduler: The class of a schedule of the learning rate, as torch.optim.lr_scheduler.CosineAnnealingLR.
-        lr_scheduler_interval: epoch or step, after which the schedule goes on.
-        evaluation_size: The most test images that the mutual information and the other measures of the codes are taken over.
-        diagnostics_size: The most validation images that the codes are measured over in each epoch; 0 for none.
-        nll_samples: Codes an image of the importance-weighted -log p(x) that test reports; 0 for none.
-        gradient_norms_every: Steps between two logs of the gradient norm of each term; 0 for none.
-        compile: Run the training step as one compiled graph.
-        channels_last: Keep images and convolutions in PyTorch's channels_last memory format, in which some processors convolve faster.
+        optimizer: The class of the optimizer, such as torch.optim.AdamW; Adam by default.
+        lr_scheduler: The class of a learning rate scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR.
+        lr_scheduler_interval: epoch or step, after which the scheduler steps.
+        evaluation_size: The largest number of test images over which the codes are measured.
+        diagnostics_size: The largest number of validation images over which the codes are measured in each epoch; 0 for none.
+        nll_samples: The number of codes of each image for the importance-weighted -log p(x) that test reports; 0 for none.
+        gradient_norms_every: The number of steps between two logs of the gradient norm of each term; 0 for none.
+        compile: Compile the training step as one graph.
+        channels_last: Use PyTorch's channels_last memory format, with which some processors convolve faster.
     """
 
     def __init__(
@@ -356,12 +358,12 @@ class ImageVAE(VAEModule):
         dip_kind: Literal["i", "ii"] = "i",
         samples: int = 10,
         bound_gradient: Literal["reparameterised", "doubly"] = "reparameterised",
-        kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant",
+        kl_schedule: ScheduleKind = "constant",
         kl_schedule_steps: int = 10_000,
         kl_schedule_cycles: int = 4,
-        mmd_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant",
+        mmd_schedule: ScheduleKind = "constant",
         mmd_schedule_steps: int = 10_000,
-        capacity_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "linear",
+        capacity_schedule: ScheduleKind = "linear",
         capacity_schedule_steps: int = 10_000,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
@@ -383,19 +385,11 @@ class ImageVAE(VAEModule):
         if likelihood == "bernoulli" and (learn_sigma or optimal_sigma):
             raise ValueError("model.learn_sigma and model.optimal_sigma must be false for model.likelihood bernoulli, got true")
         noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
-        vae = (
-            VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, likelihood=noise, posterior=posterior, logvar_bounds=logvar_bounds)
-            if architecture == "mlp"
-            else VAE.conv(
-                shape,
-                latent_dim=latent_dim,
-                channels=channels,
-                hidden=hidden[0],
-                likelihood=noise,
-                posterior=posterior,
-                logvar_bounds=logvar_bounds,
-            )
-        )
+        options: VAEOptions = {"likelihood": noise, "posterior": posterior, "logvar_bounds": logvar_bounds}
+        if architecture == "mlp":
+            vae = VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, **options)
+        else:
+            vae = VAE.conv(shape, latent_dim=latent_dim, channels=channels, hidden=hidden[0], **options)
         if encoder is not None or decoder is not None:
             vae.encoder, vae.decoder, vae.networks = encoder or vae.encoder, decoder or vae.decoder, None
         if objective == "beta_tc_vae" and dataset_size is None:
@@ -427,7 +421,7 @@ class ImageVAE(VAEModule):
             compile=compile,
             channels_last=channels_last,
         )
-        self.save_hyperparameters(ignore=OWN if _given_hyperparameters.get() is None else ())
+        self.save_hyperparameters(ignore=OBJECT_OPTIONS if _given_hyperparameters.get() is None else ())
         self._schedules = [
             Schedule("kl_weight", kl_schedule, kl_schedule_steps, cycles=kl_schedule_cycles),
             Schedule("mmd_weight", mmd_schedule, mmd_schedule_steps),
@@ -440,7 +434,7 @@ class ImageVAE(VAEModule):
 
 
 def _logged(terms: ObjectiveTerms) -> dict[str, Tensor]:
-    """The terms that are logged beside the loss, under their names."""
+    """The terms that are logged besides the loss, by name."""
     values = {
         "reconstruction": terms.reconstruction,
         "kl": terms.kl,
@@ -453,7 +447,7 @@ def _logged(terms: ObjectiveTerms) -> dict[str, Tensor]:
 
 
 def _codes(output: VAEOutput) -> VAEOutput:
-    """What is measured of an output, one code a sample, in one dtype: under autocast z is of float32 and mu is not."""
+    """The codes in an output, one for each sample, in one dtype: under autocast z is float32 and mu is not."""
     mu = output.mu.detach().to(output.z.dtype)
     z = output.z.detach()[:: len(output.z) // len(mu)]
     logvar = None if output.logvar is None else output.logvar.detach().to(z.dtype)
@@ -461,14 +455,14 @@ def _codes(output: VAEOutput) -> VAEOutput:
 
 
 def _newest(codes: list[VAEOutput], size: int) -> list[VAEOutput]:
-    """The last batches that hold `size` codes, or all."""
+    """The last batches that hold at least `size` codes, or all batches."""
     while sum(len(batch.mu) for batch in codes[1:]) >= size:
         codes = codes[1:]
     return codes
 
 
 def _named_tensors(x: Tensor, output: VAEOutput, terms: ObjectiveTerms) -> dict[str, Tensor]:
-    """In the order of the computation, so that the first non-finite one is where it began."""
+    """The tensors of a step in the order of the computation: the first one that is not finite shows where it began."""
     named = {
         "x": x,
         "mu": output.mu,

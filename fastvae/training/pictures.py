@@ -1,4 +1,4 @@
-"""PNG pictures of a trained VAE."""
+"""Pictures of a trained VAE, as PNG files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from fastvae.training.data import NO_LABEL
 
 DPI = 120
-# A drawn image's longer side in pixels: smaller images grow by a whole factor, larger ones shrink by averages.
+# The longer side of each image in pixels: smaller images are enlarged by a whole factor, larger ones are averaged.
 SMALLEST, LARGEST = 64, 256
-# A picture's longer side, roughly. Matplotlib draws up to 65,535 pixels.
+# The longer side of a picture, roughly. Matplotlib draws up to 65,535 pixels.
 MOST_PIXELS = 32_000
 GAP, GAP_OF_PAIRS, MARGIN = 5, 16, 10
-# What a legend and a palette can tell apart, and what fits beside the points.
+# The most classes in a legend, and the most whose names are written among the points.
 MOST_IN_LEGEND, MOST_NAMED = 20, 100
 
 
@@ -38,13 +38,13 @@ def grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
 ) -> None:
-    """Images (N, C, H, W) in [0, 1], row by row, as a square or with the number of columns given."""
+    """Draws images (N, C, H, W) in [0, 1] row by row, as a square or in this number of columns."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     _save(sheet(images, columns), file, title, row_labels, column_labels)
 
 
 def reconstructions(x: Tensor, x_hat: Tensor, file: Path, *, columns: int = 8) -> None:
-    """Each original with its reconstruction to the right of it, so many pairs a row."""
+    """Draws each original with its reconstruction to the right, in this number of columns of pairs."""
     _save(sheet(pairs(x, x_hat), 2 * min(columns, len(x)), paired=True), file, "Held-out images, the reconstruction to the right of each")
 
 
@@ -53,7 +53,7 @@ def pairs(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def table_reconstructions(x: Tensor, x_hat: Tensor, file: Path) -> None:
-    """Values of a table (N, F) against their reconstructions, and the share of each column's variance that the reconstructions have."""
+    """Draws the values of a table (N, F) against their reconstructions, and the explained variance of each column."""
     x, x_hat = x.double().cpu(), x_hat.double().cpu()
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     values, columns = figure.subplots(1, 2)
@@ -72,7 +72,7 @@ def table_reconstructions(x: Tensor, x_hat: Tensor, file: Path) -> None:
 
 
 def latent(z: Tensor, labels: Tensor, file: Path, *, classes: Sequence[str] = ()) -> None:
-    """Codes (N, D) on their first two principal axes, by label or class, beside each coordinate's density; the prior N(0, I) in black."""
+    """Draws codes (N, D) on their first two principal axes, coloured by class, and the density of each coordinate; the prior in black."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     plane, line = figure.subplots(1, 2)
     latent_plane(plane, z, labels, classes)
@@ -84,24 +84,24 @@ def latent_plane(axes: Axes, z: Tensor, labels: Tensor, classes: Sequence[str] =
     points = _principal(z.double().cpu()).numpy()
     found, rank = np.unique(labels.cpu().numpy(), return_inverse=True)
     names = ["none" if label == NO_LABEL else classes[label] if classes else str(label) for label in found]
-    few = len(found) <= MOST_IN_LEGEND
-    palette = matplotlib.colormaps["tab10" if len(found) <= 10 else "tab20" if few else "turbo"]
-    colours = palette(np.arange(len(found)) if few else np.linspace(0, 1, len(found)))
+    in_legend = len(found) <= MOST_IN_LEGEND
+    palette = matplotlib.colormaps["tab10" if len(found) <= 10 else "tab20" if in_legend else "turbo"]
+    colours = palette(np.arange(len(found)) if in_legend else np.linspace(0, 1, len(found)))
     axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.7, color=colours[rank], linewidths=0)
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (1, 2, 3):
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="black", linewidth=0.8, linestyle=":" if radius > 1 else "-")
-    reach = max(3.2, float(np.quantile(np.abs(points), 0.995)))
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", title="Codes on two principal axes; N(0, I) at 1, 2, 3σ")
+    limit = max(3.2, float(np.quantile(np.abs(points), 0.995)))
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title="Codes on two principal axes; N(0, I) at 1, 2, 3σ")
     if (found == NO_LABEL).all():
         return
-    if few:
+    if in_legend:
         handles = [axes.scatter([], [], s=24, color=[colour], label=name) for name, colour in zip(names, colours, strict=True)]
         axes.legend(handles=handles, **_BESIDE)
         return
     if len(found) <= MOST_NAMED:
         for k, name in enumerate(names):
-            at = np.clip(points[rank == k].mean(0), -0.97 * reach, 0.97 * reach)
+            at = np.clip(points[rank == k].mean(0), -0.97 * limit, 0.97 * limit)
             box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": colours[k], "linewidth": 0.5, "alpha": 0.8}
             axes.text(at[0], at[1], name, fontsize=5, ha="center", va="center", bbox=box)
     bar = axes.figure.colorbar(matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(found) - 1), palette), ax=axes)
@@ -111,7 +111,7 @@ def latent_plane(axes: Axes, z: Tensor, labels: Tensor, classes: Sequence[str] =
 
 
 def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:
-    """Each term of the loss over the epochs, training and validation."""
+    """Draws each term of the loss over the epochs, for training and validation."""
     titles = {"loss": "Loss", "reconstruction": "−log p(x|z), nats", "kl": "KL, nats", "mmd": "MMD²"}
     terms = [term for term in titles if any(f"{stage}/{term}" in row for row in history for stage in ("train", "val"))]
     if not terms:
@@ -130,12 +130,12 @@ def loss_curves(history: Sequence[dict[str, float]], file: Path) -> None:
 
 
 def marker(points: int) -> str | None:
-    """A line of few points shows each of them; one of a single point would not be seen."""
+    """A marker for the points of a short line: a line with a single point would be invisible without."""
     return "." if points <= 12 else None
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Ticks at whole numbers, also where there are one or two."""
+    """Puts ticks at whole numbers, also if there are only one or two."""
     low, high = axes.dataLim.intervalx
     if math.isfinite(low) and high - low < 1:
         axes.set_xlim(low - 0.5, high + 0.5)
@@ -143,7 +143,7 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def sheet(images: Tensor, columns: int, *, paired: bool = False) -> np.ndarray[Any, Any]:
-    """Images (N, C, H, W) in [0, 1], row by row, on one of bytes (height, width, 3): none of their pixels is drawn larger than another."""
+    """Images (N, C, H, W) in [0, 1], row by row, as one array of bytes (height, width, 3) in which all pixels have the same size."""
     n, channels, height, width = images.shape
     rows = math.ceil(n / columns)
     images = images.detach().float().cpu().clamp(0, 1)
@@ -155,7 +155,7 @@ def sheet(images: Tensor, columns: int, *, paired: bool = False) -> np.ndarray[A
     factor = max(1, min(SMALLEST, largest) // longer)
     images = (255 * images).round().to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     height, width = images.shape[2:]
-    # Grey between the images, so that each is seen as one.
+    # Grey gaps separate the images.
     left = [column * (width + GAP) + (column // 2 * (GAP_OF_PAIRS - GAP) if paired else 0) for column in range(columns)]
     drawn = np.full((rows * (height + GAP) - GAP, left[-1] + width, 3), 128, dtype=np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
@@ -166,14 +166,14 @@ def sheet(images: Tensor, columns: int, *, paired: bool = False) -> np.ndarray[A
 
 
 def show(axes: Axes, drawn: np.ndarray[Any, Any], title: str) -> None:
-    """A sheet in a figure among others."""
+    """Shows a sheet as one of several axes of a figure."""
     axes.imshow(drawn, interpolation="antialiased")
     axes.set_title(title)
     axes.axis("off")
 
 
 def _save(drawn: np.ndarray[Any, Any], file: Path, title: str, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> None:
-    """A sheet pixel by pixel, with room for all that is written beside it."""
+    """Saves a sheet pixel by pixel, with room for its title and labels."""
     figure = Figure(dpi=DPI)
     renderer = FigureCanvasAgg(figure).get_renderer()
 
@@ -200,23 +200,23 @@ def _save(drawn: np.ndarray[Any, Any], file: Path, title: str, row_labels: Seque
 
 def _marginals(axes: Axes, z: Tensor) -> None:
     values = z.double().cpu().numpy()
-    reach = max(4.0, float(np.quantile(np.abs(values), 0.995)))
-    bins = np.linspace(-reach, reach, 41)
+    limit = max(4.0, float(np.quantile(np.abs(values), 0.995)))
+    bins = np.linspace(-limit, limit, 41)
     for d in range(min(values.shape[1], 64)):
         counts, _ = np.histogram(values[:, d], bins=bins)
         axes.plot((bins[:-1] + bins[1:]) / 2, counts / (len(values) * (bins[1] - bins[0])), linewidth=0.8, alpha=0.6)
-    at = np.linspace(-reach, reach, 401)
+    at = np.linspace(-limit, limit, 401)
     axes.plot(at, np.exp(-0.5 * at**2) / math.sqrt(2 * math.pi), color="black", linewidth=1.5, label="N(0, 1)")
     axes.set(title="Density of each coordinate of the codes", xlabel="z")
     axes.legend(**_BESIDE)
 
 
-# Where no point lies under a legend.
+# Legends go beside the axes, where they hide no points.
 _BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0, "fontsize": 8, "frameon": False}
 
 
 def _principal(z: Tensor) -> Tensor:
-    """z − mean on its first two principal axes (N, 2), the mean's part along them kept; zeros where D is 1."""
+    """z on the first two principal axes of z − mean, (N, 2); the second is 0 if D is 1."""
     if z.shape[1] == 1:
         return torch.cat([z, torch.zeros_like(z)], dim=1)
     _, _, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)

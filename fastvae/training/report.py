@@ -1,4 +1,4 @@
-"""One page about a run, or about several side by side, from what they logged: report.html, which needs no other file, and report.png."""
+"""A one-page report on a run, or on several side by side, from their logs: report.html, which is self-contained, and report.png."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ TABLE = {
     "marginal_mmd": ("MMD² of q(z) to N(0, I)", "", "{:.2g}"),
     "mmd_standardised": ("that in standard deviations at N(0, I)", "", "{:.1f}"),
 }
-# What `fastvae test` tells of a run: the first words of its metrics, by group.
-MEASURED = {
+# The metrics that `fastvae test` prints, by group.
+TEST_GROUPS = {
     "Loss (nats)": ("loss", "negative_elbo", "nll", "reconstruction", "kl", "mmd", "total_correlation_term", "dip"),
     "Codes": ("evaluation_size", "active_units", "collapsed_units", "mutual_information", "total_correlation", "logvar_min", "logvar_max"),
     "q(z) beside N(0, I)": (
@@ -47,7 +47,7 @@ MEASURED = {
     ),
 }
 COUNTS = ("evaluation_size", "active_units", "collapsed_units")
-TOLD = {
+TITLES = {
     "loss": "loss",
     "negative_elbo": "−ELBO",
     "nll": "−log p(x), importance-weighted",
@@ -79,7 +79,7 @@ MOST_RUNS = len(COLOURS)
 
 @dataclass
 class Run:
-    """What one run logged: metric → its (epoch, value) or (step, value) in order."""
+    """The log of one run: for each metric its (epoch, value) or (step, value) pairs in order."""
 
     name: str
     folder: Path
@@ -87,7 +87,7 @@ class Run:
     steps: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
 
     def curve(self, metric: str) -> tuple[str, list[tuple[float, float]]]:
-        """Of validation, else of training."""
+        """The stage and the points of a metric: of the validation if it has them, else of the training."""
         return next(
             ((stage, self.epochs[f"{stage}/{metric}"]) for stage in ("val", "train") if self.epochs.get(f"{stage}/{metric}")), ("", [])
         )
@@ -104,11 +104,11 @@ class Run:
 
 
 def report(runs: list[str], output: str | None = None) -> None:
-    """Draw runs side by side from what they logged, on one page: report.html and report.png.
+    """Report on runs side by side, from their logs, on one page: report.html and report.png.
 
     Args:
-        runs: Folders of runs, or of several versions of one, of which the newest is taken; five at most.
-        output: The folder of the two files; the first run's by default.
+        runs: Folders of runs, at most five. A folder with several versions of a run stands for the newest one.
+        output: The folder for the two files; the first run's by default.
     """
     if not 1 <= len(runs) <= MOST_RUNS:
         raise ValueError(f"runs must name one to {MOST_RUNS} folders, got {len(runs)}")
@@ -134,7 +134,7 @@ def run_folder(path: str) -> Path:
 
 
 def read_run(folder: Path) -> Run:
-    """What a run logged, and before it what the run logged that it goes on from."""
+    """The log of a run, preceded by that of the run that it resumes."""
     run = Run(folder.parent.name, folder)
     rows = _rows(folder)
     first = min((float(row["step"]) for row in rows if row.get("step")), default=math.inf)
@@ -180,7 +180,7 @@ def _predecessor(folder: Path) -> Path | None:
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    """Runs of one name are told apart by their version."""
+    """Adds the version to the names of runs that have the same name."""
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -189,25 +189,25 @@ def _named(runs: list[Run]) -> list[Run]:
 
 
 def sentence(runs: list[Run]) -> str:
-    """What the codes of each run keep of the data."""
-    told = []
+    """A summary of the information in the codes of each run."""
+    parts = []
     for run in runs:
         units, all_units = run.last("active_units"), len(run.dimensions("mu_variance"))
         of = f" of {all_units}" if all_units else ""
-        told.append(f"{run.name}: I(x; z) = {run.last('mutual_information'):.2f} nats, {units:.0f}{of} active units")
-    return "; ".join(told)
+        parts.append(f"{run.name}: I(x; z) = {run.last('mutual_information'):.2f} nats, {units:.0f}{of} active units")
+    return "; ".join(parts)
 
 
 def measured(results: Mapping[str, float], *, standardised: bool = False) -> str:
-    """What a test measured, by group, in words and four digits; `standardised` says that the losses are of data in no units."""
+    """The results of a test as text, by group, with four digits. `standardised` marks losses of standardised data."""
     values = {name.removeprefix("test/"): value for name, value in results.items()}
-    others = tuple(name for name in values if not any(name in names for names in MEASURED.values()))
-    width = max(map(len, TOLD.values()))
+    others = tuple(name for name in values if not any(name in names for names in TEST_GROUPS.values()))
+    width = max(map(len, TITLES.values()))
     lines = []
-    for group, names in {**MEASURED, "Others": others}.items():
+    for group, names in {**TEST_GROUPS, "Others": others}.items():
         if found := [name for name in names if name in values]:
             heading = "Loss (nats, of the standardised data)" if standardised and group.startswith("Loss") else group
-            lines += ["", heading, *(f"  {TOLD.get(name, name):<{width}}  {_digits(name, values[name]):>10}" for name in found)]
+            lines += ["", heading, *(f"  {TITLES.get(name, name):<{width}}  {_digits(name, values[name]):>10}" for name in found)]
     return "\n".join(lines)
 
 
@@ -283,7 +283,7 @@ def curves(runs: list[Run]) -> Figure:
 
 
 def pictures(run: Run) -> Figure | None:
-    """The run's own pictures, None if it has none."""
+    """The pictures in the run's folder, or None if there are none."""
     found = [[imread(run.folder / file) for file in row if (run.folder / file).is_file()] for row in PICTURES]
     rows = [row for row in found if row]
     if not rows:
@@ -327,7 +327,7 @@ def page(runs: list[Run], images: list[tuple[str, bytes]]) -> str:
 
 
 def _legend(figure: Figure, runs: list[Run], styles: dict[str, str] | None = None) -> None:
-    """Above all panels: the runs by colour, then what the lines' styles mean."""
+    """Draws a legend above all panels: the runs by colour, then the line styles."""
     handles = [Line2D([], [], color=colour, linewidth=6, label=run.name) for run, colour in zip(runs, COLOURS, strict=False)]
     handles += [Line2D([], [], color="#444444", linestyle=style, label=name) for name, style in (styles or {}).items()]
     columns = 6 if max(len(str(handle.get_label())) for handle in handles) < 25 else 3
@@ -389,7 +389,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _stack(images: list[Any], file: Path) -> None:
-    """The figures below one another, in one picture."""
+    """Saves the figures below one another as one picture."""
     height, width = sum(image.shape[0] for image in images), max(image.shape[1] for image in images)
     sheet = np.ones((height, width, 3), dtype=np.float32)
     top = 0

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fastvae import checks
 from fastvae.objectives import VAEObjective
-from fastvae.schedules import SCHEDULES, schedule
+from fastvae.schedules import SCHEDULES, Kind, schedule
+
+Weight = Literal["kl_weight", "mmd_weight", "tc_weight", "capacity"]
 
 
 class Schedule(Callback):
-    """Sets a weight of a `VAEModule`'s objective before each step, from the number of optimiser steps alone: `fastvae.schedules`.
+    """Sets a weight of a `VAEModule`'s objective before each step, by a schedule of `fastvae.schedules`.
 
     Args:
         weight: "kl_weight", "mmd_weight", "tc_weight" or "capacity".
         kind: "constant", "linear", "cosine" or "cyclical".
-        steps: optimiser steps until the weight has its value.
-        start: the weight at step 0.
-        end: the weight after `steps`; None takes the objective's own.
-        cycles, ramp: of "cyclical".
+        steps: The number of optimizer steps until the weight has its final value.
+        start: The weight at step 0.
+        end: The weight after `steps` steps; None takes the objective's weight.
+        cycles: The number of cycles of "cyclical".
+        ramp: The share of each cycle of "cyclical" in which the weight rises.
     """
 
     def __init__(
         self,
-        weight: Literal["kl_weight", "mmd_weight", "tc_weight", "capacity"],
-        kind: Literal["constant", "linear", "cosine", "cyclical"] = "linear",
+        weight: Weight,
+        kind: Kind = "linear",
         steps: int = 10_000,
         *,
         start: float = 0.0,
@@ -34,7 +37,7 @@ class Schedule(Callback):
         cycles: int = 4,
         ramp: float = 0.5,
     ) -> None:
-        checks.option("weight", weight, ("kl_weight", "mmd_weight", "tc_weight", "capacity"))
+        checks.option("weight", weight, get_args(Weight))
         checks.option("kind", kind, SCHEDULES)
         self.weight = weight
         self.kind = kind
@@ -53,7 +56,7 @@ class Schedule(Callback):
             objective = self._objective(pl_module)
             if self.end is None:
                 self.end = float(getattr(objective, self.weight))
-            # Before the module moves to its device and is compiled: from here on the weight is a tensor.
+            # Before the module moves to its device and is compiled, as this turns the weight into a tensor.
             objective.set(**{self.weight: self.value(trainer.global_step)})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -64,5 +67,5 @@ class Schedule(Callback):
     def _objective(self, module: LightningModule) -> VAEObjective:
         objective = getattr(module, "objective", None)
         if not isinstance(objective, VAEObjective):
-            raise TypeError(f"Schedule must be a callback of a VAEModule, got {type(module).__name__}")
+            raise TypeError(f"Schedule must be used with a VAEModule, got {type(module).__name__}")
         return objective

@@ -1,4 +1,4 @@
-"""A table of numbers from a text file (CSV or TSV, gzip or not) or a Parquet file, by pandas."""
+"""Reads tables of numbers from text files (CSV or TSV, gzip or not) and Parquet files, with pandas."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 CHUNK = 2**20
-MOST_TOLD = 5
-# What pandas calls a column without a name, as its own index is in the files it writes.
+MOST_LISTED = 5
+# pandas' names of columns without a name, such as the index in the files that it writes.
 UNNAMED = re.compile(r"(unnamed: \d+(\.\d+)*)?", re.IGNORECASE)
-
-
-# What stands for a missing number, also where a file without a header begins with it.
+# Cells that mean a missing number: one in the first row does not make it a header.
 MISSING = ("", "na", "n/a", "null", "none", "missing", "?", "-", "--", ".")
 
 
 class Table(NamedTuple):
-    """values (N, F) of float64; labels (N,), numbers (nan for none) or text, and the names of rows and columns, if there are any."""
+    """values (N, F) in float64; labels (N,), numbers (nan for none) or text; and the names of rows and columns, if there are any."""
 
     values: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any] | None
@@ -40,7 +38,7 @@ class Table(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a text file is written: `start` lines go before its first row of numbers, `names` are of its columns, if it has some."""
+    """The format of a text file: `start` lines precede its first row of numbers, and `names` are its columns' names, if it has any."""
 
     encoding: str
     delimiter: str
@@ -50,7 +48,7 @@ class Layout(NamedTuple):
 
 
 def size(file: Path, at_most: int) -> int:
-    """The bytes of a file, decompressed; of one that has more than `at_most` some number beyond."""
+    """The size of a file in bytes, decompressed; if it is more than `at_most`, any larger number."""
     if file.suffix == ".parquet":
         metadata = _parquet_file(file).metadata
         return int(metadata.num_rows) * int(metadata.num_columns) * np.dtype(np.float64).itemsize
@@ -64,10 +62,10 @@ def size(file: Path, at_most: int) -> int:
 
 
 def read(file: Path) -> Table:
-    """The table of a file. A column "label" holds labels; the columns without a name that it begins with name the rows.
+    """The table in a file. A column "label" holds labels, and leading columns without a name hold the names of the rows.
 
     Raises:
-        ValueError: a cell that is no number, named by its row and column, or a file that is none of these.
+        ValueError: A cell is not a number (the message gives its row and column), or the file is of another format.
     """
     import pandas as pd
 
@@ -100,25 +98,25 @@ def _n_unnamed(names: list[str]) -> int:
 
 
 def places(columns: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
-    """Where the wanted columns are, None where all are in their places; a table without names, or for a model without, is as it is.
+    """The indices of the wanted columns, or None if nothing has to move: the order is right, or table or model have no names.
 
     Raises:
-        ValueError: other names, or the same in another order where one stands twice.
+        ValueError: The names differ, or they are in another order and some name occurs twice.
     """
     if not columns or not wanted or columns == wanted:
         return None
     missing, others = Counter(wanted) - Counter(columns), Counter(columns) - Counter(wanted)
-    told = [f"{what} {_listed(names)}" for what, names in (("without", missing), ("with", others)) if names]
-    if not told and len(set(wanted)) < len(wanted):
-        told = [f"with another order of the columns of one name, {_listed(Counter(wanted) - Counter(set(wanted)))}"]
-    if told:
-        raise ValueError(f"data must have the columns that the model was trained on, by their names, got data {' and '.join(told)}")
+    differences = [f"{what} {_listed(names)}" for what, names in (("without", missing), ("with", others)) if names]
+    if not differences and len(set(wanted)) < len(wanted):
+        differences = [f"with another order of columns that share a name, {_listed(Counter(wanted) - Counter(set(wanted)))}"]
+    if differences:
+        raise ValueError(f"data must have the columns that the model was trained on, by name, got data {' and '.join(differences)}")
     return [columns.index(name) for name in wanted]
 
 
 def _listed(names: Iterable[str]) -> str:
     first = list(names)
-    return ", ".join(map(repr, first[:MOST_TOLD])) + (f" and {len(first) - MOST_TOLD} others" if len(first) > MOST_TOLD else "")
+    return ", ".join(map(repr, first[:MOST_LISTED])) + (f" and {len(first) - MOST_LISTED} others" if len(first) > MOST_LISTED else "")
 
 
 def _labels(column: pd.Series[Any]) -> np.ndarray[Any, Any]:
@@ -134,8 +132,8 @@ def _first_text(frame: pd.DataFrame, columns: list[int], names: list[str]) -> st
         for row, cell in enumerate(frame.iloc[:, at]):
             if not is_number(cell):
                 column = f"column {names[at]!r}" if names else f"column {at + 1}"
-                return f"{cell!r} in row {row + 1}, {column}, and text may stand in a column named label alone"
-    return "another kind of columns"
+                return f"{cell!r} in row {row + 1}, {column}: only a column named label may hold text"
+    return "columns of another kind"
 
 
 def _parquet(file: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -161,7 +159,7 @@ def _text(file: Path) -> tuple[pd.DataFrame, list[str]]:
             encoding=layout.encoding,
             skiprows=layout.start,
             header=None,
-            dtype=dict.fromkeys(range(_n_unnamed(layout.names)), str),  # as numbers, names of rows would lose their zeros
+            dtype=dict.fromkeys(range(_n_unnamed(layout.names)), str),  # as numbers, names of rows would lose leading zeros
             na_filter=False,
             low_memory=False,
             skipinitialspace=True,
@@ -178,7 +176,7 @@ def _open(file: Path) -> IO[bytes]:
 def _layout(file: Path) -> Layout:
     with _open(file) as stream:
         mark = stream.read(2)
-    encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # the second is UTF-8 with a byte order mark or without
+    encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # utf-8-sig is UTF-8 with or without a byte order mark
     with _open(file) as stream, io.TextIOWrapper(stream, encoding) as text:
         lines = list(itertools.islice(((number, line) for number, line in enumerate(text) if line.strip()), 2))
     if not lines:
@@ -188,19 +186,19 @@ def _layout(file: Path) -> Layout:
     first, *rest = ([cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))] for _, line in lines)
     number = lines[0][0]
     header = _is_header(first, rest[0] if rest else [], decimal)
-    _tell_guess(file, first, rest[0] if rest else [], header)
+    _warn_of_guess(file, first, rest[0] if rest else [], header)
     if not header:
         return Layout(encoding, delimiter, decimal, number, [])
-    first[0] = first[0].lstrip("# ")  # numpy's savetxt begins a header so
+    first[0] = first[0].lstrip("# ")  # numpy's savetxt starts a header with "# "
     if rest and len(rest[0]) == len(first) + 1:
-        first = ["", *first]  # R leaves the name of the rows' names out
+        first = ["", *first]  # R writes no name above the names of the rows
     return Layout(encoding, delimiter, decimal, number + 1, first)
 
 
 def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
-    """Whether it has a label's name, a name above a number, or the names that pandas gives, 0, 1, 2, …
+    """Whether the first row is a header: it has a name above a number, the name "label", or pandas' default names 0, 1, 2, …
 
-    A row of numbers and a class, in a file without a header, is none, nor is one with a missing number.
+    A row of numbers and a class, or of numbers of which some are missing, is not a header.
     """
     below = second[1:] if len(second) == len(first) + 1 else second or ["0"] * len(first)
     for cell, under in zip(first, below, strict=False):
@@ -211,20 +209,18 @@ def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
 
 
 @rank_zero_only
-def _tell_guess(file: Path, first: list[str], second: list[str], header: bool) -> None:
-    """Warns of a first row of numbers that count up, as names such as 2019, 2020 and data do, unless the second row goes on with them."""
+def _warn_of_guess(file: Path, first: list[str], second: list[str], header: bool) -> None:
+    """Warns of a first row of numbers that count up, such as 2019, 2020, … (names or data?), unless the second row continues it."""
     if not all(cell.isdecimal() for cell in first):
         return
     numbers = [int(cell) for cell in first]
     step = numbers[-1] - numbers[-2] if len(numbers) > 1 else 0
     counts = step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step)) and (step == 1 or len(numbers) > 2)
-    goes_on = second == [str(number + step * len(numbers)) for number in numbers]
-    if header or (counts and second and not goes_on):
+    continues = second == [str(number + step * len(numbers)) for number in numbers]
+    if header or (counts and second and not continues):
         shown = ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
-        taken, other = (
-            ("names", "is a row of data, put a row of names before it") if header else ("data", "has names, begin them with a letter")
-        )
-        sys.stderr.write(f"warning: the first row of {file}, {shown}, is taken for {taken}: if it {other}\n")
+        taken, other = ("names", "is data, put a row of names before it") if header else ("data", "holds names, start them with a letter")
+        sys.stderr.write(f"warning: the first row of {file}, {shown}, is read as {taken}: if it {other}\n")
 
 
 def is_number(cell: Any, decimal: str = ".") -> bool:
