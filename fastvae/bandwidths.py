@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.devices import float64_on_cpu
+from fastvae.dispatch import needs_dispatcher
 
 # Squared distances kept at once by an exact selection (128 MiB).
 CAPACITY = 1 << 24
@@ -157,7 +158,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], z: Tensor, rank: int) -> t
 
 def ranked_squared_distance(z: Tensor, rank: int) -> Tensor:
     """The d² of this rank, from 0, among the pairs i < j within the items of z (items, rows, D); 0 if the rank is negative."""
-    if z.device.type == "cpu" and not checks.needs_dispatcher(z):
+    if z.device.type == "cpu" and not needs_dispatcher(z):
         return _select(z, rank)
     return cast(Tensor, _ranked_op(z, rank))
 

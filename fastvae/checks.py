@@ -14,7 +14,6 @@ from typing import Any, Literal, NoReturn, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.devices import lacks_float64
 from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
@@ -550,17 +549,6 @@ def _is_batched(t: Tensor) -> bool:
             return True
         t = torch._C._functorch.get_unwrapped(t)
     return False
-
-
-def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the dispatcher, 25 µs of a call, has more to do than to choose between CPU and CUDA: for the compiler, a transform of
-    `torch.func`, a mode, or a subclass of tensors."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
-        return True
-    for t in (first, *others):
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return True
-    return not (first.is_cpu or first.is_cuda)
 
 
 def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:

@@ -13,9 +13,10 @@ from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
+from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_sums import Numbers, as_vector
-from fastvae.ops.common import accumulation_dtype, kernel_arguments, unit_weights, without_autocast, zero_if_finite
+from fastvae.ops.common import kernel_arguments, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op

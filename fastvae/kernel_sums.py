@@ -7,43 +7,49 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import RBF, Kernel, Polynomial, RationalQuadratic
+from fastvae.radial import Kernel
 
-# Bandwidths, or their weights: numbers, or a vector of float64.
+# Bandwidths or their weights: numbers, or a float64 vector.
 Numbers = Tensor | Sequence[float]
 
 LOG2_E = math.log2(math.e)
 
-# Error allowed in the exponent of a pair. ‖x‖² + ‖y‖² − 2x·y is off by about eps·‖x‖²: where that is more, a sweep computes distances
+# The error allowed in the exponent of a pair. ‖x‖² + ‖y‖² − 2x·y is wrong by about eps·‖x‖². Where that is more, distances are computed
 # in another way.
 EXPONENT_ERROR = {torch.float32: 6e-5, torch.float64: 1e-11}
 
-# A bandwidth whose mean exponent γ·d² is under this has k near one: sums of k − 1, by expm1, are then more exact than sums of k. Above it
-# they are as good, and exp2 is four times faster than expm1.
+# Where the mean exponent γ·d² is below this, k is close to one, and sums of k − 1, computed by expm1, are more accurate than sums of k.
+# Above it both are as accurate, and exp2 is four times faster than expm1.
 SHIFT_BELOW = 0.2
 
-# k_b is a square of k_{b−1} only where the ratio of their γ is two to rounding.
+# k_b is computed as a square of k_{b−1} only where log₂ of the ratio of their γ is an integer to this accuracy.
 _POWER_OF_TWO = 1e-12
-# Each squaring doubles the relative error: a chain of them starts anew after seven, which also fit the three bits of a kernel's argument.
+# Each squaring doubles the relative error, so that a chain ends after seven. Seven also fits the three bits of a Triton kernel's argument.
 _MOST_SQUARINGS = 7
 
 
 def rounding_of_sum(dtype: torch.dtype) -> float:
-    """By how much weights of this dtype that sum to one may miss it."""
-    # Of few digits each weight is rounded to half an eps; of many, the sums that they were divided by have roundings too.
+    """How far from one the sum of normalised weights of this dtype may be."""
+    # Half precision: each weight is rounded by half an eps. Otherwise the sum that they were divided by is rounded too.
     return (1 if dtype in (torch.bfloat16, torch.float16) else 16) * torch.finfo(dtype).eps
 
 
 def stable_mean(z: Tensor) -> Tensor:
-    """The mean over the rows of (…, N, D), from their differences to the first: that of equal rows is exact."""
-    # Times a power of two, as the sum of numbers near the largest of their dtype is none.
+    """The mean over the rows of (..., N, D), from their differences to the first row; exact where all rows are equal."""
+    # Scaled by a power of two, so that the sum does not overflow.
     scale, first = 0.5 ** z.shape[-2].bit_length(), z[..., 0, :]
     return first + (z * scale).sub_((first * scale)[..., None, :]).sum(-2) / (z.shape[-2] * scale)
+
+
+def is_nearly_constant(kernel: Kernel, t: Any) -> Any:
+    """Whether k is so close to φ(0), for pairs whose mean t this is, that sums are taken of k − φ(0)."""
+    return ((2 * t) ** 0.5 if kernel.takes_distance else t) < SHIFT_BELOW
 
 
 def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:
@@ -66,36 +72,32 @@ class KernelSum:
         bandwidth: h_b, shape (B,).
         weights: a_b, shape (B,).
         gamma: γ_b, shape (B,); nan where h_b is not positive.
-        shifts: 1 where sums of k_b − φ(0) are taken in place of sums of k_b, else 0, shape (..., B). The ones come first.
-        squarings: for each bandwidth how many squarings lead from k_{b−1} to k_b; 0 where it is evaluated on its own.
+        subtract_constant: 1 where sums are of k_b − φ(0), 0 where they are of k_b, shape (..., B). The ones come first.
+        squarings: how many times k_{b−1} is squared to give k_b, for each bandwidth; 0 where k_b is evaluated on its own.
     """
 
     kernel: Kernel
     bandwidth: Tensor
     weights: Tensor
     gamma: Tensor
-    shifts: Tensor
+    subtract_constant: Tensor
     squarings: tuple[int, ...]
 
     @staticmethod
     def of(
         kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, dim: int, device: torch.device, mean_squared_distance: Tensor | None
     ) -> KernelSum:
-        """For rows of `dim` features; without their mean squared distance (...) nothing is shifted."""
+        """For rows of `dim` features. Without their mean squared distance (...) no constant is subtracted."""
         bandwidth, bandwidth_weights = read(bandwidth), read(bandwidth_weights)
-        squarings = (0,) * len(bandwidth)
-        if isinstance(kernel, RBF) and not isinstance(bandwidth, Tensor):
-            squarings = _squarings(sorted(bandwidth, reverse=True))
+        squarings = (0,) * len(bandwidth) if isinstance(bandwidth, Tensor) else _squarings(kernel, bandwidth)
         h, order = as_vector(bandwidth, device).sort(descending=True)
         gamma = torch.where(h > 0, kernel.gamma(h, dim), math.nan)
-        shifts = torch.zeros_like(gamma)
-        if mean_squared_distance is not None and kernel.radial:
+        subtract_constant = torch.zeros_like(gamma)
+        if mean_squared_distance is not None:
             t = gamma * mean_squared_distance[..., None]
-            shifts = (((2 * t).sqrt() if kernel.takes_distance else t) < SHIFT_BELOW).to(torch.float64)
-        elif mean_squared_distance is not None:
             # A polynomial without its constant takes no more work than with it.
-            shifts = torch.ones_like(gamma * mean_squared_distance[..., None])
-        return KernelSum(kernel, h, as_vector(bandwidth_weights, device)[order], gamma, shifts, squarings)
+            subtract_constant = is_nearly_constant(kernel, t).to(torch.float64) if kernel.radial else torch.ones_like(t)
+        return KernelSum(kernel, h, as_vector(bandwidth_weights, device)[order], gamma, subtract_constant, squarings)
 
     @property
     def ratios(self) -> Tensor:
@@ -103,21 +105,26 @@ class KernelSum:
         return self.gamma / self.gamma[0]
 
     @property
-    def slope_shifts(self) -> Tensor:
-        """1 where a sweep leaves 1 out of each pair's −φ'(t_b), which is the k_b of an RBF kernel, shape (..., B)."""
-        return self.shifts if isinstance(self.kernel, RBF) else torch.zeros_like(self.shifts)
+    def value_constant(self) -> Tensor:
+        """Σ_b a_b·φ(0) over the bandwidths whose constant is subtracted: what each pair's sum lacks, shape (...)."""
+        return self.kernel.value_at_zero * (self.weights @ self.subtract_constant)
+
+    @property
+    def slope_subtracts_constant(self) -> Tensor:
+        """1 where −φ'(0) = 1 is subtracted from each pair's −φ'(t_b), shape (..., B): of an RBF kernel −φ' = φ."""
+        return self.subtract_constant if self.kernel.is_exponential else torch.zeros_like(self.subtract_constant)
 
 
 @dataclass(frozen=True)
 class KernelNumbers:
-    """Σ_b a_b·k_b as a GPU kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device.
+    """Σ_b a_b·k_b as a Triton kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device.
 
     Attributes:
         kernel: φ.
-        count: bandwidths.
-        squarings: as of `KernelSum`.
-        arguments: h_b, a_b, parameters of the kernel, and against N(0, I) log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) of each bandwidth,
-            widest first: each number as three of float32 that sum to it, or a float64 tensor.
+        count: the number of bandwidths.
+        squarings: as in `KernelSum`.
+        arguments: h_b, a_b, the parameters of the kernel and, against N(0, I), log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) for each
+            bandwidth, widest first. Each number is given as three float32 that sum to it, or all of them as a float64 tensor.
     """
 
     kernel: Kernel
@@ -140,14 +147,14 @@ class KernelNumbers:
 
 
 def read(numbers: Numbers) -> tuple[float, ...] | Tensor:
-    """As numbers, unless they are on a device that the host would have to wait for."""
+    """As numbers, unless they are on a device: the host would have to wait for it."""
     if isinstance(numbers, Tensor):
         return tuple(numbers.tolist()) if numbers.device.type == "cpu" else numbers
     return tuple(numbers)
 
 
 def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
-    """As a vector on `device`, on a GPU by fills: a copy would wait, and can't be captured in a CUDA graph."""
+    """As a vector on `device`. On a GPU it is filled: a copy would wait, and cannot be captured in a CUDA graph."""
     if isinstance(numbers, Tensor):
         return numbers.to(device)
     if device.type == "cpu":
@@ -158,7 +165,7 @@ def as_vector(numbers: Numbers, device: torch.device) -> Tensor:
 
 
 def filled(numbers: Sequence[float], device: torch.device | None) -> Tensor:
-    """As a vector on `device`, of numbers that are not looked at: a compiler may not know them yet."""
+    """As a vector on `device`. The numbers are not read, as a compiler may not know them yet."""
     return torch.cat([torch.full((1,), number, dtype=torch.float64, device=device) for number in numbers])
 
 
@@ -166,11 +173,7 @@ def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: 
     """`KernelNumbers.arguments` as a tensor."""
     h, order = bandwidth.sort(descending=True)
     a, h2 = bandwidth_weights[order], h.square()
-    numbers = [h, a]
-    if isinstance(kernel, RationalQuadratic):
-        numbers.append(torch.full_like(h[:1], float(kernel.alpha)))
-    if isinstance(kernel, Polynomial):
-        numbers += [c * (a * (h[0] / h) ** (2 * n)).sum().reshape(1) for n, c in [*kernel.powers, (0, kernel.value_at_zero)]]
+    numbers = [h, a, *kernel.triton_parameters(h, a)]
     if prior:
         numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
     return torch.cat(numbers)
@@ -180,15 +183,14 @@ def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: 
 def _kernel_numbers(
     kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, prior: bool
 ) -> tuple[tuple[int, ...], list[float], tuple[float, ...]]:
-    """Squarings, numbers, and their parts as arguments of a GPU kernel: none where they are too many or no float32."""
+    """The squarings, the numbers, and their float32 parts as arguments; no parts where there are too many or float32 cannot hold them."""
     h, a = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (bandwidth, weights))
     numbers = _numbers(kernel, h, a, dim, prior).tolist()
-    squarings = _squarings(sorted(bandwidth, reverse=True)) if isinstance(kernel, RBF) else (0,) * len(bandwidth)
     fit = len(numbers) <= _MOST_ARGUMENTS and all(number == 0 or 1e-30 <= abs(number) <= 1e38 for number in numbers)
-    return squarings, numbers, tuple(part for number in numbers for part in float32_parts(number)) if fit else ()
+    return _squarings(kernel, bandwidth), numbers, tuple(part for number in numbers for part in float32_parts(number)) if fit else ()
 
 
-# Numbers that a kernel takes as arguments.
+# The most numbers that a Triton kernel takes as arguments.
 _MOST_ARGUMENTS = 64
 
 
@@ -199,9 +201,11 @@ def float32_parts(number: float) -> tuple[float, float, float]:
     return high, middle, float(np.float32(number - high - middle))
 
 
-def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
+def _squarings(kernel: Kernel, bandwidth: Sequence[float]) -> tuple[int, ...]:
+    if not kernel.is_exponential:
+        return (0,) * len(bandwidth)
     powers, chain = [0], 0
-    for wide, narrow in itertools.pairwise(bandwidths):
+    for wide, narrow in itertools.pairwise(sorted(bandwidth, reverse=True)):
         power = 2 * math.log2(wide / narrow) if narrow > 0 else math.nan
         near = round(power) if math.isfinite(power) else 0
         chain = chain + near if near >= 1 and abs(power - near) < _POWER_OF_TWO and chain + near <= _MOST_SQUARINGS else 0
@@ -211,27 +215,27 @@ def _squarings(bandwidths: list[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HostKernelSum:
-    """`KernelSum` of one problem as numbers, for a sweep that the host steers; the attributes are those of `KernelSum`, `gamma` that of
-    the widest."""
+    """`KernelSum` of one problem as Python numbers. The attributes are those of `KernelSum`, with `gamma` that of the widest bandwidth."""
 
     kernel: Kernel
     gamma: float
     ratios: tuple[float, ...]
     weights: tuple[float, ...]
     squarings: tuple[int, ...]
-    shifts: tuple[int, ...]
-    slope_shift: float  # Σ a_b·γ_b/γ_0 over the bandwidths whose slope is shifted
+    subtract_constant: tuple[int, ...]
+    slope_constant: float  # Σ a_b·γ_b/γ_0 over the bandwidths of which −φ'(0) is subtracted from the slope
 
     @staticmethod
     def of(kernel: KernelSum) -> HostKernelSum:
-        gammas, weights, shifts = kernel.gamma.tolist(), kernel.weights.tolist(), kernel.shifts.flatten().tolist()
+        gammas, weights, subtracted = kernel.gamma.tolist(), kernel.weights.tolist(), kernel.subtract_constant.flatten().tolist()
         ratios = [gamma / gammas[0] for gamma in gammas]
+        slope_subtracted = kernel.slope_subtracts_constant.flatten().tolist()
         return HostKernelSum(
             kernel=kernel.kernel,
             gamma=gammas[0],
             ratios=tuple(ratios),
             weights=tuple(weights),
             squarings=kernel.squarings,
-            shifts=tuple(map(int, shifts)),
-            slope_shift=math.fsum(a * r * s for a, r, s in zip(weights, ratios, kernel.slope_shifts.flatten().tolist(), strict=True)),
+            subtract_constant=tuple(map(int, subtracted)),
+            slope_constant=math.fsum(a * r * s for a, r, s in zip(weights, ratios, slope_subtracted, strict=True)),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae import checks, recipes
-from fastvae.ops.common import accumulation_dtype
+from fastvae.dispatch import accumulation_dtype
 from fastvae.radial import Polynomial
 
 try:

@@ -1,6 +1,6 @@
-"""The kernel functions: φ of each family, as a function of one number t of a pair.
+"""The kernel functions. Each family is one class, which holds the mathematics that every backend shares.
 
-A radial kernel is φ(t) of t = γ·‖x−y‖² with γ = 1/(2h²); the polynomial kernel is φ(t) of t = γ·x·y with γ = 1/(D·h²).
+A radial kernel is φ(t) with t = γ·‖x−y‖² and γ = 1/(2h²). The polynomial kernel is φ(t) with t = γ·x·y and γ = 1/(D·h²).
 """
 
 from __future__ import annotations
@@ -17,49 +17,75 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kernel:
-    """φ of one family of kernels, which lacks only its bandwidths; the fields of a subclass are its parameters.
+    """One family of kernels. The fields of a subclass are its parameters; bandwidths are given separately.
 
     Attributes:
-        name: what `kernel=` of the public functions calls it.
+        name: the value of `kernel=` in the public functions.
         radial: t is a multiple of ‖x−y‖², not of x·y.
-        value_at_zero: φ(0), the constant that sums of k near it leave out.
-        takes_distance: φ is a function of √t, in which a small error of a small t is a large one.
+        is_exponential: φ(t) = exp(−t), so that φ(2t) = φ(t)² and −φ' = φ.
+        takes_distance: φ is a function of the distance √t, in which a small error of a small t becomes a large one.
         unbounded_slope: φ' goes to infinity as t goes to 0.
+        homogeneous: φ(c·t) is a multiple of φ(t), so that a bandwidth only multiplies φ by a number.
     """
 
     name: ClassVar[str]
     radial: ClassVar[bool] = True
+    is_exponential: ClassVar[bool] = False
     takes_distance: ClassVar[bool] = False
     unbounded_slope: ClassVar[bool] = False
+    homogeneous: ClassVar[bool] = False
 
     @property
     def value_at_zero(self) -> float:
+        """φ(0), which is subtracted from each k where k is close to it."""
         return 1.0
+
+    @property
+    def triton_slope_factor(self) -> float:
+        """From the products t'·s that the Triton kernels sum to t·φ'(t), twice that if φ' is unbounded: ln 2 where φ is exp2(t')."""
+        return math.log(2)
 
     def phi(self, t: Tensor) -> Tensor:
         """φ(t), elementwise."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} must define phi")
+
+    def dphi(self, t: Tensor) -> Tensor:
+        """φ'(t), elementwise. Only kernels of x·y need it."""
+        raise NotImplementedError(f"{self.name} must define dphi")
 
     def gamma(self, bandwidth: Tensor, dim: int) -> Tensor:
         """γ of bandwidths h for rows of `dim` features."""
         return (0.5 if self.radial else 1 / dim) / bandwidth.square()
 
     def canonical(self) -> tuple[Kernel, float]:
-        """A kernel that the backends know, and the factor that takes h to its bandwidth."""
+        """An equal kernel that the backends implement, and the factor from h to its bandwidth."""
         return self, 1.0
 
     @property
     def parameters(self) -> list[float]:
         return [float(getattr(self, field.name)) for field in fields(self)]
 
+    def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
+        """The family's numbers among the arguments of a Triton kernel, from bandwidths and weights (B,), widest first."""
+        return []
 
-def _parameter(name: str, value: Any, rule: str, holds: Any) -> None:
+    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over pairs of each k_b and of each ∂k_b/∂log h_b, (..., B), from the sums of the Triton kernels' `bandwidth_terms`.
+
+        `ratios` is γ_b/γ_0, shape (B,). Where φ(0) is subtracted from k_b in `sums`, it is in the result too.
+        """
+        # ∂k/∂log h = −2·t·φ'(t). Where φ' is unbounded, t' is a multiple of √t and not of t.
+        factors = -self.triton_slope_factor * ratios.sqrt() if self.unbounded_slope else -2 * self.triton_slope_factor * ratios
+        return sums[:, ::2], factors * sums[:, 1::2]
+
+
+def _check_parameter(name: str, value: Any, rule: str, holds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def _root(t: Tensor) -> Tensor:
-    """√t, and its derivatives 0 at 0."""
+    """√t, with derivative 0 at 0."""
     zero = t <= 0
     return torch.where(zero, 0, torch.where(zero, 1, t).sqrt())
 
@@ -69,6 +95,7 @@ class RBF(Kernel):
     """exp(−d²/(2h²)), the Gaussian kernel."""
 
     name = "rbf"
+    is_exponential = True
 
     def phi(self, t: Tensor) -> Tensor:
         return (-t).exp()
@@ -85,11 +112,18 @@ class RationalQuadratic(Kernel):
     name = "rational_quadratic"
 
     def __post_init__(self) -> None:
-        # Beyond it is an RBF kernel but for what its evaluation rounds.
-        _parameter("alpha", self.alpha, "greater than 0 and at most 1000", lambda alpha: 0 < alpha <= 1000)
+        # A larger α differs from the RBF kernel by rounding alone.
+        _check_parameter("alpha", self.alpha, "greater than 0 and at most 1000", lambda alpha: 0 < alpha <= 1000)
 
     def phi(self, t: Tensor) -> Tensor:
         return (1 + t / self.alpha) ** -self.alpha
+
+    @property
+    def triton_slope_factor(self) -> float:
+        return self.alpha
+
+    def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
+        return [torch.full_like(bandwidth[:1], float(self.alpha))]
 
 
 @dataclass(frozen=True)
@@ -107,7 +141,7 @@ class IMQ(Kernel):
 
 @dataclass(frozen=True)
 class Laplace(Kernel):
-    """exp(−d/h) of the Euclidean distance d. Its gradient at d = 0, where it has none, is taken as 0."""
+    """exp(−d/h) of the Euclidean distance d. It has no gradient at d = 0; 0 is returned there."""
 
     name = "laplace"
     takes_distance = True
@@ -119,7 +153,7 @@ class Laplace(Kernel):
 
 @dataclass(frozen=True)
 class Energy(Kernel):
-    """−d/h, with which MMD² at h = 1 is the energy distance. Its gradient at d = 0, where it has none, is taken as 0.
+    """−d/h; with h = 1, MMD² is the energy distance. It has no gradient at d = 0; 0 is returned there.
 
     Source: Sejdinovic et al. 2013, "Equivalence of distance-based and RKHS-based statistics in hypothesis testing".
     """
@@ -127,6 +161,7 @@ class Energy(Kernel):
     name = "energy"
     takes_distance = True
     unbounded_slope = True
+    homogeneous = True
 
     @property
     def value_at_zero(self) -> float:
@@ -135,12 +170,16 @@ class Energy(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         return -_root(2 * t)
 
+    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        values = sums * ratios.sqrt()
+        return values, -values
+
 
 @dataclass(frozen=True)
 class Polynomial(Kernel):
-    """(x·y/(D·h²) + coef0)^degree; by default that of the kernel inception distance. Source: Bińkowski et al. 2018, section 4.
+    """(x·y/(D·h²) + coef0)^degree, by default the kernel of the kernel inception distance. Source: Bińkowski et al. 2018, section 4.
 
-    It has no bound: with data of size 30 its value is of the order of 10⁸ and its gradient past 65,504, which in float16 is inf or nan.
+    It is unbounded: for entries of about 30 its value is about 10⁸, and its gradient exceeds 65,504, the largest number of float16.
     """
 
     degree: int = 3
@@ -149,8 +188,8 @@ class Polynomial(Kernel):
     radial = False
 
     def __post_init__(self) -> None:
-        _parameter("degree", self.degree, "a whole number from 1 to 8", lambda degree: degree in range(1, 9))
-        _parameter("coef0", self.coef0, "at least 0", lambda coef0: coef0 >= 0)
+        _check_parameter("degree", self.degree, "a whole number from 1 to 8", lambda degree: degree in range(1, 9))
+        _check_parameter("coef0", self.coef0, "at least 0", lambda coef0: coef0 >= 0)
 
     @property
     def value_at_zero(self) -> float:
@@ -158,29 +197,31 @@ class Polynomial(Kernel):
 
     @property
     def powers(self) -> list[tuple[int, float]]:
-        """(n, c_n) of φ(t) − φ(0) = Σ_n c_n·t^n, from the highest power to the first."""
+        """The (n, c_n) of φ(t) − φ(0) = Σ_n c_n·t^n, highest power first."""
         degree = int(self.degree)
         return [(n, math.comb(degree, n) * float(self.coef0) ** (degree - n)) for n in range(degree, 0, -1)]
-
-    @property
-    def coefficients(self) -> list[float]:
-        """The c_n alone."""
-        return [c for _, c in self.powers]
 
     def phi(self, t: Tensor) -> Tensor:
         return (t + self.coef0) ** int(self.degree)
 
-    def slope(self, t: Tensor) -> Tensor:
-        """φ'(t)."""
+    def dphi(self, t: Tensor) -> Tensor:
         return self.degree * (t + self.coef0) ** (int(self.degree) - 1)
+
+    def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
+        coefficients = [*self.powers, (0, self.value_at_zero)]
+        return [c * (weights * (bandwidth[0] / bandwidth) ** (2 * n)).sum().reshape(1) for n, c in coefficients]
+
+    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        terms = [(n, c * sums[:, n - 1 : n] * ratios**n) for n, c in self.powers]
+        return torch.stack([term for _, term in terms]).sum(0), torch.stack([-2 * n * term for n, term in terms]).sum(0)
 
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Energy(), Polynomial())}
-# What a caller may name them.
+# Every name that the public functions accept.
 KERNEL_NAMES: dict[str, Kernel] = {**KERNELS, "gaussian": KERNELS["rbf"]}
 
 
 def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
-    """The kernel whose `name` and `parameters` these are."""
-    # One without parameters is itself, which caches find faster than an equal one.
+    """The kernel with this name and these parameters."""
+    # The default object itself, not an equal one: caches find it faster.
     return type(KERNELS[name])(*parameters) if parameters else KERNELS[name]

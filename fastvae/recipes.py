@@ -22,9 +22,9 @@ from torch import Tensor
 from fastvae import checks
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_distance
 from fastvae.devices import float64_on_cpu
+from fastvae.dispatch import accumulation_dtype
 from fastvae.functional import group_mmd, kernel_matmul, mmd
 from fastvae.objectives import IMQ_SCALES
-from fastvae.ops.common import accumulation_dtype
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 from fastvae.two_sample import squared
 

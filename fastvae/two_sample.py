@@ -17,8 +17,9 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
 from fastvae.devices import float64_on_cpu
+from fastvae.dispatch import accumulation_dtype
 from fastvae.kernel_sums import Numbers, as_vector
-from fastvae.ops.common import accumulation_dtype, kernel_arguments
+from fastvae.ops.common import kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_diagonal
 from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic

@@ -18,7 +18,7 @@ from fastvae.radial import KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
-# Of labels.
+# The dtypes of labels.
 INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason='tests backend="cpu" on the tensors of the other backends, which are on a GPU here')
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its interpreter, or a CUDA device")
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its inte
 
 @dataclass(frozen=True)
 class Case:
-    """x ~ N(offset, I), y ~ N(offset + 0.3, 1.2²·I), n and m rows of d features."""
+    """n rows x ~ N(offset, I) and m rows y ~ N(offset + 0.3, 1.2²·I), of d features."""
 
     name: str
     n: int = 70
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """Those that have this problem: expectations over N(0, I) are known for one kernel, and it lies at the origin."""
+        """The functions that this case applies to: `mmd_to_normal` has the RBF kernel only, and N(0, I) is at the origin."""
         return ("mmd",) if self.offset or self.kernel != RBF() else ("mmd", "mmd_to_normal")
 
     def points(self) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,8 @@ STREAMING_CASES = [
     *CASES,
     *KERNEL_CASES,
     Case("several tiles", n=1100, m=700, d=3),
+    # With one thread, the only products of oneDNN.
+    Case("tiles of 512 rows", n=1024, m=1024, d=3),
     Case("several tiles, unbiased ladder", n=1100, m=700, d=3, bandwidth=(1.0, 2**0.5, 2.0), estimator="unbiased", weighted=True),
     Case("several tiles, wide", n=600, m=1100, d=3, bandwidth=(20.0,)),
     Case("bfloat16", dtype=torch.bfloat16),
@@ -148,7 +150,7 @@ STREAMING_CASES = [
 
 
 def without_few_pairs(monkeypatch) -> None:
-    """Problems of any size are swept by Triton kernels."""
+    """Makes the Triton sweeps take problems of any size, which they otherwise leave to the kernel for few pairs."""
     from fastvae.kernels import few_pairs
 
     monkeypatch.setattr(few_pairs, "_MOST_WORK", 0)
@@ -156,12 +158,13 @@ def without_few_pairs(monkeypatch) -> None:
 
 
 def problems(cases: list[Case]) -> list:
-    """(case, function) for every function that has the case."""
+    """(case, function) for every function that a case applies to."""
     return [pytest.param(case, name, id=f"{case.name}-{name}") for case in cases for name in case.functions]
 
 
-# Relative error of the value, of the gradient, and of one k. A k is as good as its exponent: some tens of roundings of the dtype, or of the
-# products (2⁻¹⁷ for split bfloat16, 2⁻¹¹ for tf32, 2⁻⁸ for bfloat16). In a mean over n rows of pairs the errors of k average out, as 1/n.
+# Relative errors of the value and of the gradient, and the absolute error of one k, which is that of its exponent: some tens of rounding
+# errors of the dtype, or of the products (2⁻¹⁷ for split bfloat16, 2⁻¹¹ for TF32, 2⁻⁸ for bfloat16). In a mean over the pairs of n rows the
+# errors of k average out as 1/n.
 TOLERANCE = {
     torch.float64: (1e-9, 1e-8, 1e-13),
     torch.float32: (1e-5, 2e-5, 2e-6),
@@ -175,7 +178,7 @@ TRITON_TOLERANCE = {
 
 
 def assert_close(actual, expected, tolerance: tuple[float, float, float], n: int, size: float = 1.0) -> None:
-    """(value, gradients …) against float64 ones, for samples of n rows or more; `size` is Σ_b |a_b|."""
+    """Compares (value, gradients …) with those in float64, for samples of at least n rows; `size` is Σ_b |a_b|."""
     value_rtol, grad_rtol, pair_error = tolerance
     error, absolute = abs(actual[0].double() - expected[0]).item(), pair_error * size / n
     assert error <= value_rtol * abs(expected[0].item()) + absolute, f"value off by {error:.1e} of {expected[0].item():.6g}"
@@ -192,7 +195,7 @@ def evaluate(function, *points: Tensor, **options):
 
 
 class Copies(TorchDispatchMode):
-    """Operations that copy between devices, by name; "meta" stands for a GPU, and a scalar goes among the arguments of its kernels."""
+    """Records the names of operations that copy between devices. "meta" stands for a GPU; a scalar is an argument of its kernels."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +211,7 @@ class Copies(TorchDispatchMode):
 
 @contextlib.contextmanager
 def one_thread():
-    """The size of tiles on a CPU depends on the number of threads."""
+    """Runs with one thread, as the size of tiles on a CPU depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -218,7 +221,7 @@ def one_thread():
 
 
 def peak_bytes(function, inputs) -> int:
-    """Peak of the bytes of tensors that live at once with one thread, counted by PyTorch's profiler from its allocator's calls."""
+    """The most bytes of tensors that are alive at one time, with one thread, from the allocator's calls in PyTorch's profiler."""
     leaves = [t.clone().requires_grad_() for t in inputs]
     with one_thread(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(function(*leaves), leaves)
@@ -231,7 +234,7 @@ def peak_bytes(function, inputs) -> int:
 
 
 def expected(case: Case, name: str, *points: Tensor):
-    """The dense reference in float64, on the values that the case's dtype holds."""
+    """The dense reference in float64, for the numbers as rounded to the case's dtype."""
     weights = {k: w.double() for k, w in case.weights(case.accumulation_dtype).items() if name == "mmd" or k == "x_weights"}
     return evaluate(getattr(reference, name), *(t.double() for t in points), **case.options, **weights)
 
@@ -240,30 +243,30 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# How many roundings of the worst kind a sum over the pairs of a few rows may take together, and how many a product of D features adds.
+# How many rounding errors of the worst kind a sum over the pairs of a few rows may have in total, and how many each feature adds.
 ROUNDINGS, ROUNDINGS_PER_FEATURE = 32, 2
 
 
 @dataclass(frozen=True)
 class PairErrors:
-    """What rounding may do to one pair's Σ_b a_b·k_b, and to each feature of its gradient to one of the two rows.
+    """Bounds on the rounding error of one pair's Σ_b a_b·k_b, and of each feature of its gradient to one of the two rows.
 
-    With R the radius of the data about their centre, γ_b·R² = s_b, and e the eps of the arithmetic, which is that of float64 where that of
-    float32 would leave more than `EXPONENT_ERROR` in an exponent:
+    R is the radius of the data about their centre, s_b = γ_b·R², and e the eps of the arithmetic: that of float64 where float32 would leave
+    more than `EXPONENT_ERROR` in an exponent.
 
-        exponent   by products e·s_b, up to `EXPONENT_ERROR`; by differences e·√s_b, as points are as good as e·R
-        value      that of the exponent, and e of k, or of k − 1 where all k are near one: e·min(1, s_b)
-        gradient   γ_b·d·φ' ≤ √γ_b·min(1, √s_b), as wrong as the exponent, and in its sum of e·R to a point
-        root       a function of u = d/h is as wrong as u: e·R/h, or e·R²/(d·h) by products, taken where d > 2⁷·√e·R;
-                   its direction by e·R/d, or e·R²/d² by products
-        x·y        φ is a polynomial of |t| ≤ T = γ_b·max‖x‖²: e·T·φ'(T), with its constant e·φ(T)
-        oracle     float64's rounding of k
-        denormal   numbers are as good as the least one
+        exponent   e·s_b by products, at most `EXPONENT_ERROR`; e·√s_b by differences, as rows are accurate to e·R
+        value      the error of the exponent, and e·k, or e·(k − 1), so e·min(1, s_b), where all k are near one
+        gradient   γ_b·d·φ' ≤ √γ_b·min(1, √s_b) has the relative error of the exponent; its sum has an error of e·R for each row
+        distance   a function of u = d/h has the error of u: e·R/h, or e·R²/(d·h) by products, which are used where d > 2⁷·√e·R;
+                   the direction has e·R/d, or e·R²/d² by products
+        x·y        φ is a polynomial of |t| ≤ T = γ_b·max‖x‖²: e·T·φ'(T), and e·φ(T) for its constant
+        reference  float64's rounding of k
+        denormal   numbers have the absolute error of the least one
 
     Attributes:
         value: scalar.
         gradient: (N, N) over all rows of all samples.
-        least: what the least number adds to each.
+        least: the share of denormal numbers in each.
     """
 
     value: float
@@ -274,9 +277,12 @@ class PairErrors:
     def of(
         kernel: Kernel, bandwidth, weights, samples: list[Tensor], *, shifted: bool, prior: bool = False, rounded_weights: bool = False
     ) -> PairErrors:
-        """`shifted`: the operation sums k − φ(0) where k is near it. `prior`: one of the samples is N(0, I).
+        """Bounds for an operation on these samples.
 
-        `rounded_weights`: those of the samples are rounded to the accumulation dtype.
+        Args:
+            shifted: it sums k − φ(0) where k is near φ(0).
+            prior: one of the samples is N(0, I).
+            rounded_weights: the samples have weights, rounded to the accumulation dtype.
         """
         dtype = accumulation(samples[0].dtype)
         eps, exact = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
@@ -293,10 +299,10 @@ class PairErrors:
         gradient = rows.new_zeros(len(rows), len(rows))
         if not kernel.radial:
             t = gamma * from_origin
-            slope = kernel.slope(t)
-            value = eps * t * slope + (exact if shifted else eps) * kernel.phi(t)
-            pull = eps * gamma * from_origin.sqrt() * slope * kernel.degree + gamma * least
-            return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ pull), underflow)
+            dphi = kernel.dphi(t)
+            value = eps * t * dphi + (exact if shifted else eps) * kernel.phi(t)
+            gradient_error = eps * gamma * from_origin.sqrt() * dphi * kernel.degree + gamma * least
+            return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ gradient_error), underflow)
 
         centre = torch.stack([t.mean(0) for t in samples]).mean(0)
         radius2 = (rows - centre).square().sum(1).max()
@@ -320,13 +326,13 @@ class PairErrors:
         exponent = (eps_of_pairs * s).clamp(max=limit) + eps_of_pairs * s.sqrt()
         value = exponent + coarse * near_one + exact
         root = s.sqrt() if not prior else (gamma * from_origin).sqrt()
-        pull = gamma.sqrt() * (root.clamp(max=1) * (exponent + coarse) + eps_of_pairs * s.sqrt())
-        pull = pull + gamma * least
-        return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ pull), underflow)
+        gradient_error = gamma.sqrt() * (root.clamp(max=1) * (exponent + coarse) + eps_of_pairs * s.sqrt())
+        gradient_error = gradient_error + gamma * least
+        return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ gradient_error), underflow)
 
 
 def output_rounding(dtype: torch.dtype, expected: Tensor) -> Tensor:
-    """Of a result in `dtype`, made from a few factors; one past its largest number may be infinite."""
+    """The rounding error of a result in `dtype`, a product of a few factors, which may be infinite if it exceeds the largest number."""
     info, size = torch.finfo(dtype), expected.abs()
     rounding = (info.eps + 8 * torch.finfo(accumulation(dtype)).eps) * size + 8 * info.smallest_normal * info.eps
     return torch.where(size >= info.max, torch.inf, rounding)

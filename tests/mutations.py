@@ -66,15 +66,15 @@ FAULTS = [
     Fault(
         "CPU: lost diagonal of K_xx",
         "fastvae/cpu/closed_forms.py",
-        "        value = sample.sum_of_squares * kernel.kernel.value_at_zero * (1 - kernel.shifts)\n",
-        "        value = torch.zeros_like(kernel.shifts)\n",
+        "        value = sample.sum_of_squares * kernel.kernel.value_at_zero * (1 - kernel.subtract_constant)\n",
+        "        value = torch.zeros_like(kernel.subtract_constant)\n",
         MMD_CPU,
     ),
     Fault(
         "CPU: wrong sign of φ'",
-        "fastvae/cpu/tiles.py",
-        "mul_(-(kernel.alpha + 1) * LOG2_E))\n",
-        "mul_(-(kernel.alpha + 1) * LOG2_E)).neg_()\n",
+        "fastvae/cpu/families.py",
+        "mul_(-(alpha + 1) * LOG2_E))\n",
+        "mul_(-(alpha + 1) * LOG2_E)).neg_()\n",
         MMD_CPU,
     ),
     Fault(
@@ -106,8 +106,8 @@ FAULTS = [
         ("tests/test_mmd.py", "-k", "test_cpu and several"),
     ),
     Fault(
-        "Inductor: the pull on the rows of the second half is missing",
-        "fastvae/cpu/compiled.py",
+        "Inductor: the gradient of the rows of the second half is missing",
+        "fastvae/cpu/inductor.py",
         "self._rows(a, second, a, first, scale)",
         "self._rows(a, second, a, slice(0, 0), scale)",
         ("tests/test_inductor.py", "-k", "one and bandwidth and mmd and not normal"),
@@ -120,9 +120,9 @@ FAULTS = [
         MMD_CPU,
     ),
     Fault(
-        "CPU: what a shift leaves out of the moments is not added",
+        "CPU: the moments of the constant are not added",
         "fastvae/cpu/mmd.py",
-        "            a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.host_sum.slope_shift)\n",
+        "            a.moments += b.weighted.sum(1, keepdim=True) * (scale * self.host_sum.slope_constant)\n",
         "            pass\n",
         MMD_CPU,
     ),
@@ -290,8 +290,8 @@ FAULTS = [
     Fault(
         "CPU: oneDNN's product is not scaled",
         "fastvae/cpu/tiles.py",
-        "            total.add_(self._by_linear(left, right), alpha=scale)\n",
-        "            total.add_(self._by_linear(left, right))\n",
+        "            total.add_(multiply(self._onednn, left, right), alpha=scale)\n",
+        "            total.add_(multiply(self._onednn, left, right))\n",
         ("tests/test_mmd.py", "-k", "test_cpu and tiles"),
     ),
     Fault(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastvae
-from fastvae.cpu import compiled, small, tiles
+from fastvae.cpu import inductor, small, tiles
 from tests.cases import DEVICE, STREAMING_CASES, TOLERANCE, Case, assert_close, evaluate, expected, peak_bytes, problems
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -48,15 +48,15 @@ def small_blocks(monkeypatch):
     """Of a few rows, so that a few rows are many blocks."""
     monkeypatch.setattr(tiles, "TILE", 32)
     monkeypatch.setattr(small, "_PAIRS", 0)
-    monkeypatch.setattr(compiled, "_FEWEST_ROWS", 1)
-    monkeypatch.setattr(compiled, "_ROWS", 48)
-    monkeypatch.setattr(compiled, "_COLUMNS", 40)
-    monkeypatch.setattr(compiled, "_TILE", 24)
+    monkeypatch.setattr(inductor, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(inductor, "_ROWS", 48)
+    monkeypatch.setattr(inductor, "_COLUMNS", 40)
+    monkeypatch.setattr(inductor, "_TILE", 24)
 
 
 def loops() -> int:
-    """That have been compiled."""
-    return sum(function.cache_info().currsize for function in (compiled._of_points, compiled._of_exponents))
+    """That have been inductor."""
+    return sum(function.cache_info().currsize for function in (inductor._of_points, inductor._of_exponents))
 
 
 def test_every_name_is_a_case():
@@ -79,20 +79,20 @@ def test_inductor(case, name):
 def test_exponentials():
     t = -20 * torch.rand(1 << 22, dtype=torch.float64).float()
     exact = t.double().exp2()
-    error = (compiled._exp2_(t.clone()).double() - exact) / exact
+    error = (inductor._exp2_(t.clone()).double() - exact) / exact
     assert error.abs().max() < 9e-8
     # A mean that is not zero would not cancel between samples of one law.
     assert error.mean().abs() < 2e-10
     exact = t.double().expm1()
-    assert ((compiled._expm1_(t).double() - exact) / exact).abs().max() < 3e-7
+    assert ((inductor._expm1_(t).double() - exact) / exact).abs().max() < 3e-7
 
 
 def test_no_power_is_denormal():
-    power = compiled._exp2_(torch.linspace(-300, 0, 1001))
+    power = inductor._exp2_(torch.linspace(-300, 0, 1001))
     for _ in range(3):
         assert power.min() >= 2.0**-100
         assert power[-1] == 1
-        power = compiled._square_(power)
+        power = inductor._square_(power)
 
 
 @pytest.mark.parametrize(("d", "bound"), [(2, 3e-5), (17, 1e-5)])
@@ -108,8 +108,8 @@ def test_samples_of_one_law(d, bound):
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_narrow_bandwidths_in_the_precision_of_the_samples(bandwidth, offset, monkeypatch):
     """Of products the plain path wants float64."""
-    asked, make = [], compiled._of_points
-    monkeypatch.setattr(compiled, "_of_points", lambda *args: asked.append(args) or make(*args))
+    asked, make = [], inductor._of_points
+    monkeypatch.setattr(inductor, "_of_points", lambda *args: asked.append(args) or make(*args))
     x, y = offset + torch.randn(1500, 3), offset + torch.randn(1400, 3) / 2
     options = {"bandwidth": bandwidth, "estimator": "unbiased"}
     exact, exact_x, exact_y = evaluate(fastvae.mmd, x.double(), y.double(), **options, backend="cpu")

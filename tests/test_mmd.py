@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvae
 from fastvae import reference
-from fastvae.cpu import small, tiles
+from fastvae.cpu import families, products, small
+from fastvae.cpu.mmd import CPUSweep
 from fastvae.radial import KERNELS, RBF, Polynomial, RationalQuadratic
 from tests.cases import (
     CASES,
@@ -136,22 +137,22 @@ def test_triton_half(dtype):
 def test_cpu_without_onednn(case, monkeypatch):
     if DEVICE != "cpu":
         pytest.skip("the default backend is not the CPU's")
-    monkeypatch.setattr(tiles, "_LINEAR", None)
+    monkeypatch.setattr(products, "_LINEAR", None)
     actual, reference_values, _ = run(case, "mmd")
     assert_close(actual, reference_values, TOLERANCE[case.accumulation_dtype], *size(case))
 
 
-@pytest.mark.skipif(tiles._LINEAR is None or DEVICE != "cpu", reason="needs oneDNN and data on a CPU")
+@pytest.mark.skipif(products._LINEAR is None or DEVICE != "cpu", reason="needs oneDNN and data on a CPU")
 def test_cpu_products_by_onednn(monkeypatch):
     """Of few shapes, as each is compiled and kept, and with no weight whose rows lie apart, which take a thousand times as long."""
-    shapes, linear = set(), tiles._LINEAR
+    shapes, linear = set(), products._LINEAR
 
     def recorded(left, weight, *options):
         assert weight.is_contiguous() or weight.T.is_contiguous()
         shapes.add((*left.shape, weight.shape[0]))
         return linear(left, weight, *options)
 
-    monkeypatch.setattr(tiles, "_LINEAR", recorded)
+    monkeypatch.setattr(products, "_LINEAR", recorded)
     for n in (1000, 1100):
         x, y, v = torch.randn(n, 16, requires_grad=True), torch.randn(n + 20, 16), torch.randn(n + 20, 5)
         with one_thread():
@@ -171,14 +172,15 @@ def test_cpu_products_by_onednn(monkeypatch):
 @pytest.mark.parametrize("streams", [False, True])
 def test_cpu_powers_are_not_denormal(bandwidth, dtype, streams, monkeypatch):
     """They take a hundred times as long: a narrow bandwidth would take up to 1.9 times as long as a wide one."""
-    least, evaluate_power = [], tiles.Profile.evaluate
+    evaluator = families._RBFEvaluator
+    least, evaluate_power = [], evaluator.evaluate
 
     def recorded(self, n, ratio, exponent, out, *options):
         slope = evaluate_power(self, n, ratio, exponent, out, *options)
         least.append(out[out > 0].min())
         return slope
 
-    monkeypatch.setattr(tiles.Profile, "evaluate", recorded)
+    monkeypatch.setattr(evaluator, "evaluate", recorded)
     if streams:
         monkeypatch.setattr(small, "_PAIRS", 0)
     narrow = {torch.float32: 0.2, torch.float64: 0.06}[dtype]
@@ -362,12 +364,10 @@ def test_gradcheck_by_differences():
 
 
 def test_only_the_wanted_gradients(monkeypatch):
-    from fastvae.ops import mmd as op
-
     asked = []
     monkeypatch.setattr(small, "_PAIRS", 0)
-    original = op.cpu.Sweep.points
-    monkeypatch.setattr(op.cpu.Sweep, "points", lambda sweep, z, w, gradient: asked.append(gradient) or original(sweep, z, w, gradient))
+    original = CPUSweep.prepare
+    monkeypatch.setattr(CPUSweep, "prepare", lambda sweep, z, w, gradient: asked.append(gradient) or original(sweep, z, w, gradient))
     x, y = torch.randn(5, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     fastvae.mmd(x, y, backend="cpu")
     fastvae.mmd(x, y.detach(), backend="cpu")
@@ -546,11 +546,11 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
 def test_a_batch_of_more_than_one_launch(monkeypatch):
-    from fastvae.ops import mmd as op
+    from fastvae.ops import mmd_problem
 
     x, y = torch.randn(5, 6, 3, device=DEVICE), torch.randn(5, 4, 3, device=DEVICE)
     expected_values = fastvae.mmd(x, y, backend="triton")
-    monkeypatch.setattr(op, "_PADDED", 2 * 128 * 16)
+    monkeypatch.setattr(mmd_problem, "_MOST_PADDED", 2 * 128 * 16)
     torch.testing.assert_close(fastvae.mmd(x, y, backend="triton"), expected_values, rtol=0, atol=0)
 
 
@@ -578,7 +578,7 @@ def test_second_derivative():
     x, y = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)
     with pytest.raises(
-        NotImplementedError, match=r"mmd has no second derivative: pass backend='reference', which has, in O\(N·M·D\) memory"
+        NotImplementedError, match=r"mmd has no second derivative: pass backend='reference', which has one, in O\(N·M·D\) memory"
     ):
         grad.sum().backward()
     assert torch.autograd.gradgradcheck(lambda x, y: fastvae.mmd(x, y, backend="reference"), (x, y))

@@ -1,1 +1,1 @@
-"""The streaming PyTorch path: tiles that stay in cache, no N×M array. What a machine without a GPU runs."""
+"""The PyTorch path: tiles that stay in cache, without an N×M array. It runs on machines without a GPU."""

@@ -1,4 +1,4 @@
-"""K(x, y)·v and its gradients, tile by tile: formulas (1) and (2) of `fastvae.reference.kernel_matmul`."""
+"""K(x, y)·v and its gradients, tile by tile. Formulas (1) and (2) of `fastvae.reference.kernel_matmul`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from fastvae.kernel_sums import KernelSum
 
 
 def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Tensor) -> Tensor:
-    """Σ_j k(x_i, y_j)·v_j, shape (N, C), of x (N, D), y (M, D) and v (M, C), in the dtype of the tiles."""
+    """Σ_j k(x_i, y_j)·v_j, shape (N, C), for x (N, D), y (M, D) and v (M, C), in the dtype of the tiles.
+
+    k lacks the constant that `kernel` subtracts.
+    """
     tiles = Tiles(kernel, [x, y], centre)
-    a, b = tiles.points(x, None, False), tiles.points(y, None, False)
+    a, b = tiles.prepare(x, None, False), tiles.prepare(y, None, False)
     v_t = v.T.to(tiles.dtype).contiguous()
     out = v_t.new_zeros(v.shape[1], len(a))
     for i in a.tiles:
@@ -24,9 +27,9 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
 def kernel_matmul_backward(
     kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, grad: Tensor, centre: Tensor, x_grad: bool, y_grad: bool, v_grad: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The pulls of `fastvae.cpu.mmd.Sweep` on x and y with w_j·W_ij replaced by (grad_i·v_j)·W_ij, and Kᵀ·grad; those wanted."""
+    """The row gradients of x and y, as `Tiles.row_gradient` with (grad_i·v_j)·W_ij for w_j·W_ij, and Kᵀ·grad; None if not wanted."""
     tiles = Tiles(kernel, [x, y], centre)
-    a, b = (tiles.points(z, z.new_ones(z.shape[0]), wanted) for z, wanted in ((x, x_grad), (y, y_grad)))
+    a, b = (tiles.prepare(z, z.new_ones(z.shape[0]), wanted) for z, wanted in ((x, x_grad), (y, y_grad)))
     v, grad = v.to(tiles.dtype), grad.to(tiles.dtype)
     v_t, grad_t = v.T.contiguous(), grad.T.contiguous()
     out = v_t.new_zeros(v_t.shape) if v_grad else None
@@ -39,7 +42,7 @@ def kernel_matmul_backward(
                 slope.mul_(tiles.product("coefficient", grad[i], v_t[:, j]))
                 tiles.add_moments(slope, a, i, b, j, 1.0)
     return (
-        tiles.pull(a) if x_grad else None,
-        tiles.pull(b) if y_grad else None,
+        tiles.row_gradient(a) if x_grad else None,
+        tiles.row_gradient(b) if y_grad else None,
         None if out is None else out.T.to(x.dtype).contiguous(),
     )

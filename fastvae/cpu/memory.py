@@ -1,4 +1,4 @@
-"""Memory of large results."""
+"""Memory for large results."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# As numpy has it: smaller arrays are seldom new memory.
+# NumPy's threshold too: smaller arrays seldom need new memory from the system.
 _HUGE_FROM = 4 << 20
 
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty`, for which Linux is asked for huge pages where it is large: with small ones a result of 32 MiB takes three times as
-    long to appear in memory as to compute."""
+    """`like.new_empty`. For a large result it asks Linux for huge pages: with small ones, page faults of a 32 MiB result take three times
+    as long as its computation."""
     out = like.new_empty(shape, dtype=dtype)
     size = out.numel() * out.element_size()
     if size >= _HUGE_FROM and (advise := _madvise()) is not None:
         first, last = -(-out.data_ptr() // mmap.PAGESIZE), (out.data_ptr() + size) // mmap.PAGESIZE
-        # Where there are none it says so, and the memory is as good.
+        # If there are none, the call fails and the memory is usable all the same.
         advise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     return out
 

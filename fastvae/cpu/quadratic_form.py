@@ -1,4 +1,4 @@
-"""Quadratic forms of a kernel matrix and their gradient, tile by tile: formulas (1) and (2) of `fastvae.reference.quadratic_form`."""
+"""Quadratic forms of a kernel matrix and their gradient, tile by tile. Formulas (1) and (2) of `fastvae.reference.quadratic_form`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvae.cpu.tiles import LINEAR_MULTIPLE, Tiles, most_rows, tiles_of
+from fastvae.cpu.products import LINEAR_MULTIPLE
+from fastvae.cpu.tiles import Tiles, most_rows, tiles_of
 from fastvae.kernel_sums import KernelSum
 
-# Of a tile, the rows of a group under which it shares its tile with its neighbours.
+# A group with fewer rows than this share of a tile shares its tile with its neighbours.
 _OWN_TILE = 1 / 4
-# Products of rows that are no multiple of the processor's vectors are slower by a quarter, and those of a multiple of `LINEAR_MULTIPLE` the
-# fastest, for which a group is padded by up to this share.
-_MULTIPLE = 16
-_PADDED = 1 / 8
-# A few rows past a tile are cheaper in it than in a tile of their own.
+# Products are slower by a quarter where the number of rows is no multiple of the processor's vectors, and fastest where it is a multiple of
+# `LINEAR_MULTIPLE`, to which a group is padded if that adds at most this share of rows.
+_VECTOR_MULTIPLE = 16
+_MOST_PADDING = 1 / 8
+# A few rows more than a tile are cheaper in one larger tile than in a tile of their own.
 _LARGEST_TILE = 9 / 8
 
 
@@ -31,10 +32,10 @@ def quadratic_form(
     diagonal: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """S (C, C), or its diagonal (C,), in float64, of z (N, D) and v (N, C), and with an upstream (C, C) the pull on z (N, D).
+    """S (C, C), or its diagonal (C,), in float64, for z (N, D) and v (N, C), and with an upstream (C, C) the row gradient of z (N, D).
 
-    k stands for k − shift·φ(0). The pull is that of `fastvae.cpu.mmd.Sweep` with w_j·W_ij replaced by (v_i·B·v_jᵀ)·W_ij. `progress` is
-    called with the fraction done.
+    Both lack the constants that `kernel` subtracts. The row gradient is that of `Tiles` with (v_i·B·v_jᵀ)·W_ij in place of w_j·W_ij.
+    `progress` is called with the fraction done.
     """
     tiles = Tiles(kernel, [z], centre)
     v = v.to(tiles.dtype)
@@ -42,17 +43,17 @@ def quadratic_form(
     rows, source = (tiles_of(len(v)), None) if group is None or order is None else _rows(group, order)
     points = z
     if source is not None:
-        # Padding stands where the points are seen from, with a weight of zero.
+        # Padding is at the centre, with a weight of zero.
         kept = source >= 0
         points = torch.where(kept[:, None], z[source], centre)
         v = v[source] * kept[:, None]
-    # Where each row is of one group its weight goes with its moments, and the coefficients of a tile of two groups are one number.
+    # Where each row belongs to one group, its weight is part of its moments, and a tile of two groups has a single coefficient.
     row_weights = torch.ones_like(v[:, 0]) if group is None else v.sum(1)
-    a = tiles.points(points, row_weights, upstream is not None, rows)
+    a = tiles.prepare(points, row_weights, upstream is not None, rows)
     used = [_used(v[i]) for i in rows]
-    # For each tile its rows of v as contiguous columns, those that are not all zero.
+    # For each tile its rows of v as contiguous columns, without those that are all zero.
     columns = [v[i, c].T.contiguous() for i, c in zip(rows, used, strict=True)]
-    # … and where that is one column, as the vector that it is.
+    # Where that is one column, as a vector.
     single = [None if group is None or c.shape[0] != 1 else c[0] for c in columns]
     total = z.new_zeros(v.shape[1] if diagonal else v.shape[1:] * 2, dtype=torch.float64)
     b = None if upstream is None else (upstream + upstream.T).to(v)
@@ -78,19 +79,28 @@ def quadratic_form(
                 slope.mul_(tiles.product("coefficient", left.T @ b[c, d], right))
                 tiles.add_moments(slope, a, i, a, j, 1.0)
         if products and (left_weights := single[n]) is not None:
-            # Of a row of tiles at once: one by one these would take as long as the products.
+            # For a row of tiles at once: one at a time they would take as long as the products.
             sums = (torch.stack(products) @ left_weights).double()
             total[used[n].start].index_add_(0, torch.tensor(groups, device=sums.device), sums)
         if progress is not None:
-            # Tiles right of the diagonal: the first rows have most of them.
+            # Only tiles right of the diagonal are taken, of which the first rows have most.
             left_over = len(rows) - n - 1
             progress(1 - left_over * (left_over + 1) / (len(rows) * (len(rows) + 1)))
     if not diagonal:
         total += total.T.clone()
     if upstream is None:
         return total, None
-    pull = tiles.pull(a) * row_weights[:, None].to(z.dtype)
-    return total, pull if source is None else torch.empty_like(z).index_copy_(0, source[kept], pull[kept])
+    gradient = tiles.row_gradient(a) * row_weights[:, None].to(z.dtype)
+    return total, gradient if source is None else torch.empty_like(z).index_copy_(0, source[kept], gradient[kept])
+
+
+def pair_weights(v: Tensor, diagonal: bool = False) -> Tensor:
+    """Σ_{i≠j} v_ic·v_jd (C, C), or its diagonal (C,), in float64: how much a constant in each pair adds to S."""
+    exact = v.double()
+    column_sums = exact.sum(0)
+    if diagonal:
+        return column_sums.square() - exact.square().sum(0)
+    return column_sums[:, None] * column_sums - exact.T @ exact
 
 
 def _product(k: Tensor, v_t: Tensor) -> Tensor:
@@ -99,13 +109,13 @@ def _product(k: Tensor, v_t: Tensor) -> Tensor:
 
 
 def _used(v: Tensor) -> slice:
-    """The columns from the first to the last that is not all zero."""
+    """From the first column to the last that is not all zero."""
     used = v.ne(0).any(0).nonzero()
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
 def _groups(v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The column of each row's one weight that is not zero, if that is all each has, sorted, and the rows in that order."""
+    """The group of each row, sorted, and the rows in that order. None if a row has a weight in several groups."""
     used = v.ne(0)
     if bool((used.sum(1) > 1).any()):
         return None
@@ -114,7 +124,7 @@ def _groups(v: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _rows(group: Tensor, order: Tensor) -> tuple[list[slice], Tensor]:
-    """Tiles of rows sorted by group, of which the larger groups have their own, and the row at each place, −1 for padding."""
+    """Tiles of rows sorted by group, in which larger groups have tiles of their own, and the row at each place, −1 for padding."""
     counts, starts, start, end = [], [0], 0, 0
     own, largest = (int(share * most_rows()) for share in (_OWN_TILE, _LARGEST_TILE))
     for size in group.bincount().tolist():
@@ -128,8 +138,8 @@ def _rows(group: Tensor, order: Tensor) -> tuple[list[slice], Tensor]:
     places, first = [], 0
     for count in counts:
         padding = -count % LINEAR_MULTIPLE
-        if padding > _PADDED * count:
-            padding = -count % _MULTIPLE
+        if padding > _MOST_PADDING * count:
+            padding = -count % _VECTOR_MULTIPLE
         places.append(torch.nn.functional.pad(order[first : first + count], (0, padding), value=-1))
         starts.append(starts[-1] + len(places[-1]))
         first += count

@@ -1,4 +1,4 @@
-"""Reparameterise + KL in blocks of rows that stay in cache: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`."""
+"""Reparameterise + KL in blocks of rows that fit the cache. Formulas (1) to (3) of `fastvae.reference.reparameterize_kl`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import functools
 import torch
 from torch import Tensor
 
-from fastvae.checks import needs_dispatcher
 from fastvae.cpu.memory import new_empty
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher
 from fastvae.kernel_sums import LOG2_E
-from fastvae.ops.common import accumulation_dtype
 
-# Elements of a block for each thread: with half as many, calls cost more than what the cache saves, a twentieth of the time with one thread
-# and a fifth with two.
+# Elements of a block for each thread. With half as many, more calls cost more than the cache saves: 5 % of the time with one thread, 20 %
+# with two.
 BLOCK = 131_072
 
-# Elements up to which PyTorch's own derivatives take less time, between other operations of a training step, than a Function of ours.
+# Up to this many elements PyTorch's own derivatives take less time in a training step than an autograd.Function.
 _SMALL = 8_192
 
 with torch.inference_mode(False):
@@ -24,10 +23,10 @@ with torch.inference_mode(False):
 
 
 def is_small(mu: Tensor, logvar: Tensor) -> bool:
-    """Whether `differentiable` takes them: matrices of float32 for which no transform or mode of PyTorch is at work."""
+    """Whether `differentiable` takes these: few float32 numbers, with no transform or mode of PyTorch active."""
     return (
         type(mu) is type(logvar) is Tensor
-        # First, as the compiler takes what is read of a tensor for what it must be.
+        # First, as the compiler adds a guard for each attribute of a tensor that is read.
         and not needs_dispatcher(mu)
         and mu.dtype is logvar.dtype is torch.float32
         and mu.ndim == 2
@@ -39,7 +38,7 @@ def is_small(mu: Tensor, logvar: Tensor) -> bool:
 
 
 def differentiable(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
-    """As `forward`, in operations that PyTorch differentiates."""
+    """`forward`, in operations that PyTorch differentiates."""
     std = (0.5 * logvar).exp()
     twice_kl = torch.addcmul(_MINUS_ONE, std, std).addcmul(mu, mu) - logvar
     kl = 0.5 * twice_kl if per_dimension else torch.mv(twice_kl, _halves(mu.shape[1], mu.dtype))
@@ -47,7 +46,7 @@ def differentiable(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool)
 
 
 def forward(mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
-    """z (N, D) and KL (N,), or (N, D) per dimension, from μ, logvar and ε (N, D)."""
+    """z (N, D) and KL (N,), or per dimension (N, D), from μ, logvar and ε (N, D)."""
     dtype = accumulation_dtype(mu.dtype)
     halves = None if per_dimension else _halves(mu.shape[1], dtype)
     if (count := _blocks(mu)) <= 1:
@@ -77,12 +76,12 @@ def _forward(
     std = _std(logvar, scratch)
     z = torch.addcmul(mu, std, eps, out=z)
     twice_kl = torch.addcmul(_MINUS_ONE, std, std, out=scratch).addcmul_(mu, mu).sub_(logvar)
-    # The product is faster than a sum where rows are short.
+    # For short rows the product is faster than a sum.
     return z, torch.mul(twice_kl, 0.5, out=kl) if halves is None else torch.mv(twice_kl, halves, out=kl)
 
 
 def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
-    """dμ and dlogvar (N, D) from dz (N, D) and dKL (N,), or (N, D) per dimension."""
+    """dμ and dlogvar (N, D) from dz (N, D) and dKL (N,), or per dimension (N, D)."""
     dtype = accumulation_dtype(mu.dtype)
     columns = grad_kl if per_dimension else grad_kl[:, None]
     if (count := _blocks(mu)) <= 1:
@@ -111,20 +110,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad_mu = torch.addcmul(dz, dkl, mu, out=grad_mu)
     std = _std(logvar, scratch)
-    # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL; where the result is of another dtype, a dz that was converted is a copy to write to.
+    # dlogvar = ½·σ·(dz·ε + dKL·σ) − ½·dKL. If the result has another dtype, dz was converted, and its copy may be overwritten.
     out = grad_logvar if grad_logvar is None or grad_logvar.dtype == dz.dtype else dz
     term = torch.mul(dz, eps, out=out).addcmul_(dkl, std)
     return grad_mu, torch.addcmul(-0.5 * dkl, std, term, value=0.5, out=term if grad_logvar is None else grad_logvar)
 
 
 def _std(logvar: Tensor, out: Tensor | None) -> Tensor:
-    # exp2 takes a quarter to a half of the time of exp.
+    # exp2 takes a quarter to half the time of exp.
     return torch.mul(logvar, 0.5 * LOG2_E, out=out).exp2_()
 
 
 @functools.lru_cache(maxsize=64)
 def _halves(size: int, dtype: torch.dtype) -> Tensor:
-    # For gradients too if `torch.inference_mode` is on now.
+    # Usable for gradients later, even if `torch.inference_mode` is on now.
     with torch.inference_mode(False):
         return torch.full((size,), 0.5, dtype=dtype, device="cpu")
 

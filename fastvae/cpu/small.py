@@ -1,8 +1,8 @@
-"""MMD² of samples of few rows and of batches of them, quadratic forms and K·v: value and gradient from one array of all pairs of rows.
+"""Few rows on a CPU: MMD² and batches of it, quadratic forms and K·v, from one array of all pairs of rows.
 
-With rows z = [x; y] and signed weights w = [p; −q] the value is wᵀKw, and the gradient to row i a sum over j of w_j·φ'(t_ij)·(z_i − z_j),
-for which one product K·[w·z, w] does. For few rows the streaming path's operations would take longer than its tiles. A quadratic form has
-weights of several columns, formulas (1) and (2) of `fastvae.reference.quadratic_form`.
+With rows z = [x; y] and signed weights w = [p; −q], MMD² is wᵀKw. The gradient of row i is a sum over j of w_j·φ'(t_ij)·(z_i − z_j), for
+which one product K·[w·z, w] is enough. For few rows the overhead of tiles would exceed their work. A quadratic form has several columns of
+weights: formulas (1) and (2) of `fastvae.reference.quadratic_form`.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.cpu.tiles import Profile, by_linear, exponentials, is_linear, linear
+from fastvae.cpu.families import TileEvaluator, exponentials, tile_evaluator
+from fastvae.cpu.products import is_faster_by_onednn, multiply, onednn_product
+from fastvae.cpu.quadratic_form import pair_weights
 from fastvae.kernel_sums import (
     EXPONENT_ERROR,
     LOG2_E,
-    SHIFT_BELOW,
     HostKernelSum,
     KernelSum,
     Numbers,
+    is_nearly_constant,
     rbf_normal_mean_exponent,
     rbf_normal_self_exponent,
     read,
 )
-from fastvae.radial import RBF, Kernel
+from fastvae.radial import Kernel
 
-# Pairs of rows of [x; y] up to which one array of them is faster than tiles.
+# Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
-# The same of a quadratic form, of which tiles need half.
+# The same for a quadratic form, of which the streaming path computes half the tiles.
 _FORM_PAIRS = 3 << 18
-# Pairs, and numbers of a sample, of the problems of a batch that are taken at once: arrays that stay in the second-level cache.
+# The most pairs, and numbers of a sample, in the problems of a batch that are taken together: arrays that fit the second-level cache.
 _PAIRS_AT_ONCE = 1 << 18
 _NUMBERS_AT_ONCE = 1 << 17
 
-# Pairs up to which adding the halves takes less time than a product with them.
+# Up to this many pairs adding the norms is faster than making them part of the product.
 _PAIRS_OF_SUMS = 1 << 16
-# Numbers that Python reads faster than PyTorch reduces them.
+# Up to this many numbers Python reads them faster than PyTorch reduces them.
 _READ = 256
 
-# Scales and mean squares whose products are numbers of float32: of others the streaming path takes care.
+# Scales and mean squares whose products float32 can represent. Others are left to the streaming path.
 _SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
 
@@ -52,36 +54,46 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class _Plan(NamedTuple):
-    """What follows from the kernel and the dtype alone."""
+    """What depends on the kernel and the dtype alone."""
 
     host_sum: HostKernelSum
-    profile: Profile
-    scale: float  # of the points, a number of their dtype
-    bandwidths: tuple[float, ...]  # that this scale stands for, widest first
-    diagonal: float  # k(z, z) without its shift
-    shift: float  # of k
-    factor: float  # of a gradient, from Σ_j W_ij·(s_i − s_j) of the scaled rows s, of a kernel of x·y from Σ_j W_ij·s_j
+    evaluator: TileEvaluator
+    scale: float  # of the rows, a number of their dtype
+    bandwidths: tuple[float, ...]  # for which this scale is exact, widest first
+    diagonal: float  # k(z, z) without the constant that is subtracted
+    value_constant: float  # subtracted from each pair's k
+    gradient_scale: float  # from Σ_j W_ij·(s_i − s_j) of the scaled rows s, for a kernel of x·y from Σ_j W_ij·s_j, to the gradient
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, dtype: torch.dtype, shifted: int) -> _Plan:
-    """With sums of k − φ(0) for the `shifted` widest bandwidths."""
+def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, dtype: torch.dtype, subtracted: int) -> _Plan:
+    """With sums of k − φ(0) for so many of the widest bandwidths."""
     kernels = KernelSum.of(kernel, bandwidth, weights, dim, torch.device("cpu"), None)
-    host_sum = HostKernelSum.of(
-        replace(kernels, shifts=torch.tensor([float(n < shifted or not kernel.radial) for n in range(len(bandwidth))], device="cpu"))
-    )
-    profile = Profile.of(host_sum)
-    scale = (host_sum.gamma * (2 * profile.unit if kernel.radial else 1.0)) ** 0.5
+    subtract_constant = torch.tensor([float(n < subtracted or not kernel.radial) for n in range(len(bandwidth))], device="cpu")
+    host_sum = HostKernelSum.of(replace(kernels, subtract_constant=subtract_constant))
+    evaluator = tile_evaluator(host_sum)
+    scale = (host_sum.gamma * (2 * evaluator.exponent_scale if kernel.radial else 1.0)) ** 0.5
     rounded = scale if dtype == torch.float64 else float(np.float32(scale))
-    # A rounded scale is that of other bandwidths, and so has to be the closed form of a prior.
+    # A rounded scale belongs to slightly different bandwidths, which the closed form of a prior has to use too.
     bandwidths = tuple(h * scale / rounded for h in kernels.bandwidth.tolist())
-    diagonal = kernel.value_at_zero * math.fsum(a * (1 - shift) for a, shift in zip(host_sum.weights, host_sum.shifts, strict=True))
-    shift = kernel.value_at_zero * math.fsum(a * shift for a, shift in zip(host_sum.weights, host_sum.shifts, strict=True))
-    return _Plan(host_sum, profile, rounded, bandwidths, diagonal, shift, -rounded / profile.unit if kernel.radial else rounded)
+    constants = [kernel.value_at_zero * a for a in host_sum.weights]
+    diagonal = math.fsum(c for c, subtract in zip(constants, host_sum.subtract_constant, strict=True) if not subtract)
+    value_constant = math.fsum(c for c, subtract in zip(constants, host_sum.subtract_constant, strict=True) if subtract)
+    gradient_scale = -rounded / evaluator.exponent_scale if kernel.radial else rounded
+    return _Plan(host_sum, evaluator, rounded, bandwidths, diagonal, value_constant, gradient_scale)
+
+
+class _Rows(NamedTuple):
+    """Rows, prepared for the array of all their pairs."""
+
+    plan: _Plan
+    farthest: float  # at least the largest exponent of a pair, to base 2
+    scaled: Tensor
+    neg_half_norm2: Tensor  # −½‖s_i‖² of the scaled rows
 
 
 def problems_at_once(rows: int, dim: int) -> int:
-    """How many problems, of `rows` rows of both samples each, `mmd` is to take; 0 if one is too large for it."""
+    """How many problems with `rows` rows in both samples together `mmd` takes at once; 0 if one is too large."""
     if rows * rows > _PAIRS:
         return 0
     return max(1, min(_PAIRS_AT_ONCE // (rows * rows), _NUMBERS_AT_ONCE // (rows * dim)))
@@ -99,31 +111,31 @@ def mmd(
     x_grad: bool,
     y_grad: bool,
 ) -> Result | None:
-    """MMD² (...) of x (..., N, D) and y (..., M, D), and the gradients that are wanted, in the accumulation dtype.
+    """MMD² (...) of x (..., N, D) and y (..., M, D), and the gradients to them or None, in the accumulation dtype.
 
-    None where products are not exact enough for this data, which the streaming path then takes differences of.
+    The result is None where products are not accurate enough for this data; the streaming path then takes differences.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if kernel.takes_distance and result_dtype == torch.float64:
         return None
-    # The slope of a rooted kernel is steep between rows near to one another.
+    # A function of the distance is steep between rows close to each other.
     dtype = torch.float64 if kernel.takes_distance else result_dtype
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
-    if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
+    if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
-    plan, farthest, scaled, half = planned
-    host_sum, wanted, first = plan.host_sum, (x_grad, y_grad), x.shape[-2]
+    plan, _, scaled, _ = prepared
+    host_sum, wanted, x_rows = plan.host_sum, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
 
-    # Of one sample all sums are its own.
+    # With one sample all sums are its own.
     scale: float | Tensor = 1.0
     if y is None and unbiased:
         scale, extras = 1 + extras[0], [0.0]
-    exponent = _exponents(kernel, scaled, scaled, half, half)
     own = samples if unbiased and y is not None else []
-    sums, own_sums, slope = _sums(plan, farthest, exponent, signed, own, unbiased or kernel.radial, x_grad or y_grad)
+    exponent = _exponents(kernel, prepared, prepared)
+    sums, own_sums, slope = _sums(prepared, exponent, signed, own, unbiased or kernel.radial, x_grad or y_grad)
     value = (sums * signed).sum((-2, -1), dtype=torch.float64)
     for rows, extra, own_sum in zip(own, extras, own_sums, strict=False):
         form = (own_sum * signed[..., rows, :]).sum((-2, -1), dtype=torch.float64)
@@ -138,41 +150,43 @@ def mmd(
         for rows, extra in zip(own, extras, strict=False):
             block = slope[..., rows, rows]
             block.addcmul_(block, extra) if isinstance(extra, Tensor) else block.add_(block, alpha=extra)
-        if slope.shape[-2] > first and not y_grad:
-            slope, scaled = slope.narrow(-2, 0, first), scaled.narrow(-2, 0, first)
-        pull = _product(slope, weighted)
+        if slope.shape[-2] > x_rows and not y_grad:
+            slope, scaled = slope.narrow(-2, 0, x_rows), scaled.narrow(-2, 0, x_rows)
+        gradient = _product(slope, weighted)
         if kernel.radial:
-            is_sum = plan.profile.kernel_is_slope and len(host_sum.ratios) == 1 and not own
+            is_sum = plan.evaluator.neg_dphi_is_value and len(host_sum.ratios) == 1 and not own
             slope_sums = sums.narrow(-2, 0, slope.shape[-2]) if is_sum else slope @ signed
-            if host_sum.slope_shift:
-                # Every pair's 1, which the slopes leave out.
+            if host_sum.slope_constant:
+                # The constant that each pair's slope lacks.
                 slope_sums = slope_sums.clone() if is_sum else slope_sums
                 for rows, extra in zip(samples if y_grad else samples[:1], extras, strict=False):
-                    for total, part in ((pull, weighted), (slope_sums, signed)):
+                    for total, part in ((gradient, weighted), (slope_sums, signed)):
                         own_part = part[..., rows, :].sum(-2, keepdim=True)
-                        total[..., rows, :] += host_sum.slope_shift * (part.sum(-2, keepdim=True) + extra * own_part)
-            # Not in one operation: of equal rows the two products are the same number, which multiply-adds would not cancel.
-            pull = (scaled * slope_sums).sub_(pull)
+                        total[..., rows, :] += host_sum.slope_constant * (part.sum(-2, keepdim=True) + extra * own_part)
+            # Not in one operation: for equal rows the two products are the same number, which a fused multiply-add would not cancel.
+            gradient = (scaled * slope_sums).sub_(gradient)
         for n, rows in enumerate(samples):
             if wanted[n]:
-                part = pull[..., rows, :] if y_grad else pull
-                gradients[n] = (part * (2 * plan.factor * scale * row_weights[n])).to(result_dtype).contiguous()
+                part = gradient[..., rows, :] if y_grad else gradient
+                gradients[n] = (part * (2 * plan.gradient_scale * scale * row_weights[n])).to(result_dtype).contiguous()
     if y is None:
-        prior = _prior(kernel, plan.bandwidths, host_sum.weights, x.shape[-1], sum(host_sum.shifts))
+        prior = _prior(plan.bandwidths, host_sum.weights, x.shape[-1], sum(host_sum.subtract_constant))
         squares = given.square().sum(-1, keepdim=True, dtype=torch.float64)
         value = value + prior.within
         if x_weights is None and prior.single is not None:
             slope_of_square, *factors = prior.single
             powers = squares.mul_(slope_of_square).exp_()
-            value.add_(powers.sum((-2, -1)), alpha=factors[0] / first)
+            value.add_(powers.sum((-2, -1)), alpha=factors[0] / x_rows)
             if gradients[0] is not None:
-                gradients[0].addcmul_(given, powers.to(dtype), value=factors[1] / first)
+                gradients[0].addcmul_(given, powers.to(dtype), value=factors[1] / x_rows)
         else:
             exponents = torch.addcmul(prior.constants, squares, prior.slopes)
             powers = exponents.exp()
             means = powers @ prior.factors
-            shifted = torch.where(prior.shifts, exponents.expm1(), powers) @ prior.factors if any(host_sum.shifts) else means
-            value = value + (shifted.narrow(-1, 0, 1) * signed).sum((-2, -1))
+            values = means
+            if any(host_sum.subtract_constant):
+                values = torch.where(prior.subtract_constant, exponents.expm1(), powers) @ prior.factors
+            value = value + (values.narrow(-1, 0, 1) * signed).sum((-2, -1))
             if gradients[0] is not None:
                 gradients[0].addcmul_(given, (means.narrow(-1, 1, 1) * signed).to(dtype))
     return value.to(result_dtype), gradients[0], gradients[1]
@@ -181,128 +195,119 @@ def mmd(
 def quadratic_form(
     kernel: Kernel, z: Tensor, v: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """S (C, C) in float64 of z (N, D) and v (N, C), and from an upstream (C, C) the gradient to z in the accumulation dtype.
+    """S (C, C) in float64 for z (N, D) and v (N, C), and from an upstream (C, C) the gradient to z in the accumulation dtype.
 
-    None where z has too many rows, or as of `mmd`.
+    The result is None where z has too many rows, and as that of `mmd`.
     """
     result_dtype = z.dtype
-    if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
+    if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
-    plan, farthest, scaled, half = planned
-    host_sum, dtype = plan.host_sum, scaled.dtype
-    v = v.to(dtype)
-    sums, _, slope = _sums(plan, farthest, _exponents(kernel, scaled, scaled, half, half), v, [], True, upstream is not None)
-    exact = v.double()
-    total = exact.T @ sums.double()
-    if plan.shift:
-        column_sums = exact.sum(0)
-        total += plan.shift * (column_sums[:, None] * column_sums - exact.T @ exact)
+    plan, _, scaled, _ = prepared
+    v = v.to(scaled.dtype)
+    sums, _, slope = _sums(prepared, _exponents(kernel, prepared, prepared), v, [], True, upstream is not None)
+    total = v.double().T @ sums.double()
+    if plan.value_constant:
+        total += plan.value_constant * pair_weights(v)
     if upstream is None or slope is None:
         return total, None
-    coefficients = v @ (upstream + upstream.T).to(dtype)
-    pull = _product(slope.mul_(coefficients @ v.T), scaled)
+    coefficients = v @ (upstream + upstream.T).to(scaled.dtype)
+    gradient = _product(slope.mul_(coefficients @ v.T), scaled)
     if kernel.radial:
-        slope_sums = slope.sum(1, keepdim=True)
-        if host_sum.slope_shift:
-            pull += host_sum.slope_shift * (coefficients @ (v.T @ scaled))
-            slope_sums += host_sum.slope_shift * (coefficients @ v.sum(0))[:, None]
-        pull = (scaled * slope_sums).sub_(pull)
-    return total, (pull * plan.factor).to(result_dtype).contiguous()
+        slope_sums, constant = slope.sum(1, keepdim=True), plan.host_sum.slope_constant
+        if constant:
+            gradient += constant * (coefficients @ (v.T @ scaled))
+            slope_sums += constant * (coefficients @ v.sum(0))[:, None]
+        gradient = (scaled * slope_sums).sub_(gradient)
+    return total, (gradient * plan.gradient_scale).to(result_dtype).contiguous()
 
 
 def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[Tensor, float] | None:
-    """K (N, N) of z (N, D) less a number in each pair, 0 on its diagonal, and this number. None as of `quadratic_form`."""
-    if (planned := _plan_for_rows(kernel, bandwidth, bandwidth_weights, z)) is None:
+    """K (N, N) of z (N, D) less a constant, with 0 on its diagonal, and this constant. None as from `quadratic_form`."""
+    if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
-    plan, farthest, scaled, half = planned
     total: Tensor | None = None
-    for _, weight, value, _ in _evaluated(plan, farthest, _exponents(kernel, scaled, scaled, half, half)):
+    for _, weight, value, _ in _evaluated(prepared, _exponents(kernel, prepared, prepared)):
         if total is not None:
             total.add_(value, alpha=weight)
-        elif len(plan.host_sum.ratios) == 1:
+        elif len(prepared.plan.host_sum.ratios) == 1:
             total = value if weight == 1 else value.mul_(weight)
         else:
             total = value * weight
     assert total is not None
-    return total.fill_diagonal_(0), plan.shift
+    return total.fill_diagonal_(0), prepared.plan.value_constant
 
 
-class Rows(NamedTuple):
-    """Rows of x and y, as `kernel_matmul` and its gradients take them."""
+class SmallKernelMatmul(NamedTuple):
+    """`kernel_matmul` of few rows of x and y, and its gradients."""
 
     kernel: Kernel
-    plan: _Plan
-    farthest: float
-    x: Tensor  # scaled
-    y: Tensor
-    x_half: Tensor
-    y_half: Tensor
+    x: _Rows
+    y: _Rows
 
     @staticmethod
-    def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers) -> Rows | None:
-        """None where there are too many, or as of `mmd`."""
+    def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers) -> SmallKernelMatmul | None:
+        """None where there are too many rows, and as from `mmd`."""
         if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.takes_distance and x.dtype == torch.float64):
             return None
         z = torch.cat([x, y])
         z = _centred(kernel, z.double() if kernel.takes_distance else z, len(x))
-        if (planned := _plan_for(kernel, bandwidth, bandwidth_weights, z, False)) is None:
+        if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, False)) is None:
             return None
-        plan, farthest, scaled, half = planned
+        plan, farthest, scaled, neg_half_norm2 = prepared
         sizes = x.shape[0], y.shape[0]
-        return Rows(kernel, plan, farthest, *scaled.split_with_sizes(sizes), *half.split_with_sizes(sizes))
+        parts = zip(scaled.split_with_sizes(sizes), neg_half_norm2.split_with_sizes(sizes), strict=True)
+        return SmallKernelMatmul(kernel, *(_Rows(plan, farthest, *part) for part in parts))
 
     def matmul(self, v: Tensor) -> Tensor:
-        """Σ_j k(x_i, y_j)·v_j, (N, C), of v (M, C), in the dtype of v."""
-        exponent = _exponents(self.kernel, self.x, self.y, self.x_half, self.y_half)
-        weights = v.to(self.x.dtype)
-        sums, _, _ = _sums(self.plan, self.farthest, exponent, weights, [], False, False)
-        return self._whole(sums, weights).to(v.dtype)
+        """Σ_j k(x_i, y_j)·v_j, (N, C), for v (M, C), in the dtype of v."""
+        weights = v.to(self.x.scaled.dtype)
+        sums, _, _ = _sums(self.x, _exponents(self.kernel, self.x, self.y), weights, [], False, False)
+        return self._with_constant(sums, weights).to(v.dtype)
 
     def gradients(self, v: Tensor, grad: Tensor, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Of Σ_ij grad_i·v_j·k(x_i, y_j) to x and y, those wanted, and to v, in the dtype of v."""
-        plan, dtype = self.plan, v.dtype
-        # From the columns' side, whose sums are the gradient to v.
-        exponent = _exponents(self.kernel, self.y, self.x, self.y_half, self.x_half)
-        v, grad = v.to(self.x.dtype), grad.to(self.x.dtype)
-        sums, _, slope = _sums(plan, self.farthest, exponent, grad, [], False, x or y)
-        pulls: list[Tensor | None] = [None, None]
+        """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x and y, or None, and to v, in the dtype of v."""
+        plan, dtype = self.x.plan, v.dtype
+        v, grad = v.to(self.x.scaled.dtype), grad.to(self.x.scaled.dtype)
+        # Pairs (y_j, x_i), whose sums over x are the gradient to v.
+        sums, _, slope = _sums(self.x, _exponents(self.kernel, self.y, self.x), grad, [], False, x or y)
+        gradients: list[Tensor | None] = [None, None]
         if slope is not None:
-            if plan.host_sum.slope_shift:
-                slope.add_(plan.host_sum.slope_shift)
+            if plan.host_sum.slope_constant:
+                slope.add_(plan.host_sum.slope_constant)
             slope.mul_(v @ grad.T)
-            for n, (wanted, to, of, weights) in enumerate(((x, self.x, self.y, slope.T), (y, self.y, self.x, slope))):
+            for n, (wanted, rows, others, weights) in enumerate(((x, self.x, self.y, slope.T), (y, self.y, self.x, slope))):
                 if wanted:
-                    pull = weights @ of
+                    gradient = weights @ others.scaled
                     if self.kernel.radial:
-                        pull = (to * weights.sum(1, keepdim=True)).sub_(pull)
-                    pulls[n] = (pull * plan.factor).to(dtype)
-        return pulls[0], pulls[1], self._whole(sums, grad).to(dtype)
+                        gradient = (rows.scaled * weights.sum(1, keepdim=True)).sub_(gradient)
+                    gradients[n] = (gradient * plan.gradient_scale).to(dtype)
+        return gradients[0], gradients[1], self._with_constant(sums, grad).to(dtype)
 
-    def _whole(self, sums: Tensor, weights: Tensor) -> Tensor:
-        """With what the shifts leave out of each pair. Weights that are not finite make every sum nan."""
-        left_out = self.plan.shift * weights.sum(0, dtype=torch.float64)
-        return sums + (left_out + 0 * left_out.sum())
+    def _with_constant(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """Adds the constant that each pair lacks. Weights that are not finite make every sum nan."""
+        constant = self.x.plan.value_constant * weights.sum(0, dtype=torch.float64)
+        return sums + (constant + 0 * constant.sum())
 
 
-def _exponents(kernel: Kernel, left: Tensor, right: Tensor, left_half: Tensor, right_half: Tensor) -> Tensor:
-    """A number for each pair of scaled rows of which k is a function; `left_half` is −½‖left_i‖²."""
+def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
+    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
+    u, v = left.scaled, right.scaled
     if kernel.takes_distance:
-        return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
     if not kernel.radial:
-        return _product(left, right.mT)
-    if left.ndim == 2 and left.shape[0] * right.shape[0] > _PAIRS_OF_SUMS:
-        ones = torch.ones_like(left_half), torch.ones_like(right_half)
-        return _product(torch.cat([left, left_half, ones[0]], 1), torch.cat([right, ones[1], right_half], 1).T)
-    product = torch.addmm if left.ndim == 2 else torch.baddbmm
-    return product(left_half, left, right.mT).add_(right_half.mT)
+        return _product(u, v.mT)
+    u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
+    if u.ndim == 2 and u.shape[0] * v.shape[0] > _PAIRS_OF_SUMS:
+        return _product(torch.cat([u, u_half, torch.ones_like(u_half)], 1), torch.cat([v, torch.ones_like(v_half), v_half], 1).T)
+    product = torch.addmm if u.ndim == 2 else torch.baddbmm
+    return product(u_half, u, v.mT).add_(v_half.mT)
 
 
-def _plan_for(
-    kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool
-) -> tuple[_Plan, float, Tensor, Tensor] | None:
-    """The plan for these rows, the largest exponent to base 2 of a pair, the rows, scaled, and −½ of their squared norms.
+def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool) -> _Rows | None:
+    """Centred rows z (..., N, D), scaled, with their plan. None if products of them are not accurate enough.
 
-    None if products of them are not exact enough. `prior` says that they stand against N(0, I)."""
+    `prior` says that they are compared with N(0, I).
+    """
     h, a = read(bandwidth), read(bandwidth_weights)
     assert not isinstance(h, Tensor)
     assert not isinstance(a, Tensor)
@@ -311,50 +316,50 @@ def _plan_for(
     if not _SCALES[0] < plan.scale < _SCALES[1]:
         return None
     scaled = z * plan.scale
-    half = _half_squares(scaled)
-    if half.numel() <= _READ and half.ndim == 2:
-        numbers = half.view(-1).tolist()
-        least, most = -2 * sum(numbers) / len(numbers), -2 * min(numbers)
+    neg_half_norm2 = _neg_half_norm2(scaled)
+    if neg_half_norm2.numel() <= _READ and neg_half_norm2.ndim == 2:
+        numbers = neg_half_norm2.view(-1).tolist()
+        mean, most = -2 * sum(numbers) / len(numbers), -2 * min(numbers)
     else:
-        least, most = -2 * float(half.mean(-2).max()), -2 * float(half.min())
-    if not (least > _LEAST_SQUARE and most < math.inf):
+        # Of a batch, the mean of the problem whose rows are closest to each other.
+        mean, most = -2 * float(neg_half_norm2.mean(-2).max()), -2 * float(neg_half_norm2.min())
+    if not (mean > _LEAST_SQUARE and most < math.inf):
         return None
     if not kernel.radial:
-        return plan, math.inf, scaled, half
-    # The exponents' size in natural units: of the widest bandwidth t = ‖scaled‖²/(2·unit).
-    half_unit, ratios = 0.5 / plan.profile.unit, plan.host_sum.ratios
-    # Of a rooted kernel differences of centred rows are exact enough, but the root of t is what they round.
-    if not half_unit * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.takes_distance else 1) <= EXPONENT_ERROR[dtype]:
+        return _Rows(plan, math.inf, scaled, neg_half_norm2)
+    # For the widest bandwidth t = scale·‖s_i − s_j‖² of the scaled rows.
+    scale, ratios = 0.5 / plan.evaluator.exponent_scale, plan.host_sum.ratios
+    # Products are wrong by eps in t. A function of the distance is computed from differences, which are wrong by eps in √t.
+    if not scale * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.takes_distance else 1) <= EXPONENT_ERROR[dtype]:
         return None
-    # Sums of k − φ(0) are as exact as sums of k where fewer would do: of a batch the nearest rows decide.
-    distance = half_unit * 2 * least if not prior else half_unit * least + plan.host_sum.gamma * dim
-    exponents = [ratio * distance for ratio in ratios]
-    if shifted := sum(((2 * t) ** 0.5 if kernel.takes_distance else t) < SHIFT_BELOW for t in exponents):
-        plan = _plan(kernel, h, a, dim, dtype, shifted)
+    # The problem whose rows are closest decides for a batch: sums of k − φ(0) are as accurate where sums of k would do.
+    distance = scale * 2 * mean if not prior else scale * mean + plan.host_sum.gamma * dim
+    if subtracted := sum(is_nearly_constant(kernel, ratio * distance) for ratio in ratios):
+        plan = _plan(kernel, h, a, dim, dtype, subtracted)
         scaled = z * plan.scale
-        half = _half_squares(scaled)
-    return plan, 4 * LOG2_E * half_unit * most, scaled, half
+        neg_half_norm2 = _neg_half_norm2(scaled)
+    return _Rows(plan, 4 * LOG2_E * scale * most, scaled, neg_half_norm2)
 
 
-def _plan_for_rows(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[_Plan, float, Tensor, Tensor] | None:
-    """`_plan_for` z (N, D) as given, against itself; None if its rows are too many."""
+def _prepare_one_sample(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> _Rows | None:
+    """`_prepare` for z (N, D) as given; None if it has too many rows."""
     if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.takes_distance and z.dtype == torch.float64):
         return None
     z = _centred(kernel, z.double() if kernel.takes_distance else z)
-    return _plan_for(kernel, bandwidth, bandwidth_weights, z, False)
+    return _prepare(kernel, bandwidth, bandwidth_weights, z, False)
 
 
-def _centred(kernel: Kernel, z: Tensor, first: int | None = None) -> Tensor:
-    """Rows seen from their mean, or from the middle between the means of the first and of the others, as the streaming path sees them."""
+def _centred(kernel: Kernel, z: Tensor, x_rows: int | None = None) -> Tensor:
+    """Rows less their mean, or, of the first `x_rows` rows and the others, less the average of their means; as in the streaming path."""
     if not kernel.radial:
         return z
-    # From a row first: the mean of rows far from the origin is itself rounded, also where they are equal.
+    # First less one row: far from the origin the mean is rounded, even where all rows are equal.
     z = z - z[0]
-    return z.sub_(z.mean(0) if first is None else z[:first].mean(0).add_(z[first:].mean(0)).mul_(0.5))
+    return z.sub_(z.mean(0) if x_rows is None else z[:x_rows].mean(0).add_(z[x_rows:].mean(0)).mul_(0.5))
 
 
-def _half_squares(scaled: Tensor) -> Tensor:
-    """−½‖z_i‖² of the scaled rows, so that what they were rounded by cancels between near ones."""
+def _neg_half_norm2(scaled: Tensor) -> Tensor:
+    """−½‖s_i‖² of the rows after scaling, so that their rounding cancels between rows close to each other."""
     # A product takes half the time of a sum.
     return scaled.square() @ _minus_halves(scaled.shape[-1], scaled.dtype)
 
@@ -365,7 +370,7 @@ def _minus_halves(features: int, dtype: torch.dtype) -> Tensor:
 
 
 class _Weights(NamedTuple):
-    """The weights of [x; y], and of each sample its rows and how often its own sum counts in formula (2), beyond once."""
+    """The weights of [x; y]. For each sample: its rows, and the factor of its own sum in formula (2), less one."""
 
     signed: Tensor  # [p; −q], (..., N + M, 1), or one for all problems
     rows: list[slice]
@@ -382,12 +387,12 @@ class _Weights(NamedTuple):
             parts.append(y.new_full(y.shape[:-1], 1 / y.shape[-2], dtype=dtype) if q is None else q.to(dtype))
         squares = [part.double().square().sum(-1) for part in parts]
         signed = torch.cat([parts[0], *(-part for part in parts[1:])], -1)[..., None]
-        rows = _rows([part.shape[-1] for part in parts])
+        rows = _sample_slices([part.shape[-1] for part in parts])
         extras = [(square / (1 - square) if unbiased else 0 * square)[..., None, None].to(dtype) for square in squares]
         return _Weights(signed, rows, [signed[..., own, :] for own in rows], extras, torch.stack(squares).sum(0))
 
 
-def _rows(sizes: list[int]) -> list[slice]:
+def _sample_slices(sizes: list[int]) -> list[slice]:
     return [slice(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(len(sizes))]
 
 
@@ -397,19 +402,19 @@ def _equal_weights(n: int, m: int, unbiased: bool, dtype: torch.dtype) -> _Weigh
     signed = torch.tensor([1 / n] * n + [-1 / m for _ in range(m)], dtype=dtype, device="cpu")[:, None]
     extras = [1 / (size - 1) if unbiased else 0.0 for size in sizes]
     row_weights = [1 / n, -1 / m] if m else [1 / n]
-    return _Weights(signed, _rows(sizes), row_weights, extras, sum(map(abs, row_weights)))
+    return _Weights(signed, _sample_slices(sizes), row_weights, extras, sum(map(abs, row_weights)))
 
 
 def _sums(
-    plan: _Plan, farthest: float, exponent: Tensor, weights: Tensor, samples: Sequence[slice], without_diagonal: bool, gradient: bool
+    prepared: _Rows, exponent: Tensor, weights: Tensor, samples: Sequence[slice], without_diagonal: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """K·w, of `samples` the same over their own rows, and for a gradient W, which may take the place of the exponents."""
+    """K·w, the same over the rows of each of `samples` alone, and for a gradient W, which may overwrite the exponents."""
     sums: list[Tensor] = []
     total: Tensor | None = None
-    single = len(plan.host_sum.ratios) == 1
-    for ratio, weight, value, slope in _evaluated(plan, farthest, exponent):
+    single = len(prepared.plan.host_sum.ratios) == 1
+    for ratio, weight, value, neg_dphi in _evaluated(prepared, exponent):
         if without_diagonal:
-            for t in (value,) if slope is value else (value, slope):
+            for t in (value,) if neg_dphi is value else (value, neg_dphi):
                 t.fill_diagonal_(0) if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1).zero_()
         more = [value @ weights, *(value[..., rows, rows] @ weights[..., rows, :] for rows in samples)]
         if not single or weight != 1:
@@ -418,55 +423,55 @@ def _sums(
         if not gradient:
             continue
         if single:
-            total = slope if weight == 1 else slope.mul_(weight)
+            total = neg_dphi if weight == 1 else neg_dphi.mul_(weight)
         elif total is None:
-            total = slope * (weight * ratio)
+            total = neg_dphi * (weight * ratio)
         else:
-            total.add_(slope, alpha=weight * ratio)
+            total.add_(neg_dphi, alpha=weight * ratio)
     return sums[0], sums[1:], total
 
 
-def _evaluated(plan: _Plan, farthest: float, exponent: Tensor) -> Iterator[tuple[float, float, Tensor, Tensor]]:
-    """Of each bandwidth its ratio and weight, and k and its slope of every pair, which the next one overwrites, as it may the exponents."""
-    host_sum, profile = plan.host_sum, plan.profile
+def _evaluated(prepared: _Rows, exponent: Tensor) -> Iterator[tuple[float, float, Tensor, Tensor]]:
+    """For each bandwidth γ_b/γ_0, a_b, k and −φ' of every pair; the next bandwidth overwrites them, and possibly the exponents."""
+    host_sum, evaluator = prepared.plan.host_sum, prepared.plan.evaluator
     value = exponent if all(host_sum.squarings[1:]) else torch.empty_like(exponent)
-    scratch = None if profile.kernel_is_slope else torch.empty_like(exponent)
+    scratch = value if evaluator.neg_dphi_is_value else torch.empty_like(exponent)
     for n, (ratio, weight) in enumerate(zip(host_sum.ratios, host_sum.weights, strict=True)):
-        slope = profile.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, exponent.dtype))
-        yield ratio, weight, value, slope
+        functions = exponentials(prepared.farthest * ratio, exponent.dtype)
+        yield ratio, weight, value, evaluator.evaluate(n, ratio, exponent, value, scratch, functions)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.ndim == 2 and (product := linear(left.dtype)) is not None:
+    if left.ndim == 2 and (product := onednn_product(left.dtype)) is not None:
         (rows, features), columns = left.shape, right.shape[1]
-        if is_linear((rows, columns), features):
-            return by_linear(product, left, right)
-        if is_linear((rows, features), columns):
-            return by_linear(product, right.T.contiguous(), left.T).T
+        if is_faster_by_onednn((rows, columns), features):
+            return multiply(product, left, right)
+        if is_faster_by_onednn((rows, features), columns):
+            return multiply(product, right.T.contiguous(), left.T).T
     return left @ right
 
 
 class _Prior(NamedTuple):
-    """E_y k(x, y) of each bandwidth and E k(y, y') as numbers: y ~ N(0, I). Source: Rustamov 2019."""
+    """E_y k(x, y) for each bandwidth and E k(y, y') of the RBF kernel as numbers, y ~ N(0, I). Source: Rustamov 2019."""
 
     slopes: Tensor  # −½/(h_b² + 1), of the exponent in ‖x‖²
     constants: Tensor  # log E k(0, y)
-    shifts: Tensor
+    subtract_constant: Tensor
     factors: Tensor  # −2·a_b and 2·a_b/(h_b² + 1), of the value and of the gradient s·x
     within: float
-    single: tuple[float, float, float] | None  # of one bandwidth without shift: its slope, and its two factors, each times E k(0, y)
+    single: tuple[float, float, float] | None  # for one bandwidth, if nothing is subtracted: its slope and its two factors times E k(0, y)
 
 
 @functools.lru_cache(maxsize=256)
-def _prior(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, shifted: int) -> _Prior:
-    assert isinstance(kernel, RBF)
+def _prior(bandwidth: tuple[float, ...], weights: tuple[float, ...], dim: int, subtracted: int) -> _Prior:
     h, a = (torch.tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (bandwidth, weights))
-    shifts, slopes = torch.arange(len(bandwidth), device="cpu") < shifted, -0.5 / (h.square() + 1)
+    subtract_constant, slopes = torch.arange(len(bandwidth), device="cpu") < subtracted, -0.5 / (h.square() + 1)
     constants = rbf_normal_mean_exponent(torch.zeros(1, dim, dtype=torch.float64, device="cpu"), h)[0]
     within = rbf_normal_self_exponent(dim, h)
     factors = torch.stack([-2 * a, -4 * a * slopes], 1)
     single = None
-    if len(bandwidth) == 1 and not shifted:
+    if len(bandwidth) == 1 and not subtracted:
         value, gradient = (factors[0] * constants.exp()).tolist()
         single = float(slopes), value, gradient
-    return _Prior(slopes, constants, shifts, factors, float(torch.where(shifts, within.expm1(), within.exp()) @ a), single)
+    within_sum = float(torch.where(subtract_constant, within.expm1(), within.exp()) @ a)
+    return _Prior(slopes, constants, subtract_constant, factors, within_sum, single)

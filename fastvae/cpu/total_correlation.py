@@ -1,7 +1,7 @@
-"""Log densities under a batch of posteriors, tile by tile: formulas (1) and (5) of `fastvae.reference.total_correlation`.
+"""Log densities under a batch of posteriors, tile by tile. Formulas (1) and (5) of `fastvae.reference.total_correlation`.
 
-A tile is some rows of z against some posteriors in all dimensions, so that one look at it serves every dimension and their joint density.
-The exponents come from differences z − μ: expanded into matrix products they would lose (z/σ)² roundings.
+A tile is some rows of z against some posteriors in all dimensions, so that one pass over it gives the density of each dimension and their
+joint density. The exponents are computed from differences z − μ: matrix products would multiply rounding errors by (z/σ)².
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastvae.dispatch import accumulation_dtype
 from fastvae.kernel_sums import LOG2_E
-from fastvae.ops.common import accumulation_dtype
 from fastvae.reference.total_correlation import HALF_LOG_2PI, LARGEST_ROOT, LogWeights, precision_root
 
-# Elements of a tile for each thread: with half of them one thread takes 1.1 times as long, two threads 1.3 times. Posteriors are its
-# contiguous axis, on which PyTorch's loops run: with fewer than 64 of them the loops' frame shows, and rows are what is left.
+# Elements of a tile for each thread: with half as many one thread takes 1.1 times as long, two threads 1.3 times. Posteriors are its
+# contiguous axis, along which PyTorch's inner loops run; with fewer than 64 their overhead shows. The number of rows follows.
 BLOCK = 262_144
 MOST_COLUMNS, FEWEST_COLUMNS = 512, 64
 
-# Under 2 to the first, a density is zero: numbers that are not normal take ten times as long. A sum of densities above 2 to the second has
-# lost nothing by that.
+# A density below 2 to the power of the first number is set to zero, as denormal numbers are ten times slower. That changes no sum of
+# densities above 2 to the power of the second number.
 RANGE = {torch.float32: (-100.0, -40.0), torch.float64: (-1000.0, -500.0)}
 
-# A row whose density is under 2 to this lies so far from all posteriors that float32 rounds its exponents by 1e-3: its tile is float64's.
+# If the density at a row is below 2 to this power, the row is so far from all posteriors that float32 rounds its exponents by 1e-3. Its
+# tile is then computed in float64.
 FAR = -8192.0
 
 
 def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> tuple[Tensor, Tensor]:
-    """log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
-    sweep = _Sweep(z, mu, logvar, weights, offset)
+    """log q(z_i) (N,) and log q(z_id) (N, D) for z (N, D) under posteriors (M, D); row i is drawn from posterior offset + i."""
+    sweep = _CPUSweep(z, mu, logvar, weights, offset)
     joint = sweep.z.new_empty(z.shape[0])
     marginals = torch.empty_like(sweep.z)
     for rows in sweep.row_tiles():
         joint[rows], marginals[:, rows] = sweep.log_density(rows)
         if sweep.is_far(joint[rows], marginals[:, rows]):
-            joint[rows], marginals[:, rows] = sweep.finer().log_density(rows)
+            joint[rows], marginals[:, rows] = sweep.in_float64().log_density(rows)
     return sweep.to_nats(joint, marginals)
 
 
@@ -54,8 +55,8 @@ def backward(
     z_grad: bool,
     posterior_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dz (N, D), dμ and dlogvar (M, D) in the dtype of the sweep, from the gradients of what `forward` returned and its values."""
-    sweep = _Sweep(z, mu, logvar, weights, offset)
+    """dz (N, D), dμ and dlogvar (M, D) in the dtype of the sweep, from the results of `forward` and the gradients to them."""
+    sweep = _CPUSweep(z, mu, logvar, weights, offset)
     joint, marginals = sweep.from_nats(joint, marginals)
     a, b = grad_joint.to(sweep.dtype), grad_marginals.T.to(sweep.dtype)
     dz = torch.zeros_like(sweep.z)
@@ -64,7 +65,7 @@ def backward(
     for rows in sweep.row_tiles():
         tiles, density, reference = sweep, joint[rows], marginals[:, rows]
         if sweep.is_far(density, reference):
-            tiles = sweep.finer()
+            tiles = sweep.in_float64()
             density, reference = tiles.log_density(rows)
         scale = b[:, rows].to(tiles.dtype)
         underflows = bool(reference.min() < tiles.least_sum)
@@ -81,16 +82,16 @@ def backward(
                 _add_sum(moments[0][:, columns], g, 1, first=rows.start == 0)
             g.mul_(u)
             if z_grad:
-                # In this order it takes a tenth of the time of g times a column.
+                # In this order the product takes a tenth of the time of g times a column.
                 _add_product(dz[:, None, rows], tiles.root[:, None, columns], g.mT)
             if posterior_grad:
                 _add_sum(moments[1][:, columns], g, 1, first=rows.start == 0)
                 _add_sum(moments[2][:, columns], g.mul_(u), 1, first=rows.start == 0)
-    grad_z = dz.mul_(-sweep.unit).T.contiguous() if z_grad else None
+    grad_z = dz.mul_(-sweep.precision_scale).T.contiguous() if z_grad else None
     if not posterior_grad:
         return grad_z, None, None
-    grad_mu = moments[1].mul_(sweep.root).mul_(sweep.unit).T.contiguous()
-    grad_logvar = moments[2].sub_(moments[0], alpha=1 / sweep.unit).mul_(0.5 * sweep.unit).T.contiguous()
+    grad_mu = moments[1].mul_(sweep.root).mul_(sweep.precision_scale).T.contiguous()
+    grad_logvar = moments[2].sub_(moments[0], alpha=1 / sweep.precision_scale).mul_(0.5 * sweep.precision_scale).T.contiguous()
     return grad_z, grad_mu, grad_logvar
 
 
@@ -109,39 +110,39 @@ def terms_backward(
     information, correlation, divergence = (joint.new_zeros(()) if grad is None else grad / z.shape[0] for grad in grads)
     a, b = (correlation - information).expand_as(joint), (divergence - correlation).expand_as(marginals)
     grad_z, grad_mu, grad_logvar = backward(a, b, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad)
-    # What log q(z_i|n_i) and log p(z_i) have of z, μ and logvar themselves.
+    # The gradients through log q(z_i|n_i) and log p(z_i).
     z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
     root = precision_root(logvar)
     u = (z - mu) * root
-    share = u * information
-    pull = root.mul_(share)
+    to_u = u * information
+    to_mu = root.mul_(to_u)
     if grad_z is not None:
-        grad_z.add_(divergence * z).sub_(pull)
+        grad_z.add_(divergence * z).sub_(to_mu)
     if grad_mu is not None and grad_logvar is not None:
-        grad_mu.add_(pull)
-        grad_logvar.add_(torch.addcmul(-information, u, share), alpha=0.5)
+        grad_mu.add_(to_mu)
+        grad_logvar.add_(torch.addcmul(-information, u, to_u), alpha=0.5)
     return grad_z, grad_mu, grad_logvar
 
 
-class _Sweep:
-    """Transposed operands, dimensions first, in units of log 2: exponent = shift − u² ≤ 0 with u = (z − μ)·root, to which `bound` belongs.
+class _CPUSweep:
+    """Transposed operands, dimensions first. Exponents are to base 2 and relative to `bound`: log_norm − u² ≤ 0 with u = (z − μ)·root.
 
-    Not (z − μ)²/σ²: 1/σ² is past the range of float32 long before σ is lost beside μ.
+    u² and not (z − μ)²/σ², as 1/σ² leaves the range of float32 while σ is still significant beside μ.
     """
 
-    # The root is √(½·log₂e)/σ; 1/σ² is so many of its squares.
-    unit = 2 / LOG2_E
+    # The root is √(½·log₂e)/σ, so that 1/σ² is its square times this.
+    precision_scale = 2 / LOG2_E
 
     def __init__(self, z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> None:
         self.dtype = accumulation_dtype(z.dtype)
         self.weights, self.offset = weights, offset
         self._inputs = z, mu, logvar
-        self._finer: _Sweep | None = None
+        self._in_float64: _CPUSweep | None = None
         self.z, self.mu, logvar = (t.T.to(self.dtype).contiguous() for t in (z, mu, logvar))
-        shift = logvar * (-0.5 * LOG2_E)
-        self.root = shift.clamp(max=LARGEST_ROOT[self.dtype]).exp2_().mul_((0.5 * LOG2_E) ** 0.5)
-        self.bound = shift.amax(1, keepdim=True)
-        self.shift = shift.sub_(self.bound)
+        log_norm = logvar * (-0.5 * LOG2_E)
+        self.root = log_norm.clamp(max=LARGEST_ROOT[self.dtype]).exp2_().mul_((0.5 * LOG2_E) ** 0.5)
+        self.bound = log_norm.amax(1, keepdim=True)
+        self.log_norm = log_norm.sub_(self.bound)
         self.least, self.least_sum = RANGE[self.dtype]
         dim, self.n = self.z.shape
         self.m = self.mu.shape[1]
@@ -151,15 +152,15 @@ class _Sweep:
         self.buffers = [self.z.new_empty(dim * self.rows * self.columns) for _ in range(2)]
 
     def is_far(self, joint: Tensor, marginals: Tensor) -> bool:
-        # Comparisons that are not met by nan either.
+        # A comparison with nan is false.
         return self.dtype == torch.float32 and (float(joint.amin()) < FAR or float(marginals.amin()) < FAR)
 
-    def finer(self) -> _Sweep:
-        """The same in float64, in the same tiles."""
-        if self._finer is None:
+    def in_float64(self) -> _CPUSweep:
+        """The same sweep in float64."""
+        if self._in_float64 is None:
             z, mu, logvar = (t.double() for t in self._inputs)
-            self._finer = _Sweep(z, mu, logvar, self.weights, self.offset)
-        return self._finer
+            self._in_float64 = _CPUSweep(z, mu, logvar, self.weights, self.offset)
+        return self._in_float64
 
     def row_tiles(self) -> Iterator[slice]:
         return _tiles(self.n, self.rows)
@@ -173,13 +174,13 @@ class _Sweep:
         shape = (z.shape[0], z.shape[1], mu.shape[2])
         u, exponent = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
         torch.sub(z, mu, out=u).mul_(self.root[:, None, columns])
-        return u, torch.addcmul(self.shift[:, None, columns], u, u, value=-1, out=exponent)
+        return u, torch.addcmul(self.log_norm[:, None, columns], u, u, value=-1, out=exponent)
 
     def exp2_(self, exponent: Tensor) -> Tensor:
         return torch.threshold_(exponent, self.least, -math.inf).exp2_()
 
     def weigh(self, exponent: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """The joint exponents of a tile (rows, columns), and both with log w_ij less that of a pair (i, j) with j > i + 1."""
+        """The joint exponents of a tile (rows, columns), and its exponents, both with log w_ij relative to that of pairs with j > i + 1."""
         joint = exponent.sum(0)
         own, following, other = self.weights
         first, last = self.offset + rows.start, self.offset + rows.stop
@@ -193,7 +194,7 @@ class _Sweep:
         return joint.add_(relative), exponent.add_(relative)
 
     def log_density(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """log2 of the joint densities (rows,) and of those of each dimension (D, rows)."""
+        """log2 of the joint densities (rows,) and of the densities of each dimension (D, rows)."""
         total, joint = self.density(rows, None)
         reference = torch.zeros_like(total)
         if total.min() < 2**self.least_sum:
@@ -202,7 +203,7 @@ class _Sweep:
         return joint, total.log2_().add_(reference)
 
     def density(self, rows: slice, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Σ_j exp2(exponent − reference) of each dimension (D, rows), and log2 Σ_j exp2(joint exponent) (rows,)."""
+        """Σ_j exp2(exponent − reference) for each dimension (D, rows), and log2 Σ_j exp2(joint exponent) (rows,)."""
         total: Tensor | None = None
         joint_most: Tensor | None = None
         joint_total: Tensor | None = None
@@ -234,7 +235,7 @@ class _Sweep:
         return most
 
     def to_nats(self, joint: Tensor, marginals: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) and (N, D) with all constants, from (N,) and (D, N) in units of log 2 without."""
+        """Adds the constants, and converts (N,) and (D, N) from base 2 to nats, (N,) and (N, D)."""
         joint_constant, constants = self._constants()
         return ((joint + joint_constant) / LOG2_E).to(self.dtype), ((marginals + constants) / LOG2_E).T.to(self.dtype).contiguous()
 
@@ -250,7 +251,7 @@ class _Sweep:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, of a product that may be finer."""
+    """total += a @ b, where the product may be of higher precision."""
     if b.dtype == total.dtype:
         total.baddbmm_(a, b)
     else:
@@ -258,7 +259,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _add_sum(total: Tensor, t: Tensor, dim: int, *, first: bool) -> None:
-    """total += t.sum(dim), of which the first finds nothing there."""
+    """total += t.sum(dim); the first time total is not initialised."""
     if first and t.dtype == total.dtype:
         torch.sum(t, dim, out=total)
     elif first:

@@ -1,1 +1,1 @@
-"""torch.library custom ops, one file an operation: the sweep and the autograd.Function of each."""
+"""torch.library custom ops and their derivatives, one file for each operation."""

@@ -1,61 +1,56 @@
-"""What the operations share."""
+"""Shared by all operations: the arguments that describe a kernel, devices and precision, autograd.Functions and rules for transforms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fastvae.checks import requires_grad
-from fastvae.kernel_sums import Numbers, rounding_of_sum
+from fastvae.dispatch import needs_dispatcher
+from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, rounding_of_sum
 from fastvae.radial import Kernel, kernel_of
 
-# How the schema of an op describes a kernel: bandwidths and weights either as a tensor or as numbers, which are no tensors of a graph.
+# A kernel in the schema of an op. Bandwidths and weights are a tensor, or numbers, which are not part of a graph.
 KERNEL_SCHEMA = (
     "Tensor? bandwidth, Tensor? bandwidth_weights, float[] bandwidth_numbers, float[] weight_numbers, str kernel, float[] kernel_parameters"
 )
 
 
-class KernelArguments(Protocol):
-    """The arguments of `KERNEL_SCHEMA`, among those of an op."""
+class KernelArguments(NamedTuple):
+    """The arguments of `KERNEL_SCHEMA`, in its order."""
 
-    @property
-    def bandwidth(self) -> Tensor | None: ...
-    @property
-    def bandwidth_weights(self) -> Tensor | None: ...
-    @property
-    def bandwidth_numbers(self) -> list[float]: ...
-    @property
-    def weight_numbers(self) -> list[float]: ...
-    @property
-    def kernel(self) -> str: ...
-    @property
-    def kernel_parameters(self) -> list[float]: ...
+    bandwidth: Tensor | None
+    bandwidth_weights: Tensor | None
+    bandwidth_numbers: list[float]
+    weight_numbers: list[float]
+    name: str
+    parameters: list[float]
+
+    def unpack(self) -> tuple[Kernel, Numbers, Numbers]:
+        """The kernel, its bandwidths and their weights."""
+        h: Numbers = self.bandwidth_numbers if self.bandwidth is None else self.bandwidth
+        a: Numbers = self.weight_numbers if self.bandwidth_weights is None else self.bandwidth_weights
+        return kernel_of(self.name, self.parameters), h, a
+
+    def sum(self, dim: int, device: torch.device, mean_squared_distance: Tensor | None) -> KernelSum:
+        """For the CPU, see `KernelSum.of`."""
+        return KernelSum.of(*self.unpack(), dim, device, mean_squared_distance)
+
+    def numbers(self, x: Tensor, prior: bool = False) -> KernelNumbers:
+        """For the Triton kernels, with rows x (..., N, D)."""
+        return KernelNumbers.of(*self.unpack(), x.shape[-1], prior, x.device)
 
 
 def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> tuple[Any, ...]:
     """The arguments of `KERNEL_SCHEMA`."""
     kernel, factor = kernel.canonical()
-    if isinstance(bandwidth, Tensor):
-        h, h_numbers = factor * bandwidth, []
-    else:
-        h, h_numbers = None, [factor * number for number in bandwidth]
+    h, h_numbers = (factor * bandwidth, []) if isinstance(bandwidth, Tensor) else (None, [factor * number for number in bandwidth])
     a, a_numbers = (weights, []) if isinstance(weights, Tensor) else (None, list(weights))
     return h, a, h_numbers, a_numbers, kernel.name, kernel.parameters
-
-
-def kernel_numbers(problem: KernelArguments) -> tuple[Kernel, Numbers, Numbers]:
-    """The kernel, its bandwidths and their weights."""
-    h: Numbers = problem.bandwidth_numbers if problem.bandwidth is None else problem.bandwidth
-    a: Numbers = problem.weight_numbers if problem.bandwidth_weights is None else problem.bandwidth_weights
-    return kernel_of(problem.kernel, problem.kernel_parameters), h, a
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for float32, bfloat16 and float16."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 NO_CONTEXT: AbstractContextManager[None] = nullcontext()
@@ -66,32 +61,26 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def unit_weights(weights: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`weights` (..., N), rows of `whole` if that is given, over their sum, which is near one; nan where it is not."""
-    # In float64 first, as weights of fewer digits sum to one only roughly.
+    """`weights` (..., N) divided by their sum, or by that of `whole` if they are some rows of it; nan where the sum is not near one."""
+    # In float64, as weights of lower precision sum to one only roughly.
     total = (weights if whole is None else whole).double().sum(-1, keepdim=True)
     total = torch.where((total - 1).abs() <= rounding_of_sum(weights.dtype), total, torch.nan)
     return (weights.double() / total).to(dtype)
 
 
-def zero_if_finite(*tensors: Tensor) -> Tensor:
-    """0 in float64, or else nan: a density or a kernel of an infinite distance is zero, which a sum would not show."""
-    # Not of their sum, which numbers near the largest of their dtype have none of.
-    return (torch.stack([end for t in tensors for end in t.detach().aminmax()]).double() * 0).sum()
-
-
 def matmul_precision(precision: str) -> str:
-    """`precision`, or where it is empty what PyTorch's own switch says of float32 products on a GPU."""
+    """`precision`, or if it is empty PyTorch's own setting for float32 products on a GPU."""
     if precision:
         return precision
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Of PyTorch where its newer switch was used, and says something else than the older one.
+        # PyTorch raises this where its newer setting was used and contradicts the older one.
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
 def without_grad(function: Any, *args: Any) -> Any:
-    """A gradient of its own: PyTorch can't differentiate a custom op within a transform of `torch.func`."""
+    """Calls `function` without gradients: PyTorch cannot differentiate a custom op within a transform of `torch.func`."""
     if not torch.is_grad_enabled():
         return function(*args)
     with torch.no_grad():
@@ -99,7 +88,7 @@ def without_grad(function: Any, *args: Any) -> Any:
 
 
 def vmap_by_loop(op: Any) -> None:
-    """Lets `torch.vmap` call a custom op once for each item of a batch."""
+    """Registers a rule by which `torch.vmap` calls a custom op once for each item of a batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         return loop_over_batch(op, info.batch_size, in_dims, args)
@@ -108,7 +97,7 @@ def vmap_by_loop(op: Any) -> None:
 
 
 def loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The results of an op, stacked, and the dimension of the batch in each; an empty one, of a gradient not asked for, has none."""
+    """The stacked results of an op, and the batch dimension of each; an empty result, a gradient not asked for, has none."""
     items = [op(*(t.select(dim, n) if isinstance(dim, int) else t for t, dim in zip(args, in_dims, strict=True))) for n in range(size)]
     if isinstance(items[0], Tensor):
         return torch.stack(items), 0
@@ -117,18 +106,18 @@ def loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: t
 
 
 def _differentiates() -> bool:
-    """Whether a transform of `torch.func` at work takes derivatives."""
+    """Whether an active transform of `torch.func` takes derivatives."""
     derivatives = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     return any(transform.key() in derivatives for transform in torch._C._functorch.get_interpreter_stack() or ())
 
 
-# For the compiler a constant: what torch.compiler.assume_constant_result sets, which would import the compiler here.
+# The compiler takes the result for a constant. torch.compiler.assume_constant_result sets this too, but imports the compiler.
 _differentiates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def compiled_op(name: str, op: Any, *args: Any) -> Any:
-    """What the compiler traces of an operation."""
-    # PyTorch has no derivatives by torch.func of a custom op in a graph. Without fullgraph=True this makes it call the function as it is.
+    """Calls the op for the compiler."""
+    # PyTorch cannot take derivatives of torch.func of a custom op in a graph. Without fullgraph=True it then calls the function uncompiled.
     if _differentiates():
         raise NotImplementedError(
             f"{name} within torch.func.grad or another derivative of torch.func must not be compiled with fullgraph=True: without it the "
@@ -145,15 +134,54 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def no_forward_mode(name: str) -> Any:
-    """The `jvp` of a Function that has none."""
+    """The `jvp` of an autograd.Function without one: it raises."""
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
         raise NotImplementedError(
             f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev, "
-            "or pass backend='reference', which is dense and has it"
+            "or pass backend='reference', which is dense and has one"
         )
 
     return staticmethod(jvp)
+
+
+def autograd_function(title: str, name: str, op: Any, setup_context: Any, backward: Any) -> Any:
+    """The autograd.Function of a custom op, for transforms of `torch.func`; `backward` is registered for the compiler too.
+
+    Args:
+        title: its class name.
+        name: what errors call the operation.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+    methods = {"forward": op, "setup_context": setup_context, "backward": backward}
+    statics = {key: staticmethod(method) for key, method in methods.items()}
+    return type(title, (torch.autograd.Function,), {"generate_vmap_rule": True, "jvp": no_forward_mode(name), **statics})
+
+
+def differentiable(title: str, name: str, tensors: int, op: Any, evaluate: Any, setup_context: Any, backward: Any) -> Callable[..., Any]:
+    """A function that calls an operation such that autograd, `torch.func` and the compiler can differentiate it.
+
+    All three use the same `setup_context` and `backward`. Where nothing needs the custom op `op`, `evaluate` is called in its place: the
+    dispatcher and PyTorch's own call of `setup_context` take as long as a small problem. The first `tensors` arguments may be subclasses of
+    Tensor.
+    """
+    dispatched = autograd_function(title, name, op, setup_context, backward)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        result = evaluate(*args)
+        setup_context(ctx, args, result)
+        return result
+
+    methods = {"jvp": dispatched.jvp, "forward": staticmethod(forward), "backward": staticmethod(backward)}
+    eager: Any = type(f"Eager{title}", (torch.autograd.Function,), methods)
+
+    def apply(*args: Any) -> Any:
+        # Outside of the compiler by way of a Function, which refuses derivatives in forward mode: the op would drop them.
+        if torch.compiler.is_compiling():
+            return compiled_op(name, op, *args)
+        return (dispatched if needs_dispatcher(*args[:tensors]) else eager).apply(*args)
+
+    return apply
 
 
 class _ForbidSecondDerivative(torch.autograd.Function):
@@ -170,11 +198,11 @@ class _ForbidSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has, in O(N·M·D) memory")
+        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has one, in O(N·M·D) memory")
 
 
 def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
-    """`grad`, whose own derivative to `inputs` raises; without this a double backward would take it for a constant."""
+    """`grad`, whose derivative with respect to `inputs` raises: otherwise a double backward would take it for a constant."""
     if not torch.is_grad_enabled():
         return grad
     return cast(Tensor, _ForbidSecondDerivative.apply(name, grad, *inputs))  # type: ignore[no-untyped-call]

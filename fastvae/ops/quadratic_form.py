@@ -1,7 +1,8 @@
-"""The custom ops and the autograd.Functions of vᵀKv and of the MMD² between groups: formulas of `fastvae.reference.quadratic_form`.
+"""The custom ops of vᵀKv and of the MMD² between groups, and their derivatives. Formulas of `fastvae.reference.quadratic_form`.
 
-The forward sweep of a differentiable MMD² between groups also takes the gradient of the sum over the given pairs. Backward scales it where
-the upstream is a multiple of that, and sweeps once more where it is not; on a GPU, where comparing the two would wait for it, always.
+On a CPU the forward sweep of a differentiable MMD² between groups also computes the gradient of the sum over the given pairs. If the
+upstream is uniform over these pairs, backward only scales that gradient; otherwise it sweeps once more. On a GPU it always sweeps, as the
+comparison would wait for the device.
 """
 
 from __future__ import annotations
@@ -12,104 +13,101 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastvae import checks
 from fastvae.cpu import quadratic_form as cpu
 from fastvae.cpu import small
-from fastvae.kernel_sums import KernelNumbers, KernelSum, as_vector, stable_mean
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.kernel_sums import as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
-    accumulation_dtype,
-    compiled_op,
+    KernelArguments,
+    differentiable,
     forbid_second_derivative,
-    kernel_numbers,
     matmul_precision,
     needs_grad,
-    no_forward_mode,
     vmap_by_loop,
     without_autocast,
     without_grad,
-    zero_if_finite,
 )
-from fastvae.radial import Polynomial
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
 
-ARGUMENTS = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
+SCHEMA = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 WEIGHTS = "Tensor total, Tensor products, Tensor members, bool unbiased, Tensor? given"
 
 
 class Problem(NamedTuple):
-    """The arguments that describe K and v, in the order of the schemas."""
+    """The arguments that describe K and v."""
 
     z: Tensor
     v: Tensor
-    bandwidth: Tensor | None
-    bandwidth_weights: Tensor | None
-    bandwidth_numbers: list[float]
-    weight_numbers: list[float]
-    kernel: str
-    kernel_parameters: list[float]
+    kernel: KernelArguments
     precision: str
     backend: str
 
+    @staticmethod
+    def of(z: Tensor, v: Tensor, *others: Any) -> Problem:
+        """From the first arguments of an op, in the order of its schema."""
+        return Problem(z, v, KernelArguments(*others[:-2]), *others[-2:])
 
-_OPTIONS = len(Problem._fields)
+
+# The arguments of each op that describe K and v.
+_ARGUMENTS = len(Problem._fields) - 1 + len(KernelArguments._fields)
 
 
-@torch.library.custom_op("fastvae::quadratic_form", mutates_args=(), schema=f"({ARGUMENTS}, bool diagonal) -> Tensor")
+@torch.library.custom_op("fastvae::quadratic_form", mutates_args=(), schema=f"({SCHEMA}, bool diagonal) -> Tensor")
 def quadratic_form_op(*args: Any) -> Tensor:
     """S (C, C) or its diagonal (C,), float64."""
     *problem, diagonal = args
-    return _evaluate(Problem(*problem), None, diagonal=diagonal)[0]
+    return _evaluate(Problem.of(*problem), None, diagonal=diagonal)[0]
 
 
-@torch.library.custom_op("fastvae::quadratic_form_backward", mutates_args=(), schema=f"({ARGUMENTS}, Tensor upstream) -> Tensor")
+@torch.library.custom_op("fastvae::quadratic_form_backward", mutates_args=(), schema=f"({SCHEMA}, Tensor upstream) -> Tensor")
 def quadratic_form_backward_op(*args: Any) -> Tensor:
     """The gradient to z from the upstream (C, C)."""
     *problem, upstream = args
-    return _evaluate(Problem(*problem), upstream, values=False)[1]
+    return _evaluate(Problem.of(*problem), upstream, values=False)[1]
 
 
 @torch.library.custom_op(
-    "fastvae::group_mmd", mutates_args=(), schema=f"({ARGUMENTS}, {WEIGHTS}, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "fastvae::group_mmd", mutates_args=(), schema=f"({SCHEMA}, {WEIGHTS}, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MMD² (G, G), which groups are valid, which pairs, and if `gradient` the gradient of the sum over the given pairs, else empty."""
+    """MMD² (G, G), which groups and which pairs are valid, and if `gradient` that of the sum over the given pairs, otherwise empty."""
     return _group_mmd(*args)
 
 
 def _group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem, groups, gradient = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-1]), args[-1]
-    if problem.backend == "triton" or problem.z.device.type == "cuda":
+    problem, groups, gradient = Problem.of(*args[:_ARGUMENTS]), GroupArguments(*args[_ARGUMENTS:-1]), args[-1]
+    if runs_on_triton(problem.backend, problem.z):
         return _triton_group_mmd(problem, groups)
     weights, dtype = groups.weights(), accumulation_dtype(problem.z.dtype)
     to_sums = pair_upstreams(groups.counts(weights.pairs), weights) if gradient else None
-    sums, pull = _evaluate(problem, to_sums)
-    values = pair_values(sums, pairs_with_self(problem.z, problem.v, *kernel_numbers(problem)), weights).to(dtype)
-    gradient_of_sum = sums.new_empty(0, dtype=dtype) if to_sums is None else _with_own(problem, pull, to_sums, groups.unbiased)
+    sums, grad_z = _evaluate(problem, to_sums)
+    values = pair_values(sums, pairs_with_self(problem.z, problem.v, *problem.kernel.unpack()), weights).to(dtype)
+    gradient_of_sum = sums.new_empty(0, dtype=dtype) if to_sums is None else _add_pairs_with_self(problem, grad_z, to_sums, groups.unbiased)
     return values, weights.valid, weights.pairs, gradient_of_sum
 
 
 @torch.library.custom_op(
-    "fastvae::group_mmd_backward", mutates_args=(), schema=f"({ARGUMENTS}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor"
+    "fastvae::group_mmd_backward", mutates_args=(), schema=f"({SCHEMA}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor"
 )
 def group_mmd_backward_op(*args: Any) -> Tensor:
-    """The gradient to z from the upstream (G, G), by that of the sum over the given pairs if this is not empty."""
+    """The gradient to z from the upstream (G, G). `expected_grad` is that of the sum over the given pairs, or empty."""
     return _group_mmd_gradient(*args)
 
 
 def _group_mmd_gradient(*args: Any) -> Tensor:
-    problem, groups, (upstream, expected_grad) = Problem(*args[:_OPTIONS]), GroupProblem(*args[_OPTIONS:-2]), args[-2:]
-    if problem.backend == "triton" or problem.z.device.type == "cuda":
+    problem, groups, (upstream, expected_grad) = Problem.of(*args[:_ARGUMENTS]), GroupArguments(*args[_ARGUMENTS:-2]), args[-2:]
+    if runs_on_triton(problem.backend, problem.z):
         return _triton_group_mmd_backward(problem, groups, upstream)
     weights = groups.weights()
     if expected_grad.numel():
-        # Of a pair and its opposite only the sum counts.
+        # Only the sum of a pair and its opposite matters.
         found, expected = (t + t.T for t in (upstream.double().where(weights.pairs, 0), groups.counts(weights.pairs)))
         ratio = found.sum() / expected.sum()
         if torch.allclose(found, ratio * expected, rtol=32 * torch.finfo(expected_grad.dtype).eps, atol=0):
             return cast(Tensor, ratio * expected_grad)
     to_sums = pair_upstreams(upstream, weights)
-    return _with_own(problem, _evaluate(problem, to_sums, values=False)[1], to_sums, groups.unbiased)
+    return _add_pairs_with_self(problem, _evaluate(problem, to_sums, values=False)[1], to_sums, groups.unbiased)
 
 
 @quadratic_form_op.register_fake
@@ -132,14 +130,14 @@ def _backward_fake(*args: Any) -> Tensor:
     return cast(Tensor, args[0].new_empty(args[0].shape, dtype=accumulation_dtype(args[0].dtype)))
 
 
-class GroupProblem(NamedTuple):
-    """The arguments of `group_mmd_op` after those of `Problem`."""
+class GroupArguments(NamedTuple):
+    """The arguments of `group_mmd_op` after those of `Problem`, which describe the groups."""
 
     total: Tensor
     products: Tensor
     members: Tensor
     unbiased: bool
-    given: Tensor | None  # pairs of groups (P, 2), whose sum is to be expected; all if None
+    given: Tensor | None  # pairs of groups (P, 2), whose sum is likely to be differentiated; all if None
 
     def weights(self) -> GroupWeights:
         return GroupWeights.of(self.total, self.products, self.members, self.unbiased)
@@ -153,33 +151,33 @@ class GroupProblem(NamedTuple):
 
 
 def _triton(problem: Problem, upstream: Tensor | None = None, diagonal: bool = False) -> Tensor:
-    """S as parts that sum to it, its diagonal, or from an upstream the gradient to z."""
-    from fastvae.kernels import quadratic_form as kernels
+    """Parts that sum to S, or its diagonal, or from an upstream the gradient to z."""
+    import fastvae.kernels.quadratic_form as kernels
 
     with without_autocast(problem.z.device):
-        numbers = KernelNumbers.of(*kernel_numbers(problem), problem.z.shape[1], False, problem.z.device)
-        arguments, precision = (numbers, problem.z, problem.v), matmul_precision(problem.precision)
+        arguments = problem.kernel.numbers(problem.z), problem.z, problem.v
+        precision = matmul_precision(problem.precision)
         if upstream is not None:
             return cast(Tensor, kernels.quadratic_form_backward(*arguments, upstream, precision))
         form = kernels.quadratic_form_diagonal if diagonal else kernels.quadratic_form
         return cast(Tensor, form(*arguments, precision))
 
 
-def _triton_group_mmd(problem: Problem, groups: GroupProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastvae.kernels import quadratic_form as kernels
+def _triton_group_mmd(problem: Problem, groups: GroupArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    import fastvae.kernels.quadratic_form as kernels
 
-    own = pairs_with_self(problem.z, problem.v, *kernel_numbers(problem))
+    own = pairs_with_self(problem.z, problem.v, *problem.kernel.unpack())
     if isinstance(own, Tensor) and own.ndim == 0:
         own = own * groups.weights().products
     dtype = accumulation_dtype(problem.z.dtype)
     return *kernels.pair_values(_triton(problem), own, *groups[:4], dtype), problem.z.new_empty(0, dtype=dtype)
 
 
-def _triton_group_mmd_backward(problem: Problem, groups: GroupProblem, upstream: Tensor) -> Tensor:
-    from fastvae.kernels import quadratic_form as kernels
+def _triton_group_mmd_backward(problem: Problem, groups: GroupArguments, upstream: Tensor) -> Tensor:
+    import fastvae.kernels.quadratic_form as kernels
 
     to_sums = kernels.pair_upstreams(upstream, *groups[:4])
-    return _with_own(problem, _triton(problem, to_sums), to_sums, groups.unbiased)
+    return _add_pairs_with_self(problem, _triton(problem, to_sums), to_sums, groups.unbiased)
 
 
 def _evaluate(
@@ -189,7 +187,7 @@ def _evaluate(
     diagonal: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if problem.backend == "triton" or problem.z.device.type == "cuda":
+    if runs_on_triton(problem.backend, problem.z):
         empty = problem.z.new_empty(0)
         if not values:
             return empty, _triton(problem, upstream)
@@ -198,54 +196,45 @@ def _evaluate(
     with without_autocast(problem.z.device):
         dtype = accumulation_dtype(problem.z.dtype)
         z, v = problem.z.to(dtype), problem.v.to(dtype)
-        family, bandwidth, weights = kernel_numbers(problem)
+        family, bandwidth, weights = problem.kernel.unpack()
         if not diagonal and (result := small.quadratic_form(family, z, v, bandwidth, weights, upstream)) is not None:
             return result[0], z.new_empty(0) if result[1] is None else result[1]
         centre = stable_mean(z) if family.radial else torch.zeros_like(z[0])
-        distance = 2 * (z - centre).square().sum(1, dtype=torch.float64).mean()
-        kernel = KernelSum.of(family, bandwidth, weights, z.shape[1], z.device, distance)
-        total, pull = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
+        kernel = problem.kernel.sum(z.shape[1], z.device, 2 * (z - centre).square().sum(1, dtype=torch.float64).mean())
+        total, row_gradient = cpu.quadratic_form(kernel, z, v, centre, upstream, values, diagonal, progress)
         zero = zero_if_finite(z)
-        # What the shifts leave out of each pair, in closed form.
-        exact = v.double()
-        column_sums = exact.sum(0)
-        if diagonal:
-            pairs = column_sums.square() - exact.square().sum(0)
-        else:
-            pairs = column_sums[:, None] * column_sums - exact.T @ exact
-        total = total + pairs * family.value_at_zero * (kernel.weights @ kernel.shifts) + zero
-        if upstream is None or pull is None:
+        total = total + cpu.pair_weights(v, diagonal) * kernel.value_constant + zero
+        if upstream is None or row_gradient is None:
             return total, z.new_empty(0)
-        if slope_shift := float((kernel.weights * kernel.ratios) @ kernel.slope_shifts):
+        if slope_constant := float((kernel.weights * kernel.ratios) @ kernel.slope_subtracts_constant):
             coefficients = v @ (upstream + upstream.T).to(dtype)
             z = z - centre
-            left_out = (coefficients @ v.sum(0))[:, None] * z - coefficients @ (v.T @ z)
-            pull = pull + slope_shift * left_out
-        # In two factors: γ itself may be past the range of float32.
+            of_constant = (coefficients @ v.sum(0))[:, None] * z - coefficients @ (v.T @ z)
+            row_gradient = row_gradient + slope_constant * of_constant
+        # In two factors, as γ itself may be out of the range of float32.
         root = (zero + kernel.gamma[0]).sqrt().to(dtype)
-        return total, (pull * root).mul_(-2 * root).contiguous()
+        return total, (row_gradient * root).mul_(-2 * root).contiguous()
 
 
-def _with_own(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
-    """The gradient to z through S, and with it that through O, from the upstream of S."""
-    if problem.kernel != Polynomial.name:
+def _add_pairs_with_self(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
+    """Adds to the gradient to z through S that through O, from the upstream of S."""
+    family, h, a = problem.kernel.unpack()
+    if family.radial:
         return gradient
-    family, h, a = kernel_numbers(problem)
-    assert isinstance(family, Polynomial)
-    # The diagonal of O is for the biased estimator alone.
+    # Only the biased estimator contains the diagonal of O.
     to_own = to_sums - torch.diag(to_sums.diagonal()) if unbiased else to_sums
     z, v = problem.z.double(), problem.v.double()
     gamma = family.gamma(as_vector(h, z.device), z.shape[1])
-    slopes = (family.slope(z.square().sum(1, keepdim=True) * gamma) * gamma) @ as_vector(a, z.device)
+    slopes = (family.dphi(z.square().sum(1, keepdim=True) * gamma) * gamma) @ as_vector(a, z.device)
     return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
 
 
 def quadratic_form_diagonal(*args: Any, progress: Callable[[float], None] | None = None) -> Tensor:
-    """The diagonal of S, not differentiable, where v of half the rows of z stands for [v, −v].
+    """The diagonal of S, not differentiable. v of half as many rows as z stands for [v, −v].
 
     `progress` is called with the fraction done, on a CPU only.
     """
-    problem = Problem(*args)
+    problem = Problem.of(*args)
     with torch.no_grad():
         if problem.backend != "triton" and problem.z.device.type == "cpu" and (result := _small_diagonal(problem)) is not None:
             return result
@@ -255,19 +244,19 @@ def quadratic_form_diagonal(*args: Any, progress: Callable[[float], None] | None
 
 
 def _small_diagonal(problem: Problem) -> Tensor | None:
-    """From one array of all pairs; None as of `small.kernel_matrix`."""
+    """From one array of all pairs; None where `small.kernel_matrix` returns None."""
     with without_autocast(problem.z.device):
         dtype = accumulation_dtype(problem.z.dtype)
-        if (found := small.kernel_matrix(*kernel_numbers(problem), problem.z.to(dtype))) is None:
+        if (found := small.kernel_matrix(*problem.kernel.unpack(), problem.z.to(dtype))) is None:
             return None
-        k, shift = found
+        k, constant = found
         v, n = problem.v.to(dtype), len(problem.v)
         if halved := n != len(k):
             k = (k[:n, :n] + k[n:, n:]).sub_(k[:n, n:]).sub_(k[n:, :n])
         form = (k.to(dtype) @ v).mul_(v).sum(0).double()
-        if shift:
-            squares = v.square().sum(0, dtype=torch.float64)
-            form += shift * (-2 * squares if halved else v.sum(0, dtype=torch.float64).square() - squares)
+        if constant:
+            # Of [v, −v] the sum is zero.
+            form += constant * (-2 * v.square().sum(0, dtype=torch.float64) if halved else cpu.pair_weights(v, True))
         return form
 
 
@@ -280,76 +269,28 @@ def _quadratic_form_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     z, *tensors = ctx.saved_tensors
     gradient = without_grad(quadratic_form_backward_op, z, *tensors, *ctx.options, torch.diag(grad) if ctx.diagonal else grad)
     gradient = forbid_second_derivative("quadratic_form", gradient.to(z.dtype), grad, z)
-    return (gradient, *[None] * _OPTIONS)
-
-
-def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """MMD² between groups, differentiable to z, which groups are valid, and which pairs; arguments of `Problem` and `GroupProblem`."""
-    problem = Problem(*args[:_OPTIONS])
-    # On a GPU the gradient of another upstream than that of the sum would be a sweep too many.
-    gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
-    if torch.compiler.is_compiling():
-        values, valid, pairs, _ = compiled_op("group_mmd", group_mmd_op, *args, gradient)
-        return values, valid, pairs
-    function: Any = GroupMMD if checks.needs_dispatcher(*args[:2]) else _PlainGroupMMD
-    values, valid, pairs, _ = function.apply(*args, gradient)
-    return values, valid, pairs
-
-
-class GroupMMD(torch.autograd.Function):
-    """MMD² between groups. Arguments of `torch.ops.fastvae.group_mmd`."""
-
-    generate_vmap_rule = True
-    jvp = no_forward_mode("group_mmd")
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", group_mmd_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _group_mmd_setup(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _group_mmd_backward(ctx, *grads)
-
-
-class _PlainGroupMMD(torch.autograd.Function):
-    """`GroupMMD` without `setup_context` and the dispatcher."""
-
-    jvp = GroupMMD.jvp
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = _group_mmd(*args)
-        _group_mmd_setup(ctx, args, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _group_mmd_backward(ctx, *grads)
+    return (gradient, *[None] * _ARGUMENTS)
 
 
 def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Of which there are none but that of the values.
+    # Only the values have a gradient.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    *weights, ctx.unbiased, given, _ = inputs[_OPTIONS:]
+    *weights, ctx.unbiased, given, _ = inputs[_ARGUMENTS:]
     ctx.save_for_backward(*inputs[:4], *weights, given, output[3])
-    ctx.options = inputs[4:_OPTIONS]
+    ctx.options = inputs[4:_ARGUMENTS]
 
 
 def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    nothing = [None] * (_OPTIONS + len(GroupProblem._fields))
+    nothing = [None] * (_ARGUMENTS + len(GroupArguments._fields))
     if grad is None:
         return (None, *nothing)
     z, *tensors, given, expected_grad = ctx.saved_tensors
     if expected_grad.numel() and given is None and not any(grad.stride()):
-        # One number for all pairs, as of their sum or mean.
+        # The upstream is one number for all pairs, as that of their sum or mean is.
         gradient = grad[0, 0] * expected_grad
     else:
-        backward = group_mmd_backward_op if checks.needs_dispatcher(z, grad) else _group_mmd_gradient
+        backward = group_mmd_backward_op if needs_dispatcher(z, grad) else _group_mmd_gradient
         gradient = without_grad(backward, z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
     gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
     return (gradient, *nothing)
@@ -358,4 +299,13 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
 for op in (quadratic_form_op, quadratic_form_backward_op, group_mmd_op, group_mmd_backward_op):
     vmap_by_loop(op)
 quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
-group_mmd_op.register_autograd(_group_mmd_backward, setup_context=_group_mmd_setup)
+_apply = differentiable("GroupMMD", "group_mmd", 2, group_mmd_op, _group_mmd, _group_mmd_setup, _group_mmd_backward)
+
+
+def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """MMD² between groups, differentiable to z, and which groups and pairs are valid; arguments of `Problem` and `GroupArguments`."""
+    problem = Problem.of(*args[:_ARGUMENTS])
+    # On a GPU the upstream is not compared, so that this gradient would be of no use.
+    gradient = problem.z.device.type == "cpu" and problem.backend != "triton" and needs_grad(problem.z)
+    values, valid, pairs, _ = _apply(*args, gradient)
+    return values, valid, pairs

@@ -1,6 +1,6 @@
-"""The custom ops and the autograd.Function of reparameterise + KL: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`.
+"""The custom ops of reparameterise + KL and their derivatives. Formulas (1) to (3) of `fastvae.reference.reparameterize_kl`.
 
-`noise` is ε (N, D), or a seed, an int64 of shape (1,), from which the Triton kernels make ε, in the backward pass again.
+`noise` is ε (N, D), or a seed, an int64 of shape (1,), from which the Triton kernels generate ε, and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastvae import checks
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.ops.common import accumulation_dtype, compiled_op, needs_grad, no_forward_mode, vmap_by_loop
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
+from fastvae.ops.common import autograd_function, differentiable, needs_grad, vmap_by_loop
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -22,15 +22,15 @@ BACKWARD_SCHEMA = (
 
 @torch.library.custom_op("fastvae::reparameterize_kl", mutates_args=(), schema=FORWARD_SCHEMA)
 def forward_op(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """z (N, D) and KL in the accumulation dtype, (N,) or per dimension (N, D)."""
-    return _forward(mu, logvar, noise, per_dimension, backend)
+    """z (N, D), and KL (N,) or per dimension (N, D) in the accumulation dtype."""
+    return _evaluate(mu, logvar, noise, per_dimension, backend)
 
 
-def _forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
-    if backend != "triton" and mu.device.type != "cuda":
+def _evaluate(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if not runs_on_triton(backend, mu):
         _refuse_seed(noise)
         return cpu.forward(mu, logvar, noise, per_dimension)
-    from fastvae.kernels import reparameterize_kl as kernels
+    import fastvae.kernels.reparameterize_kl as kernels
 
     z, kl = _outputs(mu, per_dimension)
     kernels.forward(_rows(mu), _rows(logvar), noise.contiguous(), z, kl)
@@ -57,10 +57,10 @@ def backward_op(
 def _gradients(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend != "triton" and mu.device.type != "cuda":
+    if not runs_on_triton(backend, mu):
         _refuse_seed(noise)
         return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
-    from fastvae.kernels import reparameterize_kl as kernels
+    import fastvae.kernels.reparameterize_kl as kernels
 
     grads = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
     kernels.backward(grad_z.contiguous(), grad_kl.contiguous(), _rows(mu), _rows(logvar), noise.contiguous(), *grads)
@@ -75,60 +75,19 @@ def _fake_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as the kernels take it: half of an encoder's result, which is a view, is not copied."""
+    """x with contiguous rows. A view of half of an encoder's result is not copied."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _refuse_seed(noise: Tensor) -> None:
     if not noise.is_floating_point():
-        raise NotImplementedError("a seed is for the Triton kernels: pass the noise itself, which on a CPU is faster kept than made twice")
-
-
-def apply_reparameterize_kl(*args: Any) -> tuple[Tensor, Tensor]:
-    """(z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`."""
-    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if torch.compiler.is_compiling():
-        return cast("tuple[Tensor, Tensor]", compiled_op("reparameterize_kl", forward_op, *args))
-    function = ReparameterizeKL if checks.needs_dispatcher(*args[:3]) else _PlainReparameterizeKL
-    return cast("tuple[Tensor, Tensor]", function.apply(*args))  # type: ignore[no-untyped-call]
-
-
-class ReparameterizeKL(torch.autograd.Function):
-    """(z, KL); arguments of `torch.ops.fastvae.reparameterize_kl`."""
-
-    generate_vmap_rule = True
-    jvp = no_forward_mode("reparameterize_kl")
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", forward_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
-
-
-class _PlainReparameterizeKL(torch.autograd.Function):
-    """`ReparameterizeKL` without `setup_context` and the dispatcher, which take as long as a small problem."""
-
-    jvp = ReparameterizeKL.jvp
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        _setup_context(ctx, args, ())
-        return _forward(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads)
+        raise NotImplementedError(
+            "a seed is for the Triton kernels only: pass the noise itself, which a CPU keeps faster than it draws it twice"
+        )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # The noise and not z: z − μ loses what σ·ε has below the rounding of μ, in bfloat16 a good part of it.
+    # The noise and not z: the difference z − μ has lost the digits of σ·ε below the rounding of μ, which in bfloat16 are many.
     mu, logvar, noise, ctx.per_dimension, ctx.backend = inputs
     ctx.save_for_backward(mu, logvar, noise)
 
@@ -136,32 +95,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
     args = (grad_z, grad_kl, *ctx.saved_tensors, ctx.per_dimension, ctx.backend)
     if needs_grad(*args[:4]):
-        grads = ReparameterizeKLBackward.apply(*args)  # type: ignore[no-untyped-call]
+        grads = _DifferentiableBackward.apply(*args)
     else:
-        grads = backward_op(*args) if checks.needs_dispatcher(*args[:5]) else _gradients(*args)
+        grads = backward_op(*args) if needs_dispatcher(*args[:5]) else _gradients(*args)
     return *grads, None, None, None
-
-
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class ReparameterizeKLBackward(torch.autograd.Function):
-    """(dμ, dlogvar), itself differentiable; arguments of `torch.ops.fastvae.reparameterize_kl_backward`."""
-
-    generate_vmap_rule = True
-    jvp = ReparameterizeKL.jvp
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor]", backward_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _setup_double(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _double_backward(ctx, *grads)
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -170,7 +107,7 @@ def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -> tuple[Tensor | None, ...]:
-    """The derivative of formula (3), in plain PyTorch: second derivatives are rare, and so may cost what they do elsewhere."""
+    """The derivative of formula (3), in plain PyTorch, as second derivatives are rare."""
     dz, dkl, mu, logvar, noise = ctx.saved_tensors
     eps = epsilon(noise, mu, ctx.backend)
     var, half_noise = logvar.exp(), 0.5 * eps * (0.5 * logvar).exp()
@@ -190,13 +127,15 @@ def _double_backward(ctx: Any, grad_grad_mu: Tensor, grad_grad_logvar: Tensor) -
 
 
 def epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
-    """ε, also where `noise` is its seed."""
+    """ε, also if `noise` is its seed."""
     if noise.is_floating_point():
         return noise
     zeros = torch.zeros_like(mu, dtype=accumulation_dtype(mu.dtype))
     return cast(Tensor, forward_op(zeros, zeros, noise, False, backend)[0])  # z where μ = 0 and σ = 1
 
 
-backward_op.register_autograd(_double_backward, setup_context=_setup_double)
 for op in (forward_op, backward_op):
     vmap_by_loop(op)
+_DifferentiableBackward = autograd_function("ReparameterizeKLBackward", "reparameterize_kl", backward_op, _setup_double, _double_backward)
+# (z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`.
+apply_reparameterize_kl = differentiable("ReparameterizeKL", "reparameterize_kl", 3, forward_op, _evaluate, _setup_context, _backward)

@@ -1,6 +1,6 @@
-"""The custom ops and the autograd.Function of β-TC-VAE's terms: formulas (1) to (5) of `fastvae.reference.total_correlation`.
+"""The custom ops of β-TC-VAE's terms and their derivatives. Formulas (1) to (5) of `fastvae.reference.total_correlation`.
 
-Each op returns log q(z_i) and log q(z_id), which are also all that backward needs besides the inputs: it sweeps the pairs a second time.
+Each op returns log q(z_i) and log q(z_id). Backward needs only these and the inputs, and sweeps over the pairs a second time.
 """
 
 from __future__ import annotations
@@ -10,18 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastvae import checks
 from fastvae.cpu import total_correlation as cpu
-from fastvae.ops.common import (
-    accumulation_dtype,
-    compiled_op,
-    forbid_second_derivative,
-    no_forward_mode,
-    vmap_by_loop,
-    without_autocast,
-    without_grad,
-    zero_if_finite,
-)
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.ops.common import differentiable, forbid_second_derivative, vmap_by_loop, without_autocast, without_grad
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -47,16 +38,16 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("fastvae::total_correlation", mutates_args=(), schema=FORWARD_SCHEMA)
 def forward_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
-    """log q(z_i) (N,) and log q(z_id) (N, D) in the accumulation dtype, of z (N, D) under posteriors (M, D).
+    """log q(z_i) (N,) and log q(z_id) (N, D) in the accumulation dtype, for z (N, D) under posteriors (M, D).
 
-    Row i of z is drawn from posterior offset + i, so that a share of a batch can be held against all of it.
+    Row i of z is drawn from posterior offset + i: z may be some rows of a batch.
     """
     return _densities(z, mu, logvar, dataset_size, offset, stratified, backend)
 
 
 def _densities(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
-    if backend == "triton" or z.device.type == "cuda":
-        from fastvae.kernels import total_correlation as kernels
+    if runs_on_triton(backend, z):
+        import fastvae.kernels.total_correlation as kernels
 
         *_, joint, marginals = kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), offset)
         return joint, marginals
@@ -74,11 +65,11 @@ def _fake_forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offs
 
 @torch.library.custom_op("fastvae::total_correlation_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def backward_op(*args: Any) -> Gradients:
-    """dz (N, D), dμ and dlogvar (M, D), in the dtype of z; a gradient not asked for is empty."""
+    """dz (N, D), dμ and dlogvar (M, D), in the dtype of z. A gradient not asked for is empty."""
     a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, backend, z_grad, posterior_grad = args
     weights = log_weights(mu.shape[0], dataset_size, stratified)
-    if backend == "triton" or z.device.type == "cuda":
-        from fastvae.kernels import total_correlation as kernels
+    if runs_on_triton(backend, z):
+        import fastvae.kernels.total_correlation as kernels
 
         return _wanted(z, kernels.backward((a, b), z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
     with without_autocast(z.device):
@@ -127,13 +118,13 @@ forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("fastvae::kl_decomposition", mutates_args=(), schema=TERMS_SCHEMA)
 def terms_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    """The terms of (4), of z, μ and logvar (N, D), and what `forward_op` returns of them, which is no output to differentiate."""
+    """The terms of (4) for z, μ and logvar (N, D), and the results of `forward_op`, which are not differentiable here."""
     return _terms(z, mu, logvar, dataset_size, stratified, backend)
 
 
 def _terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    if backend == "triton" or z.device.type == "cuda":
-        from fastvae.kernels import total_correlation as kernels
+    if runs_on_triton(backend, z):
+        import fastvae.kernels.total_correlation as kernels
 
         return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
     joint, marginals = _densities(z, mu, logvar, dataset_size, 0, stratified, backend)
@@ -150,19 +141,19 @@ def _fake_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, strati
 
 @torch.library.custom_op("fastvae::kl_decomposition_backward", mutates_args=(), schema=TERMS_BACKWARD_SCHEMA)
 def terms_backward_op(*args: Any) -> Gradients:
-    """dz, dμ and dlogvar (N, D), in the dtype of z; a gradient not asked for is empty. A term without a gradient has None."""
+    """dz, dμ and dlogvar (N, D), in the dtype of z. A gradient not asked for is empty; that of a term is None if it has none."""
     return _terms_gradients(*args)
 
 
 def _plain_or_op(*args: Any) -> Gradients:
-    return cast(Gradients, terms_backward_op(*args)) if checks.needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
+    return cast(Gradients, terms_backward_op(*args)) if needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
 
 
 def _terms_gradients(*args: Any) -> Gradients:
     *upstream, z, mu, logvar, joint, marginals, dataset_size, stratified, backend, z_grad, posterior_grad = args
     weights = log_weights(z.shape[0], dataset_size, stratified)
-    if backend == "triton" or z.device.type == "cuda":
-        from fastvae.kernels import total_correlation as kernels
+    if runs_on_triton(backend, z):
+        import fastvae.kernels.total_correlation as kernels
 
         return _wanted(z, kernels.backward(upstream, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad))
     with without_autocast(z.device):
@@ -173,50 +164,6 @@ def _terms_gradients(*args: Any) -> Gradients:
 def _fake_terms_backward(*args: Any) -> Gradients:
     z, mu, z_grad, posterior_grad = args[3], args[4], args[-2], args[-1]
     return _fake_gradients(z, mu, z_grad, posterior_grad)
-
-
-def apply_total_correlation(*args: Any) -> KLDecomposition:
-    """The terms, differentiable; arguments of `torch.ops.fastvae.kl_decomposition`."""
-    # Outside of the compiler always by way of the Function, which refuses forward-mode derivatives: the op would drop them.
-    if torch.compiler.is_compiling():
-        return KLDecomposition(*compiled_op("total_correlation", terms_op, *args)[:3])
-    function = TotalCorrelation if checks.needs_dispatcher(*args[:3]) else _PlainTotalCorrelation
-    return KLDecomposition(*function.apply(*args)[:3])  # type: ignore[no-untyped-call]
-
-
-class TotalCorrelation(torch.autograd.Function):
-    """The terms and their densities; arguments of `torch.ops.fastvae.kl_decomposition`."""
-
-    generate_vmap_rule = True
-    jvp = no_forward_mode("total_correlation")
-
-    @staticmethod
-    def forward(*args: Any) -> Terms:
-        return cast(Terms, terms_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
-        _setup_terms(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _terms_backward(ctx, *grads)
-
-
-class _PlainTotalCorrelation(torch.autograd.Function):
-    """`TotalCorrelation` without `setup_context` and the dispatcher."""
-
-    jvp = TotalCorrelation.jvp
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Terms:
-        result = _terms(*args)
-        _setup_terms(ctx, args, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _terms_backward(ctx, *grads)
 
 
 def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
@@ -230,6 +177,11 @@ def _terms_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return *_gradients(_plain_or_op, grads[:3], ctx, (ctx.dataset_size, ctx.stratified, ctx.backend)), None, None, None
 
 
-terms_op.register_autograd(_terms_backward, setup_context=_setup_terms)
 for op in (forward_op, backward_op, terms_op, terms_backward_op):
     vmap_by_loop(op)
+_apply = differentiable("TotalCorrelation", "total_correlation", 3, terms_op, _terms, _setup_terms, _terms_backward)
+
+
+def apply_total_correlation(*args: Any) -> KLDecomposition:
+    """The terms, differentiable. Arguments of `torch.ops.fastvae.kl_decomposition`."""
+    return KLDecomposition(*_apply(*args)[:3])

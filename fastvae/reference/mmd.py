@@ -6,7 +6,7 @@ With k the kernel and sample weights p (N,), q (M,), each summing to one (1/N an
     unbiased  the first two sums over i ≠ j only, divided by 1 − Σ_i p_i² and 1 − Σ_i q_i²                          (2)
               (for equal weights: Σ_{i≠j} k / (N(N−1)), the usual U-statistic)
 
-Against the standard normal, with both expectations over the prior in closed form (`fastvae.radial`):
+Against the standard normal, with both expectations over the prior in closed form (`fastvae.kernel_sums`):
 
     MMD² = Σ_ij p_i p_j k(x_i, x_j) − 2·Σ_i p_i E_y k(x_i, y) + E_{y,y'} k(y, y')                                   (3)
 
@@ -73,7 +73,7 @@ def bandwidths(x: Tensor, bandwidth: float | Sequence[float] | Tensor, weights: 
 
 
 def _vector(x: Tensor, values: float | Sequence[float] | Tensor) -> Tensor:
-    """In the dtype and on the device of x, to which constants go as arguments of a fill: a GPU would be waited for to copy them."""
+    """In the dtype and on the device of x. On a GPU constants are filled in, as the host would wait for a copy."""
     if x.device.type != "cpu" and not (isinstance(values, Tensor) and (values.device == x.device or _is_traced(values))):
         if isinstance(values, (Tensor, np.ndarray)):
             values = values.reshape(-1).tolist()
@@ -83,12 +83,12 @@ def _vector(x: Tensor, values: float | Sequence[float] | Tensor) -> Tensor:
 
 
 def _is_traced(t: Tensor) -> bool:
-    """Whether something follows what becomes of t, for a gradient or a graph."""
+    """Whether operations on t are recorded, for a gradient or a graph."""
     return t.requires_grad or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def kernel_matrix(x: Tensor, y: Tensor, h: Tensor, a: Tensor, kernel: str | Kernel) -> Tensor:
-    """Σ_b a_b·k_b(x_i, y_j), shape (..., N, M), of x (..., N, D) and y (..., M, D)."""
+    """Σ_b a_b·k_b(x_i, y_j), shape (..., N, M), for x (..., N, D) and y (..., M, D)."""
     kernel = KERNEL_NAMES[kernel] if isinstance(kernel, str) else kernel
     x, y = x[..., :, None, :], y[..., None, :, :]
     pairs = (x - y).square().sum(-1) if kernel.radial else (x * y).sum(-1)
@@ -116,5 +116,5 @@ def _linear(x: Tensor, y: Tensor, h: Tensor, a: Tensor, kernel: str | Kernel) ->
     even, odd = ((x[..., start:rows:2, None, :], y[..., start:rows:2, None, :]) for start in (0, 1))
     pairs = [(even[0], odd[0], 1), (even[1], odd[1], 1), (even[0], odd[1], -1), (odd[0], even[1], -1)]
     mean = sum((sign * kernel_matrix(u, v, h, a, kernel) for u, v, sign in pairs), start=x.new_zeros(())).mean((-3, -2, -1))
-    # nan where a row is not finite: a kernel that vanishes at infinity would hide it, and an odd last row is in no pair.
+    # nan if a row is not finite: a kernel that vanishes at infinity would hide it, and an odd last row is in no pair.
     return mean * (1 + (0 * x).sum((-2, -1)) + (0 * y).sum((-2, -1)))

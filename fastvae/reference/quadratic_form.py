@@ -6,8 +6,8 @@ Its gradient from the upstream A, with B = A + Aᵀ:
 
     z_i: Σ_{j≠i} (v_i·B·v_jᵀ)·∂k(z_i, z_j)/∂z_i                                                                    (2)
 
-With columns of signs, its diagonal holds the permuted statistics of a two-sample test. With the weights of groups of rows as the columns
-of v it holds the sums of the MMD of each pair of groups, with O_gh = Σ_i v_ig·k(z_i, z_i)·v_ih, P = vᵀv and t_g = Σ_i v_ig:
+If the columns of v are signs, its diagonal holds the permuted statistics of a two-sample test. If they are the weights of groups of rows,
+it holds the sums for the MMD of each pair of groups, with O_gh = Σ_i v_ig·k(z_i, z_i)·v_ih, P = vᵀv and t_g = Σ_i v_ig:
 
     MMD²_gh = w_g + w_h − c_gh − c_hg,   c_gh = (S + O)_gh/(t_g·t_h),   w_g = c_gg, unbiased S_gg/(t_g² − P_gg)     (3)
 """
@@ -35,21 +35,21 @@ def quadratic_form(
     kernel: checks.KernelName | Kernel = "rbf",
     diagonal: bool = False,
 ) -> Tensor:
-    """Dense S of z (N, D) and v (N, C), shape (C, C), or its diagonal, shape (C,). Memory O(N²·D)."""
+    """Dense S for z (N, D) and v (N, C), shape (C, C), or its diagonal, shape (C,). Memory O(N²·D)."""
     k = kernel_matrix(z, z, *bandwidths(z, bandwidth, bandwidth_weights), kernel)
     k = k * (1 - torch.eye(z.shape[0], dtype=z.dtype, device=z.device))
     return (v * (k @ v)).sum(0) if diagonal else v.T @ k @ v
 
 
 class GroupWeights(NamedTuple):
-    """What formula (3) takes of the weights of G groups: numbers alone, without gradient.
+    """The numbers that formula (3) takes from the weights of G groups. They have no gradient.
 
     Attributes:
         products: P, (G, G).
-        valid: which groups have two members or more, (G,).
-        pairs: which pairs are of two valid groups that differ, (G, G).
-        across, within: what c (G, G) and w (G,) are divided by, 1 for groups that are not valid.
-        unbiased: whether w leaves the pairs of a row with itself out.
+        valid: which groups have at least two members, (G,).
+        pairs: which pairs consist of two different valid groups, (G, G).
+        across, within: the divisors of c (G, G) and w (G,), 1 for groups that are not valid.
+        unbiased: whether w leaves out the pairs of a row with itself.
     """
 
     products: Tensor
@@ -61,7 +61,7 @@ class GroupWeights(NamedTuple):
 
     @staticmethod
     def of(total: Tensor, products: Tensor, members: Tensor, unbiased: bool) -> GroupWeights:
-        """From t (G,), P or, where all else is 0, its diagonal (G,), and the number of rows whose weight is not 0 (G,)."""
+        """From t (G,), P (G, G), or its diagonal (G,) if all else is 0, and the number of rows whose weight is not 0 (G,)."""
         valid = members >= 2
         total, products = total.where(valid, 1), torch.diag(products) if products.ndim == 1 else products
         across = total[:, None] * total
@@ -71,7 +71,7 @@ class GroupWeights(NamedTuple):
 
 
 def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Tensor | float:
-    """O (G, G) of formula (3) in float64, or if it is a multiple of P the factor."""
+    """O (G, G) of formula (3) in float64, or the factor if it is a multiple of P."""
     if kernel.radial:
         return kernel.value_at_zero * (weights.to(z.device).sum() if isinstance(weights, Tensor) else sum(weights))
     z, v = z.double(), v.double()
@@ -80,7 +80,7 @@ def pairs_with_self(z: Tensor, v: Tensor, kernel: Kernel, bandwidth: Numbers, we
 
 
 def pair_values(sums: Tensor, own: Tensor | float, weights: GroupWeights) -> Tensor:
-    """MMD² (G, G), formula (3), from S and O, (G, G) or a multiple of P, in float64; 0 where a group is not valid."""
+    """MMD² (G, G), formula (3), in float64, from S (G, G) and O as from `pairs_with_self`; 0 where a group is not valid."""
     if not isinstance(own, Tensor) or own.ndim == 0:
         own = own * weights.products
     across = (sums + own) / weights.across
@@ -89,7 +89,7 @@ def pair_values(sums: Tensor, own: Tensor | float, weights: GroupWeights) -> Ten
 
 
 def pair_upstreams(upstream: Tensor, weights: GroupWeights) -> Tensor:
-    """The gradient of `pair_values` to S from its upstream (G, G), and to O, but that unbiased its diagonal has none."""
+    """The gradient of `pair_values` to S, from its upstream (G, G). It is that to O too, whose diagonal has none if unbiased."""
     both = upstream.double().where(weights.pairs, 0)
     both = both + both.T
     return torch.diag(both.sum(0) / weights.within) - both / weights.across

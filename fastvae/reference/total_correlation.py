@@ -16,8 +16,8 @@ The sum of the three is mean_i (log q(z_i|n_i) − log p(z_i)), the KL divergenc
 
 (3) is unbiased for q(z) where the other N − 1 examples are drawn without replacement: each has an expected density
 A = Σ_{j≠i} q(z|j)/(K − 1), and ((N − 2)/(N − 1) + (K − N + 1)/(K·(N − 1)))·A = (K − 1)/K·A, to which the example itself adds q(z|i)/K.
-(2) underestimates q(z): its weights sum to 1/K and not to one. Code that writes w_ii and w_i,i+1 through a flat view of the weight matrix
-with the stride of its rows puts them into the first two columns; here they are where (3) has them.
+(2) underestimates q(z), as its weights sum to 1/K and not to one. Some implementations write w_ii and w_i,i+1 through a flat view of the
+weight matrix with the stride of its rows, which puts them into the first two columns; here they are where (3) has them.
 
 Backward, from the upstream a_i to log q(z_i) and b_id to log q(z_id):
 
@@ -40,7 +40,7 @@ from fastvae import checks
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-# log2 of the largest 1/σ: times it the difference of two codes is finite, and a σ under one over it is lost beside every μ but 0.
+# log2 of the largest 1/σ. A difference of two codes times it is finite, and a smaller σ is below the rounding of every μ but 0.
 LARGEST_ROOT = {torch.float64: 900.0, torch.float32: 100.0}
 
 
@@ -67,7 +67,7 @@ class LogWeights(NamedTuple):
 
 
 def log_weights(rows: int, dataset_size: int, stratified: bool) -> LogWeights:
-    """Of a batch of `rows` posteriors."""
+    """The log weights for a batch of `rows` posteriors."""
     if not stratified:
         return LogWeights(*[-math.log(rows) - math.log(dataset_size)] * 3)
     own, other = -math.log(dataset_size), -math.log(rows - 1)
@@ -96,7 +96,7 @@ def gaussian_log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def precision_root(logvar: Tensor) -> Tensor:
-    """1/σ, at most the largest: of z = μ, 0 times infinity would be nan."""
+    """1/σ, clamped to a finite number: for z = μ, 0 times infinity would be nan."""
     return (logvar * -0.5).clamp(max=LARGEST_ROOT[logvar.dtype] * math.log(2)).exp()
 
 

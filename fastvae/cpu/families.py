@@ -1,0 +1,155 @@
+"""Each kernel family on the CPU: φ and −φ' of a whole tile of pairs, in place. One class a family.
+
+A tile comes as one number for each pair, which the widest bandwidth determines: −t_0·exponent_scale of a radial kernel, √(2·t_0) of a
+function of the distance, t_0 of a kernel of x·y. Narrower bandwidths follow from it by their ratios γ_b/γ_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvae.kernel_sums import LOG2_E, HostKernelSum
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+
+
+class Exponentials(NamedTuple):
+    """In place: 2^t and exp(t) − 1 of t ≤ 0, and the square of such an exponential."""
+
+    exp2_: Callable[[Tensor], Tensor]
+    expm1_: Callable[[Tensor], Tensor]
+    square_: Callable[[Tensor], Tensor]
+
+
+_EXPONENTIALS = Exponentials(Tensor.exp2_, Tensor.expm1_, Tensor.square_)
+
+
+def _clamped(exponent: float) -> Exponentials:
+    """Exponentials are clamped so that they and their squares are at least 2^exponent."""
+    least = 2 ** (exponent / 2)
+    return Exponentials(lambda t: t.clamp_(min=exponent).exp2_(), Tensor.expm1_, lambda power: power.clamp_(min=least).square_())
+
+
+# Denormal numbers are a hundred times slower. They begin at these exponents; clamped at 0.8 of them, products with weights and points are
+# normal too. The clamp is worth its time only where the farthest pairs of a tile are beyond 2.5 times these exponents: for normal samples
+# few pairs are more than a third as far.
+_DENORMAL_EXPONENT = {torch.float32: -126.0, torch.float64: -1022.0}
+_CLAMPED = {dtype: _clamped(0.8 * exponent) for dtype, exponent in _DENORMAL_EXPONENT.items()}
+_CLAMP_FROM = 2.5
+
+
+def exponentials(farthest: float, dtype: torch.dtype) -> Exponentials:
+    """For exponents, to base 2, down to −farthest."""
+    return _CLAMPED[dtype] if _CLAMP_FROM < farthest / -_DENORMAL_EXPONENT[dtype] < math.inf else _EXPONENTIALS
+
+
+@dataclass(frozen=True)
+class TileEvaluator:
+    """Evaluates one bandwidth after another of a sum of kernels over a tile. A subclass for each family, made by `tile_evaluator`.
+
+    Attributes:
+        squarings, subtract_constant: as in `HostKernelSum`.
+        exponent_scale: by which the exponent of a tile is multiplied.
+        neg_dphi_is_value: −φ' = φ, so that no second tile is needed.
+    """
+
+    kernel: Kernel
+    squarings: tuple[int, ...]
+    subtract_constant: tuple[int, ...]
+    exponent_scale: float = 1.0
+
+    neg_dphi_is_value: ClassVar[bool] = False
+
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        """Writes k_n, or k_n − φ(0) where that is subtracted, into `out`; returns −φ'(t_n), or φ'(t_n) for a kernel of x·y.
+
+        On entry `out` holds k_{n−1}, or is `exponent` itself. The result is in `neg_dphi`; it is `out` where −φ' = φ, from both of which
+        φ(0) is then subtracted.
+        """
+        raise NotImplementedError
+
+
+class _RBFEvaluator(TileEvaluator):
+    neg_dphi_is_value = True
+
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        subtract, squarings = self.subtract_constant[n], self.squarings[n]
+        if squarings:
+            if self.subtract_constant[n - 1] and not subtract:
+                out.add_(1)
+            for _ in range(squarings):
+                # (1 + e)² − 1 = e·(e + 2)
+                out.mul_(out + 2) if subtract else functions.square_(out)
+            return out
+        if out is not exponent:
+            torch.mul(exponent, ratio if subtract == self.subtract_constant[0] else ratio * LOG2_E, out=out)
+        return functions.expm1_(out) if subtract else functions.exp2_(out)
+
+
+class _RationalQuadraticEvaluator(TileEvaluator):
+    kernel: RationalQuadratic
+
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        alpha = self.kernel.alpha
+        torch.mul(exponent, -ratio / alpha, out=out)
+        if alpha == 1:
+            torch.add(out, 1, out=neg_dphi).pow_(-2)
+        else:
+            # log1p, as the rounding of 1 + t/α would be multiplied by a large α.
+            functions.exp2_(torch.log1p(out, out=neg_dphi).mul_(-(alpha + 1) * LOG2_E))
+        if self.subtract_constant[n]:
+            functions.expm1_(out.log1p_().mul_(-alpha))
+        else:
+            out.add_(1).mul_(neg_dphi)
+        return neg_dphi
+
+
+class _LaplaceEvaluator(TileEvaluator):
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        torch.mul(exponent, -LOG2_E * ratio**0.5, out=out)
+        functions.exp2_(neg_dphi.copy_(out)).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
+        functions.expm1_(out.div_(LOG2_E)) if self.subtract_constant[n] else functions.exp2_(out)
+        return neg_dphi
+
+
+class _EnergyEvaluator(TileEvaluator):
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        torch.mul(exponent, -(ratio**0.5), out=out)
+        return torch.reciprocal(out, out=neg_dphi).neg_().masked_fill_(out == 0, 0)
+
+
+class _PolynomialEvaluator(TileEvaluator):
+    kernel: Polynomial
+
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+        t, (highest, *others) = torch.mul(exponent, ratio, out=neg_dphi), self.kernel.powers
+        out.fill_(highest[1])
+        for _, coefficient in others:
+            out.mul_(t).add_(coefficient)
+        out.mul_(t)
+        if not self.subtract_constant[n]:
+            out.add_(self.kernel.value_at_zero)
+        return t.add_(self.kernel.coef0).pow_(highest[0] - 1).mul_(highest[0])
+
+
+_EVALUATORS: dict[type[Kernel], type[TileEvaluator]] = {
+    RBF: _RBFEvaluator,
+    RationalQuadratic: _RationalQuadraticEvaluator,
+    Laplace: _LaplaceEvaluator,
+    Energy: _EnergyEvaluator,
+    Polynomial: _PolynomialEvaluator,
+}
+
+
+def tile_evaluator(host_sum: HostKernelSum) -> TileEvaluator:
+    kernel, subtract_constant = host_sum.kernel, host_sum.subtract_constant
+    if type(kernel) not in _EVALUATORS:
+        raise NotImplementedError(f"kernel {kernel.name!r} must have an evaluator in fastvae/cpu/families.py")
+    # exp2 takes a quarter to a half of the time of exp, depending on the processor. expm1 has no counterpart to base 2.
+    exponent_scale = LOG2_E if kernel.is_exponential and not subtract_constant[0] else 1.0
+    return _EVALUATORS[type(kernel)](kernel, host_sum.squarings, subtract_constant, exponent_scale)
