@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that the tests run in, with one thread each.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: train test lint clean
+.PHONY: train test check lint clean
 
 # Where Linux has no NVIDIA GPU, a CPU build of PyTorch spares gigabytes of CUDA. pip takes it if one of its indexes has it
 # (PIP_EXTRA_INDEX_URL adds one), else uv, which knows PyTorch's own index by name. Without either, pip takes its default build.
@@ -33,7 +36,11 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# For the quick loop: without the tests that take seconds and without those in Triton's interpreter.
+check: lint
+	$(PYTEST) -m "not slow and not interpreter"
 
 # The site, in build/docs.
 .PHONY: docs

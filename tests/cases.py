@@ -187,6 +187,11 @@ def assert_close(actual, expected, tolerance: tuple[float, float, float], n: int
         assert error <= grad_rtol * norm + absolute, f"gradient off by {error:.1e} of {norm:.1e}"
 
 
+def gradcheck(function, points, backend: str | None) -> bool:
+    """PyTorch's, of the whole Jacobian; in Triton's interpreter, which is slow, along random directions."""
+    return torch.autograd.gradcheck(function, points, fast_mode=backend == "triton" and DEVICE == "cpu")
+
+
 def evaluate(function, *points: Tensor, **options):
     """Value and gradients to the points."""
     points = tuple(t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in points)

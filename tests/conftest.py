@@ -3,6 +3,10 @@
 import os
 import warnings
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: one thread each, and one in each process that a test starts.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 if not torch.cuda.is_available():
@@ -15,8 +19,26 @@ from fastvae.checks import triton_interpreter
 
 if triton_interpreter():
     from benchmarks.interpreter import emulate_tf32
+    from tests import fast_interpreter
 
     emulate_tf32()
+    fast_interpreter.speed_up()
+
+
+# Seconds of a processor that a test may take before it has to be marked as slow, with room for slower machines.
+FAST = 10.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """`make check` stays quick: a test that is in it and takes long fails."""
+    before = sum(os.times()[:4])
+    result = yield
+    seconds = sum(os.times()[:4]) - before
+    left_out = any(item.get_closest_marker(name) for name in ("slow", "interpreter"))
+    if seconds > FAST and not left_out and not torch.cuda.is_available():
+        pytest.fail(f"{item.name} takes {seconds:.0f} s of a processor: mark it as slow", pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

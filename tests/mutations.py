@@ -322,7 +322,7 @@ def run(fault: Fault) -> tuple[str, float]:
         path = copy / fault.path
         path.write_text(path.read_text().replace(fault.old, fault.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests]
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     # 1: tests failed. Others: none was selected, or pytest itself could not run.
     outcome = {0: "survived", 1: "found"}.get(result.returncode, f"pytest ended with {result.returncode}")
@@ -332,7 +332,7 @@ def run(fault: Fault) -> tuple[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults whose names begin so; all by default")
-    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time, each with one thread")
     arguments = parser.parse_args()
     faults = [fault for fault in FAULTS if not arguments.names or fault.name.startswith(tuple(arguments.names))]
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from tests.processes import context
+
 TIMEOUT = datetime.timedelta(seconds=120)
 
 
 def run_on_ranks(functions, world, folder, *args):
     """Each of `functions`, one after the other in the same processes, with (rank, world, *args)."""
-    multiprocessing.spawn(_run, (functions, world, str(folder), args), nprocs=world)
+    multiprocessing.start_processes(_run, (functions, world, str(folder), args), nprocs=world, start_method=context.get_start_method())
 
 
 def _run(rank, functions, world, folder, args):

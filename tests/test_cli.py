@@ -38,9 +38,16 @@ def fastvae(folder, *args, code=0):
 
 
 @pytest.fixture
-def inside(tmp_path, monkeypatch, capfd):
+def pictures():
+    """A test that asks for it has runs that draw theirs, which takes longer than most of them."""
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capfd, request):
     """The same in this process, in `tmp_path`: importing Lightning takes longer than most of these runs."""
     monkeypatch.chdir(tmp_path)
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(Pictures, "on_train_end", lambda *_: None)
     for name in ("lightning.fabric", "lightning.pytorch"):  # their handler keeps the stream of the test that imported them
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -67,7 +74,7 @@ def files(folder):
 
 
 @pytest.mark.slow
-def test_fit_test_and_resume(tmp_path):
+def test_fit_test_and_resume(tmp_path, inside):
     out, err = fastvae(tmp_path, "fit", *SMALL, "--trainer.max_epochs", "2")
     run = tmp_path / "runs" / "mmd_vae" / "version_0"
     assert str(run) in out
@@ -78,13 +85,13 @@ def test_fit_test_and_resume(tmp_path):
         assert imread(run / name).std() > 0.01
     first = files(run)
 
-    out, _ = fastvae(tmp_path, "test")
+    out, _ = inside("test")
     assert "mutual information I(x; z), nats" in out
     folder = tmp_path / "runs" / "mmd_vae" / "test_0"
     assert (folder / "metrics.csv").is_file()
     assert json.loads((folder / "test.json").read_text())["test/evaluation_size"] == 359
 
-    out, err = fastvae(tmp_path, "fit", "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    out, err = inside("fit", "--ckpt_path", "last", "--trainer.max_epochs", "3")
     assert "version_1" in out
     assert "warn" not in (out + err).lower()
     epochs = [line.split(",")[0] for line in (tmp_path / "runs" / "mmd_vae" / "version_1" / "metrics.csv").read_text().splitlines()[1:]]
@@ -99,7 +106,7 @@ def test_a_wrong_call_leaves_the_process_with_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_configuration_file_and_own_data(tmp_path, inside):
+def test_configuration_file_and_own_data(tmp_path, inside, pictures):
     folder = tmp_path / "mine"
     folder.mkdir()
     np.savez(folder / "mine.npz", images=np.random.default_rng(0).integers(0, 256, (60, 9, 11), dtype=np.uint8))
@@ -377,7 +384,7 @@ def test_one_callback_by_its_name_and_a_run_that_averages_weights_goes_on(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_precision_from_fit_to_pictures(tmp_path, inside, precision):
+def test_precision_from_fit_to_pictures(tmp_path, inside, pictures, precision):
     inside("fit", *QUICK, "--trainer.precision", precision)
     run = tmp_path / "runs" / "mmd_vae" / "version_0"
     assert {file.name for file in run.iterdir()} >= set(PICTURES)
@@ -388,7 +395,7 @@ def test_precision_from_fit_to_pictures(tmp_path, inside, precision):
 
 
 @pytest.mark.slow
-def test_without_a_logger_and_without_checkpoints(tmp_path, inside):
+def test_without_a_logger_and_without_checkpoints(tmp_path, inside, pictures):
     out, _ = inside("fit", *QUICK, "--trainer.logger", "false", "--name", "quiet")
     run = tmp_path / "runs" / "quiet" / "version_0"
     assert {file.name for file in run.iterdir()} == {*PICTURES, "config.yaml", "checkpoints"}
@@ -539,7 +546,7 @@ def test_every_configuration_is_valid(inside, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(PACKAGED.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_configuration_trains(tmp_path, inside, config):
+def test_every_configuration_trains(tmp_path, inside, pictures, config):
     """Its own network and loss, on a few made-up data of the shape and the file names that it asks for."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -570,7 +577,7 @@ def test_every_configuration_trains(tmp_path, inside, config):
 
 
 @pytest.mark.slow
-def test_a_table_from_fit_to_export(tmp_path, inside):
+def test_a_table_from_fit_to_export(tmp_path, inside, pictures):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(120, 5)))
     config = PACKAGED / "table.yaml"
     quick = ["--trainer.max_epochs", "2", "--model.hidden", "[8]", "--model.latent_dim", "2", "--data.batch_size", "40"]

@@ -76,6 +76,7 @@ FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "near_
 FLOATS |= {"factor_high", "factor_middle", "factor_low"}
 FLOAT64 |= {"upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
 
+compiled = []
 # family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
 for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
     (pairs.GAUSSIAN.value, 0, 1, 2, False, False, False, False, 0, SPLIT, SPLIT_TF32),
@@ -119,6 +120,10 @@ for family, parameters, count, samples, x_weighted, y_weighted, double, on_devic
         own_constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"num_warps": warps}
         if kernel in (prepare.near_pairs_kernel, quadratic_form.form_kernel):
             own_constants["BLOCK_N"] = 16
+        # Not every kernel depends on all of these.
+        if (case := (kernel, types, own_constants)) in compiled:
+            continue
+        compiled.append(case)
         binary = compile_kernel(kernel, types, own_constants, 90)
         assert binary.stack == binary.local == 0, (kernel, family, binary.registers)
 """

@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 from fastvae import distributed
 from fastvae.distributed import gather, gather_rows
+from tests.processes import context
 from tests.ranks import run_on_ranks
 
 # Rows of each rank: ranks differ, and one has a single row.
@@ -306,7 +306,6 @@ def test_on_two_ranks(check, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_stops_the_others_with_an_error(tmp_path):
-    context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=lose_a_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for rank in ranks:
         rank.start()

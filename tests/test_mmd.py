@@ -22,6 +22,7 @@ from tests.cases import (
     assert_close,
     evaluate,
     expected,
+    gradcheck,
     needs_cpu,
     needs_triton,
     one_thread,
@@ -347,8 +348,8 @@ def test_a_value_that_is_not_finite_gives_nan(backend, value, where):
 def test_gradcheck(backend, bandwidth, estimator):
     x, y = (torch.randn(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for rows in (4, 3))
     options = {"bandwidth": bandwidth, "estimator": estimator, "backend": backend}
-    assert torch.autograd.gradcheck(lambda x, y: fastvae.mmd(x, y, **options), (x, y))
-    assert torch.autograd.gradcheck(lambda x: fastvae.mmd_to_normal(x, **options), (x,))
+    assert gradcheck(lambda x, y: fastvae.mmd(x, y, **options), (x, y), backend)
+    assert gradcheck(lambda x: fastvae.mmd_to_normal(x, **options), (x,), backend)
 
 
 @needs_triton
@@ -360,7 +361,7 @@ def test_gradcheck_by_differences():
     )
     x, y = x.requires_grad_(), y.requires_grad_()
     for backend in ("cpu", "triton") if DEVICE == "cpu" else ("triton",):
-        assert torch.autograd.gradcheck(lambda x, y, backend=backend: fastvae.mmd(x, y, bandwidth=0.2, backend=backend), (x, y))
+        assert gradcheck(lambda x, y, backend=backend: fastvae.mmd(x, y, bandwidth=0.2, backend=backend), (x, y), backend)
 
 
 def test_only_the_wanted_gradients(monkeypatch):
@@ -382,7 +383,7 @@ def test_only_the_wanted_gradients(monkeypatch):
 def test_gradcheck_of_every_kernel(backend, kernel):
     x, y = (torch.randn(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for rows in (4, 3))
     for bandwidth in ((1.5,), (0.8, 1.7)):
-        assert torch.autograd.gradcheck(lambda x, y, h=bandwidth: fastvae.mmd(x, y, bandwidth=h, kernel=kernel, backend=backend), (x, y))
+        assert gradcheck(lambda x, y, h=bandwidth: fastvae.mmd(x, y, bandwidth=h, kernel=kernel, backend=backend), (x, y), backend)
 
 
 @pytest.mark.parametrize("estimator", ["biased", "unbiased", "linear"])
@@ -426,6 +427,7 @@ def test_batch_dimensions():
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("scales", [(1e-3, 1.0, 30.0), (30.0, 1.0, 1e-3)])
 @pytest.mark.parametrize(("kernel", "weighted"), [("rbf", False), ("laplace", True), ("polynomial", False)])
 def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, monkeypatch):
@@ -512,6 +514,7 @@ def test_triton_gradient_to_bandwidths_alone(wanted):
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("kernel", "bandwidth"), [("rbf", 1.5), ("rbf", 15.0), ("laplace", 1.5), ("polynomial", 1.5)])
 def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
@@ -545,6 +548,7 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
+@pytest.mark.interpreter
 def test_a_batch_of_more_than_one_launch(monkeypatch):
     from fastvae.ops import mmd_problem
 

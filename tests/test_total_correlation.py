@@ -134,6 +134,7 @@ def test_one_row(backend):
 
 
 @needs_cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(1100, 3), (600, 40), (150, 300), (1030, 1)], ids=str)
 def test_several_tiles(shape, estimator):

@@ -5,8 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,7 @@ from fastvae.training.checkpoints import (
 from fastvae.training.command import NEWEST_TWO
 from fastvae.training.data import ImageData
 from fastvae.training.module import ImageVAE
+from tests.processes import start
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -101,6 +100,7 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step == self.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"validation": 0}, {"val_check_interval": 2}, {"accumulate_grad_batches": 3}, {"limit_train_batches": 3}],
@@ -222,28 +222,6 @@ def test_what_is_not_a_whole_checkpoint(tmp_path):
     assert not is_whole(tmp_path)
 
 
-FIT = """
-import os, signal, sys, torch
-from pathlib import Path
-from fastvae.training import command
-
-at, number, *args = sys.argv[1:]
-at, _, rank = at.partition(" of rank ")
-
-class RandomState(command.RandomState):
-    def on_train_batch_start(self, trainer, *others):
-        super().on_train_batch_start(trainer, *others)
-        if f"step{trainer.global_step}" == at and rank in ("", str(trainer.global_rank)):
-            if number == "full disk":
-                Path.open = lambda path, *mode: open("/dev/full", *mode)
-            else:
-                os.kill(os.getpid(), int(number))
-
-command.RandomState = RandomState
-code = command.run(args)
-assert not torch.distributed.is_initialized()
-sys.exit(code)
-"""
 OPTIONS = {
     "data": "name digits batch_size 360 binarisation dynamic",
     "model": "latent_dim 2 hidden [8] diagnostics_size 50 objective beta_vae kl_schedule cosine kl_schedule_steps 6",
@@ -255,25 +233,7 @@ for group, words in OPTIONS.items():
     SMALL += [word for name, value in zip(names, values, strict=True) for word in (f"--{group}.{name}", value)]
 
 
-def start(folder, *args, at="never", number=signal.SIGKILL, script=("-c", FIT)):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    line = [sys.executable, *script, at, number if isinstance(number, str) else str(int(number)), "fit", *args]
-    return subprocess.Popen(line, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
 SEVERAL = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
-
-
-def start_several(folder, *args, **options):
-    """On two processes, of which Lightning starts the second with the script and the arguments of the first."""
-    (folder / "fit.py").write_text(FIT.replace("import os", "import sys; sys.path.pop(0); import os", 1))
-    return start(folder, *args, script=["fit.py"], **options)
-
-
-def end(process):
-    """(exit status, what it said)"""
-    _, err = process.communicate(timeout=300)
-    return process.returncode, err
 
 
 def last_weights(folder):
@@ -284,17 +244,17 @@ def last_weights(folder):
 @pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     runs = tmp_path / "runs"
-    assert end(start(tmp_path, *SMALL, "--name", "full"))[0] == 0
+    assert start(tmp_path, *SMALL, "--name", "full").end()[0] == 0
     full = last_weights(runs / "full")
 
     def resume(name):
-        code, err = end(start(tmp_path, "--ckpt_path", "last", "--name", name))
+        code, err = start(tmp_path, "--ckpt_path", "last", "--name", name).end()
         assert code == 0, err
         weights = last_weights(runs / name)
         assert all(torch.equal(full[key], weights[key]) for key in full), name
         return err
 
-    assert end(start(tmp_path, *SMALL, "--name", "killed", at="step5"))[0] == -signal.SIGKILL
+    assert start(tmp_path, *SMALL, "--name", "killed", at="step5").end()[0] == -signal.SIGKILL
     newest, before = newest_first(runs / "killed" / "version_0" / "checkpoints")
     assert [newest.name, before.name] == ["epoch=0-step=4.ckpt", "step=3.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-1000])
@@ -305,12 +265,12 @@ def test_killed_and_resumed(tmp_path):
     assert f"warning: {str(newest.relative_to(tmp_path))!r} is not a complete checkpoint, using the one before it" in resume("killed")
 
     # The signal comes in the last step of an epoch, and is heeded in the validation after it.
-    code, err = end(start(tmp_path, *SMALL, "--name", "stopped", at="step3", number=signal.SIGTERM))
+    code, err = start(tmp_path, *SMALL, "--name", "stopped", at="step3", event=signal.SIGTERM).end()
     assert code == 0
     assert err.splitlines()[-1].startswith(f"stopped by SIGTERM at step 4; to resume: fastvae fit --ckpt_path {runs}/stopped/version_0/")
     assert "warn" not in resume("stopped").lower()
 
-    code, err = end(start(tmp_path, *SMALL, "--name", "interrupted", at="step2", number=signal.SIGINT))
+    code, err = start(tmp_path, *SMALL, "--name", "interrupted", at="step2", event=signal.SIGINT).end()
     assert code == 130
     assert err.splitlines()[-1].startswith(f"stopped by Ctrl-C at step 3; to resume: fastvae fit --ckpt_path {runs}/interrupted/version_0/")
     assert "Traceback" not in err
@@ -323,13 +283,13 @@ def test_stopped_early_and_resumed(tmp_path):
     # No loss falls by 10,000 nats: after the first measurement two more are waited for.
     early = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", "2"]
     early += ["--trainer.callbacks.min_delta", "1e4", "--trainer.max_epochs", "9"]
-    code, err = end(start(tmp_path, *SMALL, *early, "--name", "full"))
+    code, err = start(tmp_path, *SMALL, *early, "--name", "full").end()
     assert code == 0, err
     [newest, before] = newest_first(runs / "full" / "version_0" / "checkpoints")[:2]
     assert [newest.name, before.name] == ["epoch=2-step=12.ckpt", "step=12.ckpt"]
     full = last_weights(runs / "full")
-    assert end(start(tmp_path, *SMALL, *early, "--name", "killed", at="step10"))[0] == -signal.SIGKILL
-    code, err = end(start(tmp_path, "--ckpt_path", "last", "--name", "killed"))
+    assert start(tmp_path, *SMALL, *early, "--name", "killed", at="step10").end()[0] == -signal.SIGKILL
+    code, err = start(tmp_path, "--ckpt_path", "last", "--name", "killed").end()
     assert code == 0, err
     assert "warn" not in err.lower()
     weights = last_weights(runs / "killed")
@@ -340,16 +300,16 @@ def test_stopped_early_and_resumed(tmp_path):
 def test_two_processes_killed_and_resumed(tmp_path):
     """To the bit, and no process group is left; where only one is killed the other one stops."""
     runs = tmp_path / "runs"
-    code, err = end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", "full"))
+    code, err = start(tmp_path, *SMALL, *SEVERAL, "--name", "full", several=True).end()
     assert code == 0, err
     full = last_weights(runs / "full")
     for name, at in {"both": "step3", "second": "step3 of rank 1", "first": "step3 of rank 0"}.items():
-        code, err = end(start_several(tmp_path, *SMALL, *SEVERAL, "--name", name, at=at))
+        code, err = start(tmp_path, *SMALL, *SEVERAL, "--name", name, at=at, several=True).end()
         assert code != 0
         # Lightning may kill the first one before it has said so.
         if name == "first" or code == 1:
             assert "error: all processes of the run must be alive, got no answer from another one" in err
-        code, err = end(start_several(tmp_path, "--ckpt_path", "last", "--name", name))
+        code, err = start(tmp_path, "--ckpt_path", "last", "--name", name, several=True).end()
         assert code == 0, err
         assert "warn" not in err.lower()
         weights = last_weights(runs / name)
@@ -359,7 +319,7 @@ def test_two_processes_killed_and_resumed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_stops_the_run_with_a_sentence_and_leaves_the_last_checkpoint(tmp_path):
-    code, err = end(start(tmp_path, *SMALL, "--name", "filled", at="step5", number="full disk"))
+    code, err = start(tmp_path, *SMALL, "--name", "filled", at="step5", event="full disk").end()
     assert code == 1
     assert "No space left on device" in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -370,7 +330,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_leaves_the_last_checkpoin
 
 @pytest.mark.slow
 def test_two_runs_at_once_have_a_folder_each(tmp_path):
-    for code, err in map(end, [start(tmp_path, *SMALL, "--name", "same") for _ in range(2)]):
+    for code, err in [run.end() for run in [start(tmp_path, *SMALL, "--name", "same") for _ in range(2)]]:
         assert code == 0, err
     folders = sorted(Path(tmp_path / "runs" / "same").iterdir())
     assert [folder.name for folder in folders] == ["version_0", "version_1"]

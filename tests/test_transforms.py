@@ -108,11 +108,13 @@ def test_first_derivatives_and_batches(transform, name, x):
     is_as_reference(ONCE_DIFFERENTIATED[transform], name, x)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_triton(name, x, interpreter_warnings):
     is_as_reference(ONCE_DIFFERENTIATED["vmap(grad)"], name, x, backend="triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("transform", COMPILED)
 def test_compiled(transform, name, x):
@@ -121,6 +123,7 @@ def test_compiled(transform, name, x):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("transform", COMPILED_DERIVATIVES)
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of PyTorch's own, where it leaves the graph within jacrev
