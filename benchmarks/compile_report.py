@@ -25,8 +25,8 @@ import torch
 import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
-from benchmarks.sass import Binary, compile_kernel, is_matrix
-from fastvae.kernels import kernel_matmul, mmd, pairs, prepare, reparameterize_kl, total_correlation
+from benchmarks.sass import Binary, argument_types, compile_kernel, is_matrix
+from fastvae.kernels import families, kernel_matmul, mmd, plan, products, reparameterize_kl, sums, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
@@ -72,9 +72,9 @@ class Sweep:
     within: bool
     bandwidths: int = 1
     weighted: bool = False
-    ladder: bool = True  # each bandwidth's k is the square of the one before
+    squared: bool = True  # each bandwidth's k is the square of the one before
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
-    finer: bool = False  # the pass of more exact products, for smaller bandwidths
+    second_pass: bool = False  # of more exact products, for smaller bandwidths
     batched: bool = False
     terms: bool = False  # the sums for derivatives to bandwidths and their weights
 
@@ -91,7 +91,7 @@ class Sweep:
             "within" if self.within else "across",
             f"bandwidths{self.bandwidths}",
         ]
-        parts += ["unrelated"] * (not self.ladder) + ["weighted"] * self.weighted + ["finer"] * self.finer
+        parts += ["unrelated"] * (not self.squared) + ["weighted"] * self.weighted + ["finer"] * self.second_pass
         parts += ["batched"] * self.batched
         return " ".join(parts + kernel_words(self.kernel))
 
@@ -184,7 +184,7 @@ def variants(architecture: int) -> Iterator[Variant]:
                         if architecture == 90 or ends:
                             yield Sweep(precision, dim, gradient, within, bandwidths)
     for gradient in (False, True):
-        yield Sweep("highest", 64, gradient, True, 5, weighted=True, ladder=False)
+        yield Sweep("highest", 64, gradient, True, 5, weighted=True, squared=False)
         for dim in (16, 64):
             yield Sweep("highest", dim, gradient, True, batched=True)
         for dtype in ("fp32", "fp64"):
@@ -212,16 +212,16 @@ def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
     """Every kernel, and the second pass of the RBF; a sum of energy or polynomial kernels is one of them."""
     kernels = RBF(), RationalQuadratic(2.3), Laplace(), RationalQuadratic(1.0), RationalQuadratic(0.5), Energy(), Polynomial()
     for kernel in kernels:
-        finer, many = isinstance(kernel, RBF), not isinstance(kernel, (Energy, Polynomial))
+        second_pass, many = isinstance(kernel, RBF), not isinstance(kernel, (Energy, Polynomial))
         if architecture == 90:
             for dim in (16, 64, 256):
-                yield Sweep("highest", dim, gradient, True, 5 if many else 1, ladder=False, kernel=kernel, finer=finer)
+                yield Sweep("highest", dim, gradient, True, 5 if many else 1, squared=False, kernel=kernel, second_pass=second_pass)
             if many:
-                yield Sweep("highest", 64, gradient, True, 1, ladder=False, kernel=kernel, finer=finer)
-            if gradient and not finer and kernel.radial:
+                yield Sweep("highest", 64, gradient, True, 1, squared=False, kernel=kernel, second_pass=second_pass)
+            if gradient and not second_pass and kernel.radial:
                 yield Differences("fp32", 16, gradient, 5 if many else 1, kernel)
         elif gradient and kernel in kernels[:3]:
-            yield Sweep("highest", 64, gradient, True, 5, ladder=False, kernel=kernel, finer=finer)
+            yield Sweep("highest", 64, gradient, True, 5, squared=False, kernel=kernel, second_pass=second_pass)
 
 
 def _terms(architecture: int) -> Iterator[Variant]:
@@ -235,8 +235,8 @@ def _terms(architecture: int) -> Iterator[Variant]:
     if architecture == 90:
         for dim in (16, 256):
             yield Sweep("highest", dim, False, True, 5, terms=True)
-        for weighted, finer, batched in ((True, False, False), (False, True, False), (False, False, True)):
-            yield Sweep("highest", 64, False, True, 5, weighted, finer=finer, batched=batched, terms=True)
+        for weighted, second_pass, batched in ((True, False, False), (False, True, False), (False, False, True)):
+            yield Sweep("highest", 64, False, True, 5, weighted, second_pass=second_pass, batched=batched, terms=True)
         for kernel in (RBF(), RationalQuadratic(1.0), RationalQuadratic(0.5), Energy(), Polynomial(), Polynomial(8)):
             yield Sweep("highest", 64, False, True, kernel=kernel, terms=True)
 
@@ -272,7 +272,7 @@ def quick(variant: Variant, architecture: int) -> bool:
         *(Sweep("highest", dim, True, True, 5) for dim in DIMS),
         Sweep("highest", 256, False, True, 5),
         Sweep("highest", 64, False, True, 5, terms=True),
-        *(Sweep("highest", 64, True, True, 5, ladder=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
+        *(Sweep("highest", 64, True, True, 5, squared=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
         *(Matmul(direction, "highest", 64, 64) for direction in ("forward", "backward")),
     }
     return variant in counted
@@ -280,7 +280,7 @@ def quick(variant: Variant, architecture: int) -> bool:
 
 def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
     if isinstance(variant, Sweep):
-        products = products_of(variant.kernel, variant.precision, finer=variant.finer)[1]
+        products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
         if variant.terms:
             return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
         plain = variant.kernel == RBF() and not variant.within and not variant.batched
@@ -360,51 +360,54 @@ def _powers(kernel: Kernel) -> bool:
 
 
 def _steep(kernel: Kernel) -> bool:
-    return pairs.family_of(kernel) == pairs.QUADRATIC_STEEP.value
+    return families.family_of(kernel).number == families.RATIONAL_QUADRATIC_LARGE.value
 
 
-def products_of(kernel: Kernel, precision: str, finer: bool = False, self_pairs: bool = False) -> tuple[int, str]:
-    """The constexpr MODE, and what `kernels.config` calls its products."""
-    mode = pairs.modes_of(kernel, "ieee" if precision == "float64" else precision, self_pairs)[int(finer)]
-    return mode, pairs.products_of(mode, torch.float64 if precision == "float64" else torch.float32)
+def products_of(kernel: Kernel, precision: str, second_pass: bool = False, self_pairs: bool = False) -> tuple[int, str]:
+    """The constexpr PRODUCT, and what `kernels.config` calls these products."""
+    family = families.family_of(kernel)
+    product = plan.precision_products(family, "ieee" if precision == "float64" else precision, self_pairs)[int(second_pass)]
+    return product, products.product_name(product, torch.float64 if precision == "float64" else torch.float32)
 
 
-def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architecture: int, mode: int, product: str, dim: int) -> Binary:
-    double = "float64" in variant.name or "fp64" in variant.name
-    names = mmd.sweep_kernel.arg_names
-    types = {name: "*fp64" if double else "*fp32" for name in names if name.endswith("_ptr")}
-    types |= {"hi_ptr": product, "lo_ptr": product, "plan_ptr": "*fp64"}
-    types |= {name: "i32" for name in names if name.islower() and not name.endswith("_ptr")}
-    ladder = variant.ladder if isinstance(variant, Sweep) else variant.kernel == RBF()
-    constants = {
-        "PLAN_SIZE": prepare.PLAN,
-        "TABLE": 4 * variant.bandwidths + pairs.parameter_count(variant.kernel),
-        "PASS": int(mode == pairs.DIFFERENCES.value or (isinstance(variant, Sweep) and variant.finer)),
-        "SAMPLES": 1 if variant.within else 2,
-        "BATCHED": isinstance(variant, Sweep) and variant.batched,
-        "GRADIENT": variant.gradient,
-        "TERMS": pairs.term_count(variant.kernel, config.bandwidths) if isinstance(config, TermsConfig) else 0,
-        "GROUPS": config.groups(variant.bandwidths) if isinstance(config, TermsConfig) else 1,
-        "WEIGHTED": isinstance(variant, Sweep) and variant.weighted,
-        "MODE": mode,
-        "FAMILY": pairs.family_of(variant.kernel),
-        "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": pairs.pack_squarings((0, *[int(ladder)] * (variant.bandwidths - 1))),
-        "D": dim,
+def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architecture: int, product: int, operand: str, dim: int) -> Binary:
+    scalar = "*fp64" if "float64" in variant.name or "fp64" in variant.name else "*fp32"
+    types = {
+        "inputs": mmd.Inputs(operand, operand, scalar, scalar, "*fp64", scalar),
+        "part_sums": mmd.PartSums(scalar, scalar, scalar),
+        "sizes": mmd.SweepSizes(*["i32"] * len(mmd.SweepSizes._fields)),
     }
-    return compile_kernel(mmd.sweep_kernel, types, constants | config.launch(), architecture)
+    sweep = variant if isinstance(variant, Sweep) else None
+    squared = variant.kernel == RBF() and (sweep is None or sweep.squared)
+    family = families.family_of(variant.kernel)
+    spec = mmd.SweepSpec(
+        TABLE=plan.table_size(family, variant.bandwidths),
+        PASS=int(product == products.DIFFERENCES.value or (sweep is not None and sweep.second_pass)),
+        SAMPLES=1 if variant.within else 2,
+        BATCHED=sweep is not None and sweep.batched,
+        GRADIENT=variant.gradient,
+        TERMS=sums.term_count(family, config.bandwidths) if isinstance(config, TermsConfig) else 0,
+        GROUPS=config.groups(variant.bandwidths) if isinstance(config, TermsConfig) else 1,
+        WEIGHTED=sweep is not None and sweep.weighted,
+        PRODUCT=product,
+        D=dim,
+        FAMILY=family,
+        BANDWIDTHS=variant.bandwidths,
+        SQUARINGS=sums.pack_squarings((0, *[int(squared)] * (variant.bandwidths - 1))),
+    )
+    return compile_kernel(mmd.sweep_kernel, types, {"SPEC": spec} | config.launch(), architecture)
 
 
 def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     dim = padded_dim(variant.dim, config)
-    mode, products = products_of(variant.kernel, variant.precision, finer=variant.finer)
-    product = _POINTER[products]
-    binary = _compile_sweep(variant, config, architecture, mode, product, dim)
+    product, products = products_of(variant.kernel, variant.precision, variant.second_pass)
+    operand = _POINTER[products]
+    binary = _compile_sweep(variant, config, architecture, product, operand, dim)
     ops = _inner_loop(binary, dim // config.block_k)
     work = _per_unit(ops, config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
     multiplied = _PRODUCTS[products] * (dim + (config.block_d if variant.gradient else 0))
-    width = {"*bf16": 2, "*fp32": 4, "*fp64": 8}[product] * (2 if products in ("highest", "tf32x3") else 1)
+    width = {"*bf16": 2, "*fp32": 4, "*fp64": 8}[operand] * (2 if products in ("highest", "tf32x3") else 1)
     loaded = width * dim / config.block_n
     if dim > config.block_k:
         loaded += width * dim / config.block_m + width * config.block_d / config.block_n * variant.gradient
@@ -419,7 +422,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
 
 def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
     dim = -(-variant.dim // 16) * 16
-    binary = _compile_sweep(variant, config, architecture, pairs.DIFFERENCES.value, f"*{variant.dtype}", dim)
+    binary = _compile_sweep(variant, config, architecture, products.DIFFERENCES.value, f"*{variant.dtype}", dim)
     blocks = dim // config.block_d
     work = _per_unit(_inner_loop(binary, dim), config.block_n * config.block_m / (32 * config.num_warps))
     repeats = blocks if variant.gradient else 1
@@ -432,42 +435,50 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
     fn = kernel_matmul.gradient_kernel if backward else kernel_matmul.matmul_kernel
     dim = config.padded(variant.dim, config.block_k, config.block_d)
     columns = config.padded(variant.columns, config.block_c)
-    mode, products = products_of(variant.kernel, variant.precision, self_pairs=True)
+    product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
     if variant.differences:
-        mode, products = pairs.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
+        product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
     scalar = "*fp64" if variant.precision == "float64" else "*fp32"
-    types = {name: scalar for name in fn.arg_names if name.endswith("_ptr")}
-    types |= {name: _POINTER[products] for name in types if name.endswith(("hi_ptr", "lo_ptr"))} | {"plan_ptr": "*fp64"}
-    types |= {name: "i32" for name in ("M", "first_y", "rows", "first_block") if name in fn.arg_names}
-    constants = {
-        "PASS": int(variant.differences),
-        "WITHIN": False,
-        "MODE": mode,
-        "FAMILY": pairs.family_of(variant.kernel),
-        "BANDWIDTHS": variant.bandwidths,
-        "SQUARINGS": pairs.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
-        "D": dim,
-        "C": columns,
-    }
-    binary = compile_kernel(fn, types, constants | config.launch(moments=backward), architecture)
+
+    def pick(name: str) -> str:
+        if name.endswith(("hi_ptr", "lo_ptr")):
+            return _POINTER[kind]
+        return "*fp64" if name == "plan_ptr" else scalar if name.endswith("_ptr") else "i32"
+
+    options = config.launch(moments=backward)
+    blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
+    spec = kernel_matmul.SweepSpec(
+        PRECISION_PASS=int(variant.differences),
+        WITHIN=False,
+        PRODUCT=product,
+        FAMILY=families.family_of(variant.kernel),
+        BANDWIDTHS=variant.bandwidths,
+        SQUARINGS=sums.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
+        D=dim,
+        C=columns,
+        **blocks,
+    )
+    binary = compile_kernel(fn, argument_types(fn, pick), {"SPEC": spec} | options, architecture)
     steps = dim if variant.differences else dim // config.block_k
     work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
     units = _cycles(work, gpu.fp64)
     kept = columns + config.block_d if backward else config.block_c
-    units["products"] = _PRODUCTS[products] * ((0 if variant.differences else dim) + kept) / _rate(products, gpu)
+    units["products"] = _PRODUCTS[kind] * ((0 if variant.differences else dim) + kept) / _rate(kind, gpu)
     repeats = dim // config.block_d if backward else columns // config.block_c
     return f"kernel_matmul.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
     fn = {"forward": reparameterize_kl.forward_kernel, "backward": reparameterize_kl.backward_kernel}[variant.direction]
-    types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")}
-    if variant.seeded:
-        types["noise_ptr"] = "*i64"
-    arrays = sum(type_ == f"*{variant.dtype}" for name, type_ in types.items() if name not in ("kl_ptr", "grad_kl_ptr"))
-    types |= {name: "*fp64" if variant.dtype == "fp64" else "*fp32" for name in ("kl_ptr", "grad_kl_ptr") if name in types}
-    types |= dict.fromkeys(("D", "stride_mu", "stride_logvar", "N"), "i32")
+
+    def pick(name: str) -> str:
+        if name == "kl_ptr":
+            return "*fp64" if variant.dtype == "fp64" else "*fp32"
+        return "*i64" if name == "noise_ptr" and variant.seeded else f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
+
+    types = argument_types(fn, pick)
+    arrays = {"forward": 4, "backward": 6}[variant.direction] - variant.seeded
     constants = {"SEEDED": variant.seeded, "PER_DIMENSION": False, **config.launch()}
     binary = compile_kernel(fn, types, constants, architecture)
     work = _per_unit(binary.code, config.block_n * config.block_d / (32 * config.num_warps))
@@ -478,16 +489,23 @@ def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
 
 
 def _density(variant: Density, config: DensityConfig, architecture: int) -> Described:
-    fn = getattr(total_correlation, f"{variant.direction}_kernel")
-    sizes = ("rows", "columns", "N", "M", "offset", "D", "BLOCKED_D")
-    types = {name: f"*{variant.dtype}" for name in fn.arg_names if name.endswith("_ptr")} | {n: "i32" for n in sizes if n in fn.arg_names}
-    types |= {name: "*fp64" for name in types if name == "sum_ptr"}
+    gradient = variant.direction in ("rows", "columns")
+    fn = total_correlation.gradient_kernel if gradient else getattr(total_correlation, f"{variant.direction}_kernel")
+
+    def pick(name: str) -> str:
+        return "*fp64" if name == "marginal_sum_ptr" else f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
+
+    types = argument_types(fn, pick)
+    if gradient:
+        pointer = f"*{variant.dtype}"
+        rows = variant.direction == "rows"
+        types["sums"] = total_correlation.PerInput(pointer, None, None) if rows else total_correlation.PerInput(None, pointer, pointer)
     dtype = torch.float64 if variant.dtype == "fp64" else torch.float32
     constants = {
+        "OF_ROWS": variant.direction == "rows",
         "STRATIFIED": variant.stratified,
         "LEAST_SUM": total_correlation.LEAST_SUM[dtype],
         "LOWEST": torch.finfo(dtype).min,
-        "UNIT": 1 / total_correlation.KAPPA2,
     } | config.launch()
     constants = {name: value for name, value in constants.items() if name in fn.arg_names or name.startswith("num_")}
     binary = compile_kernel(fn, types, constants, architecture, aligned=("rows", "columns"))

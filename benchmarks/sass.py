@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import inspect
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +63,7 @@ def compile_kernel(fn: Any, types: dict[str, Any], constants: dict[str, Any], ar
 
     Args:
         types: of each argument that is no constexpr, as Triton writes them: "*fp32", "i32", or a tuple of such. Pointers are aligned to
-            16 bytes.
+            16 bytes, those in tuples too. None stands for an argument or a field that is None.
         constants: the constexprs, num_warps, num_stages and maxnreg.
         aligned: integer arguments that are multiples of 16.
     """
@@ -81,14 +83,44 @@ def compile_kernel(fn: Any, types: dict[str, Any], constants: dict[str, Any], ar
 def compile_for(target: GPUTarget, fn: Any, types: dict[str, Any], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
     """Triton's binary; arguments as of `compile_kernel`."""
     options = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
-    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    signature = {name: _none_as_constexpr(types.get(name, "constexpr")) for name in fn.arg_names}
+    absent = {path: None for path, kind in _leaves([types.get(name, "constexpr") for name in fn.arg_names]) if kind is None}
     missing = [name for name in fn.arg_names if name not in types and name not in constants]
     if missing:
         raise ValueError(f"{fn.__name__} must have a type or a value for each argument, got none for {', '.join(missing)}")
-    pointers = {name for name, kind in signature.items() if isinstance(kind, str) and kind.startswith("*")}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in pointers.union(aligned)}
-    source = ASTSource(fn=fn, signature=signature, constexprs={k: v for k, v in constants.items() if k in fn.arg_names}, attrs=attrs)
+    aligned_types = [kind if name not in aligned else f"*{kind}" for name, kind in signature.items()]
+    attrs = {path: [["tt.divisibility", 16]] for path, kind in _leaves(aligned_types) if kind.startswith("*")}
+    constexprs = {name: value for name, value in constants.items() if name in fn.arg_names} | absent
+    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     return triton.compile(source, target=target, options=options)
+
+
+def argument_types(fn: Any, pick: Callable[[str], Any]) -> dict[str, Any]:
+    """`pick(name)` for each argument of `fn` that is no constexpr, or for each field of one that is annotated as a NamedTuple."""
+    types = {}
+    for name, parameter in inspect.signature(fn.fn).parameters.items():
+        fields = fn.fn.__globals__.get(parameter.annotation)
+        if fields is not None:
+            types[name] = fields(*map(pick, fields._fields))
+        elif parameter.annotation != "tl.constexpr":
+            types[name] = pick(name)
+    return types
+
+
+def _leaves(types: Sequence[Any], path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str | None]]:
+    """Each type with its place, also within tuples."""
+    for i, kind in enumerate(types):
+        if isinstance(kind, tuple):
+            yield from _leaves(kind, (*path, i))
+        else:
+            yield (*path, i), kind
+
+
+def _none_as_constexpr(kind: Any) -> Any:
+    if not isinstance(kind, tuple):
+        return "constexpr" if kind is None else kind
+    kinds = map(_none_as_constexpr, kind)
+    return type(kind)(*kinds) if hasattr(kind, "_fields") else tuple(kinds)
 
 
 def is_matrix(op: str) -> bool:

@@ -1,4 +1,4 @@
-"""Launch choices as data: one frozen config a kernel, chosen from shape, dtype and architecture. No autotuning."""
+"""Launch choices as data: one frozen config for each kernel, chosen from shape, dtype and architecture. No autotuning."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A tile of a pair sweep, and how many warps and pipeline stages work on it.
+    """The tile of a sweep over pairs, and how many warps and pipeline stages work on it.
 
     Attributes:
-        block_n, block_m: its rows and columns; block_n is a multiple of block_m.
+        block_n, block_m: rows and columns of the tile; block_n is a multiple of block_m.
         block_k: features of one step of the exponent's product.
         block_d: features of the gradient that a program keeps.
-        registers: the most a thread may have, so that more blocks share a multiprocessor; None for the compiler's choice.
+        registers: limit for each thread, so that more blocks share a multiprocessor; None leaves it to the compiler.
     """
 
     block_n: int
@@ -37,10 +37,10 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class DensityConfig:
-    """A tile of a sweep over posteriors in every dimension.
+    """The tile of a sweep over posteriors in every dimension.
 
     Attributes:
-        block_n: rows (or posteriors) that a program owns, one a thread or more.
+        block_n: rows (or posteriors) that a program owns, at least one for each thread.
         block_m: posteriors (or rows) of a step of its sweep.
         block_d: dimensions whose gradients it keeps in registers.
     """
@@ -59,7 +59,7 @@ class DensityConfig:
 
 @dataclass(frozen=True)
 class MatmulConfig(SweepConfig):
-    """As `SweepConfig`, of the product K·v and its gradient.
+    """`SweepConfig` for the product K·v and its gradient.
 
     Attributes:
         block_c: columns of v that a program of the product keeps, or of one step of the gradient's product g·v.
@@ -79,16 +79,16 @@ class MatmulConfig(SweepConfig):
 
 @dataclass(frozen=True)
 class TermsConfig(SweepConfig):
-    """As `SweepConfig`, of the sums that derivatives to bandwidths are made of.
+    """`SweepConfig` for the sums of which derivatives to bandwidths are made.
 
     Attributes:
-        bandwidths: whose sums a program keeps.
+        bandwidths: how many of them a program keeps the sums of.
     """
 
     bandwidths: int = field(kw_only=True)
 
     def groups(self, bandwidths: int) -> int:
-        """Into which so many fall."""
+        """Into how many groups so many bandwidths fall."""
         return -(-bandwidths // self.bandwidths)
 
 
@@ -97,8 +97,8 @@ class RowConfig:
     """A block of a row-wise kernel.
 
     Attributes:
-        block_n, block_d: its rows and features.
-        vector: elements, of 16 bytes at most, at a multiple of which every row starts: as many move at once.
+        block_n, block_d: rows and features of the block.
+        vector: how many elements move at once, at most 16 bytes. Every row starts at a multiple of them.
     """
 
     block_n: int
@@ -119,7 +119,7 @@ class Device:
     multiprocessors: int
 
 
-# Of the H200, for the interpreter, which has no device.
+# The interpreter has no device: it gets the choices for an H200.
 DEFAULT_DEVICE = Device(90, 132)
 
 # KiB of shared memory that a block may use.
@@ -131,9 +131,8 @@ WGMMA, _TCGEN05 = (90,), (100, 103)
 
 @dataclass(frozen=True)
 class _Rule:
-    """The tile for up to `dim` features and `bandwidths` bandwidths. Each spills nothing in its inner loop and fits its architectures'
-    shared memory, as `benchmarks/results/compile_report.jsonl` shows, and is the fastest measured, or else the one with the fewest cycles
-    of its slowest unit."""
+    """The tile for up to `dim` features and `bandwidths` bandwidths: the fastest measured, or else the one whose slowest unit needs the
+    fewest cycles. None spills in its inner loop or exceeds shared memory, as `benchmarks/results/compile_report.jsonl` shows."""
 
     dim: float
     bandwidths: float
@@ -236,7 +235,7 @@ _RULES: dict[tuple[str, bool], tuple[_Rule, ...]] = {
     ),
 }
 
-# Fewer tiles than this for a program, and its start and the second pass over the splits cost more than an idle multiprocessor.
+# With fewer tiles for each program, its start and the sum over the shares cost more than an idle multiprocessor.
 MIN_TILES = 4
 
 
@@ -254,10 +253,10 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
 
 
 def sweep_config(
-    dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False, plain: bool = True
+    dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False, gaussian_pair: bool = True
 ) -> SweepConfig:
-    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of t, `plain`
-    that it is a Gaussian between two samples of one problem."""
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of 1 + t,
+    `gaussian_pair` that it is a Gaussian between two samples of one problem."""
     unit = "wgmma" if architecture in WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     unit += " tf32x3" * (precision == "tf32x3") + " tf32" * (precision == "high" and gradient and unit == "wgmma")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
@@ -265,17 +264,18 @@ def sweep_config(
     if powers and config.block_m > (32 if bandwidths > 1 else 64 if gradient else math.inf):
         # The powers of all bandwidths, or with them the slope, take more registers than the products.
         config = replace(config, block_m=config.block_m // 2)
-    if gradient and not plain:
-        # What else these compute would spill.
+    if gradient and not gaussian_pair:
+        # Other kernels need more registers and would spill.
         config = replace(config, registers=None)
     whole = max(16, _next_power_of_2(dim))
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
 
 
 def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, steep: bool) -> TermsConfig:
-    """`precision` may also be that of `difference_products`; `steep` says that φ is a power whose logarithm is corrected by a quotient."""
+    """`precision` may also be that of `difference_products`; `steep` says that φ is a power with an exponent so large that its logarithm is
+    corrected by a quotient."""
     double = precision in ("float64", difference_products(8))
-    # As many in each group, and no more than spill nothing.
+    # Groups of equal size, none so large that it spills.
     groups = -(-bandwidths // (2 if steep else 4 if double else 5))
     share = -(-bandwidths // groups)
     if precision in (difference_products(4), difference_products(8)):
@@ -288,12 +288,12 @@ def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, s
 
 
 def padded_dim(dim: int, config: SweepConfig) -> int:
-    """Features with their padding to whole blocks."""
+    """The number of features with their padding to whole blocks."""
     return dim + -dim % max(config.block_k, config.block_d)
 
 
 def difference_products(itemsize: int) -> str:
-    """What `matmul_config` calls the pass by differences, of numbers of this many bytes."""
+    """What `matmul_config` and `terms_config` call the pass by differences, for numbers of this many bytes."""
     return f"differences{8 * itemsize}"
 
 

@@ -1,12 +1,13 @@
-"""K(x, y)·v, its gradient, and vᵀKv of few pairs on a GPU, each in one launch: what a small problem waits for are launches.
+"""K(x, y)·v, its gradient, and vᵀKv of few pairs on a GPU, each in one launch: small problems spend their time on launches.
 
-In float32, for inputs of no more. Distances are sums of squared differences, so that nothing has to be known of the data before: the
-preparation of `fastvae.kernels.kernel_matmul`, which chooses how products are taken, falls away.
+In float32, for inputs of at most that precision. Distances are sums of squared differences, which need no statistics of the data. So there
+is no preparation, which in `fastvae.kernels.kernel_matmul` chooses how products are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,34 +16,69 @@ from torch import Tensor
 
 from fastvae import kernel_sums as formulas
 from fastvae.kernel_sums import KernelNumbers
+from fastvae.kernels.families import (
+    GAUSSIAN,
+    RATIONAL_QUADRATIC,
+    RATIONAL_QUADRATIC_HALF,
+    RATIONAL_QUADRATIC_LARGE,
+    RATIONAL_QUADRATIC_ONE,
+    squared_scale,
+)
 from fastvae.kernels.launch import launch, tensor_key
-from fastvae.kernels.pairs import GAUSSIAN, MAX_HOISTED, QUADRATIC, QUADRATIC_HALF, QUADRATIC_ONE, QUADRATIC_STEEP, radial
-from fastvae.kernels.prepare import Evaluation, evaluation_of, gain_of, gammas_of, load_numbers
+from fastvae.kernels.plan import DeviceKernelPlan, device_kernel_plan
+from fastvae.kernels.sums import MOST_IN_REGISTERS, evaluate_sum, gammas_of, load_numbers
 
 _SHIFT_BELOW = tl.constexpr(formulas.SHIFT_BELOW)
 _LN_2 = tl.constexpr(1 / formulas.LOG2_E)
-_FAMILIES = (GAUSSIAN.value, QUADRATIC.value, QUADRATIC_HALF.value, QUADRATIC_ONE.value, QUADRATIC_STEEP.value)
+_FAMILIES = (
+    GAUSSIAN.value,
+    RATIONAL_QUADRATIC.value,
+    RATIONAL_QUADRATIC_HALF.value,
+    RATIONAL_QUADRATIC_ONE.value,
+    RATIONAL_QUADRATIC_LARGE.value,
+)
 
-# Rows of a program and columns of a step; features of a step of the distances and of the pull.
-_BLOCK_N, _BLOCK_M, _UNROLL, _BLOCK_D = 8, 256, 4, 8
+# Rows of a program and columns of a step; features of a step of the distances and of the gradient.
+_BLOCK_N, _BLOCK_M, _UNROLL, _BLOCK_D = tl.constexpr(8), tl.constexpr(256), tl.constexpr(4), tl.constexpr(8)
 
-# Most multiplications for which this is faster than sweeps; fewer in a CUDA graph, which costs the host nothing.
+# Most multiplications for which this is faster than sweeps; fewer in a CUDA graph, whose launches cost the host nothing.
 # Measured on an H200: stage "few pairs" in benchmarks/results/gpu.jsonl.
 _MOST_WORK, _MOST_WORK_OF_A_GRAPH = 1 << 29, 1 << 24
-# Beyond, the kernels spill registers.
+# Beyond these the kernels spill registers.
 _MOST_FEATURES, _MOST_COLUMNS = 64, 32
 
 
+class KernelSpec(NamedTuple):
+    """What the compiler knows about a sum of kernels."""
+
+    NUMBERS: int  # of `KernelNumbers`
+    ON_DEVICE: bool
+    FAMILY: int
+    BANDWIDTHS: int
+    SQUARINGS: int
+
+
+class KernelSum(NamedTuple):
+    """A sum of kernels: γ of the widest bandwidth, the scales of points and values, and what `load_table` and `load_parameters` return."""
+
+    gamma: Any
+    scale: Any
+    value_scale: Any
+    table: Any
+    parameters: Any
+
+
 @triton.jit
-def _kernel_of(numbers, NUMBERS: tl.constexpr, ON_DEVICE: tl.constexpr, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr):
-    """γ of the widest bandwidth, the scale of the points, the factor of all sums, and as of `load_table` and `load_parameters`."""
-    values = load_numbers(numbers, NUMBERS, ON_DEVICE)
+def _load_kernel_sum(numbers, SPEC: tl.constexpr):
+    FAMILY: tl.constexpr = SPEC.FAMILY
+    BANDWIDTHS: tl.constexpr = SPEC.BANDWIDTHS
+    values = load_numbers(numbers, SPEC.NUMBERS, SPEC.ON_DEVICE)
     gammas = gammas_of(values, FAMILY, BANDWIDTHS, 1)
-    scale = tl.sqrt(gain_of(gammas[0], values, FAMILY, BANDWIDTHS)).to(tl.float32)
-    unit = values[BANDWIDTHS]
+    scale = tl.sqrt(squared_scale(gammas[0], values, FAMILY, BANDWIDTHS)).to(tl.float32)
+    value_scale = values[BANDWIDTHS]
     table = ()
     if BANDWIDTHS > 1:
-        unit = unit * 0.0 + 1.0
+        value_scale = value_scale * 0.0 + 1.0
         for b in tl.static_range(BANDWIDTHS):
             table += ((gammas[b] / gammas[0]).to(tl.float32),)
         for b in tl.static_range(BANDWIDTHS):
@@ -50,25 +86,53 @@ def _kernel_of(numbers, NUMBERS: tl.constexpr, ON_DEVICE: tl.constexpr, FAMILY: 
         for b in tl.static_range(BANDWIDTHS):
             table += ((values[BANDWIDTHS + b] * (gammas[b] / gammas[0])).to(tl.float32),)
     parameters = ()
-    if FAMILY != GAUSSIAN:
+    if FAMILY.number != GAUSSIAN:
         parameters += (values[2 * BANDWIDTHS].to(tl.float32),)
-    return gammas[0], scale, unit, table, parameters
+    return KernelSum(gammas[0], scale, value_scale, table, parameters)
 
 
 @triton.jit
-def _exponent(x_ptrs, y_ptrs, mask_n, mask_m, features, scale, x_poison, y_poison, UNROLL: tl.constexpr):
-    """What `radial` takes of the squared distances of a block of rows and columns; and 0, or nan if one has a number that is not finite."""
+def _exponent(x_ptrs, y_ptrs, mask_n, mask_m, features, scale, x_not_finite, y_not_finite):
+    """The exponents that `evaluate_sum` takes, and both accumulators with nan added where a row or a column is not finite."""
     exponent = tl.zeros([mask_n.shape[0], mask_m.shape[0]], dtype=tl.float32)
-    for start_k in range(0, features, UNROLL):
-        for n in tl.static_range(UNROLL):
+    for start_k in range(0, features, _UNROLL):
+        for n in tl.static_range(_UNROLL):
             inside = start_k + n < features
             x = tl.load(x_ptrs + (start_k + n), mask=mask_n & inside, other=0.0).to(tl.float32)
             y = tl.load(y_ptrs + (start_k + n), mask=mask_m & inside, other=0.0).to(tl.float32)
             difference = (x[:, None] - y[None, :]) * scale
             exponent -= difference * difference
-            x_poison += x * 0.0
-            y_poison += y * 0.0
-    return 0.5 * exponent, x_poison, y_poison
+            x_not_finite += x * 0.0
+            y_not_finite += y * 0.0
+    return 0.5 * exponent, x_not_finite, y_not_finite
+
+
+@triton.jit
+def _value_constant(exponent, mask_n, mask_m, pairs, kernel: KernelSum, SPEC: tl.constexpr):
+    """The constant to subtract from each k: Σ_b a_b over the bandwidths for which most k_b are near one."""
+    FAMILY: tl.constexpr = SPEC.FAMILY
+    BANDWIDTHS: tl.constexpr = SPEC.BANDWIDTHS
+    spread = -tl.sum(tl.where(mask_n[:, None] & mask_m[None, :], exponent, 0.0)) / pairs
+    spread *= _LN_2 if FAMILY.number == GAUSSIAN else kernel.parameters[0]
+    if BANDWIDTHS == 1:
+        return tl.where(spread < _SHIFT_BELOW, 1.0, 0.0).to(tl.float32)
+    else:
+        constant = tl.zeros([], dtype=tl.float32)
+        for b in tl.static_range(BANDWIDTHS):
+            constant += tl.where(kernel.table[b] * spread < _SHIFT_BELOW, kernel.table[BANDWIDTHS + b], 0.0)
+        return constant
+
+
+@triton.jit
+def weighted_by_upstream(v_ptr, upstream_ptr, offs_n, mask_n, offs_c, columns):
+    """Columns `offs_c` of v·(A + Aᵀ), float64, for rows of v and the upstream A of vᵀKv."""
+    product = tl.zeros([offs_n.shape[0], offs_c.shape[0]], dtype=tl.float64)
+    for column in range(columns):
+        weight = tl.load(v_ptr + offs_n * columns + column, mask=mask_n, other=0.0).to(tl.float64)
+        upstream = tl.load(upstream_ptr + column * columns + offs_c, mask=offs_c < columns, other=0.0)
+        upstream += tl.load(upstream_ptr + offs_c * columns + column, mask=offs_c < columns, other=0.0)
+        product += weight[:, None] * upstream[None, :]
+    return product
 
 
 @triton.jit(do_not_specialize=["n", "m", "features", "columns"])
@@ -82,61 +146,50 @@ def matmul_kernel(
     m,
     features,
     columns,
-    NUMBERS: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
-    FAMILY: tl.constexpr,
-    BANDWIDTHS: tl.constexpr,
-    SQUARINGS: tl.constexpr,
     WITHIN: tl.constexpr,  # x and y are the same sample, without the pairs i = i
     FORM: tl.constexpr,  # vᵀ·(K·v) of the rows of a program
-    UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SPEC: tl.constexpr,
 ):
     """A block of rows of K·v."""
     # where
-    offs_n, offs_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    FAMILY: tl.constexpr = SPEC.FAMILY
+    offs_n, offs_c = tl.program_id(0) * _BLOCK_N + tl.arange(0, _BLOCK_N), tl.arange(0, BLOCK_C)
     mask_n, mask_c = offs_n < n, offs_c < columns
-    _gamma, scale, unit, table, parameters = _kernel_of(numbers, NUMBERS, ON_DEVICE, FAMILY, BANDWIDTHS)
+    kernel = _load_kernel_sum(numbers, SPEC)
 
     # load and compute
-    out = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
-    total = tl.zeros([BLOCK_C], dtype=tl.float64)
-    shift = tl.zeros([], dtype=tl.float32)
-    x_poison = tl.zeros([BLOCK_N], dtype=tl.float32)
-    y_poison = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start_m in range(0, m, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+    out = tl.zeros([_BLOCK_N, BLOCK_C], dtype=tl.float64)
+    v_sum = tl.zeros([BLOCK_C], dtype=tl.float64)
+    value_constant = tl.zeros([], dtype=tl.float32)
+    x_not_finite = tl.zeros([_BLOCK_N], dtype=tl.float32)
+    y_not_finite = tl.zeros([_BLOCK_M], dtype=tl.float32)
+    for start_m in range(0, m, _BLOCK_M):
+        offs_m = start_m + tl.arange(0, _BLOCK_M)
         mask_m = offs_m < m
-        exponent, x_poison, y_poison = _exponent(
-            x_ptr + offs_n * features, y_ptr + offs_m * features, mask_n, mask_m, features, scale, x_poison, y_poison, UNROLL
+        exponent, x_not_finite, y_not_finite = _exponent(
+            x_ptr + offs_n * features, y_ptr + offs_m * features, mask_n, mask_m, features, kernel.scale, x_not_finite, y_not_finite
         )
         if start_m == 0:
-            # Sums of k − 1 where most are near one.
-            pairs = tl.minimum(n - tl.program_id(0) * BLOCK_N, BLOCK_N) * tl.minimum(m, BLOCK_M)
-            spread = -tl.sum(tl.where(mask_n[:, None] & mask_m[None, :], exponent, 0.0)) / pairs
-            spread *= _LN_2 if FAMILY == GAUSSIAN else parameters[0]
-            if BANDWIDTHS == 1:
-                shift = tl.where(spread < _SHIFT_BELOW, 1.0, 0.0).to(tl.float32)
-            else:
-                for b in tl.static_range(BANDWIDTHS):
-                    shift += tl.where(table[b] * spread < _SHIFT_BELOW, table[BANDWIDTHS + b], 0.0)
-        value, _ = radial(exponent, table, v_ptr, parameters, shift, 0.0, FAMILY, False, BANDWIDTHS, SQUARINGS)
+            pairs = tl.minimum(n - tl.program_id(0) * _BLOCK_N, _BLOCK_N) * tl.minimum(m, _BLOCK_M)
+            value_constant = _value_constant(exponent, mask_n, mask_m, pairs, kernel, SPEC)
+        value, _ = evaluate_sum(
+            exponent, kernel.table, v_ptr, kernel.parameters, value_constant, 0.0, FAMILY, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS
+        )
         if WITHIN:
             value = tl.where(offs_n[:, None] != offs_m[None, :], value, 0.0)
         v = tl.load(v_ptr + offs_m[:, None] * columns + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(v.to(tl.float64), 0)
+        v_sum += tl.sum(v.to(tl.float64), 0)
         out += tl.sum(value[:, :, None] * v[None, :, :], 1).to(tl.float64)
 
     # store
     mask = mask_n[:, None] & mask_c[None, :]
-    paired = tl.zeros_like(out) + total[None, :]
+    paired = tl.zeros_like(out) + v_sum[None, :]
     if WITHIN:
         paired -= tl.load(v_ptr + offs_n[:, None] * columns + offs_c[None, :], mask=mask, other=0.0).to(tl.float64)
-    # What is not finite in v is in the total.
-    poison = x_poison + tl.sum(y_poison) + tl.sum(total * 0.0).to(tl.float32)
-    out = (out + paired * shift) * unit + poison[:, None]
+    # The sum of v is not finite if a number of v is not.
+    not_finite = x_not_finite + tl.sum(y_not_finite) + tl.sum(v_sum * 0.0).to(tl.float32)
+    out = (out + paired * value_constant) * kernel.value_scale + not_finite[:, None]
     if FORM:
         out = tl.where(mask, out, 0.0)
         for start_c in range(0, columns, 8):
@@ -156,92 +209,78 @@ def gradient_kernel(
     y_ptr,  # (m, features)
     g_ptr,  # (n, columns)
     v_ptr,  # (m, columns)
-    upstream_ptr,  # (columns, columns), float64, of a quadratic form
+    upstream_ptr,  # None, or A (columns, columns), float64: x = y, the pairs i = i are left out, and v·(A + Aᵀ) takes the place of g
     numbers,
     grad_ptr,  # (n, features)
     n,
     m,
     features,
     columns,
-    NUMBERS: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
-    FAMILY: tl.constexpr,
-    BANDWIDTHS: tl.constexpr,
-    SQUARINGS: tl.constexpr,
-    FORM: tl.constexpr,  # x and y are the same sample, without the pairs i = i, and v·(A + Aᵀ) of the upstream A takes the place of g
-    UNROLL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # features of a step of the pull, of which there are so many:
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # steps of the gradient
+    SPEC: tl.constexpr,
 ):
     """The gradient of Σ_ij (g_i·v_j)·k_ij to a block of rows of x."""
     # where
-    offs_n, offs_c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    FAMILY: tl.constexpr = SPEC.FAMILY
+    offs_n, offs_c = tl.program_id(0) * _BLOCK_N + tl.arange(0, _BLOCK_N), tl.arange(0, BLOCK_C)
     mask_n, mask_c = offs_n < n, offs_c < columns
-    gamma, scale, unit, table, parameters = _kernel_of(numbers, NUMBERS, ON_DEVICE, FAMILY, BANDWIDTHS)
+    kernel = _load_kernel_sum(numbers, SPEC)
 
     # load
-    if FORM:
-        product = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
-        for column in range(columns):
-            weight = tl.load(v_ptr + offs_n * columns + column, mask=mask_n, other=0.0).to(tl.float64)
-            upstream = tl.load(upstream_ptr + column * columns + offs_c, mask=mask_c, other=0.0)
-            upstream += tl.load(upstream_ptr + offs_c * columns + column, mask=mask_c, other=0.0)
-            product += weight[:, None] * upstream[None, :]
-        g = product.to(tl.float32)
+    if upstream_ptr is not None:
+        g = weighted_by_upstream(v_ptr, upstream_ptr, offs_n, mask_n, offs_c, columns).to(tl.float32)
     else:
         mask_g = mask_n[:, None] & mask_c[None, :]
         g = tl.load(g_ptr + offs_n[:, None] * columns + offs_c[None, :], mask=mask_g, other=0.0).to(tl.float32)
 
     # compute
-    pulls = ()
+    row_gradients = ()
     for _block in tl.static_range(BLOCKS):
-        pulls += (tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32),)
-    x_poison = tl.zeros([BLOCK_N], dtype=tl.float32)
-    y_poison = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start_m in range(0, m, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+        row_gradients += (tl.zeros([_BLOCK_N, _BLOCK_D], dtype=tl.float32),)
+    x_not_finite = tl.zeros([_BLOCK_N], dtype=tl.float32)
+    y_not_finite = tl.zeros([_BLOCK_M], dtype=tl.float32)
+    for start_m in range(0, m, _BLOCK_M):
+        offs_m = start_m + tl.arange(0, _BLOCK_M)
         mask_m = offs_m < m
-        exponent, x_poison, y_poison = _exponent(
-            x_ptr + offs_n * features, y_ptr + offs_m * features, mask_n, mask_m, features, scale, x_poison, y_poison, UNROLL
+        exponent, x_not_finite, y_not_finite = _exponent(
+            x_ptr + offs_n * features, y_ptr + offs_m * features, mask_n, mask_m, features, kernel.scale, x_not_finite, y_not_finite
         )
-        _, slope = radial(exponent, table, v_ptr, parameters, 0.0, 0.0, FAMILY, True, BANDWIDTHS, SQUARINGS)
+        _, weight = evaluate_sum(exponent, kernel.table, v_ptr, kernel.parameters, 0.0, 0.0, FAMILY, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
         v = tl.load(v_ptr + offs_m[:, None] * columns + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        slope *= tl.dot(g, tl.trans(v), input_precision="ieee", out_dtype=tl.float32)
-        if FORM:
-            slope = tl.where(offs_n[:, None] != offs_m[None, :], slope, 0.0)
+        weight *= tl.dot(g, tl.trans(v), input_precision="ieee", out_dtype=tl.float32)
+        if upstream_ptr is not None:
+            weight = tl.where(offs_n[:, None] != offs_m[None, :], weight, 0.0)
         sums = ()
         for block in tl.static_range(BLOCKS):
-            offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+            offs_d = tl.arange(0, _BLOCK_D) + block * _BLOCK_D
             mask_d = (offs_d < features)[None, :]
             x = tl.load(x_ptr + offs_n[:, None] * features + offs_d[None, :], mask=mask_n[:, None] & mask_d, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + offs_m[:, None] * features + offs_d[None, :], mask=mask_m[:, None] & mask_d, other=0.0).to(tl.float32)
-            sums += (pulls[block] + tl.sum(slope[:, :, None] * (y[None, :, :] - x[:, None, :]), 1),)
-        pulls = sums
+            sums += (row_gradients[block] + tl.sum(weight[:, :, None] * (y[None, :, :] - x[:, None, :]), 1),)
+        row_gradients = sums
 
     # store
-    poison = x_poison + tl.sum(y_poison)
+    not_finite = x_not_finite + tl.sum(y_not_finite)
     for block in tl.static_range(BLOCKS):
-        offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-        pull = pulls[block].to(tl.float64)
-        # Of an infinite number among g and v the sums are infinite.
-        grad = 2.0 * gamma * unit * pull + (poison[:, None] + pull * 0.0)
+        offs_d = tl.arange(0, _BLOCK_D) + block * _BLOCK_D
+        row_gradient = row_gradients[block].to(tl.float64)
+        # An infinite number in g or v makes the sums infinite, and 0 times them nan.
+        grad = 2.0 * kernel.gamma * kernel.value_scale * row_gradient + (not_finite[:, None] + row_gradient * 0.0)
         mask = mask_n[:, None] & (offs_d < features)[None, :]
         tl.store(grad_ptr + offs_n[:, None] * features + offs_d[None, :], grad.to(tl.float32), mask=mask)
 
 
-def evaluation_of_few(kernel: KernelNumbers, x: Tensor, y: Tensor, columns: int) -> Evaluation | None:
-    """How kernels here evaluate it; None where they don't."""
+def plan_if_few(kernel: KernelNumbers, x: Tensor, y: Tensor, columns: int) -> DeviceKernelPlan | None:
+    """How these kernels evaluate the sum of kernels, or None if sweeps should."""
     (n, features), m = x.shape, y.shape[0]
-    if x.dtype == torch.float64 or features > _MOST_FEATURES or columns > _MOST_COLUMNS or kernel.count > MAX_HOISTED.value:
+    if x.dtype == torch.float64 or features > _MOST_FEATURES or columns > _MOST_COLUMNS or kernel.count > MOST_IN_REGISTERS.value:
         return None
     work = n * m * (features + columns)
     if work > _MOST_WORK_OF_A_GRAPH and (work > _MOST_WORK or _is_captured(x)):
         return None
-    evaluation = evaluation_of(kernel.kernel, kernel.count, kernel.squarings, torch.float32, "ieee")
-    return evaluation if evaluation.family in _FAMILIES else None
+    plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, torch.float32, "ieee")
+    return plan if plan.family.number in _FAMILIES else None
 
 
 def _is_captured(x: Tensor) -> bool:
@@ -249,73 +288,56 @@ def _is_captured(x: Tensor) -> bool:
 
 
 def matmul(
-    evaluation: Evaluation,
-    kernel: KernelNumbers,
-    x: Tensor,
-    y: Tensor,
-    v: Tensor,
-    dtype: torch.dtype = torch.float32,
-    within: bool = False,
+    plan: DeviceKernelPlan, kernel: KernelNumbers, x: Tensor, y: Tensor, v: Tensor, dtype: torch.dtype = torch.float32, within: bool = False
 ) -> Tensor:
-    """K(x, y)·v (N, C); if `within` y is x and the pairs i = i are left out."""
+    """K(x, y)·v (N, C); with `within` y is x and the pairs i = i are left out."""
     out = torch.empty((x.shape[0], v.shape[1]), dtype=dtype, device=x.device)
-    return _matmul(evaluation, kernel, x, y, v, out, within, form=False)
+    return _matmul(plan, kernel, x, y, v, out, within, form=False)
 
 
-def quadratic_form(evaluation: Evaluation, kernel: KernelNumbers, z: Tensor, v: Tensor) -> Tensor:
+def quadratic_form(plan: DeviceKernelPlan, kernel: KernelNumbers, z: Tensor, v: Tensor) -> Tensor:
     """vᵀKv without the pairs i = i, as parts (P, C, C) that sum to it, float64."""
-    programs, columns = triton.cdiv(z.shape[0], _BLOCK_N), v.shape[1]
+    programs, columns = triton.cdiv(z.shape[0], _BLOCK_N.value), v.shape[1]
     out = torch.empty((programs, columns, columns), dtype=torch.float64, device=z.device)
-    return _matmul(evaluation, kernel, z, z, v, out, within=True, form=True)
+    return _matmul(plan, kernel, z, z, v, out, within=True, form=True)
 
 
 def _matmul(
-    evaluation: Evaluation,
-    kernel: KernelNumbers,
-    x: Tensor,
-    y: Tensor,
-    v: Tensor,
-    out: Tensor,
-    within: bool,
-    form: bool,
+    plan: DeviceKernelPlan, kernel: KernelNumbers, x: Tensor, y: Tensor, v: Tensor, out: Tensor, within: bool, form: bool
 ) -> Tensor:
     x, y, v = x.contiguous(), y.contiguous(), v.contiguous()
     block_c = _padded(v.shape[1])
     launch(
-        matmul_kernel, _key(evaluation, kernel, block_c, within, form, tensor_key(x, y, v, out)), x.device,
-        (triton.cdiv(x.shape[0], _BLOCK_N), 1, 1), (x, y, v, kernel.arguments, out, x.shape[0], y.shape[0], *x.shape[1:], *v.shape[1:]),
-        lambda: {**_constants(evaluation, kernel, block_c), "WITHIN": within, "FORM": form},
+        matmul_kernel, _key(plan, kernel, block_c, within, form, tensor_key(x, y, v, out)), x.device,
+        (triton.cdiv(x.shape[0], _BLOCK_N.value), 1, 1),
+        (x, y, v, kernel.arguments, out, x.shape[0], y.shape[0], *x.shape[1:], *v.shape[1:]),
+        lambda: {"WITHIN": within, "FORM": form, "BLOCK_C": block_c, "SPEC": _spec(plan, kernel), "num_warps": 8},
     )  # fmt: skip
     return out
 
 
 def gradient(
-    evaluation: Evaluation, kernel: KernelNumbers, x: Tensor, y: Tensor, g: Tensor, v: Tensor, upstream: Tensor | None = None
+    plan: DeviceKernelPlan, kernel: KernelNumbers, x: Tensor, y: Tensor, g: Tensor, v: Tensor, upstream: Tensor | None = None
 ) -> Tensor:
     """The gradient of Σ_ij (g_i·v_j)·k(x_i, y_j) to x, in float32; with an upstream (C, C) that of vᵀKv, for x = y and g = v."""
     x, y, g, v = x.contiguous(), y.contiguous(), g.contiguous(), v.contiguous()
-    grad, blocks = torch.empty(x.shape, dtype=torch.float32, device=x.device), triton.cdiv(x.shape[1], _BLOCK_D)
-    tensors, block_c = (x, y, g, v, g if upstream is None else upstream, grad), _padded(v.shape[1])
+    grad, blocks = torch.empty(x.shape, dtype=torch.float32, device=x.device), triton.cdiv(x.shape[1], _BLOCK_D.value)
+    block_c, alignment = _padded(v.shape[1]), None if upstream is None else tensor_key(upstream)
     launch(
-        gradient_kernel, _key(evaluation, kernel, block_c, blocks, upstream is not None, tensor_key(*tensors)), x.device,
-        (triton.cdiv(x.shape[0], _BLOCK_N), 1, 1),
-        (*tensors[:5], kernel.arguments, grad, x.shape[0], y.shape[0], *x.shape[1:], *v.shape[1:]),
-        lambda: {
-            **_constants(evaluation, kernel, block_c), "FORM": upstream is not None, "BLOCK_D": _BLOCK_D, "BLOCKS": blocks
-        },
+        gradient_kernel, _key(plan, kernel, block_c, blocks, alignment, tensor_key(x, y, g, v, grad)), x.device,
+        (triton.cdiv(x.shape[0], _BLOCK_N.value), 1, 1),
+        (x, y, g, v, upstream, kernel.arguments, grad, x.shape[0], y.shape[0], *x.shape[1:], *v.shape[1:]),
+        lambda: {"BLOCK_C": block_c, "BLOCKS": blocks, "SPEC": _spec(plan, kernel), "num_warps": 8},
     )  # fmt: skip
     return grad
 
 
-def _key(evaluation: Evaluation, kernel: KernelNumbers, *others: Hashable) -> Hashable:
-    return evaluation, kernel.numbers, isinstance(kernel.arguments, Tensor), others
+def _key(plan: DeviceKernelPlan, kernel: KernelNumbers, *others: Hashable) -> Hashable:
+    return plan, kernel.numbers, isinstance(kernel.arguments, Tensor), others
 
 
-def _constants(evaluation: Evaluation, kernel: KernelNumbers, block_c: int) -> dict[str, int]:
-    return {
-        "NUMBERS": kernel.numbers, "ON_DEVICE": isinstance(kernel.arguments, Tensor), **evaluation.constants,
-        "BLOCK_N": _BLOCK_N, "BLOCK_M": _BLOCK_M, "BLOCK_C": block_c, "UNROLL": _UNROLL, "num_warps": 8,
-    }  # fmt: skip
+def _spec(plan: DeviceKernelPlan, kernel: KernelNumbers) -> KernelSpec:
+    return KernelSpec(kernel.numbers, isinstance(kernel.arguments, Tensor), **plan.constants)
 
 
 def _padded(columns: int) -> int:

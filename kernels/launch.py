@@ -12,19 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 # A parameter that changes at each step makes new keys for old kernels.
 _MOST = 4096
+# Neither 1 nor multiples of 16.
+_PLAIN_INTEGER, _PLAIN_LONG = 17, (1 << 40) + 17
 
 
 def launch(
     fn: Any, key: Hashable, device: torch.device, grid: tuple[int, int, int], args: Sequence[Any], constants: Callable[[], dict[str, Any]]
 ) -> None:
-    """fn[grid](*args, **constants()) on `device`.
+    """fn[grid](*args, **constants()) on `device`, compiled once for each `key`.
 
-    `args` come before the constexprs in the signature of `fn`. `key` tells apart all that Triton compiles apart on one device: the
-    constants, the types of the arguments, which pointers are multiples of 16 bytes, and the `integer_key` of what `fn` specialises on.
+    Args:
+        key: distinguishes all that Triton compiles apart on one device: the constants, the types of the arguments, which pointers are
+            multiples of 16 bytes, and the `integer_key` of integers that `fn` specialises on. Integers in tuples are not specialised.
+        args: the arguments before the constexprs in the signature of `fn`. A NamedTuple may hold tensors, integers and floats.
+        constants: the constexprs and the compiler's options, by name. Called only when the kernel is not compiled yet.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -37,12 +43,29 @@ def launch(
         kernel[grid](*args, *rest)
         return
     named = constants()
-    kernel = fn[grid](*args, **named)
+    rest = tuple(named[name] for name in fn.arg_names[len(args) :])
+    if isinstance(fn, JITFunction):
+        kernel = fn.warmup(*map(_without_specialisation, args), grid=grid, **named)
+        kernel[grid](*args, *rest)
+    else:
+        kernel = fn[grid](*args, **named)
     # Not the interpreter's; on an AMD GPU Triton compiles large tensors apart too.
     if isinstance(kernel, CompiledKernel) and torch.version.hip is None:
         if len(_compiled) >= _MOST:
             _compiled.clear()
-        _compiled[key] = kernel, tuple(named[name] for name in fn.arg_names[len(args) :])
+        _compiled[key] = kernel, rest
+
+
+def _without_specialisation(arg: Any) -> Any:
+    """The argument to compile with. Triton specialises every integer in a tuple, whatever `do_not_specialize` says: 1 and multiples of 16
+    would be compiled apart. An integer that is neither stands for all of its type."""
+    if not isinstance(arg, tuple):
+        return arg
+    values = [
+        (_PLAIN_INTEGER if -(1 << 31) <= value < 1 << 31 else _PLAIN_LONG) if type(value) is int else _without_specialisation(value)
+        for value in arg
+    ]
+    return type(arg)(*values) if hasattr(arg, "_fields") else tuple(values)
 
 
 def tensor_key(*tensors: Tensor) -> Hashable:

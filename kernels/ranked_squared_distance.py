@@ -1,8 +1,8 @@
-"""The histogram of a radix selection among the squared distances of all pairs of rows, without an array of them.
+"""The histograms of a radix selection among the squared distances of all pairs of rows, which are never stored.
 
-A float64 that is not negative has the order of its bits as an integer. Three histograms, of 21 bits each, find the bits of the number of a
-given rank: each counts what comes next after the bits that are known. The distances are sums of squares of differences, as exact for near
-pairs far from the origin as for others, and the same in every pass.
+Non-negative float64 numbers have the same order as their bits read as integers. Three histograms of 21 bits each find the number of a given
+rank: each counts the next bits of all numbers that begin with the bits already known. The distances are sums of squared differences, which
+are as exact for near pairs far from the origin as for others, and equal in every pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvae.kernels.launch import integer_key, launch, tensor_key
 
 BITS = 21
-# Rows of a tile: 64×64 distances in float64 are 32 registers of each thread of 8 warps.
+# Rows of a tile. 64×64 distances in float64 take 32 registers of each thread of 8 warps.
 BLOCK, WARPS = 64, 8
 
 
@@ -54,7 +54,7 @@ def histogram_kernel(
 
 
 def histogram(z: Tensor, rows: int, known: Tensor, shift: int, counts: Tensor) -> None:
-    """Add to counts (2 ** BITS,) the next bits, from bit `shift` on, of each d² of two rows of an item whose higher bits are `known` (1,).
+    """Count in counts (2 ** BITS,) the bits from bit `shift` on of each d² of two rows of an item whose higher bits are `known` (1,).
 
     z is (items, D, N), contiguous, float64, padded from N = `rows` to a multiple of BLOCK.
     """

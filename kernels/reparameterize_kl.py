@@ -1,18 +1,31 @@
 """Reparameterise + KL on a GPU, row-wise: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`, each array moved once.
 
-The noise is read, or made from a seed wherever it is needed, so that it never is an array in memory.
+The noise is read, or made from a seed wherever it is needed and then never stored.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastvae.kernel_sums import LOG2_E
 from fastvae.kernels.config import RowConfig, row_config
 from fastvae.kernels.launch import integer_key, launch, tensor_key
+
+# σ = exp2(_HALF_LOG2_E·logvar); exp takes three instructions more.
+_HALF_LOG2_E = tl.constexpr(0.5 * LOG2_E)
+
+
+class Gradients(NamedTuple):
+    """Contiguous: the gradients to z (N, D) and to KL, (N,) or (N, D), and those to μ and logvar (N, D)."""
+
+    z_ptr: Any
+    kl_ptr: Any
+    mu_ptr: Any
+    logvar_ptr: Any
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -22,7 +35,7 @@ def forward_kernel(
     noise_ptr,  # (N, D), contiguous, as are all others; (1,) if SEEDED
     z_ptr,
     kl_ptr,  # (N,), or (N, D) if PER_DIMENSION
-    D,  # in units of VECTOR elements, as are the strides: so the compiler knows them to be multiples
+    D,  # in units of VECTOR elements, as the strides, so that the compiler knows them to be multiples
     stride_mu,
     stride_logvar,
     N,
@@ -32,7 +45,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # where: 64 bits for a block's first row, 32 within the block
+    # where: 64 bits for the first row of a block, 32 within the block
     first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - first_n
@@ -59,7 +72,7 @@ def forward_kernel(
             eps = tl.load(noise_ptr + first_n * D + offs, mask=mask, other=0.0)
 
         # compute
-        std = tl.exp2(0.7213475204444817 * logvar)  # ½·log₂e: exp takes three instructions more
+        std = tl.exp2(logvar * _HALF_LOG2_E)
         z = mu + std * eps.to(dtype)
         twice_kl = mu * mu + (std * std - 1) - logvar
 
@@ -75,13 +88,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def backward_kernel(
-    grad_z_ptr,
-    grad_kl_ptr,
+    grads: Gradients,
     mu_ptr,
     logvar_ptr,
     noise_ptr,
-    grad_mu_ptr,
-    grad_logvar_ptr,
     D,
     stride_mu,
     stride_logvar,
@@ -103,12 +113,12 @@ def backward_kernel(
     stride_logvar *= VECTOR
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     offs = offs_n[:, None] * D + offs_d[None, :]
-    grad_z_ptr += first_n * D
+    grad_z_ptr = grads.z_ptr + first_n * D
     mu_ptr += first_n * stride_mu
     logvar_ptr += first_n * stride_logvar
-    grad_mu_ptr += first_n * D
-    grad_logvar_ptr += first_n * D
-    grad_kl_ptr += first_n * (D if PER_DIMENSION else 1)
+    grad_mu_ptr = grads.mu_ptr + first_n * D
+    grad_logvar_ptr = grads.logvar_ptr + first_n * D
+    grad_kl_ptr = grads.kl_ptr + first_n * (D if PER_DIMENSION else 1)
     dtype: tl.constexpr = grad_kl_ptr.dtype.element_ty
 
     # load
@@ -125,7 +135,7 @@ def backward_kernel(
         dkl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
 
     # compute
-    std = tl.exp2(0.7213475204444817 * logvar)
+    std = tl.exp2(logvar * _HALF_LOG2_E)
     grad_mu = dz + dkl * mu
     grad_logvar = 0.5 * (dz * eps.to(dtype) * std + dkl * (std * std - 1))
 
@@ -136,7 +146,7 @@ def backward_kernel(
 
 @triton.jit
 def normal(seed, first_n, start_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """ε of a block. Columns 4q to 4q + 3 of row n are made from Philox's counter (q, n): whatever the blocks, and none twice."""
+    """ε of a block. Columns 4q to 4q + 3 of row n come from Philox's counter (q, n), so that they do not depend on the blocks."""
     quad = start_d // 4 + tl.arange(0, BLOCK_D // 4)[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
     row = first_n + tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)
     x0, x1, x2, x3 = tl.philox(seed, quad, row.to(tl.int32), (row >> 32).to(tl.int32), tl.zeros_like(quad))
@@ -147,9 +157,9 @@ def normal(seed, first_n, start_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def normal_pair(x, y):
-    """Box and Muller's transform of two random words: a length of up to 6.8 from x, an angle in half a turn and a sign from y.
+    """The Box–Muller transform of two random words: x gives a length of up to 6.8, y an angle in half a turn and a sign.
 
-    The polynomials are right to 1e-6. tl.log takes three times the instructions, and tl.cos, which reduces any argument, ten times.
+    The polynomials are accurate to 1e-6. tl.log takes three times the instructions, and tl.cos, which reduces any argument, ten times.
     """
     u = (x.to(tl.float32) * 2.0**-32 + 2.0**-33).to(tl.int32, bitcast=True)
     # −2·ln u = halvings·2·ln 2 − 2·ln(1 − r/2)
@@ -178,23 +188,18 @@ def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise:
     n, d = mu.shape
     config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
     grid = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d), 1
-    tensors = (grad_z, grad_kl, mu, logvar, noise, grad_mu, grad_logvar)
-    _launch(backward_kernel, grid, config, tensors, mu, logvar, noise, grad_kl.ndim == 2)
+    arguments = (Gradients(grad_z, grad_kl, grad_mu, grad_logvar), mu, logvar, noise)
+    _launch(backward_kernel, grid, config, arguments, mu, logvar, noise, grad_kl.ndim == 2)
 
 
 def _launch(
-    fn: Any,
-    grid: tuple[int, int, int],
-    config: RowConfig,
-    tensors: tuple[Tensor, ...],
-    mu: Tensor,
-    logvar: Tensor,
-    noise: Tensor,
-    per_dimension: bool,
-) -> None:
+    fn: Any, grid: tuple[int, int, int], config: RowConfig, arguments: tuple[Tensor | Gradients, ...], mu: Tensor, logvar: Tensor,
+    noise: Tensor, per_dimension: bool,
+) -> None:  # fmt: skip
     units = mu.shape[1] // config.vector, mu.stride(0) // config.vector, logvar.stride(0) // config.vector
+    tensors = [t for argument in arguments for t in (argument if isinstance(argument, tuple) else (argument,))]
     key = config, per_dimension, tensor_key(*tensors), integer_key(*units), mu.shape[0] >= 1 << 31
     launch(
-        fn, key, mu.device, grid, (*tensors, *units, mu.shape[0]),
+        fn, key, mu.device, grid, (*arguments, *units, mu.shape[0]),
         lambda: {"SEEDED": not noise.is_floating_point(), "PER_DIMENSION": per_dimension, **config.launch()},
     )  # fmt: skip

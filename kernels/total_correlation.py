@@ -1,9 +1,9 @@
 """Log densities under a batch of posteriors on a GPU: formulas (1), (4) and (5) of `fastvae.reference.total_correlation`.
 
-Forward and backward are prepare, two sweeps and finish, with no copy to or from the host. A sweep's operands are transposed, dimensions
-first, and in units of log 2: with u = (z − μ)·k and k = √(½·log₂e)/σ an exponent is c − u². A program owns rows (or posteriors) and sweeps
-posteriors (or rows), which are axis 0 of its tiles: each thread owns columns of a tile and sums them without an exchange. No atomics, a
-fixed order, the same bits every time.
+Forward and backward each prepare operands, sweep over all pairs and finish; nothing is copied to or from the host. Operands are stored
+dimensions first, and logarithms are to base 2: with u = (z − μ)·k and k = √(½·log₂e)/σ, a pair's exponent in one dimension is c − u². A
+program owns rows (or posteriors) and sweeps over posteriors (or rows), which are axis 0 of its tiles. Each thread owns columns of a tile
+and sums them without exchanging data. There are no atomics and sums have a fixed order, so results are the same bit for bit every time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,227 +22,277 @@ from torch import Tensor
 from fastvae import kernel_sums
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
 from fastvae.kernels.launch import integer_key, launch, tensor_key
-from fastvae.kernels.prepare import load_numbers
-from fastvae.reference.total_correlation import LARGEST_ROOT
+from fastvae.kernels.reductions import share_of, total
+from fastvae.kernels.sums import load_numbers
+from fastvae.reference.total_correlation import LARGEST_ROOT, LogWeights
 
 LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
 HALF_LOG2_2PI = tl.constexpr(0.5 * math.log2(2 * math.pi))
-# u² = ½·log₂e·(z − μ)²/σ²
+# u² = KAPPA2·(z − μ)²/σ²
 KAPPA2 = 0.5 * kernel_sums.LOG2_E
 _KAPPA = tl.constexpr(KAPPA2**0.5)
 _KAPPA2 = tl.constexpr(KAPPA2)
-_UNIT = tl.constexpr(1 / KAPPA2)
+_INVERSE_KAPPA2 = tl.constexpr(1 / KAPPA2)
 _LARGEST_ROOT, _LARGEST_ROOT_DOUBLE = (tl.constexpr(LARGEST_ROOT[dtype]) for dtype in (torch.float32, torch.float64))
 
-# A sum of densities over this has lost nothing to underflow.
+# A sum of densities above this has lost nothing to underflow.
 LEAST_SUM = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
 
-# The highest density of so many posteriors is what exponents leave out: of all, a program would read them all.
-_BOUND_ROWS = tl.constexpr(128)
+# Exponents are relative to the highest density at the means of so many posteriors: a program cannot read them all.
+_PEAK_POSTERIORS = tl.constexpr(128)
+
+# Tuples hold pointers in a kernel and tensors on the host. In shapes `rows`, `columns` and `dims` are N, M and D with their padding.
 
 
-@triton.jit(
-    do_not_specialize=[
-        "z_stride", "z_step", "mu_stride", "mu_step", "logvar_stride", "logvar_step", "rows", "columns", "N", "M", "D", "BLOCKED_D",
-        "given",
-    ]
-)  # fmt: skip
+class PerInput(NamedTuple):
+    """One each for z, μ and logvar: inputs, their strides, sums for their gradients or these; None where not wanted."""
+
+    z: Any
+    mu: Any
+    logvar: Any
+
+
+class Terms(NamedTuple):
+    """The three terms of (4), scalars, or gradients to them, of which None is zero."""
+
+    information_ptr: Any
+    correlation_ptr: Any
+    divergence_ptr: Any
+
+
+class Upstream(NamedTuple):
+    """What backward gets besides the inputs: densities, and the gradients to them or to the terms."""
+
+    joint_ptr: Any  # (N,), log q(z_i)
+    marginal_ptr: Any  # (N, D), log q(z_id)
+    terms: Terms | None
+    a_ptr: Any  # (N,), gradient to log q(z_i), or None
+    b_ptr: Any  # (N, D), gradient to log q(z_id), or None
+
+
+class Operands(NamedTuple):
+    """What the sweeps read; those from `joint_ptr` to `b_ptr` in backward only. Padding is 0 where no other number is named."""
+
+    z_ptr: Any  # (dims, rows)
+    mu_ptr: Any  # (dims, columns)
+    k_ptr: Any  # (dims, columns)
+    c_ptr: Any  # (dims, columns), log2 of 1/σ relative to the highest of the first posteriors; −∞ in the padding
+    c_sum_ptr: Any  # (columns,), Σ_d c; −∞ in the padding
+    joint_ptr: Any  # (rows,), log2 q(z_i) relative to its constant; +∞ in the padding
+    marginal_ptr: Any  # (dims, rows), log2 q(z_id) relative to its constant; +∞ in the padding
+    a_ptr: Any  # (rows,)
+    b_ptr: Any  # (dims, rows)
+    weight_ptr: Any  # (2,), log2 of the weights of posteriors i and i + 1 relative to that of all others
+
+
+class ForwardSums(NamedTuple):
+    """What the kernels of forward leave to the last one."""
+
+    constant_ptr: Any  # (dims + 1,), float64, log2 of a density less its exponent: of each dimension, then of all together
+    part_ptr: Any  # (programs, 3), float64: 0, or nan if a number is not finite; Σ log2 q(z_i|n_i); Σ log2 p(z_i)
+    marginal_ptr: Any  # (D, rows), log2 q(z_id) relative to its constant
+    marginal_sum_ptr: Any  # (D, blocks), float64, sums of those over a block of rows
+    joint_ptr: Any  # (splits, rows), log2 q(z_i) relative to its constant, over a share of the posteriors
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "DIMS"])
 def prepare_kernel(
-    z_in_ptr,  # (N, D), a row every `z_stride` elements, a dimension every `z_step`
-    mu_in_ptr,  # (M, D)
-    logvar_in_ptr,
-    joint_in_ptr,  # (N,), log q(z_i)
-    marginal_in_ptr,  # (N, D), log q(z_id)
-    grad_0_ptr,  # gradients of the three terms, or of log q(z_i) and log q(z_id)
-    grad_1_ptr,
-    grad_2_ptr,
-    z_ptr,  # (D, rows), here and below with zeros for padding, but where another number is named
-    mu_ptr,  # (D, columns)
-    k_ptr,
-    c_ptr,  # −∞
-    c_sum_ptr,  # (columns,), −∞
-    joint_ptr,  # (rows,), +∞, of a pair's exponent
-    marginal_ptr,  # (D, rows), +∞
-    a_ptr,  # (rows,), the gradient to log q(z_i)
-    b_ptr,  # (D, rows), the gradient to log q(z_id)
-    weight_ptr,  # (2,)
-    constant_ptr,  # (D + 1,), float64, what the exponents of a dimension leave out of log2 of a density, and the joint ones
-    part_ptr,  # (programs, 3), float64: 0, or nan if a number is not finite; Σ log2 q(z_i|n_i); Σ log2 p(z_i)
-    numbers,  # log2 of the weights of i and of i + 1 over that of the others, and that: each as three of float32
-    z_stride,
-    z_step,
-    mu_stride,
-    mu_step,
-    logvar_stride,
-    logvar_step,
+    inputs: PerInput,  # z (N, D), μ and logvar (M, D)
+    strides: PerInput,  # of rows and dimensions
+    upstream: Upstream,  # None in forward
+    operands: Operands,
+    sums: ForwardSums,  # None in backward
+    numbers,  # `LogWeights` as own − other, next − other and other in log2, each as three of float32
     rows,
     columns,
     N,
     M,
     D,
-    BLOCKED_D,  # D with its padding
-    given,  # bits of the terms that have a gradient
-    GRADIENT: tl.constexpr,
-    TERMS: tl.constexpr,  # gradients are those of the three terms
+    DIMS,  # D with its padding
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The operands of a block of rows and of posteriors; forward their shares of (4), backward the gradients of (1) from those of (4)."""
+    """The operands of a block of rows and of posteriors; forward also adds up their part of (4)."""
     # where
     start_n = tl.program_id(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     row = offs_n.to(tl.int64)[:, None]
-    first = tl.arange(0, _BOUND_ROWS)
     mask_z = offs_n < N
     mask_mu = offs_n < M
-    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    dtype: tl.constexpr = operands.z_ptr.dtype.element_ty
     own, following, other = load_numbers(numbers, 3, False)
-    if TERMS:
-        information, correlation, divergence = load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N)
+    information, correlation, divergence = _term_gradients(None if upstream is None else upstream.terms, N)
 
     c_sum = tl.zeros([BLOCK_N], dtype=tl.float64)
-    bounds = tl.zeros([], dtype=tl.float64)
+    peak_sum = tl.zeros([], dtype=tl.float64)
     not_finite = tl.zeros([BLOCK_N], dtype=tl.float64)
     conditional = tl.zeros([BLOCK_N], dtype=tl.float64)
     prior = tl.zeros([BLOCK_N], dtype=tl.float64)
-    for start_d in range(0, BLOCKED_D, BLOCK_D):
+    for start_d in range(0, DIMS, BLOCK_D):
         # load
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        column = offs_d.to(tl.int64)[None, :]
+        dim = offs_d.to(tl.int64)[None, :]
         mask_d = (offs_d < D)[None, :]
         in_z = mask_z[:, None] & mask_d
         in_mu = mask_mu[:, None] & mask_d
-        z = tl.load(z_in_ptr + row * z_stride + column * z_step, mask=in_z, other=0.0).to(dtype)
-        mu = tl.load(mu_in_ptr + row * mu_stride + column * mu_step, mask=in_mu, other=0.0).to(dtype)
-        logvar = tl.load(logvar_in_ptr + row * logvar_stride + column * logvar_step, mask=in_mu, other=0.0).to(dtype)
-        in_first = (first < M)[:, None] & mask_d
-        some = tl.load(logvar_in_ptr + first.to(tl.int64)[:, None] * logvar_stride + column * logvar_step, mask=in_first, other=0.0)
-        bound = tl.max(tl.where(in_first, some.to(dtype) * (-0.5 * LOG2_E), float("-inf")), 0)
-        bound = tl.where(offs_d < D, bound, 0.0)
+        z = tl.load(inputs.z + row * strides.z[0] + dim * strides.z[1], mask=in_z, other=0.0).to(dtype)
+        mu = tl.load(inputs.mu + row * strides.mu[0] + dim * strides.mu[1], mask=in_mu, other=0.0).to(dtype)
+        logvar = tl.load(inputs.logvar + row * strides.logvar[0] + dim * strides.logvar[1], mask=in_mu, other=0.0).to(dtype)
 
         # compute
-        c = logvar * (-0.5 * LOG2_E)
-        k = tl.where(in_mu, tl.exp2(tl.minimum(c, _LARGEST_ROOT_DOUBLE if dtype == tl.float64 else _LARGEST_ROOT)) * _KAPPA, 0.0)
-        relative = c - bound[None, :]
-        c_sum += tl.sum(tl.where(mask_d, relative, 0.0), 1).to(tl.float64)
-        bounds += tl.sum(bound.to(tl.float64))
-        constant = bound.to(tl.float64) + (other - HALF_LOG2_2PI)
-
-        # store
-        out = column * rows + row
-        blocked = (offs_d < BLOCKED_D)[None, :]
-        mask_row = (offs_n < rows)[:, None] & blocked
-        tl.store(z_ptr + out, z, mask=mask_row)
-        if GRADIENT:
-            marginal = tl.load(marginal_in_ptr + row * D + column, mask=in_z, other=0.0).to(tl.float64)
-            marginal = (marginal * LOG2_E - constant[None, :]).to(dtype)
-            tl.store(marginal_ptr + out, tl.where(in_z, marginal, float("inf")), mask=mask_row)
-            if TERMS:
-                b = tl.where(in_z, divergence - correlation, 0.0).to(dtype)
-            else:
-                b = tl.load(grad_1_ptr + row * D + column, mask=in_z, other=0.0).to(dtype)
-            tl.store(b_ptr + out, b, mask=mask_row)
-        else:
+        peak = _peak(inputs.logvar, strides, offs_d, M, D, dtype)
+        log_root = logvar * (-0.5 * LOG2_E)
+        largest: tl.constexpr = _LARGEST_ROOT_DOUBLE if dtype == tl.float64 else _LARGEST_ROOT
+        k = tl.where(in_mu, tl.exp2(tl.minimum(log_root, largest)) * _KAPPA, 0.0)
+        c = log_root - peak[None, :]
+        c_sum += tl.sum(tl.where(mask_d, c, 0.0), 1).to(tl.float64)
+        peak_sum += tl.sum(peak.to(tl.float64))
+        constant = peak.to(tl.float64) + (other - HALF_LOG2_2PI)
+        if upstream is None:
             both = in_z & in_mu
             u = (z - mu) * k
-            conditional += tl.sum(tl.where(both, c - u * u - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
+            conditional += tl.sum(tl.where(both, log_root - u * u - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
             prior += tl.sum(tl.where(both, z * z * -_KAPPA2 - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
             not_finite += tl.sum(z * 0.0 + mu * 0.0 + logvar * 0.0, 1).to(tl.float64)
-            if start_n == 0:
-                tl.store(constant_ptr + offs_d, constant, mask=offs_d < BLOCKED_D)
-        out = column * columns + row
-        mask_column = (offs_n < columns)[:, None] & blocked
-        tl.store(mu_ptr + out, mu, mask=mask_column)
-        tl.store(k_ptr + out, k, mask=mask_column)
-        tl.store(c_ptr + out, tl.where(in_mu, relative, float("-inf")), mask=mask_column)
 
-    tl.store(c_sum_ptr + offs_n, tl.where(mask_mu, c_sum, float("-inf")).to(dtype), mask=offs_n < columns)
-    joint_constant = bounds + (other - D.to(tl.float64) * HALF_LOG2_2PI)
-    if GRADIENT:
-        joint = tl.load(joint_in_ptr + offs_n, mask=mask_z, other=0.0).to(tl.float64)
+        # store
+        in_dims = (offs_d < DIMS)[None, :]
+        mask_row = (offs_n < rows)[:, None] & in_dims
+        out = dim * rows + row
+        tl.store(operands.z_ptr + out, z, mask=mask_row)
+        if upstream is not None:
+            marginal = tl.load(upstream.marginal_ptr + row * D + dim, mask=in_z, other=0.0).to(tl.float64)
+            marginal = (marginal * LOG2_E - constant[None, :]).to(dtype)
+            tl.store(operands.marginal_ptr + out, tl.where(in_z, marginal, float("inf")), mask=mask_row)
+            if upstream.terms is None:
+                b = tl.load(upstream.b_ptr + row * D + dim, mask=in_z, other=0.0)
+            else:
+                b = tl.where(in_z, divergence - correlation, 0.0)
+            tl.store(operands.b_ptr + out, b.to(dtype), mask=mask_row)
+        elif start_n == 0:
+            tl.store(sums.constant_ptr + offs_d, constant, mask=offs_d < DIMS)
+        out = dim * columns + row
+        mask_column = (offs_n < columns)[:, None] & in_dims
+        tl.store(operands.mu_ptr + out, mu, mask=mask_column)
+        tl.store(operands.k_ptr + out, k, mask=mask_column)
+        tl.store(operands.c_ptr + out, tl.where(in_mu, c, float("-inf")), mask=mask_column)
+
+    tl.store(operands.c_sum_ptr + offs_n, tl.where(mask_mu, c_sum, float("-inf")).to(dtype), mask=offs_n < columns)
+    joint_constant = peak_sum + (other - D.to(tl.float64) * HALF_LOG2_2PI)
+    if upstream is not None:
+        joint = tl.load(upstream.joint_ptr + offs_n, mask=mask_z, other=0.0).to(tl.float64)
         joint = (joint * LOG2_E - joint_constant).to(dtype)
-        tl.store(joint_ptr + offs_n, tl.where(mask_z, joint, float("inf")), mask=offs_n < rows)
-        if TERMS:
-            a = tl.where(mask_z, correlation - information, 0.0).to(dtype)
+        tl.store(operands.joint_ptr + offs_n, tl.where(mask_z, joint, float("inf")), mask=offs_n < rows)
+        if upstream.terms is None:
+            a = tl.load(upstream.a_ptr + offs_n, mask=mask_z, other=0.0)
         else:
-            a = tl.load(grad_0_ptr + offs_n, mask=mask_z, other=0.0).to(dtype)
-        tl.store(a_ptr + offs_n, a, mask=offs_n < rows)
+            a = tl.where(mask_z, correlation - information, 0.0)
+        tl.store(operands.a_ptr + offs_n, a.to(dtype), mask=offs_n < rows)
     else:
-        part_ptr += tl.program_id(0) * 3
+        part_ptr = sums.part_ptr + tl.program_id(0) * 3
         tl.store(part_ptr, tl.sum(not_finite))
         tl.store(part_ptr + 1, tl.sum(conditional))
         tl.store(part_ptr + 2, tl.sum(prior))
         if start_n == 0:
-            tl.store(constant_ptr + BLOCKED_D, joint_constant)
+            tl.store(sums.constant_ptr + DIMS, joint_constant)
     if start_n == 0:
-        tl.store(weight_ptr, own.to(dtype))
-        tl.store(weight_ptr + 1, following.to(dtype))
+        tl.store(operands.weight_ptr, own.to(dtype))
+        tl.store(operands.weight_ptr + 1, following.to(dtype))
 
 
 @triton.jit
-def load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N):
-    """Of the three terms, which are means over N rows."""
-    information = tl.load(grad_0_ptr, mask=(given & 1) != 0, other=0.0).to(tl.float64)
-    correlation = tl.load(grad_1_ptr, mask=(given & 2) != 0, other=0.0).to(tl.float64)
-    divergence = tl.load(grad_2_ptr, mask=(given & 4) != 0, other=0.0).to(tl.float64)
-    n = N.to(tl.float64)
-    return information / n, correlation / n, divergence / n
+def _peak(logvar_ptr, strides: PerInput, offs_d, M, D, dtype: tl.constexpr):
+    """The highest log2 of 1/σ of the first posteriors in each dimension; 0 in the padding."""
+    first = tl.arange(0, _PEAK_POSTERIORS)
+    mask = (first < M)[:, None] & (offs_d < D)[None, :]
+    offs = first.to(tl.int64)[:, None] * strides.logvar[0] + offs_d.to(tl.int64)[None, :] * strides.logvar[1]
+    logvar = tl.load(logvar_ptr + offs, mask=mask, other=0.0).to(dtype)
+    peak = tl.max(tl.where(mask, logvar * (-0.5 * LOG2_E), float("-inf")), 0)
+    return tl.where(offs_d < D, peak, 0.0)
 
 
 @triton.jit
-def _relative_weight(posterior, row, M, offset, own, following):
-    """log2 of w_ij over that of a pair with j > i + 1: formula (3)."""
-    owner = row + offset
+def _term_gradients(terms: Terms, N):
+    """Gradients of one row to the three terms, which are means over N rows."""
+    if terms is None:
+        return 0.0, 0.0, 0.0
+    else:
+        return _mean_gradient(terms.information_ptr, N), _mean_gradient(terms.correlation_ptr, N), _mean_gradient(terms.divergence_ptr, N)
+
+
+@triton.jit
+def _mean_gradient(grad_ptr, N):
+    if grad_ptr is None:
+        return tl.zeros([], dtype=tl.float64)
+    else:
+        return tl.load(grad_ptr).to(tl.float64) / N.to(tl.float64)
+
+
+@triton.jit
+def _relative_weight(offs_n, offs_m, M, offset, own, following, ROWS_FIRST: tl.constexpr):
+    """log2 of w_ij relative to that of a pair with j ≠ i and j ≠ i + 1: formula (3)."""
+    posterior = _over_posteriors(offs_m, ROWS_FIRST)
+    owner = _over_rows(offs_n, ROWS_FIRST) + offset
     after = tl.where(owner == M - 1, 0, owner + 1)
     return tl.where(posterior == owner, own, tl.where(posterior == after, following, 0.0))
 
 
 @triton.jit
-def _joint_exponent(row_ptrs, column_mu_ptrs, column_k_ptrs, joint, row_stride, column_stride, D, ROWS_FIRST: tl.constexpr):
-    """`joint` less Σ_d u²; rows are axis 0 of the tile if ROWS_FIRST, else axis 1."""
+def _over_rows(values, ROWS_FIRST: tl.constexpr):
+    """One value for each row of a tile, whose axis 0 are rows if ROWS_FIRST, else posteriors."""
+    return values[:, None] if ROWS_FIRST else values[None, :]
+
+
+@triton.jit
+def _over_posteriors(values, ROWS_FIRST: tl.constexpr):
+    """One value for each posterior of a tile."""
+    return values[None, :] if ROWS_FIRST else values[:, None]
+
+
+@triton.jit
+def _scaled_difference(z, mu, k, ROWS_FIRST: tl.constexpr):
+    """u of each pair of a tile."""
+    return (_over_rows(z, ROWS_FIRST) - _over_posteriors(mu, ROWS_FIRST)) * _over_posteriors(k, ROWS_FIRST)
+
+
+@triton.jit
+def _subtract_squares(exponent, operands: Operands, offs_n, offs_m, rows, columns, D, ROWS_FIRST: tl.constexpr):
+    """exponent − Σ_d u² of each pair of a tile."""
+    z_ptrs = operands.z_ptr + offs_n
+    mu_ptrs = operands.mu_ptr + offs_m
+    k_ptrs = operands.k_ptr + offs_m
     for _ in range(D):
-        z = tl.load(row_ptrs)
-        mu = tl.load(column_mu_ptrs)
-        k = tl.load(column_k_ptrs)
-        if ROWS_FIRST:
-            u = (z[:, None] - mu[None, :]) * k[None, :]
-        else:
-            u = (z[None, :] - mu[:, None]) * k[:, None]
-        joint -= u * u
-        row_ptrs += row_stride
-        column_mu_ptrs += column_stride
-        column_k_ptrs += column_stride
-    return joint
+        u = _scaled_difference(tl.load(z_ptrs), tl.load(mu_ptrs), tl.load(k_ptrs), ROWS_FIRST)
+        exponent -= u * u
+        z_ptrs += rows
+        mu_ptrs += columns
+        k_ptrs += columns
+    return exponent
 
 
 @triton.jit
 def _marginal_exponent(
-    z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED: tl.constexpr, BLOCK_M: tl.constexpr
+    operands: Operands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """Exponents of one dimension, (posteriors, rows)."""
+    """The exponents of one dimension, (posteriors, rows)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    mu = tl.load(mu_ptr + offs_m)
-    k = tl.load(k_ptr + offs_m)
-    c = tl.load(c_ptr + offs_m)
-    u = (z[None, :] - mu[:, None]) * k[:, None]
-    exponent = c[:, None] - u * u
+    mu = tl.load(operands.mu_ptr + d * columns + offs_m)
+    k = tl.load(operands.k_ptr + d * columns + offs_m)
+    c = tl.load(operands.c_ptr + d * columns + offs_m)
+    u = _scaled_difference(z, mu, k, False)
+    exponent = _over_posteriors(c, False) - u * u
     if STRATIFIED:
-        exponent += _relative_weight(offs_m[:, None], offs_n[None, :], M, offset, own, following)
+        exponent += _relative_weight(offs_n, offs_m, M, offset, own, following, False)
     return exponent
 
 
 @triton.jit(do_not_specialize=["N", "M", "offset"])
 def marginal_kernel(
-    z_ptr,  # (D, rows), rows with their padding
-    mu_ptr,  # (D, columns), posteriors with theirs
-    k_ptr,
-    c_ptr,  # (D, columns), −inf in the padding
-    marginal_ptr,  # (D, rows), log2 Σ_j exp2(exponent)
-    sum_ptr,  # (D, blocks), float64, sums of those over a block of rows
-    weight_ptr,  # (2,), log2 of the weights of i and of i + 1 over that of the others
+    operands: Operands,
+    sums: ForwardSums,
     rows,
     columns,
-    N,  # rows without padding
+    N,
     M,
     offset,  # row i is drawn from posterior offset + i
     LEAST_SUM: tl.constexpr,
@@ -254,46 +304,40 @@ def marginal_kernel(
     # where
     d = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mu_ptr += d * columns
-    k_ptr += d * columns
-    c_ptr += d * columns
 
     # load
-    z = tl.load(z_ptr + d * rows + offs_n)
-    own = tl.load(weight_ptr)
-    following = tl.load(weight_ptr + 1)
+    z = tl.load(operands.z_ptr + d * rows + offs_n)
+    own = tl.load(operands.weight_ptr)
+    following = tl.load(operands.weight_ptr + 1)
 
     # compute
-    total = tl.zeros([BLOCK_N], dtype=z.dtype)
-    reference = tl.zeros([BLOCK_N], dtype=z.dtype)
+    density = tl.zeros([BLOCK_N], dtype=z.dtype)
+    highest = tl.zeros([BLOCK_N], dtype=z.dtype)
     for start_m in range(0, columns, BLOCK_M):
-        exponent = _marginal_exponent(z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED, BLOCK_M)
-        total += tl.sum(tl.exp2(exponent), 0)
-    if (tl.min(tl.where(offs_n < N, total, 1.0)) < LEAST_SUM) | (tl.max(total) == float("inf")):
-        # Far from every posterior, or near one that is far sharper than those that `c` is relative to: relative to the nearest one.
-        reference += float("-inf")
+        exponent = _marginal_exponent(operands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED, BLOCK_M)
+        density += tl.sum(tl.exp2(exponent), 0)
+    if (tl.min(tl.where(offs_n < N, density, 1.0)) < LEAST_SUM) | (tl.max(density) == float("inf")):
+        # Rows far from every posterior, or near one far sharper than the first ones: sum relative to each row's highest exponent.
+        highest += float("-inf")
         for start_m in range(0, columns, BLOCK_M):
-            exponent = _marginal_exponent(z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED, BLOCK_M)
-            reference = tl.maximum(reference, tl.max(exponent, 0))
-        total = tl.zeros([BLOCK_N], dtype=z.dtype)
+            exponent = _marginal_exponent(operands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED, BLOCK_M)
+            highest = tl.maximum(highest, tl.max(exponent, 0))
+        density = tl.zeros([BLOCK_N], dtype=z.dtype)
         for start_m in range(0, columns, BLOCK_M):
-            exponent = _marginal_exponent(z, mu_ptr, k_ptr, c_ptr, start_m, offs_n, M, offset, own, following, STRATIFIED, BLOCK_M)
-            total += tl.sum(tl.exp2(exponent - reference[None, :]), 0)
+            exponent = _marginal_exponent(operands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED, BLOCK_M)
+            density += tl.sum(tl.exp2(exponent - highest[None, :]), 0)
 
     # store
-    marginal = tl.log2(total) + reference
-    tl.store(marginal_ptr + d * rows + offs_n, marginal)
-    tl.store(sum_ptr + d * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.where(offs_n < N, marginal, 0.0).to(tl.float64)))
+    marginal = tl.log2(density) + highest
+    tl.store(sums.marginal_ptr + d * rows + offs_n, marginal)
+    marginal_sum = tl.sum(tl.where(offs_n < N, marginal, 0.0).to(tl.float64))
+    tl.store(sums.marginal_sum_ptr + d * tl.num_programs(0) + tl.program_id(0), marginal_sum)
 
 
 @triton.jit(do_not_specialize=["M", "offset"])
 def joint_kernel(
-    z_ptr,
-    mu_ptr,
-    k_ptr,
-    c_sum_ptr,  # (columns,), Σ_d c
-    joint_ptr,  # (SPLITS, rows), log2 Σ_j exp2(joint exponent) over a share of the posteriors
-    weight_ptr,
+    operands: Operands,
+    sums: ForwardSums,
     rows,
     columns,
     M,
@@ -306,193 +350,124 @@ def joint_kernel(
 ):
     """log q(z_i) of a block of rows, formula (1); program 1 is the share of the posteriors."""
     # where
-    split = tl.program_id(1)
+    share = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # load
-    own = tl.load(weight_ptr)
-    following = tl.load(weight_ptr + 1)
+    own = tl.load(operands.weight_ptr)
+    following = tl.load(operands.weight_ptr + 1)
 
     # compute
-    total = tl.zeros([BLOCK_N], dtype=own.dtype)
-    most = tl.full([BLOCK_N], LOWEST, dtype=own.dtype)
-    share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(1)) * BLOCK_M
-    for start_m in range(split * share, tl.minimum((split + 1) * share, columns), BLOCK_M):
+    density = tl.zeros([BLOCK_N], dtype=own.dtype)
+    highest = tl.full([BLOCK_N], LOWEST, dtype=own.dtype)
+    first, last = share_of(columns, share, tl.num_programs(1), BLOCK_M)
+    for start_m in range(first, last, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        joint = tl.load(c_sum_ptr + offs_m)[:, None] + tl.zeros([BLOCK_M, BLOCK_N], dtype=own.dtype)
-        joint = _joint_exponent(z_ptr + offs_n, mu_ptr + offs_m, k_ptr + offs_m, joint, rows, columns, D, False)
+        exponent = tl.load(operands.c_sum_ptr + offs_m)[:, None] + tl.zeros([BLOCK_M, BLOCK_N], dtype=own.dtype)
+        exponent = _subtract_squares(exponent, operands, offs_n, offs_m, rows, columns, D, False)
         if STRATIFIED:
-            joint += _relative_weight(offs_m[:, None], offs_n[None, :], M, offset, own, following)
-        nearer = tl.maximum(most, tl.max(joint, 0))
-        total = total * tl.exp2(most - nearer) + tl.sum(tl.exp2(joint - nearer[None, :]), 0)
-        most = nearer
+            exponent += _relative_weight(offs_n, offs_m, M, offset, own, following, False)
+        higher = tl.maximum(highest, tl.max(exponent, 0))
+        density = density * tl.exp2(highest - higher) + tl.sum(tl.exp2(exponent - higher[None, :]), 0)
+        highest = higher
 
     # store
-    tl.store(joint_ptr + split.to(tl.int64) * rows + offs_n, tl.log2(total) + most)
+    tl.store(sums.joint_ptr + share.to(tl.int64) * rows + offs_n, tl.log2(density) + highest)
 
 
 @triton.jit(do_not_specialize=["M", "offset"])
-def rows_kernel(
-    z_ptr,
-    mu_ptr,
-    k_ptr,
-    c_ptr,
-    c_sum_ptr,
-    joint_ptr,  # (rows,), +inf in the padding, as the next
-    marginal_ptr,  # (D, rows)
-    a_ptr,  # (rows,), the gradient to log q(z_i)
-    b_ptr,  # (D, rows), the gradient to log q(z_id)
-    pull_ptr,  # (SPLITS, D, rows), Σ_j G·u·k
-    weight_ptr,
+def gradient_kernel(
+    operands: Operands,
+    sums: PerInput,  # those that it adds up: Σ_j G·u·k (splits, dims, rows), or Σ_i G·u and Σ_i G·(u²/KAPPA2 − 1) (splits, dims, columns)
     rows,
     columns,
     M,
     offset,
     D,
-    BLOCKED_D,  # D with its padding
+    DIMS,
+    OF_ROWS: tl.constexpr,  # owns rows, else posteriors
     STRATIFIED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # rows or posteriors that a program owns
+    BLOCK_M: tl.constexpr,  # posteriors or rows of a tile
     BLOCK_D: tl.constexpr,
 ):
-    """dz of a block of rows in a block of dimensions, formula (5); program 2 is the share of the posteriors."""
+    """Sums of (5) of a block of rows or posteriors in a block of dimensions; program 2 is the share of the others."""
     # where
     start_d = tl.program_id(1).to(tl.int64) * BLOCK_D
-    split = tl.program_id(2)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    share = tl.program_id(2)
+    owned = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    ROWS_FIRST: tl.constexpr = not OF_ROWS
 
     # load
-    own = tl.load(weight_ptr)
-    following = tl.load(weight_ptr + 1)
-    joint_row = tl.load(joint_ptr + offs_n)
-    a = tl.load(a_ptr + offs_n)
+    own = tl.load(operands.weight_ptr)
+    following = tl.load(operands.weight_ptr + 1)
+    if OF_ROWS:
+        joint = tl.load(operands.joint_ptr + owned)
+        a = tl.load(operands.a_ptr + owned)
+    else:
+        c_sum = tl.load(operands.c_sum_ptr + owned)
 
     # compute
-    pull = tl.zeros([BLOCK_D, BLOCK_N], dtype=own.dtype)
-    share = tl.cdiv(tl.cdiv(columns, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-    for start_m in range(split * share, tl.minimum((split + 1) * share, columns), BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        pair = tl.load(c_sum_ptr + offs_m)[:, None] - joint_row[None, :]
-        pair = _joint_exponent(z_ptr + offs_n, mu_ptr + offs_m, k_ptr + offs_m, pair, rows, columns, D, False)
+    location = tl.zeros([BLOCK_D, BLOCK_N], dtype=own.dtype)
+    scale = tl.zeros([BLOCK_D, BLOCK_N], dtype=own.dtype)
+    first, last = share_of(columns if OF_ROWS else rows, share, tl.num_programs(2), BLOCK_M)
+    for start in range(first, last, BLOCK_M):
+        swept = start + tl.arange(0, BLOCK_M)
+        if OF_ROWS:
+            offs_n, offs_m = owned, swept
+            pair = tl.load(operands.c_sum_ptr + swept)[:, None] - joint[None, :]
+        else:
+            offs_n, offs_m = swept, owned
+            pair = c_sum[None, :] - tl.load(operands.joint_ptr + swept)[:, None]
+        pair = _subtract_squares(pair, operands, offs_n, offs_m, rows, columns, D, ROWS_FIRST)
         if STRATIFIED:
-            pair += _relative_weight(offs_m[:, None], offs_n[None, :], M, offset, own, following)
-        pair = tl.exp2(pair) * a[None, :]
+            pair += _relative_weight(offs_n, offs_m, M, offset, own, following, ROWS_FIRST)
+        pair = tl.exp2(pair) * (a[None, :] if OF_ROWS else tl.load(operands.a_ptr + swept)[:, None])
         row = start_d * rows
         column = start_d * columns
         for d in range(BLOCK_D):
-            z = tl.load(z_ptr + row + offs_n)
-            marginal = tl.load(marginal_ptr + row + offs_n)
-            b = tl.load(b_ptr + row + offs_n)
-            mu = tl.load(mu_ptr + column + offs_m)
-            k = tl.load(k_ptr + column + offs_m)
-            c = tl.load(c_ptr + column + offs_m)
-            u = (z[None, :] - mu[:, None]) * k[:, None]
-            exponent = (c[:, None] - marginal[None, :]) - u * u
+            z = tl.load(operands.z_ptr + row + offs_n)
+            marginal = tl.load(operands.marginal_ptr + row + offs_n)
+            b = tl.load(operands.b_ptr + row + offs_n)
+            mu = tl.load(operands.mu_ptr + column + offs_m)
+            k = tl.load(operands.k_ptr + column + offs_m)
+            c = tl.load(operands.c_ptr + column + offs_m)
+            u = _scaled_difference(z, mu, k, ROWS_FIRST)
+            exponent = (_over_posteriors(c, ROWS_FIRST) - _over_rows(marginal, ROWS_FIRST)) - u * u
             if STRATIFIED:
-                exponent += _relative_weight(offs_m[:, None], offs_n[None, :], M, offset, own, following)
-            g = pair + b[None, :] * tl.exp2(exponent)
-            pull += tl.where(offs_d[:, None] == d, tl.sum(g * u * k[:, None], 0)[None, :], 0.0)
-            row += rows
-            column += columns
-
-    # store
-    out_ptr = pull_ptr + (split * BLOCKED_D + start_d) * rows
-    tl.store(out_ptr + (offs_d[:, None].to(tl.int64) * rows + offs_n[None, :]), pull)
-
-
-@triton.jit(do_not_specialize=["M", "offset"])
-def columns_kernel(
-    z_ptr,
-    mu_ptr,
-    k_ptr,
-    c_ptr,
-    c_sum_ptr,
-    joint_ptr,
-    marginal_ptr,
-    a_ptr,
-    b_ptr,
-    pull_ptr,  # (SPLITS, D, columns), Σ_i G·u
-    stretch_ptr,  # (SPLITS, D, columns), Σ_i G·(UNIT·u² − 1)
-    weight_ptr,
-    rows,
-    columns,
-    M,
-    offset,
-    D,
-    BLOCKED_D,
-    UNIT: tl.constexpr,
-    STRATIFIED: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # posteriors that a program owns
-    BLOCK_M: tl.constexpr,  # rows of a tile
-    BLOCK_D: tl.constexpr,
-):
-    """dμ and dlogvar of a block of posteriors in a block of dimensions, formula (5); program 2 is the share of the rows."""
-    # where
-    start_d = tl.program_id(1).to(tl.int64) * BLOCK_D
-    split = tl.program_id(2)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-
-    # load
-    own = tl.load(weight_ptr)
-    following = tl.load(weight_ptr + 1)
-    c_sum = tl.load(c_sum_ptr + offs_n)
-
-    # compute
-    pull = tl.zeros([BLOCK_D, BLOCK_N], dtype=own.dtype)
-    stretch = tl.zeros([BLOCK_D, BLOCK_N], dtype=own.dtype)
-    share = tl.cdiv(tl.cdiv(rows, BLOCK_M), tl.num_programs(2)) * BLOCK_M
-    for start_m in range(split * share, tl.minimum((split + 1) * share, rows), BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        pair = c_sum[None, :] - tl.load(joint_ptr + offs_m)[:, None]
-        pair = _joint_exponent(z_ptr + offs_m, mu_ptr + offs_n, k_ptr + offs_n, pair, rows, columns, D, True)
-        if STRATIFIED:
-            pair += _relative_weight(offs_n[None, :], offs_m[:, None], M, offset, own, following)
-        pair = tl.exp2(pair) * tl.load(a_ptr + offs_m)[:, None]
-        row = start_d * rows
-        column = start_d * columns
-        for d in range(BLOCK_D):
-            z = tl.load(z_ptr + row + offs_m)
-            marginal = tl.load(marginal_ptr + row + offs_m)
-            b = tl.load(b_ptr + row + offs_m)
-            mu = tl.load(mu_ptr + column + offs_n)
-            k = tl.load(k_ptr + column + offs_n)
-            c = tl.load(c_ptr + column + offs_n)
-            u = (z[:, None] - mu[None, :]) * k[None, :]
-            exponent = (c[None, :] - marginal[:, None]) - u * u
-            if STRATIFIED:
-                exponent += _relative_weight(offs_n[None, :], offs_m[:, None], M, offset, own, following)
-            g = pair + b[:, None] * tl.exp2(exponent)
+                exponent += _relative_weight(offs_n, offs_m, M, offset, own, following, ROWS_FIRST)
+            g = pair + _over_rows(b, ROWS_FIRST) * tl.exp2(exponent)
             here = offs_d[:, None] == d
-            pull += tl.where(here, tl.sum(g * u, 0)[None, :], 0.0)
-            # In this order, as u² is past the range of float32 for a pair far apart, whose G is zero.
-            stretch += tl.where(here, (UNIT * tl.sum(g * u * u, 0) - tl.sum(g, 0))[None, :], 0.0)
+            if OF_ROWS:
+                location += tl.where(here, tl.sum(g * u * k[:, None], 0)[None, :], 0.0)
+            else:
+                location += tl.where(here, tl.sum(g * u, 0)[None, :], 0.0)
+                # g·u first: for distant pairs g is 0 and u² is past the range of float32.
+                scale += tl.where(here, (tl.sum(g * u * u, 0) * _INVERSE_KAPPA2 - tl.sum(g, 0))[None, :], 0.0)
             row += rows
             column += columns
 
     # store
-    out = (split * BLOCKED_D + start_d) * columns + (offs_d[:, None].to(tl.int64) * columns + offs_n[None, :])
-    tl.store(pull_ptr + out, pull)
-    tl.store(stretch_ptr + out, stretch)
+    width = rows if OF_ROWS else columns
+    out = (share * DIMS + start_d) * width + (offs_d[:, None].to(tl.int64) * width + owned[None, :])
+    if OF_ROWS:
+        tl.store(sums.z + out, location)
+    else:
+        tl.store(sums.mu + out, location)
+        tl.store(sums.logvar + out, scale)
 
 
-@triton.jit(do_not_specialize=["rows", "N", "D", "BLOCKED_D", "parts", "blocks", "splits"])
+@triton.jit(do_not_specialize=["rows", "N", "D", "DIMS", "parts", "blocks", "splits"])
 def finish_kernel(
-    joint_in_ptr,  # (splits, rows), what `joint_kernel` stored
-    marginal_in_ptr,  # (D, rows), what `marginal_kernel` did
-    sum_ptr,
-    constant_ptr,
-    part_ptr,
+    sums: ForwardSums,
     joint_ptr,  # (N,), log q(z_i)
     marginal_ptr,  # (N, D), log q(z_id)
-    information_ptr,  # (), the terms of (4)
-    correlation_ptr,
-    divergence_ptr,
+    terms: Terms,
     rows,
     N,
     D,
-    BLOCKED_D,
+    DIMS,
     parts,
     blocks,
     splits,
@@ -500,31 +475,23 @@ def finish_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(4) by program 0, in float64 and a fixed order; by each other (1) of a block of rows, in nats."""
+    """Program 0 takes the terms of (4), in float64; each other the densities (1) of a block of rows. Both in nats."""
     dtype: tl.constexpr = joint_ptr.dtype.element_ty
-    not_finite = _sum_of_parts(part_ptr, parts, BLOCK_R)
-    joint_constant = tl.load(constant_ptr + BLOCKED_D)
+    not_finite = total(sums.part_ptr, parts, 3, BLOCK_R)
+    joint_constant = tl.load(sums.constant_ptr + DIMS)
     if tl.program_id(0) == 0:
         joints = tl.zeros([BLOCK_R], dtype=tl.float64)
         for start_n in range(0, N, BLOCK_R):
             offs_n = start_n + tl.arange(0, BLOCK_R)
-            joints += tl.where(offs_n < N, _joint(joint_in_ptr, offs_n, rows, splits), 0.0)
-        marginals = tl.zeros([BLOCK_R], dtype=tl.float64)
-        for start in range(0, D * blocks, BLOCK_R):
-            offs = start + tl.arange(0, BLOCK_R)
-            marginals += tl.load(sum_ptr + offs, mask=offs < D * blocks, other=0.0)
-        constants = tl.zeros([BLOCK_R], dtype=tl.float64)
-        for start in range(0, D, BLOCK_R):
-            offs = start + tl.arange(0, BLOCK_R)
-            constants += tl.load(constant_ptr + offs, mask=offs < D, other=0.0)
+            joints += tl.where(offs_n < N, _joint(sums.joint_ptr, offs_n, rows, splits), 0.0)
         n = N.to(tl.float64)
         joint = tl.sum(joints) / n + joint_constant
-        marginal = tl.sum(marginals) / n + tl.sum(constants)
-        conditional = _sum_of_parts(part_ptr + 1, parts, BLOCK_R) / n
-        prior = _sum_of_parts(part_ptr + 2, parts, BLOCK_R) / n
-        tl.store(information_ptr, ((conditional - joint) / LOG2_E + not_finite).to(dtype))
-        tl.store(correlation_ptr, ((joint - marginal) / LOG2_E + not_finite).to(dtype))
-        tl.store(divergence_ptr, ((marginal - prior) / LOG2_E + not_finite).to(dtype))
+        marginal = total(sums.marginal_sum_ptr, D * blocks, 1, BLOCK_R) / n + total(sums.constant_ptr, D, 1, BLOCK_R)
+        conditional = total(sums.part_ptr + 1, parts, 3, BLOCK_R) / n
+        prior = total(sums.part_ptr + 2, parts, 3, BLOCK_R) / n
+        tl.store(terms.information_ptr, ((conditional - joint) / LOG2_E + not_finite).to(dtype))
+        tl.store(terms.correlation_ptr, ((joint - marginal) / LOG2_E + not_finite).to(dtype))
+        tl.store(terms.divergence_ptr, ((marginal - prior) / LOG2_E + not_finite).to(dtype))
         return
     # where
     offs_n = (tl.program_id(0) - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -532,108 +499,88 @@ def finish_kernel(
     mask_n = offs_n < N
 
     # load, compute, store
-    joint = (_joint(joint_in_ptr, offs_n, rows, splits) + joint_constant) / LOG2_E + not_finite
+    joint = (_joint(sums.joint_ptr, offs_n, rows, splits) + joint_constant) / LOG2_E + not_finite
     tl.store(joint_ptr + offs_n, joint.to(dtype), mask=mask_n)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
-        column = offs_d.to(tl.int64)[:, None]
+        dim = offs_d.to(tl.int64)[:, None]
         mask = (offs_d < D)[:, None] & mask_n[None, :]
-        marginal = tl.load(marginal_in_ptr + column * rows + row, mask=mask, other=0.0).to(tl.float64)
-        constant = tl.load(constant_ptr + offs_d, mask=offs_d < D, other=0.0)
+        marginal = tl.load(sums.marginal_ptr + dim * rows + row, mask=mask, other=0.0).to(tl.float64)
+        constant = tl.load(sums.constant_ptr + offs_d, mask=offs_d < D, other=0.0)
         marginal = (marginal + constant[:, None]) / LOG2_E + not_finite
-        tl.store(marginal_ptr + row * D + column, marginal.to(dtype), mask=mask)
-
-
-@triton.jit
-def _sum_of_parts(part_ptr, parts, BLOCK_R: tl.constexpr):
-    total = tl.zeros([BLOCK_R], dtype=tl.float64)
-    for start in range(0, parts, BLOCK_R):
-        offs = start + tl.arange(0, BLOCK_R)
-        total += tl.load(part_ptr + offs * 3, mask=offs < parts, other=0.0)
-    return tl.sum(total)
+        tl.store(marginal_ptr + row * D + dim, marginal.to(dtype), mask=mask)
 
 
 @triton.jit
 def _joint(joint_ptr, offs_n, rows, splits):
     """log2 of the sum over all shares of the posteriors, float64."""
     mask = offs_n < rows
-    most = tl.load(joint_ptr + offs_n, mask=mask, other=0.0).to(tl.float64)
+    highest = tl.load(joint_ptr + offs_n, mask=mask, other=0.0).to(tl.float64)
     for split in range(1, splits):
-        most = tl.maximum(most, tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64))
-    total = tl.zeros_like(most)
+        highest = tl.maximum(highest, tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64))
+    density = tl.zeros_like(highest)
     for split in range(0, splits):
-        total += tl.exp2(tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64) - most)
-    return tl.log2(total) + most
+        density += tl.exp2(tl.load(joint_ptr + tl.cast(split, tl.int64) * rows + offs_n, mask=mask, other=0.0).to(tl.float64) - highest)
+    return tl.log2(density) + highest
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "BLOCKED_D", "row_splits", "column_splits", "given"])
-def gradients_kernel(
-    z_ptr,  # operands
-    mu_ptr,
-    k_ptr,
-    z_pull_ptr,  # (row_splits, D, rows), what `rows_kernel` stored
-    pull_ptr,  # (column_splits, D, columns), what `columns_kernel` did
-    stretch_ptr,
-    grad_0_ptr,  # as of `prepare_kernel`
-    grad_1_ptr,
-    grad_2_ptr,
-    grad_z_ptr,  # (N, D)
-    grad_mu_ptr,  # (M, D)
-    grad_logvar_ptr,
+@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "DIMS", "row_splits", "column_splits"])
+def gradient_finish_kernel(
+    operands: Operands,
+    sums: PerInput,  # of `gradient_kernel`
+    terms: Terms,  # gradients to the terms, None if those to the densities were given
+    grads: PerInput,  # z (N, D), μ and logvar (M, D)
     rows,
     columns,
     N,
     M,
     D,
-    BLOCKED_D,
+    DIMS,
     row_splits,
     column_splits,
-    given,
-    Z_GRAD: tl.constexpr,
-    POSTERIOR_GRAD: tl.constexpr,
-    TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(5) of a block of rows and of posteriors in a block of dimensions, to which (4) adds what it has of z, μ and logvar itself."""
+    """(5) of a block of rows and of posteriors in a block of dimensions, and with it what (4) takes of z, μ and logvar directly."""
     # where
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = offs_n.to(tl.int64)[None, :]
-    column = offs_d.to(tl.int64)[:, None]
+    dim = offs_d.to(tl.int64)[:, None]
     mask_d = (offs_d < D)[:, None]
     mask_z = mask_d & (offs_n < N)[None, :]
     mask_mu = mask_d & (offs_n < M)[None, :]
-    dtype: tl.constexpr = z_ptr.dtype.element_ty
-    out = row * D + column
+    dtype: tl.constexpr = operands.z_ptr.dtype.element_ty
+    out = row * D + dim
 
-    # load: q(z_i|n_i) pulls as a pair of weight `information`
-    z = tl.load(z_ptr + column * rows + row, mask=mask_z, other=0.0)
-    k = tl.load(k_ptr + column * columns + row, mask=mask_mu, other=0.0)
+    # load: q(z_i|n_i) counts as a pair of weight `information`
+    z = tl.load(operands.z_ptr + dim * rows + row, mask=mask_z, other=0.0)
+    k = tl.load(operands.k_ptr + dim * columns + row, mask=mask_mu, other=0.0)
     u = tl.zeros_like(z)
     information = tl.zeros([], dtype=dtype)
     divergence = tl.zeros([], dtype=dtype)
-    if TERMS:
-        u = (z - tl.load(mu_ptr + column * columns + row, mask=mask_mu, other=0.0)) * k
-        information, _, divergence = load_gradients(grad_0_ptr, grad_1_ptr, grad_2_ptr, given, N)
+    if terms is not None:
+        u = (z - tl.load(operands.mu_ptr + dim * columns + row, mask=mask_mu, other=0.0)) * k
+        information, _, divergence = _term_gradients(terms, N)
         information = information.to(dtype)
         divergence = divergence.to(dtype)
 
     # compute, store
-    if Z_GRAD:
-        pull = information * (u * k)
+    if grads.z is not None:
+        location = information * (u * k)
         for split in range(0, row_splits):
-            pull += tl.load(z_pull_ptr + (tl.cast(split, tl.int64) * BLOCKED_D + column) * rows + row, mask=mask_z, other=0.0)
-        tl.store(grad_z_ptr + out, (divergence * z - pull * _UNIT).to(grad_z_ptr.dtype.element_ty), mask=mask_z)
-    if POSTERIOR_GRAD:
-        pull = information * u
-        stretch = information * ((u * u) * _UNIT - 1)
+            location += tl.load(sums.z + (tl.cast(split, tl.int64) * DIMS + dim) * rows + row, mask=mask_z, other=0.0)
+        grad_z = divergence * z - location * _INVERSE_KAPPA2
+        tl.store(grads.z + out, grad_z.to(grads.z.dtype.element_ty), mask=mask_z)
+    if grads.mu is not None:
+        location = information * u
+        scale = information * ((u * u) * _INVERSE_KAPPA2 - 1)
         for split in range(0, column_splits):
-            part = (tl.cast(split, tl.int64) * BLOCKED_D + column) * columns + row
-            pull += tl.load(pull_ptr + part, mask=mask_mu, other=0.0)
-            stretch += tl.load(stretch_ptr + part, mask=mask_mu, other=0.0)
-        tl.store(grad_mu_ptr + out, (pull * k * _UNIT).to(grad_mu_ptr.dtype.element_ty), mask=mask_mu)
-        tl.store(grad_logvar_ptr + out, (0.5 * stretch).to(grad_logvar_ptr.dtype.element_ty), mask=mask_mu)
+            source = (tl.cast(split, tl.int64) * DIMS + dim) * columns + row
+            location += tl.load(sums.mu + source, mask=mask_mu, other=0.0)
+            scale += tl.load(sums.logvar + source, mask=mask_mu, other=0.0)
+        tl.store(grads.mu + out, (location * k * _INVERSE_KAPPA2).to(grads.mu.dtype.element_ty), mask=mask_mu)
+        tl.store(grads.logvar + out, (0.5 * scale).to(grads.logvar.dtype.element_ty), mask=mask_mu)
 
 
 # Rows of a program around the sweeps; every block of a sweep holds whole ones.
@@ -641,7 +588,7 @@ _ROW_BLOCK = 64
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(weights: Any) -> tuple[float, ...]:
+def _numbers(weights: LogWeights) -> tuple[float, ...]:
     """`numbers` of `prepare_kernel`."""
     logs = weights.own - weights.other, weights.next - weights.other, weights.other
     return tuple(part for weight in logs for part in kernel_sums.float32_parts(weight * kernel_sums.LOG2_E))
@@ -651,165 +598,146 @@ def _numbers(weights: Any) -> tuple[float, ...]:
 class _Problem:
     """Inputs, and the sizes of their operands: rows and posteriors are padded to block_n, dimensions to block_d."""
 
-    inputs: tuple[Tensor, Tensor, Tensor]
-    weights: Any
+    inputs: PerInput
+    weights: LogWeights
     offset: int
     dtype: torch.dtype
     config: DensityConfig
     rows: int
     columns: int
     dim: int
-    blocked_dim: int
+    padded_dim: int
     key: Hashable
 
     @staticmethod
-    def of(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int, gradient: bool) -> _Problem:
+    def of(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int, gradient: bool) -> _Problem:
         (n, dim), m = z.shape, mu.shape[0]
-        double = z.dtype == torch.float64
+        in_float64 = z.dtype == torch.float64
         stratified = weights.own != weights.other
-        config = density_config(dim, double, gradient, stratified, device_limits(z.device).architecture)
-        rows, columns, blocked_dim = (
+        config = density_config(dim, in_float64, gradient, stratified, device_limits(z.device).architecture)
+        rows, columns, padded_dim = (
             size + -size % block for size, block in ((n, config.block_n), (m, config.block_n), (dim, config.block_d))
         )
         sizes = rows, columns, offset, *z.stride(), *mu.stride(), *logvar.stride()
-        key = config, stratified, tensor_key(z, mu, logvar), integer_key(dim, blocked_dim), tuple(size >= 1 << 31 for size in sizes)
-        dtype = torch.float64 if double else torch.float32
-        return _Problem((z, mu, logvar), weights, offset, dtype, config, rows, columns, dim, blocked_dim, key)
+        key = config, stratified, tensor_key(z, mu, logvar), integer_key(dim, padded_dim), tuple(size >= 1 << 31 for size in sizes)
+        dtype = torch.float64 if in_float64 else torch.float32
+        return _Problem(PerInput(z, mu, logvar), weights, offset, dtype, config, rows, columns, dim, padded_dim, key)
 
     @property
     def n(self) -> int:
-        return self.inputs[0].shape[0]
+        return self.inputs.z.shape[0]
 
     @property
     def m(self) -> int:
-        return self.inputs[1].shape[0]
+        return self.inputs.mu.shape[0]
 
     @property
     def programs(self) -> int:
+        """Programs of a kernel before the sweeps."""
         return max(self.rows, self.columns) // _ROW_BLOCK
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.inputs[0].device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.inputs.z.device)
 
     def splits(self, programs: int, swept: int) -> int:
-        return column_splits(programs, swept // self.config.block_m, device_limits(self.inputs[0].device).multiprocessors)
+        """Into how many shares `programs` programs cut what they sweep over."""
+        return column_splits(programs, swept // self.config.block_m, device_limits(self.inputs.z.device).multiprocessors)
 
     def launch(self, fn: Any, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], **constants: Any) -> None:
-        launch(fn, (self.key, key, *constants.values()), self.inputs[0].device, grid, args, lambda: constants)
+        launch(fn, (self.key, key, *constants.values()), self.inputs.z.device, grid, args, lambda: constants)
 
-    def around(self, **constants: Any) -> dict[str, Any]:
+    def block_constants(self, **constants: Any) -> dict[str, Any]:
         """Constants of a kernel before or after the sweeps."""
         return {"BLOCK_N": _ROW_BLOCK, "BLOCK_D": min(16, triton.next_power_of_2(self.dim)), "num_warps": 4} | constants
 
-    def sweep(self, *without: str, **constants: Any) -> dict[str, Any]:
+    def sweep_constants(self, *without: str, **constants: Any) -> dict[str, Any]:
         """Constants of a sweep."""
         stratified = self.weights.own != self.weights.other
         blocks = {name: value for name, value in self.config.launch().items() if name not in without}
         return constants | {"STRATIFIED": stratified} | blocks
 
-    def prepare(
-        self, upstream: tuple[Tensor, ...], given: int, constants: Tensor, parts: Tensor, key: Hashable, terms: bool
-    ) -> list[Tensor]:
-        """The operands and relative weights; `upstream` is log q(z_i), log q(z_id) and three gradients, or empty."""
-        gradient = bool(upstream)
-        n, m, d = self.rows, self.columns, self.blocked_dim
-        sizes = [d * n, d * m, d * m, d * m, m, *(size * gradient for size in (n, d * n, n, d * n)), 2]
-        operands = self.empty(sum(sizes)).split(sizes)
-        strides = [stride for t in self.inputs for stride in t.stride()]
+    def prepare(self, upstream: Upstream | None, sums: ForwardSums | None, key: Hashable = ()) -> Operands:
+        n, m, d, backward = self.rows, self.columns, self.padded_dim, upstream is not None
+        sizes = [d * n, d * m, d * m, d * m, m, *(size * backward for size in (n, d * n, n, d * n)), 2]
+        operands = Operands(*self.empty(sum(sizes)).split(sizes))
+        strides = PerInput(*(t.stride() for t in self.inputs))
         self.launch(
-            prepare_kernel, (key, gradient), (self.programs, 1, 1),
-            (
-                *self.inputs, *(upstream or [operands[0]] * 5), *operands, constants, parts, _numbers(self.weights), *strides,
-                n, m, self.n, self.m, self.dim, d, given,
-            ),
-            **self.around(GRADIENT=gradient, TERMS=terms, num_warps=8),
+            prepare_kernel, (key, backward), (self.programs, 1, 1),
+            (self.inputs, strides, upstream, operands, sums, _numbers(self.weights), n, m, self.n, self.m, self.dim, d),
+            **self.block_constants(num_warps=8),
         )  # fmt: skip
-        return list(operands)
+        return operands
 
 
-def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: Any, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The terms of (4), and log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D).
+def forward(z: Tensor, mu: Tensor, logvar: Tensor, weights: LogWeights, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The terms of (4), log q(z_i) (N,) and log q(z_id) (N, D) of z (N, D) under posteriors (M, D).
 
-    Row i is drawn from posterior offset + i; the terms are those of offset 0 and N = M. nan if an input is not finite.
+    Row i is drawn from posterior offset + i. The terms are right for offset 0 and N = M. All are nan if an input is not finite.
     """
     x = _Problem.of(z, mu, logvar, weights, offset, gradient=False)
-    blocks = x.rows // x.config.block_n
-    # All but the last are multiples of 16 bytes, as a launch takes it for granted.
+    blocks, splits = x.rows // x.config.block_n, x.splits(x.rows // x.config.block_n, x.columns)
+    # Kernels are compiled for pointers to multiples of 16 bytes.
     sizes = 3 * x.programs, x.dim + 1 + (x.dim + 1) % 2, x.dim * blocks
-    parts, constants, sums = x.empty(sum(sizes), dtype=torch.float64).split(sizes)
-    zt, mut, k, c, c_sum, *_, relative = x.prepare((), 0, constants, parts, (), terms=False)
-    marginals = x.empty(x.dim, x.rows)
+    parts, constants, marginal_sums = x.empty(sum(sizes), dtype=torch.float64).split(sizes)
+    sums = ForwardSums(constants, parts, x.empty(x.dim, x.rows), marginal_sums, x.empty(splits, x.rows))
+    operands = x.prepare(None, sums)
     x.launch(
-        marginal_kernel, (), (blocks, x.dim, 1),
-        (zt, mut, k, c, marginals, sums, relative, x.rows, x.columns, x.n, x.m, offset),
-        **x.sweep("BLOCK_D", LEAST_SUM=LEAST_SUM[x.dtype]),
+        marginal_kernel, (), (blocks, x.dim, 1), (operands, sums, x.rows, x.columns, x.n, x.m, offset),
+        **x.sweep_constants("BLOCK_D", LEAST_SUM=LEAST_SUM[x.dtype]),
     )  # fmt: skip
-    splits = x.splits(blocks, x.columns)
-    joint = x.empty(splits, x.rows)
     x.launch(
-        joint_kernel, (), (blocks, splits, 1), (zt, mut, k, c_sum, joint, relative, x.rows, x.columns, x.m, offset, x.dim),
-        **x.sweep("BLOCK_D", LOWEST=torch.finfo(x.dtype).min),
+        joint_kernel, (), (blocks, splits, 1), (operands, sums, x.rows, x.columns, x.m, offset, x.dim),
+        **x.sweep_constants("BLOCK_D", LOWEST=torch.finfo(x.dtype).min),
     )  # fmt: skip
-    log_joint, log_marginals, terms = x.empty(x.n), x.empty(x.n, x.dim), [x.empty() for _ in range(3)]
+    joint, marginals, terms = x.empty(x.n), x.empty(x.n, x.dim), Terms(*(x.empty() for _ in range(3)))
     x.launch(
         finish_kernel, (), (1 + triton.cdiv(x.n, _ROW_BLOCK), 1, 1),
-        (
-            joint, marginals, sums, constants, parts, log_joint, log_marginals, *terms,
-            x.rows, x.n, x.dim, x.blocked_dim, x.programs, blocks, splits,
-        ),
-        **x.around(BLOCK_R=1024),
+        (sums, joint, marginals, terms, x.rows, x.n, x.dim, x.padded_dim, x.programs, blocks, splits),
+        **x.block_constants(BLOCK_R=1024),
     )  # fmt: skip
-    return *terms, log_joint, log_marginals
+    return *terms, joint, marginals
 
 
 def backward(
-    grads: Sequence[Tensor | None],
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    joint: Tensor,
-    marginals: Tensor,
-    weights: Any,
-    offset: int,
-    z_grad: bool,
-    posterior_grad: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dz (N, D), dμ and dlogvar (M, D) in the dtype of z, from the densities that `forward` returned and the gradients of its three terms,
-    None for zero, or of the two densities."""
+    grads: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tensor, weights: LogWeights,
+    offset: int, z_grad: bool, posterior_grad: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients to z (N, D), μ and logvar (M, D) that are wanted, in the dtype of z.
+
+    Args:
+        grads: the gradients to the three terms of (4), None for zero, or to log q(z_i) (N,) and log q(z_id) (N, D).
+        joint, marginals: of `forward`.
+    """
     x = _Problem.of(z, mu, logvar, weights, offset, gradient=True)
-    config, terms = x.config, len(grads) == 3
-    given = sum(1 << bit for bit, grad in enumerate(grads) if grad is not None)
-    joint, marginals = joint.contiguous(), marginals.contiguous()
-    upstream = [joint if grad is None else grad.contiguous() for grad in (*grads, None)[:3]]
-    key = terms, tensor_key(joint, marginals, *upstream)
-    *operands, relative = x.prepare((joint, marginals, *upstream), given, joint, joint, key, terms)
-    zt, mut, k = operands[:3]
-    sizes = relative, x.rows, x.columns, x.m, offset, x.dim, x.blocked_dim
+    upstream = [None if grad is None else grad.contiguous() for grad in grads]
+    terms, (a, b) = (Terms(*upstream), (None, None)) if len(grads) == 3 else (None, upstream)
+    densities = joint.contiguous(), marginals.contiguous()
+    key = terms is None, tuple(None if t is None else tensor_key(t) for t in (*densities, *upstream))
+    operands = x.prepare(Upstream(*densities, terms, a, b), None, key)
 
     def grid_of(owned: int, swept: int) -> tuple[int, int, int]:
-        blocks = owned // config.block_n, x.blocked_dim // config.block_d
+        blocks = owned // x.config.block_n, x.padded_dim // x.config.block_d
         return *blocks, x.splits(blocks[0] * blocks[1], swept)
 
-    z_pull = pull = stretch = zt
-    grad_z = grad_mu = grad_logvar = zt
+    sizes = x.rows, x.columns, x.m, offset, x.dim, x.padded_dim
+    sums, grad = PerInput(None, None, None), PerInput(None, None, None)
     row_splits = column_splits = 0
     if z_grad:
         grid = grid_of(x.rows, x.columns)
-        row_splits, z_pull, grad_z = grid[2], x.empty(grid[2], x.blocked_dim, x.rows), x.empty(x.n, x.dim, dtype=z.dtype)
-        x.launch(rows_kernel, (), grid, (*operands, z_pull, *sizes), **x.sweep())
+        row_splits, grad = grid[2], grad._replace(z=x.empty(x.n, x.dim, dtype=z.dtype))
+        sums = sums._replace(z=x.empty(row_splits, x.padded_dim, x.rows))
+        x.launch(gradient_kernel, (), grid, (operands, sums, *sizes), **x.sweep_constants(OF_ROWS=True))
     if posterior_grad:
         grid = grid_of(x.columns, x.rows)
         column_splits = grid[2]
-        pull, stretch = (x.empty(column_splits, x.blocked_dim, x.columns) for _ in range(2))
-        grad_mu, grad_logvar = (x.empty(x.m, x.dim, dtype=z.dtype) for _ in range(2))
-        x.launch(columns_kernel, (), grid, (*operands, pull, stretch, *sizes), **x.sweep(UNIT=1 / KAPPA2))
-    constants = x.around(Z_GRAD=z_grad, POSTERIOR_GRAD=posterior_grad, TERMS=terms)
+        of_posteriors = PerInput(None, *(x.empty(column_splits, x.padded_dim, x.columns) for _ in range(2)))
+        x.launch(gradient_kernel, (), grid, (operands, of_posteriors, *sizes), **x.sweep_constants(OF_ROWS=False))
+        sums = of_posteriors._replace(z=sums.z)
+        grad = PerInput(grad.z, *(x.empty(x.m, x.dim, dtype=z.dtype) for _ in range(2)))
+    constants = x.block_constants()
     x.launch(
-        gradients_kernel, (key, z_grad, posterior_grad), (x.programs, triton.cdiv(x.dim, constants["BLOCK_D"]), 1),
-        (
-            zt, mut, k, z_pull, pull, stretch, *upstream, grad_z, grad_mu, grad_logvar,
-            x.rows, x.columns, x.n, x.m, x.dim, x.blocked_dim, row_splits, column_splits, given,
-        ),
+        gradient_finish_kernel, (key, z_grad, posterior_grad), (x.programs, triton.cdiv(x.dim, constants["BLOCK_D"]), 1),
+        (operands, sums, terms, grad, x.rows, x.columns, x.n, x.m, x.dim, x.padded_dim, row_splits, column_splits),
         **constants,
     )  # fmt: skip
-    return grad_z if z_grad else None, grad_mu if posterior_grad else None, grad_logvar if posterior_grad else None
+    return tuple(grad)

@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
         """Stands for a launch of `fn`, which must be given its arguments, on the current device."""
         inspect.signature(fn.fn).bind(*args, **{name: value for name, value in named.items() if name not in LAUNCH_OPTIONS})
         current = torch.device("cuda", torch.cuda.current_device())
-        for device in _devices([*args, *named.values()]):
+        for device in _devices(tree_leaves([args, list(named.values())])):
             assert device == current, f"{fn.fn.__name__} is launched on {current} with a tensor on {device}"
         self.triton[fn.fn.__name__] += 1
 

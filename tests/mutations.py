@@ -38,8 +38,8 @@ FAULTS = [
     Fault(
         "Triton: every problem of a batch reads the columns of the first",
         "kernels/mmd.py",
-        "        hi_ptr += problem * rows * (halves * D)\n",
-        "",
+        "        inputs.hi_ptr + problem * sizes.rows * (halves * SPEC.D),\n",
+        "        inputs.hi_ptr,\n",
         ("tests/test_mmd.py", "-k", "one_launch and rbf"),
     ),
     Fault(
@@ -129,7 +129,7 @@ FAULTS = [
     Fault(
         "Triton: products for a function of the root where many pairs are near",
         "kernels/prepare.py",
-        "            route = tl.where(near > 1.0, 1, route)\n",
+        "            precision_pass = tl.where(near > 1.0, 1, precision_pass)\n",
         "            pass\n",
         ("tests/test_mmd.py", "-k", "many_pairs_are_near"),
     ),
@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "Triton: a padded column counts",
         "kernels/mmd.py",
-        "        value += padded * value_shift\n",
+        "        value += padded * value_constant\n",
         "",
         MMD_TRITON,
     ),
@@ -255,20 +255,20 @@ FAULTS = [
     Fault(
         "Triton: weights of the columns dropped from the gradient",
         "kernels/mmd.py",
-        "    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, WEIGHTED, MODE)\n",
-        "    slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, False, MODE)\n",
+        "        slope = _counted(slope, offs_n, offs_m, last_m, weight_ptr, DIAGONAL, SPEC)\n",
+        "        slope = tl.where(offs_n[:, None] != offs_m[None, :], slope, 0.0) if DIAGONAL else slope\n",
         MMD_TRITON,
     ),
     Fault(
         "Triton: slope of the inverse multiquadric is k and not k²",
-        "kernels/pairs.py",
-        "        value = root * root\n        slope = value * value\n",
-        "        value = root * root\n        slope = value\n",
+        "kernels/families.py",
+        "        value = root * root\n        neg_dphi = value * value\n",
+        "        value = root * root\n        neg_dphi = value\n",
         ("tests/test_mmd.py", "-k", "test_triton and RationalQuadratic or IMQ"),
     ),
     Fault(
         "Triton: tf32 products of points that are not rounded, as their norms are not",
-        "kernels/prepare.py",
+        "kernels/products.py",
         "        hi = _round_tf32(scaled)\n",
         "        hi = scaled\n",
         ("tests/test_mmd.py", "-k", "equal_rows"),
@@ -276,8 +276,8 @@ FAULTS = [
     Fault(
         "Triton: the gradient of the other sample's columns has the wrong sign",
         "kernels/prepare.py",
-        "        tl.store(plan_ptr + (OTHER_PULL + 1), -x_mean)\n",
-        "        tl.store(plan_ptr + (OTHER_PULL + 1), x_mean)\n",
+        "    tl.store(plan_ptr + (OTHER_GRADIENT + 1), -x_mean)\n",
+        "    tl.store(plan_ptr + (OTHER_GRADIENT + 1), x_mean)\n",
         MMD_TRITON,
     ),
     Fault(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import fastvae
 from fastvae.checks import triton_interpreter
@@ -62,7 +63,7 @@ def watched(monkeypatch):
 
     def init_args(self, args, kwargs):
         found = init(self, args, kwargs)
-        launches.append(Launch(self.fn.__name__, [t for t in (*found[0], *found[1].values()) if isinstance(t, torch.Tensor)]))
+        launches.append(Launch(self.fn.__name__, [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]))
         return found
 
     def called(self, *args, **kwargs):
@@ -164,8 +165,8 @@ def test_what_is_outside_is_seen(monkeypatch):
     def launch(fn, key, device, grid, args, constants):
         args = list(args)
         if fn is prepare.operands_kernel:
-            half = fn.arg_names.index("half_ptr")
-            args[half] = args[half][:-8].clone()
+            place = fn.arg_names.index("operands")
+            args[place] = args[place]._replace(neg_half_norm2_ptr=args[place].neg_half_norm2_ptr[:-8].clone())
         original(fn, key, device, grid, args, constants)
 
     with watched(monkeypatch):

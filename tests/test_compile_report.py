@@ -67,123 +67,154 @@ def compile_by(code):
 
 
 _AROUND_THE_SWEEP = """
-from benchmarks.sass import compile_kernel
-from fastvae.kernels import kernel_matmul, mmd, pairs, prepare, quadratic_form
+from benchmarks.sass import argument_types, compile_kernel
+from fastvae.kernels import kernel_matmul, mmd, plan, prepare, quadratic_form
+from fastvae.kernels.families import NORMAL_PRIOR, POLYNOMIAL_DIAGONAL, family_of
+from fastvae.kernels.products import BF16, BF16X3, IEEE, TF32, TF32X3
+from fastvae.radial import RBF, Energy, Laplace, Polynomial, RationalQuadratic
 
-SPLIT, SPLIT_TF32, NONE = pairs.SPLIT.value, pairs.SPLIT_TF32.value, -1
-FLOATS = {"limit_0", "limit_1", "cross_x", "cross_y", "padding", "rounding", "x_tolerance", "y_tolerance"}
-FLOAT64 = {"plan_ptr", "term_ptr", "own_ptr", "statistic_ptr", "sum_ptr", "near_ptr", "poison_ptr", "total_ptr"}
-FLOATS |= {"factor_high", "factor_middle", "factor_low"}
-FLOAT64 |= {"upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
+NONE, NO_CLOSED_FORM = -1, 0
+FLOAT64 = {"plan_ptr", "sum_ptr", "not_finite_ptr", "total_ptr", "upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
 
 compiled = []
-# family, parameters, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, own term, modes
-for family, parameters, count, samples, x_weighted, y_weighted, double, on_device, own, first, second in (
-    (pairs.GAUSSIAN.value, 0, 1, 2, False, False, False, False, 0, SPLIT, SPLIT_TF32),
-    (pairs.GAUSSIAN.value, 0, 5, 2, True, False, False, True, 0, SPLIT, SPLIT_TF32),
-    (pairs.GAUSSIAN.value, 0, 2, 1, True, False, True, False, 1, pairs.IEEE.value, NONE),
-    (pairs.GAUSSIAN.value, 0, 1, 2, False, False, True, False, 0, pairs.IEEE.value, NONE),
-    (pairs.QUADRATIC.value, 1, 2, 2, False, True, False, False, 0, pairs.TF32.value, NONE),
-    (pairs.LAPLACE.value, 1, 2, 2, True, True, False, False, 0, SPLIT_TF32, NONE),
-    (pairs.ENERGY.value, 1, 1, 2, False, False, False, False, 0, pairs.BF16.value, NONE),
-    (pairs.POLYNOMIAL.value + 3, 3, 2, 2, True, True, False, False, 2, SPLIT, NONE),
+
+def assert_fits(kernel, types, constants, *of):
+    case = kernel, types, {name: constants[name] for name in kernel.arg_names if name in constants} | {"num_warps": constants["num_warps"]}
+    # Not every kernel depends on all of these.
+    if case in compiled:
+        return
+    compiled.append(case)
+    binary = compile_kernel(*case, 90)
+    assert binary.stack == binary.local == 0, (kernel, of, binary.registers)
+
+def integers(of):
+    return of(*["i32"] * len(of._fields))
+
+# kernel, bandwidths, samples, weights of x and of y, float64, numbers in a tensor, closed form, products of the first passes
+for function, count, samples, x_weighted, y_weighted, double, on_device, closed_form, first, second in (
+    (RBF(), 1, 2, False, False, False, False, NO_CLOSED_FORM, BF16X3.value, TF32X3.value),
+    (RBF(), 5, 2, True, False, False, True, NO_CLOSED_FORM, BF16X3.value, TF32X3.value),
+    (RBF(), 2, 1, True, False, True, False, NORMAL_PRIOR.value, IEEE.value, NONE),
+    (RBF(), 1, 2, False, False, True, False, NO_CLOSED_FORM, IEEE.value, NONE),
+    (RationalQuadratic(2.3), 2, 2, False, True, False, False, NO_CLOSED_FORM, TF32.value, NONE),
+    (Laplace(), 2, 2, True, True, False, False, NO_CLOSED_FORM, TF32X3.value, NONE),
+    (Energy(), 1, 2, False, False, False, False, NO_CLOSED_FORM, BF16.value, NONE),
+    (Polynomial(), 2, 2, True, True, False, False, POLYNOMIAL_DIAGONAL.value, BF16X3.value, NONE),
 ):
-    numbers = 2 * count + parameters + (3 * count if own == 1 else 0) + (family > 16)
-    bandwidths = 1 if family in (pairs.ENERGY.value, pairs.POLYNOMIAL.value + 3) else count
+    family = family_of(function)
+    normal = closed_form == NORMAL_PRIOR.value
+    numbers = 2 * count + family.parameters + (3 * count if normal else 0) + (not family.radial)
+    bandwidths = count if family.radial and not family.homogeneous else 1
+    scalar, bf16 = "*fp64" if double else "*fp32", "*fp64" if double else "*bf16"
+    number_types = "*fp64" if on_device else ("fp32",) * (3 * numbers)
     constants = {
-        "SAMPLES": samples, "CHUNKS": 64, "FEATURES": 60, "D": 64, "BLOCK_N": 64, "BLOCK_D": 32, "RADIAL": family < 16,
-        "SUMS": family == 0,
-        "X_WEIGHTED": x_weighted, "Y_WEIGHTED": y_weighted, "WEIGHTED": x_weighted or y_weighted, "NUMBERS": numbers,
-        "ON_DEVICE": on_device,
-        "FAMILY": family, "KERNELS": count, "BANDWIDTHS": bandwidths, "TABLE": 4 * bandwidths + parameters, "OWN": own, "MODE_0": first,
-        "MODE_1": second, "NEAR_BLOCKS": 16 * (family in (4, 5)), "NEAR": 2.0**-9, "UNBIASED": x_weighted, "PLAN_SIZE": prepare.PLAN,
-        "CROSS": samples == 2,
-        "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
-        "NORMAL": own == 1, "COLUMNS": 5, "C": 16, "BLOCK_C": 16, "WITHIN": samples == 1, "MODE": first,
-        "FORM": not x_weighted, "SIZE": 10, "DIAGONAL": not x_weighted, "BLOCK": 32,
+        "SPEC": prepare.SampleSpec(samples, 64, normal, x_weighted, y_weighted, 60, 64, 64, 32),
+        "SUM": prepare.SumSpec(family, count, bandwidths, plan.table_size(family, bandwidths), numbers, on_device, closed_form, first,
+                               second, (12.0, 256.0)),
+        "RADIAL": family.radial, "SUMS": function == RBF(), "UNBIASED": x_weighted, "NEAR": 2.0**-9, "BLOCK_N": 16,
+        "NEAR_BLOCKS": 16 * family.unbounded_slope, "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
+    }
+    both = prepare.Samples(scalar, scalar, scalar, scalar, "i32", "i32")
+    statistics = prepare.Statistics(scalar, "*fp64", "*fp64")
+    operands = prepare.Operands(scalar, scalar, bf16, bf16, scalar, scalar, "i32", "i32")
+    tables, part_sums = prepare.PlanTables("*fp64", scalar, "*fp64"), mmd.PartSums(scalar, scalar, scalar)
+    swept, factors = integers(prepare.SweptRows), prepare.Factors("fp32", "fp32", "fp32", "fp32")
+    common = {"samples": both, "statistics": statistics, "numbers": number_types, "operands": operands, "tables": tables, "swept": swept}
+    assert_fits(prepare.statistics_kernel, {"samples": both, "statistics": statistics}, constants | {"num_warps": 4}, function)
+    assert_fits(prepare.near_pairs_kernel, {"samples": both, "statistic_ptr": "*fp64", "near_ptr": "*fp64"}, constants | {"num_warps": 4})
+    assert_fits(prepare.operands_kernel, common | {"near_ptr": "*fp64", "factors": factors}, constants | {"num_warps": 8}, function)
+    results = mmd.Results(scalar, "*fp64", scalar, scalar)
+    finish = common | {"part_sums": part_sums, "results": results, "sizes": integers(mmd.FinishSizes)}
+    assert_fits(mmd.finish_kernel, finish, constants | {"num_warps": 8}, function)
+
+    constants = {
+        "CHUNKS": 64, "FEATURES": 60, "D": 64, "BLOCK_N": 64, "BLOCK_D": 32, "RADIAL": family.radial, "COLUMNS": 5, "C": 16, "BLOCK_C": 16,
+        "WITHIN": samples == 1, "PRODUCT": first, "FORM": not x_weighted, "SIZE": 10, "DIAGONAL": not x_weighted, "BLOCK": 32,
+        "OWN": closed_form, "UNBIASED": x_weighted,
     }
     for kernel, warps in (
-        (prepare.statistics_kernel, 4), (prepare.near_pairs_kernel, 4), (prepare.operands_kernel, 8), (mmd.finish_kernel, 8),
         (kernel_matmul.factors_kernel, 8), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),
         (quadratic_form.form_kernel, 4), (quadratic_form.pair_values_kernel, 4), (quadratic_form.pair_upstreams_kernel, 4),
     ):
-        scalar = "*fp64" if double else "*fp32"
-        types = {name: scalar if name.endswith("_ptr") else "i32" for name in kernel.arg_names if name.islower()}
-        types |= {name: "*fp64" if name in FLOAT64 else "fp32" for name in types if name in FLOAT64 | FLOATS}
-        if not double:
-            types |= {name: "*bf16" for name in types if "16_ptr" in name}
+        def pick(name):
+            if not x_weighted and kernel is not kernel_matmul.matmul_finish_kernel and name in ("g_ptr", "v_ptr", "valid_ptr", "pairs_ptr"):
+                # Labels of groups, as columns of booleans.
+                return "*i1"
+            return "*fp64" if name in FLOAT64 else bf16 if "16_ptr" in name else scalar if name.endswith("_ptr") else "i32"
+
+        types = argument_types(kernel, pick)
         if "numbers" in types:
-            types["numbers"] = "*fp64" if on_device else ("fp32",) * (3 * numbers)
-        if not x_weighted and kernel is not kernel_matmul.matmul_finish_kernel:
-            # Labels of groups, as columns of booleans.
-            types |= {name: "*i1" for name in types if name in ("g_ptr", "v_ptr", "valid_ptr", "pairs_ptr")}
-        own_constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | {"num_warps": warps}
-        if kernel in (prepare.near_pairs_kernel, quadratic_form.form_kernel):
-            own_constants["BLOCK_N"] = 16
-        # Not every kernel depends on all of these.
-        if (case := (kernel, types, own_constants)) in compiled:
-            continue
-        compiled.append(case)
-        binary = compile_kernel(kernel, types, own_constants, 90)
-        assert binary.stack == binary.local == 0, (kernel, family, binary.registers)
+            types["numbers"] = number_types
+        if kernel is kernel_matmul.factors_kernel and x_weighted:
+            types["upstream_ptr"] = None
+        if kernel is quadratic_form.pair_values_kernel:
+            types |= {"factor": ("fp32",) * 3} | ({} if closed_form else {"own_ptr": None})
+        block = {"BLOCK_N": 16} if kernel is quadratic_form.form_kernel else {}
+        assert_fits(kernel, types, constants | block | {"num_warps": warps}, function)
 """
 
 
 _AROUND_THE_DENSITIES = """
-from benchmarks.sass import compile_kernel
+from benchmarks.sass import argument_types, compile_kernel
 from fastvae.kernels import total_correlation as kernels
 
-FLOAT64 = {"constant_ptr", "part_ptr", "sum_ptr"}
-INPUTS = {"z_in_ptr", "mu_in_ptr", "logvar_in_ptr", "grad_z_ptr", "grad_mu_ptr", "grad_logvar_ptr"}
+FLOAT64 = {"constant_ptr", "part_ptr", "marginal_sum_ptr"}
 
-def assert_fits(fn, dtype, scalar, **constants):
-    types = {name: scalar if name.endswith("_ptr") else "i32" for name in fn.arg_names if name.islower() or name in ("N", "M", "D")}
-    types |= {name: "*fp64" if name in FLOAT64 else dtype for name in types if name in FLOAT64 | INPUTS}
-    types |= {"BLOCKED_D": "i32"} | {name: ("fp32",) * 9 for name in types if name == "numbers"}
-    if fn is kernels.finish_kernel:
-        types |= {name: scalar for name in ("joint_in_ptr", "marginal_in_ptr")}
+def assert_fits(fn, dtype, scalar, z=True, posterior=True, terms=None, gradient=False, **constants):
+    def pick(name):
+        if name == "terms":
+            return kernels.Terms(*[scalar] * 3) if terms else None
+        return "*fp64" if name in FLOAT64 else scalar if name.endswith("_ptr") else "i32"
+
+    types = argument_types(fn, pick)
+    if fn is kernels.prepare_kernel:
+        types |= {"inputs": kernels.PerInput(*[dtype] * 3), "strides": kernels.PerInput(*[("i32", "i32")] * 3), "numbers": ("fp32",) * 9}
+        types |= {"sums": None} if gradient else {"upstream": None}
+    if fn is kernels.gradient_finish_kernel:
+        types |= {"grads": kernels.PerInput(dtype if z else None, *[dtype if posterior else None] * 2), "terms": pick("terms")}
+        types |= {"sums": kernels.PerInput(scalar if z else None, *[scalar if posterior else None] * 2)}
     binary = compile_kernel(fn, types, {"BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4} | constants, 90)
     assert binary.stack == binary.local == 0, (fn, dtype, constants, binary.registers)
 
 for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")):
     for gradient, terms in ((False, False), (True, False), (True, True)):
-        assert_fits(kernels.prepare_kernel, dtype, scalar, GRADIENT=gradient, TERMS=terms, num_warps=8)
+        assert_fits(kernels.prepare_kernel, dtype, scalar, terms=terms, gradient=gradient, num_warps=8)
     assert_fits(kernels.finish_kernel, dtype, scalar, BLOCK_R=1024)
     for z, posterior, terms in ((True, True, True), (True, False, False), (False, True, True)):
-        assert_fits(kernels.gradients_kernel, dtype, scalar, Z_GRAD=z, POSTERIOR_GRAD=posterior, TERMS=terms)
+        assert_fits(kernels.gradient_finish_kernel, dtype, scalar, z, posterior, terms)
 """
 
 
 _OF_FEW_PAIRS = """
-from benchmarks.sass import compile_kernel
-from fastvae.kernels import few_pairs, pairs
+from benchmarks.sass import argument_types, compile_kernel
+from fastvae.kernels import few_pairs
+from fastvae.kernels.families import family_of
+from fastvae.radial import RBF, RationalQuadratic
 
-def assert_fits(fn, family, count, columns, scalar, given, on_device, blocks, **flags):
-    numbers = 2 * count + (family != pairs.GAUSSIAN.value)
-    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in fn.arg_names if name.islower()}
+def assert_fits(fn, kernel, count, columns, scalar, given, on_device, blocks, **flags):
+    family = family_of(kernel)
+    numbers = 2 * count + family.parameters
+    types = argument_types(fn, lambda name: "*fp32" if name.endswith("_ptr") else "i32")
     types |= {"numbers": "*fp64" if on_device else ("fp32",) * (3 * numbers), "x_ptr": scalar, "y_ptr": scalar}
     types |= {name: given for name in types if name in ("g_ptr", "v_ptr")}
-    types |= {name: "*fp64" for name in types if name == "upstream_ptr" or (name == "out_ptr" and flags["WITHIN"])}
-    constants = {
-        "NUMBERS": numbers, "ON_DEVICE": on_device, "FAMILY": family, "BANDWIDTHS": count, "SQUARINGS": 0, "BLOCK_N": few_pairs._BLOCK_N,
-        "BLOCK_M": few_pairs._BLOCK_M, "BLOCK_C": columns, "UNROLL": few_pairs._UNROLL, "BLOCK_D": few_pairs._BLOCK_D, "BLOCKS": blocks,
-        "num_warps": 8,
-    }
+    types |= {name: "*fp64" for name in types if name == "out_ptr" and flags["WITHIN"]}
+    types |= {name: "*fp64" if flags["FORM"] else None for name in types if name == "upstream_ptr"}
+    constants = {"SPEC": few_pairs.KernelSpec(numbers, on_device, family, count, 0), "BLOCK_C": columns, "BLOCKS": blocks, "num_warps": 8}
     binary = compile_kernel(fn, types, constants | flags, 90)
     # A few outside of the loops.
-    assert binary.local <= 16, (fn, family, count, columns, scalar, given, flags, binary.registers, binary.local)
+    assert binary.local <= 16, (fn, kernel, count, columns, scalar, given, flags, binary.registers, binary.local)
 
-for family, count, columns, scalar, given, on_device, blocks in (
-    (pairs.GAUSSIAN.value, 1, 16, "*fp32", "*fp32", False, 2),
-    (pairs.GAUSSIAN.value, 1, 16, "*fp32", "*i1", False, 8),
-    (pairs.GAUSSIAN.value, 6, 32, "*bf16", "*fp32", True, 8),
-    (pairs.QUADRATIC.value, 6, 32, "*fp32", "*i1", False, 8),
-    (pairs.QUADRATIC_ONE.value, 2, 16, "*fp32", "*fp32", False, 1),
+for kernel, count, columns, scalar, given, on_device, blocks in (
+    (RBF(), 1, 16, "*fp32", "*fp32", False, 2),
+    (RBF(), 1, 16, "*fp32", "*i1", False, 8),
+    (RBF(), 6, 32, "*bf16", "*fp32", True, 8),
+    (RationalQuadratic(2.3), 6, 32, "*fp32", "*i1", False, 8),
+    (RationalQuadratic(1.0), 2, 16, "*fp32", "*fp32", False, 1),
 ):
     for within, form in ((False, False), (True, False), (True, True)):
-        assert_fits(few_pairs.matmul_kernel, family, count, columns, scalar, given, on_device, blocks, WITHIN=within, FORM=form)
+        assert_fits(few_pairs.matmul_kernel, kernel, count, columns, scalar, given, on_device, blocks, WITHIN=within, FORM=form)
     for form in (False, True):
-        assert_fits(few_pairs.gradient_kernel, family, count, columns, scalar, given, on_device, blocks, FORM=form)
+        assert_fits(few_pairs.gradient_kernel, kernel, count, columns, scalar, given, on_device, blocks, FORM=form)
 """
 
 

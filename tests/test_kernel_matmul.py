@@ -243,7 +243,7 @@ def test_triton_few_pairs_have_bounds(monkeypatch):
     def few(n, m, features, columns, dtype=torch.float32, bandwidths=1):
         x, y = (torch.empty(size, features, dtype=dtype, device="meta") for size in (n, m))
         numbers = KernelNumbers.of(RBF(), (1.0,) * bandwidths, (1.0,) * bandwidths, features, False, torch.device("cpu"))
-        return few_pairs.evaluation_of_few(numbers, x, y, columns) is not None
+        return few_pairs.plan_if_few(numbers, x, y, columns) is not None
 
     assert few(2048, 2048, 64, 32)
     assert few(4096, 4096, 16, 16)

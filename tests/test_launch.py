@@ -24,7 +24,7 @@ def compiled_apart(arg):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, tuple):
         return tuple(map(compiled_apart, arg))
-    return type(arg) if isinstance(arg, (bool, float)) else ("integer", -(2**31) <= arg < 2**31)
+    return type(arg) if isinstance(arg, (bool, float, type(None))) else ("integer", -(2**31) <= arg < 2**31)
 
 
 def integers(fn, args):
@@ -109,3 +109,28 @@ def test_one_key_of_two_kernels_is_seen(monkeypatch, launches):
         halves = [torch.empty(9, 2, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         with pytest.raises(AssertionError, match="one key of two kernels"):
             fastvae.mmd(*halves)
+
+
+def test_integers_of_tuples_are_compiled_unspecialised():
+    """Triton would compile 1 and multiples of 16 apart, which no key tells apart."""
+    from fastvae.kernels.launch import _without_specialisation
+    from fastvae.kernels.prepare import SweptRows
+
+    t = torch.empty(3)
+    rows, (x, numbers), n = (_without_specialisation(arg) for arg in (SweptRows(0, 1, 16, 1 << 31), (t, (0.5, 48)), 64))
+    assert type(rows) is SweptRows
+    assert x is t
+    assert numbers[0] == 0.5
+    assert n == 64
+    for value in (*rows, numbers[1]):
+        assert value != 1
+        assert value % 16
+    assert [value >= 1 << 31 for value in rows] == [False, False, False, True]
+
+
+def test_a_kernel_without_a_family_is_refused():
+    from fastvae.kernels.families import family_of
+    from fastvae.radial import Kernel
+
+    with pytest.raises(NotImplementedError, match=r"Kernel has no Triton implementation: add it to fastvae/kernels/families\.py"):
+        family_of(Kernel())

@@ -287,15 +287,16 @@ def test_triton_energy_of_a_tiny_bandwidth(bandwidth, dtype):
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize(("steepness", "route"), [(11.0, 0), (13.0, 1), (250.0, 1), (260.0, 2)])
-def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepness, route):
+@pytest.mark.parametrize(("steepness", "precision_pass"), [(11.0, 0), (13.0, 1), (250.0, 1), (260.0, 2)])
+def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepness, precision_pass):
     from fastvae.kernels import prepare as kernels
+    from fastvae.kernels.plan import PRECISION_PASS
 
     plans, original = [], kernels.launch
 
     def recorded(fn, key, device, grid, args, constants):
         if fn is kernels.operands_kernel:
-            plans.append(args[fn.arg_names.index("plan_ptr")])
+            plans.append(args[fn.arg_names.index("tables")].plan_ptr)
         original(fn, key, device, grid, args, constants)
 
     monkeypatch.setattr(kernels, "launch", recorded)
@@ -306,7 +307,7 @@ def test_triton_takes_finer_products_for_smaller_bandwidths(monkeypatch, steepne
     radius2 = max((z - centre).square().sum(1).max().item() for z in (x, y))
     bandwidth = (radius2 / (2 * steepness)) ** 0.5
     actual = evaluate(fastvae.mmd, x, y, bandwidth=bandwidth, backend="triton", precision="highest")
-    assert plans[0][kernels.ROUTE.value].item() == route
+    assert plans[0][PRECISION_PASS.value].item() == precision_pass
     exact = evaluate(reference.mmd, x.double(), y.double(), bandwidth=bandwidth)
     assert_close(actual, exact, TRITON_TOLERANCE["highest"], 1000)
 

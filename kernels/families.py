@@ -1,0 +1,261 @@
+"""The families of kernels on the GPU. Whatever differs between them is here, and a new family is added in this file alone.
+
+A family is one record, `Family`, and one branch of `phi`. `phi` takes t', a multiple of the t of `fastvae.radial`:
+
+- −scale·t for a function of t: the exponent −½‖u_i − u_j‖² of rows u that are scaled by √(2·scale·γ);
+- −scale·√(2t) for a function of the distance: −√(½‖u_i − u_j‖²) of rows that are scaled by √(4·scale²·γ);
+- t = u_i·u_j for a polynomial, whose rows are scaled by √γ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from fastvae import kernel_sums
+from fastvae.kernels.products import INTERPRETED
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+
+LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
+
+# `Family.number`: which branch of `phi`. The rational quadratic has one for α = 1, for α = ½ and for a large α.
+GAUSSIAN = tl.constexpr(0)
+RATIONAL_QUADRATIC = tl.constexpr(1)
+RATIONAL_QUADRATIC_HALF = tl.constexpr(2)
+RATIONAL_QUADRATIC_ONE = tl.constexpr(3)
+RATIONAL_QUADRATIC_LARGE = tl.constexpr(4)
+LAPLACE = tl.constexpr(5)
+ENERGY = tl.constexpr(6)
+POLYNOMIAL = tl.constexpr(7)
+
+
+class Family(NamedTuple):
+    """What a kernel knows of a family when it is compiled: the constexpr FAMILY.
+
+    Attributes:
+        number: the branch of `phi`.
+        scale: of t, see the module's docstring. The rational quadratic's is 1/α; that of an α in the table is 1 here.
+        parameters: how many numbers `phi` takes besides t', such as α or coefficients.
+        neg_dphi_factor: −φ'(t) is this times the second result of `phi`, and times √(2t)⁻¹·scale⁻¹ if `unbounded_slope`.
+        padding: −½‖u‖² of a padded column, with which its k is zero and not nan.
+        radial: t is a multiple of ‖x−y‖², not of x·y.
+        takes_distance: φ is a function of √t. Pairs closer than rounding error count as identical.
+        unbounded_slope: φ' goes to infinity as t goes to 0.
+        homogeneous: φ(c·t) is a multiple of φ(t), so that a sum over bandwidths is a multiple of one of its kernels.
+    """
+
+    number: int
+    scale: float
+    parameters: int = 0
+    neg_dphi_factor: float = 1.0
+    padding: float = -float("inf")
+    radial: bool = True
+    takes_distance: bool = False
+    unbounded_slope: bool = False
+    homogeneous: bool = False
+
+
+# Largest α for which the fast logarithm of 1 − t is used, rounded: with their errors of 2⁻²¹ and 2⁻²⁴ the value's is then 6e-6.
+_LARGEST_FAST_ALPHA = 16.0
+
+
+def _rbf(kernel: RBF) -> Family:
+    return Family(GAUSSIAN.value, scale=LOG2_E.value)
+
+
+def _rational_quadratic(kernel: RationalQuadratic) -> Family:
+    alpha = float(kernel.alpha)
+    if alpha in (0.5, 1.0):
+        number = RATIONAL_QUADRATIC_HALF if alpha == 0.5 else RATIONAL_QUADRATIC_ONE
+        return Family(number.value, scale=1 / alpha, parameters=1)
+    number = RATIONAL_QUADRATIC if alpha <= _LARGEST_FAST_ALPHA else RATIONAL_QUADRATIC_LARGE
+    return Family(number.value, scale=1.0, parameters=1)
+
+
+def _laplace(kernel: Laplace) -> Family:
+    return Family(LAPLACE.value, scale=LOG2_E.value, neg_dphi_factor=LOG2_E.value, padding=-1e30, takes_distance=True, unbounded_slope=True)
+
+
+def _energy(kernel: Energy) -> Family:
+    # A positive exponent is that of an identical pair.
+    return Family(ENERGY.value, scale=1.0, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
+
+
+def _polynomial(kernel: Polynomial) -> Family:
+    return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
+
+
+_FAMILIES: dict[type[Kernel], Callable[[Any], Family]] = {
+    RBF: _rbf,
+    RationalQuadratic: _rational_quadratic,
+    Laplace: _laplace,
+    Energy: _energy,
+    Polynomial: _polynomial,
+}
+
+
+def family_of(kernel: Kernel) -> Family:
+    """The constexpr FAMILY."""
+    if type(kernel) not in _FAMILIES:
+        raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to fastvae/kernels/families.py")
+    return _FAMILIES[type(kernel)](kernel)
+
+
+# Neither the interpreter nor AMD's library has the fast logarithm.
+_PLAIN_LOG = tl.constexpr(INTERPRETED.value or torch.version.hip is not None)
+
+
+@triton.jit
+def _log2_of_one_minus(t, FAMILY: tl.constexpr):
+    """log₂(1 − t) for t ≤ 0."""
+    if t.dtype == tl.float64:
+        return tl.log2(1.0 - t)
+    elif FAMILY.number == RATIONAL_QUADRATIC_LARGE:
+        # Not −∞, as of a padded column, from which nothing can be subtracted; a nan passes.
+        t = tl.where(t < -1e30, -1e30, t)
+        base = 1.0 - t
+        return tl.log2(base) + ((1.0 - base) - t) * LOG2_E / base
+    elif _PLAIN_LOG:
+        return tl.log2(1.0 - t)
+    else:
+        # The compiler's own is exact for denormal numbers too, for thirty instructions.
+        return libdevice.fast_log2f(1.0 - t)
+
+
+@triton.jit
+def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
+    """φ, without φ(0) if it is a polynomial; and −φ' up to the factors of `Family.neg_dphi_factor` (φ' of a polynomial)."""
+    PARAMETERS: tl.constexpr = FAMILY.parameters
+    value = t
+    neg_dphi = t
+    if FAMILY.number == GAUSSIAN or FAMILY.number == LAPLACE:
+        value = tl.exp2(t)
+        neg_dphi = value
+    elif FAMILY.number == RATIONAL_QUADRATIC_ONE:
+        root = tl.rsqrt(1.0 - t)
+        value = root * root
+        neg_dphi = value * value
+    elif FAMILY.number == RATIONAL_QUADRATIC_HALF:
+        value = tl.rsqrt(1.0 - t)
+        neg_dphi = value * value * value
+    elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
+        log = _log2_of_one_minus(t, FAMILY)
+        value = tl.exp2(-parameters[0] * log)
+        if GRADIENT:
+            neg_dphi = tl.exp2((-1.0 - parameters[0]) * log)
+    elif FAMILY.number == ENERGY:
+        neg_dphi = tl.zeros_like(t) + 1.0
+    elif FAMILY.number == POLYNOMIAL:
+        value = t * parameters[0]
+        neg_dphi = 0.0 * t + parameters[0] * PARAMETERS
+        for n in tl.static_range(1, PARAMETERS):
+            value = (value + parameters[n]) * t
+            if GRADIENT:
+                neg_dphi = neg_dphi * t + parameters[n] * (PARAMETERS - n)
+    else:
+        tl.static_assert(False, "phi has no branch for this family")
+    return value, neg_dphi
+
+
+@triton.jit
+def squared_scale(gamma, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
+    """The square of the scale of the rows."""
+    if FAMILY.takes_distance:
+        return gamma * (4 * FAMILY.scale * FAMILY.scale)
+    elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
+        return gamma * 2 / values[2 * KERNELS]
+    elif FAMILY.radial:
+        return gamma * (2 * FAMILY.scale)
+    else:
+        return gamma
+
+
+# Least ‖u‖² of the farthest row for a function of the distance, in float32 and float64: k is then φ(0), and squared distances are normal
+# numbers.
+_LEAST_NORM2, _LEAST_NORM2_DOUBLE = tl.constexpr(1e-24), tl.constexpr(1e-40)
+
+
+@triton.jit
+def representable_gamma(gamma, furthest, dtype: tl.constexpr, FAMILY: tl.constexpr):
+    """The γ that a function of the distance is evaluated with; the plan corrects for the ratio of the two.
+
+    A homogeneous kernel has the same shape at each γ, and any other is φ(0) less a multiple of the distance at all small ones.
+    """
+    # Scales of denormal numbers overflow float32.
+    furthest = tl.maximum(furthest, 1e-70)
+    if FAMILY.homogeneous:
+        return 0.25 / furthest
+    else:
+        least = (_LEAST_NORM2_DOUBLE if dtype == tl.float64 else _LEAST_NORM2) / (furthest * (4 * FAMILY.scale * FAMILY.scale))
+        # A comparison with nan is false: nan stays nan.
+        return tl.where(gamma < least, least, gamma)
+
+
+@triton.jit
+def ratios_to(gamma, gamma_b, FAMILY: tl.constexpr):
+    """By what factor t' and −φ'(t)·γ of the bandwidth with `gamma_b` exceed those of `gamma`."""
+    ratio = gamma_b / gamma
+    slope_ratio = ratio
+    if FAMILY.takes_distance:
+        ratio = tl.sqrt(ratio)
+        if FAMILY.unbounded_slope:
+            slope_ratio = ratio
+    return ratio, slope_ratio
+
+
+@triton.jit
+def inverse_distance(exponent, parameters):
+    """1/√−exponent, and 0 for a pair that counts as identical. A comparison with nan is false: nan stays nan."""
+    return tl.where(exponent >= parameters[0], 0.0, tl.rsqrt(-exponent))
+
+
+# Which closed form a row adds by itself.
+NO_CLOSED_FORM, NORMAL_PRIOR, POLYNOMIAL_DIAGONAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def exp_minus_one_if(t, subtract_one):
+    """exp(t), or exp(t) − 1 without cancellation."""
+    power = tl.exp(t)
+    # Kahan's quotient: (e^t − 1)·t/log(e^t) of the rounded power.
+    log = tl.log(power)
+    minus_one = tl.where(power == 1.0, t, (power - 1.0) * t / tl.where(log == 0.0, 1.0, log))
+    minus_one = tl.where(power == 0.0, -1.0, minus_one)
+    return tl.where(subtract_one, minus_one, power)
+
+
+@triton.jit
+def closed_form_term(norm2, p, constants, values, gammas, CLOSED_FORM: tl.constexpr, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
+    """What a row z with ‖z‖² = `norm2` and weight p adds to MMD² by itself, and s of its gradient s·z, in float64.
+
+    Against N(0, I) it is −2·p·Σ_b a_b·E_y k_b(z, y), for a polynomial p²·(k(z, z) − k(0, 0)).
+    """
+    PARAMETERS: tl.constexpr = FAMILY.parameters
+    value = tl.zeros_like(norm2)
+    slope = tl.zeros_like(norm2)
+    if CLOSED_FORM == NORMAL_PRIOR:
+        for b in tl.static_range(KERNELS):
+            weight = values[KERNELS + b]
+            steepness = values[4 * KERNELS + b]
+            exponent = values[3 * KERNELS + b] - 0.5 * steepness * norm2
+            value -= weight * exp_minus_one_if(exponent, constants[b] > 0)
+            slope += weight * steepness * tl.exp(exponent)
+        value *= 2 * p
+        slope *= 2 * p
+    elif CLOSED_FORM == POLYNOMIAL_DIAGONAL:
+        gamma = gammas[0]
+        t = gamma * norm2
+        for n in tl.static_range(PARAMETERS):
+            slope = slope * t + value
+            value = value * t + values[2 * KERNELS + n]
+        # Horner's scheme of Σ c_n·t^n ends with the power 0, which this lacks.
+        slope = slope * t + value
+        value = value * t
+        value *= p * p
+        slope *= 2 * p * p * gamma
+    return value, slope
