@@ -309,8 +309,10 @@ class PairErrors:
             gradient_error = eps * gamma * from_origin.sqrt() * dphi * kernel.degree + gamma * least
             return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ gradient_error), underflow)
 
-        centre = torch.stack([t.mean(0) for t in samples]).mean(0)
-        radius2 = (rows - centre).square().sum(1).max()
+        # Few rows are seen from their mean, others from the mean of the samples' means.
+        centres = rows.mean(0), torch.stack([t.mean(0) for t in samples]).mean(0)
+        radii2 = [(rows - centre).square().sum(1).max() for centre in centres]
+        radius2 = max(radii2)
         if kernel.takes_distance:
             radius, distance = radius2.sqrt(), torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
             by_products = distance > 2**7 * exact**0.5 * radius
@@ -321,10 +323,8 @@ class PairErrors:
             return PairErrors(roundings * float(a @ value), direction * float(a @ (1 / h)), underflow)
 
         limit = EXPONENT_ERROR[dtype]
-        if gamma.max() * radius2 * eps > 1.01 * limit:
-            eps_of_pairs, radius2 = exact, 4 * radius2
-        else:
-            eps_of_pairs = eps
+        within = [r2 for r2 in radii2 if gamma.max() * r2 * eps <= 1.01 * limit]
+        eps_of_pairs, radius2 = (eps, max(within)) if within else (exact, 4 * radius2)
         s = gamma * radius2
         coarse = eps if prior or rounded_weights else eps_of_pairs
         near_one = torch.minimum(torch.ones_like(s), gamma * from_origin if prior else s) if shifted else torch.ones_like(s)

@@ -517,7 +517,7 @@ def test_a_corrupt_file_and_a_corrupt_checkpoint(tmp_path, inside):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     assert "it is corrupt" in error(inside("fit", "--data.path", str(tmp_path), code=1)[1])
     (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 cut off")
-    assert "whole checkpoint" in error(inside("test", "--ckpt_path", str(tmp_path / "broken.ckpt"), code=1)[1])
+    assert "complete checkpoint" in error(inside("test", "--ckpt_path", str(tmp_path / "broken.ckpt"), code=1)[1])
 
 
 @pytest.mark.slow
