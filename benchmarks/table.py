@@ -300,7 +300,7 @@ def training_digits() -> str:
         "q(z): smallest to largest std": "marginal_std",
         "q(z): MMD² to N(0, I)": "marginal_mmd",
     }
-    lines = [[name, *(row[key] for row in columns)] for name, key in measures.items()]
+    lines = [[name, *(row[key].replace("-", "−") for row in columns)] for name, key in measures.items()]
     return markdown(["", "ELBO", "MMD-VAE, λ = 10"], lines)
 
 
@@ -309,7 +309,7 @@ def training_digits() -> str:
 
 def readme_speed() -> str:
     cpu = {(row["n"], row["provider"]): row for row in load("mmd") if _in_readme(row)}
-    names = ("fastvae", "eager", "torch.compile", "KeOps")
+    names = ("fastvae", "eager", "torch.compile", "geomloss", "KeOps")
 
     def on_cpu(n: int, name: str) -> str:
         row = cpu.get((n, name))
@@ -318,10 +318,10 @@ def readme_speed() -> str:
     lines = [["EPYC, 1 thread", f"{n:,}", *(on_cpu(n, name) for name in names)] for n in (128, 1024, 8192, 32768)]
     graph = [gpu_row(512, 16, name + GRAPH) for name in names]
     lines.append(["H200, CUDA graph", "512", *(f"{_ms(row)} ms" if row else "–" for row in graph)])
-    eager, peer = gpu_row(65536, 16, "eager"), gpu_row(65536, 16, "KeOps", stage="peers")
-    keops = "–" if peer is None else duration(peer["median_ms"])
-    lines.append(["H200", "65,536", _time_and_memory(gpu_row(65536, 16, "fastvae")), _time_and_memory(eager), "–", keops])
-    lines.append(["H200", "1,000,000", _time_and_memory(gpu_row(1000000, 16, "fastvae")), "–", "–", "–"])
+    ours = [_time_and_memory(gpu_row(65536, 16, name)) for name in ("fastvae", "eager")]
+    peers = [gpu_row(65536, 16, name, stage="peers") for name in ("geomloss", "KeOps")]
+    lines.append(["H200", "65,536", *ours, "–", *("–" if row is None else duration(row["median_ms"]) for row in peers)])
+    lines.append(["H200", "1,000,000", _time_and_memory(gpu_row(1000000, 16, "fastvae")), "–", "–", "–", "–"])
     return markdown(["", "N", *names], lines)
 
 
