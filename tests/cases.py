@@ -280,7 +280,15 @@ class PairErrors:
 
     @staticmethod
     def of(
-        kernel: Kernel, bandwidth, weights, samples: list[Tensor], *, shifted: bool, prior: bool = False, rounded_weights: bool = False
+        kernel: Kernel,
+        bandwidth,
+        weights,
+        samples: list[Tensor],
+        *,
+        shifted: bool,
+        prior: bool = False,
+        rounded_weights: bool = False,
+        repeated: list[Tensor] | None = None,
     ) -> PairErrors:
         """Bounds for an operation on these samples.
 
@@ -288,6 +296,7 @@ class PairErrors:
             shifted: it sums k − φ(0) where k is near φ(0).
             prior: one of the samples is N(0, I).
             rounded_weights: the samples have weights, rounded to the accumulation dtype.
+            repeated: the samples as the operation is given them, with some rows twice.
         """
         dtype = accumulation(samples[0].dtype)
         eps, exact = torch.finfo(dtype).eps, torch.finfo(torch.float64).eps
@@ -310,7 +319,8 @@ class PairErrors:
             return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ gradient_error), underflow)
 
         # Few rows are seen from their mean, others from the mean of the samples' means.
-        centres = rows.mean(0), torch.stack([t.mean(0) for t in samples]).mean(0)
+        given = samples if repeated is None else [t.detach().cpu().double() for t in repeated]
+        centres = torch.cat(given).mean(0), torch.stack([t.mean(0) for t in given]).mean(0)
         radii2 = [(rows - centre).square().sum(1).max() for centre in centres]
         radius2 = max(radii2)
         if kernel.takes_distance:

@@ -371,7 +371,7 @@ def check_mmd(pick: random.Random, rows: int, features: int, prior: bool, backen
     assert [g.dtype for g in gradients] == [dtype] * len(points)
     exact_points = [dense(t) for t in problem.points]
     expected, expected_gradients = value_and_gradients(getattr(reference, function), exact_points, **problem.options(torch.float64))
-    value_limit, gradient_limits = mmd_limits(problem)
+    value_limit, gradient_limits = mmd_limits(problem, changed.points if name == "a weighted row in two" else None)
     allowed = value_limit + output_rounding(accumulation(dtype), expected)
     assert_within((value - expected).abs(), allowed, "value", case)
     assert_within((alone - expected).abs(), allowed, "value without gradient", case)
@@ -384,10 +384,12 @@ def check_mmd(pick: random.Random, rows: int, features: int, prior: bool, backen
         assert_within((g - e).abs(), limit + output_rounding(dtype, size), "gradient", case)
 
 
-def mmd_limits(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+def mmd_limits(problem: Problem, repeated: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
     """What rounding may do to the value, and to each row's gradient (N, 1)."""
     prior = problem.y is None
-    errors = PairErrors.of(problem.kernel, problem.bandwidth, problem.bandwidth_weights, problem.points, shifted=True, prior=prior)
+    errors = PairErrors.of(
+        problem.kernel, problem.bandwidth, problem.bandwidth_weights, problem.points, shifted=True, prior=prior, repeated=repeated
+    )
     weights = [problem.x_weights, problem.y_weights][: len(problem.points)]
     weights = [
         torch.full((len(t),), 1 / len(t), dtype=torch.float64) if w is None else w.double().abs()
