@@ -693,16 +693,16 @@ def test_total_correlation(pick, rows, features):
 
 
 def test_total_correlation_of_a_sample_that_no_posterior_explains():
-    generator = torch.Generator().manual_seed(7)
-    mu, logvar, eps = (torch.randn(7, 1, generator=generator) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    mu, logvar, eps = (torch.randn(64, 2, generator=generator) for _ in range(3))
     logvar = 0.1 * logvar - 12
     z = mu + (0.5 * logvar).exp() * eps
     z[1] += 92
-    _, exact = total_correlation_terms(reference.total_correlation, [dense(t) for t in (z, mu, logvar)], {"dataset_size": 8})
+    _, exact = total_correlation_terms(reference.total_correlation, [dense(t) for t in (z, mu, logvar)], {"dataset_size": 65})
     inputs = [lay_out(t, "contiguous") for t in (z, mu, logvar)]
-    _, actual = total_correlation_terms(fastvae.total_correlation, inputs, {"dataset_size": 8})
+    _, actual = total_correlation_terms(fastvae.total_correlation, inputs, {"dataset_size": 65})
     for a, e in zip(actual, exact, strict=True):
-        assert (a - e).norm() < 1e-2 * e.norm()
+        assert ((a - e).norm(dim=1) < 1e-4 * e.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("kernel", ["laplace", "energy"])
