@@ -43,7 +43,7 @@ from fastvae.kernels.config import (
     sweep_config,
     terms_config,
 )
-from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS = 65_536
@@ -210,7 +210,7 @@ def variants(architecture: int) -> Iterator[Variant]:
 
 def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
     """Every kernel, and the second pass of the RBF; a sum of energy or polynomial kernels is one of them."""
-    kernels = RBF(), RationalQuadratic(2.3), Laplace(), RationalQuadratic(1.0), RationalQuadratic(0.5), Energy(), Polynomial()
+    kernels = *(kernel for kernel in KERNELS.values() if kernel.canonical()[0] == kernel), RationalQuadratic(2.3), RationalQuadratic(0.5)
     for kernel in kernels:
         second_pass, many = isinstance(kernel, RBF), not isinstance(kernel, (Energy, Polynomial))
         if architecture == 90:
@@ -220,7 +220,7 @@ def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
                 yield Sweep("highest", 64, gradient, True, 1, squared=False, kernel=kernel, second_pass=second_pass)
             if gradient and not second_pass and kernel.radial:
                 yield Differences("fp32", 16, gradient, 5 if many else 1, kernel)
-        elif gradient and kernel in kernels[:3]:
+        elif gradient and kernel in (RBF(), RationalQuadratic(2.3), Laplace()):
             yield Sweep("highest", 64, gradient, True, 5, squared=False, kernel=kernel, second_pass=second_pass)
 
 

@@ -19,7 +19,8 @@ from fastvae.devices import lacks_float64
 from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
 from fastvae.radial import KERNEL_NAMES, RBF, Kernel
 
-KernelName = Literal["rbf", "imq", "rational_quadratic", "laplace", "energy", "polynomial", "gaussian"]
+RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"]
+KernelName = Literal[RadialKernelName, "polynomial"]
 Backend = Literal["cpu", "triton", "reference"]
 MMDBackend = Literal["cpu", "triton", "reference", "inductor"]
 Estimator = Literal["biased", "unbiased"]

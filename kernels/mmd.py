@@ -557,7 +557,10 @@ def _finish_value(
                 gammas = gammas_of(load_numbers(numbers, SUM.NUMBERS, SUM.ON_DEVICE), FAMILY, SUM.KERNELS, SPEC.FEATURES)
                 factor = 2.0 * tl.sqrt(gammas[0]) / tl.load(plan_ptr + SCALE)
                 if not FAMILY.homogeneous:
-                    factor = tl.where(term % 2 == 1, FAMILY.scale * factor, 1.0)
+                    factor *= FAMILY.scale
+                    if not FAMILY.unbounded_slope:
+                        factor *= factor
+                    factor = tl.where(term % 2 == 1, factor, 1.0)
                 sum_of_terms *= factor
             tl.store(results.term_ptr + problem * TERMS + term, sum_of_terms)
             return

@@ -187,8 +187,8 @@ def load_group(table_ptr, group, FAMILY: tl.constexpr, TERMS: tl.constexpr, BAND
 def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl.constexpr):
     """The terms whose sums give the derivatives to bandwidths and weights: for each bandwidth of a group k_b less its constant, and t'·s_b.
 
-    s_b is the second result of `phi`, t' the argument of the widest bandwidth. A homogeneous kernel has k_0 alone, of which all others are
-    multiples; a polynomial has the powers of t_0 from the first on.
+    s_b is the second result of `phi`, t' the argument of the widest bandwidth; t'²·s_b for a bounded slope of a function of the distance.
+    A homogeneous kernel has k_0 alone, of which all others are multiples; a polynomial has the powers of t_0 from the first on.
     """
     terms = ()
     if not FAMILY.radial:
@@ -205,6 +205,9 @@ def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl
         else:
             # A padded column has t' = −∞ and s = 0.
             finite = tl.where(t == float("-inf"), 0.0, t)
+            if FAMILY.takes_distance and not FAMILY.unbounded_slope:
+                # A multiple of t, as t·φ' is not one of √t·φ'.
+                finite = finite * finite
             for b in tl.static_range(TERMS // 2):
                 k, s = phi(t * table[2 * b], parameters, FAMILY, True)
                 terms += (k - table[2 * b + 1], finite * s)

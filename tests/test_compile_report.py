@@ -71,9 +71,10 @@ from benchmarks.sass import argument_types, compile_kernel
 from fastvae.kernels import kernel_matmul, mmd, plan, prepare, quadratic_form
 from fastvae.kernels.families import NORMAL_PRIOR, POLYNOMIAL_DIAGONAL, family_of
 from fastvae.kernels.products import BF16, BF16X3, IEEE, TF32, TF32X3
-from fastvae.radial import RBF, Energy, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import IMQ, KERNELS, RBF, Energy, Laplace, Polynomial, RationalQuadratic
 
 NONE, NO_CLOSED_FORM = -1, 0
+KNOWN = RBF, IMQ, RationalQuadratic, Laplace, Energy, Polynomial
 FLOAT64 = {"plan_ptr", "sum_ptr", "not_finite_ptr", "total_ptr", "upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
 
 compiled = []
@@ -100,6 +101,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     (Laplace(), 2, 2, True, True, False, False, NO_CLOSED_FORM, TF32X3.value, NONE),
     (Energy(), 1, 2, False, False, False, False, NO_CLOSED_FORM, BF16.value, NONE),
     (Polynomial(), 2, 2, True, True, False, False, POLYNOMIAL_DIAGONAL.value, BF16X3.value, NONE),
+    *((new, 2, 2, False, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for new in KERNELS.values() if type(new) not in KNOWN),
 ):
     family = family_of(function)
     normal = closed_form == NORMAL_PRIOR.value

@@ -45,7 +45,7 @@ BAD_MMD = [
         (X, Y),
         {"kernel": "rfb"},
         ValueError,
-        "kernel must be one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'energy', 'polynomial', 'gaussian', got 'rfb'",
+        f"kernel must be one of {', '.join(map(repr, KERNEL_NAMES))}, got 'rfb'",
     ),
     ((X, Y), {"estimator": "u"}, ValueError, "estimator must be one of 'biased', 'unbiased', 'linear', got 'u'"),
     ((X, Y), {"kernel": 2}, TypeError, "kernel must be a name or a fastvae.radial.Kernel, got int"),

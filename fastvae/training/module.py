@@ -344,7 +344,7 @@ class ImageVAE(VAEModule):
         beta: float = 1.0,
         alpha: float = 0.0,
         lambda_: float = 1000.0,
-        kernel: Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"] = "rbf",
+        kernel: checks.RadialKernelName = "rbf",
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
         tc_estimator: Literal["minibatch_weighted", "minibatch_stratified"] = "minibatch_weighted",
