@@ -1,4 +1,4 @@
-"""The families of kernels on the GPU. Whatever differs between them is here, and a new family is added in this file alone.
+"""The families of kernels on the GPU. What differs between them in a kernel is here.
 
 A family is one record, `Family`, and one branch of `phi`. `phi` takes t', a multiple of the t of `fastvae.radial`:
 

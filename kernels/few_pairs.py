@@ -22,6 +22,7 @@ from fastvae.kernels.families import (
     RATIONAL_QUADRATIC_HALF,
     RATIONAL_QUADRATIC_LARGE,
     RATIONAL_QUADRATIC_ONE,
+    Family,
     squared_scale,
 )
 from fastvae.kernels.launch import launch, tensor_key
@@ -53,7 +54,7 @@ class KernelSpec(NamedTuple):
 
     NUMBERS: int  # of `KernelNumbers`
     ON_DEVICE: bool
-    FAMILY: int
+    FAMILY: Family
     BANDWIDTHS: int
     SQUARINGS: int
 

@@ -118,7 +118,7 @@ class SweepSpec(NamedTuple):
     PRECISION_PASS: int  # number of the pass
     WITHIN: bool  # x against itself, without the pairs i = i; the rows of v come after those of g
     PRODUCT: int  # how products are taken
-    FAMILY: int
+    FAMILY: Any  # of `fastvae.kernels.families`
     BANDWIDTHS: int
     SQUARINGS: int
     D: int

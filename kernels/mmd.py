@@ -592,14 +592,14 @@ def _finish_gradient(
     out_row = start_n + tl.arange(0, BLOCK_N)
     local = out_row
     z_ptr, _weight_ptr, _count = sample_rows(samples, problem, in_y, SPEC)
-    z_ptr += swept.x_start * FEATURES
+    z_ptr += tl.cast(swept.x_start, tl.int64) * FEATURES
     grad_ptr, count = results.grad_x_ptr + problem * swept.x_rows * FEATURES, swept.x_rows
     source = swept.x_start
     p = 1.0 / n
     if SPEC.SAMPLES == 2:  # noqa: SIM102
         if in_y:
             local = local + (sizes.first_gradient - sizes.x_padded)
-            z_ptr += (swept.y_start - swept.x_start) * FEATURES
+            z_ptr += tl.cast(swept.y_start - swept.x_start, tl.int64) * FEATURES
             grad_ptr, count = results.grad_y_ptr + problem * swept.y_rows * FEATURES, swept.y_rows
             source = operands.first_y + swept.y_start
             p = 1.0 / m

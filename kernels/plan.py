@@ -89,7 +89,7 @@ def device_kernel_plan(
 
 
 def table_size(family: Family, bandwidths: int) -> int:
-    """Ratio, weight, slope and constant of each bandwidth, the largest exponent of a pair that is not identical, and parameters."""
+    """Ratio, weight, slope and constant of each bandwidth, the least exponent of an identical pair, and parameters."""
     return 4 * bandwidths + family.takes_distance + family.parameters
 
 

@@ -536,7 +536,7 @@ def _store_table(table_ptr, values, gammas, gamma, constants, identical, SUM: tl
         tl.store(table_ptr + (SUM.TABLE - BANDWIDTHS + b), constants[b].to(dtype))
     if FAMILY.takes_distance:
         # A bounded slope is smooth in the squared distance: its rounding error is not amplified.
-        tl.store(table_ptr + 3 * BANDWIDTHS, (identical if FAMILY.unbounded_slope else identical * 0.0).to(dtype))
+        tl.store(table_ptr + 3 * BANDWIDTHS, (identical if FAMILY.unbounded_slope else tl.zeros_like(identical)).to(dtype))
     for k in tl.static_range(PARAMETERS):
         tl.store(table_ptr + (3 * BANDWIDTHS + FAMILY.takes_distance + k), values[2 * SUM.KERNELS + k].to(dtype))
 

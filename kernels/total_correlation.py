@@ -121,7 +121,9 @@ def prepare_kernel(
     mask_mu = offs_n < M
     dtype: tl.constexpr = operands.z_ptr.dtype.element_ty
     own, following, other = load_numbers(numbers, 3, False)
-    information, correlation, divergence = _term_gradients(None if upstream is None else upstream.terms, N)
+    if sums is None:  # noqa: SIM102, a tuple that is None has no field
+        if upstream.a_ptr is None:
+            information, correlation, divergence = _term_gradients(upstream.terms, N)
 
     c_sum = tl.zeros([BLOCK_N], dtype=tl.float64)
     peak_sum = tl.zeros([], dtype=tl.float64)
@@ -148,7 +150,7 @@ def prepare_kernel(
         c_sum += tl.sum(tl.where(mask_d, c, 0.0), 1).to(tl.float64)
         peak_sum += tl.sum(peak.to(tl.float64))
         constant = peak.to(tl.float64) + (other - HALF_LOG2_2PI)
-        if upstream is None:
+        if sums is not None:
             both = in_z & in_mu
             u = (z - mu) * k
             conditional += tl.sum(tl.where(both, log_root - u * u - HALF_LOG2_2PI, 0.0), 1).to(tl.float64)
@@ -160,11 +162,11 @@ def prepare_kernel(
         mask_row = (offs_n < rows)[:, None] & in_dims
         out = dim * rows + row
         tl.store(operands.z_ptr + out, z, mask=mask_row)
-        if upstream is not None:
+        if sums is None:
             marginal = tl.load(upstream.marginal_ptr + row * D + dim, mask=in_z, other=0.0).to(tl.float64)
             marginal = (marginal * LOG2_E - constant[None, :]).to(dtype)
             tl.store(operands.marginal_ptr + out, tl.where(in_z, marginal, float("inf")), mask=mask_row)
-            if upstream.terms is None:
+            if upstream.a_ptr is not None:
                 b = tl.load(upstream.b_ptr + row * D + dim, mask=in_z, other=0.0)
             else:
                 b = tl.where(in_z, divergence - correlation, 0.0)
@@ -179,11 +181,11 @@ def prepare_kernel(
 
     tl.store(operands.c_sum_ptr + offs_n, tl.where(mask_mu, c_sum, float("-inf")).to(dtype), mask=offs_n < columns)
     joint_constant = peak_sum + (other - D.to(tl.float64) * HALF_LOG2_2PI)
-    if upstream is not None:
+    if sums is None:
         joint = tl.load(upstream.joint_ptr + offs_n, mask=mask_z, other=0.0).to(tl.float64)
         joint = (joint * LOG2_E - joint_constant).to(dtype)
         tl.store(operands.joint_ptr + offs_n, tl.where(mask_z, joint, float("inf")), mask=offs_n < rows)
-        if upstream.terms is None:
+        if upstream.a_ptr is not None:
             a = tl.load(upstream.a_ptr + offs_n, mask=mask_z, other=0.0)
         else:
             a = tl.where(mask_z, correlation - information, 0.0)
@@ -214,10 +216,7 @@ def _peak(logvar_ptr, strides: PerInput, offs_d, M, D, dtype: tl.constexpr):
 @triton.jit
 def _term_gradients(terms: Terms, N):
     """Gradients of one row to the three terms, which are means over N rows."""
-    if terms is None:
-        return 0.0, 0.0, 0.0
-    else:
-        return _mean_gradient(terms.information_ptr, N), _mean_gradient(terms.correlation_ptr, N), _mean_gradient(terms.divergence_ptr, N)
+    return _mean_gradient(terms.information_ptr, N), _mean_gradient(terms.correlation_ptr, N), _mean_gradient(terms.divergence_ptr, N)
 
 
 @triton.jit
@@ -538,6 +537,7 @@ def gradient_finish_kernel(
     DIMS,
     row_splits,
     column_splits,
+    TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -559,7 +559,7 @@ def gradient_finish_kernel(
     u = tl.zeros_like(z)
     information = tl.zeros([], dtype=dtype)
     divergence = tl.zeros([], dtype=dtype)
-    if terms is not None:
+    if TERMS:
         u = (z - tl.load(operands.mu_ptr + dim * columns + row, mask=mask_mu, other=0.0)) * k
         information, _, divergence = _term_gradients(terms, N)
         information = information.to(dtype)
@@ -734,7 +734,7 @@ def backward(
         x.launch(gradient_kernel, (), grid, (operands, of_posteriors, *sizes), **x.sweep_constants(OF_ROWS=False))
         sums = of_posteriors._replace(z=sums.z)
         grad = PerInput(grad.z, *(x.empty(x.m, x.dim, dtype=z.dtype) for _ in range(2)))
-    constants = x.block_constants()
+    constants = x.block_constants(TERMS=terms is not None)
     x.launch(
         gradient_finish_kernel, (key, z_grad, posterior_grad), (x.programs, triton.cdiv(x.dim, constants["BLOCK_D"]), 1),
         (operands, sums, terms, grad, x.rows, x.columns, x.n, x.m, x.dim, x.padded_dim, row_splits, column_splits),

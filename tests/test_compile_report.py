@@ -165,13 +165,15 @@ FLOAT64 = {"constant_ptr", "part_ptr", "marginal_sum_ptr"}
 def assert_fits(fn, dtype, scalar, z=True, posterior=True, terms=None, gradient=False, **constants):
     def pick(name):
         if name == "terms":
-            return kernels.Terms(*[scalar] * 3) if terms else None
+            return kernels.Terms(None, scalar, scalar if terms == "all" else None) if terms else None
         return "*fp64" if name in FLOAT64 else scalar if name.endswith("_ptr") else "i32"
 
     types = argument_types(fn, pick)
     if fn is kernels.prepare_kernel:
         types |= {"inputs": kernels.PerInput(*[dtype] * 3), "strides": kernels.PerInput(*[("i32", "i32")] * 3), "numbers": ("fp32",) * 9}
         types |= {"sums": None} if gradient else {"upstream": None}
+        if terms:
+            types["upstream"] = types["upstream"]._replace(a_ptr=None, b_ptr=None)
     if fn is kernels.gradient_finish_kernel:
         types |= {"grads": kernels.PerInput(dtype if z else None, *[dtype if posterior else None] * 2), "terms": pick("terms")}
         types |= {"sums": kernels.PerInput(scalar if z else None, *[scalar if posterior else None] * 2)}
@@ -179,11 +181,11 @@ def assert_fits(fn, dtype, scalar, z=True, posterior=True, terms=None, gradient=
     assert binary.stack == binary.local == 0, (fn, dtype, constants, binary.registers)
 
 for dtype, scalar in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")):
-    for gradient, terms in ((False, False), (True, False), (True, True)):
+    for gradient, terms in ((False, False), (True, False), (True, "all"), (True, "one")):
         assert_fits(kernels.prepare_kernel, dtype, scalar, terms=terms, gradient=gradient, num_warps=8)
     assert_fits(kernels.finish_kernel, dtype, scalar, BLOCK_R=1024)
-    for z, posterior, terms in ((True, True, True), (True, False, False), (False, True, True)):
-        assert_fits(kernels.gradient_finish_kernel, dtype, scalar, z, posterior, terms)
+    for z, posterior, terms in ((True, True, "all"), (True, False, False), (False, True, "one")):
+        assert_fits(kernels.gradient_finish_kernel, dtype, scalar, z, posterior, terms, TERMS=bool(terms))
 """
 
 
