@@ -40,7 +40,7 @@ test: lint
 
 # For the quick loop: without the tests that take seconds and without those in Triton's interpreter.
 check: lint
-	$(PYTEST) -m "not slow and not interpreter"
+	FAST_TESTS_ONLY=1 $(PYTEST) -m "not slow and not interpreter"
 
 # The site, in build/docs.
 .PHONY: docs

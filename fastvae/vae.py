@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from fastvae import checks
 from fastvae.functional import draw_noise, reparameterize_kl
 from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
 from fastvae.preparation import Standardise
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 WEIGHTS = ("model.safetensors", "model.pt")
 # The name of the preparation in a state_dict.
@@ -90,7 +87,10 @@ class VAE(nn.Module):
         *,
         latent_dim: int,
         hidden: Sequence[int] = (400,),
-        **options: Unpack[VAEOptions],
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
+        logvar_bounds: tuple[float, float] | None = None,
+        preparation: Standardise | None = None,
     ) -> VAE:
         """A VAE of two mirrored perceptrons.
 
@@ -98,10 +98,16 @@ class VAE(nn.Module):
             shape: The shape of one sample: a number of features, or (C, H, W).
             latent_dim: The number of latent dimensions.
             hidden: The widths of the encoder's hidden layers; the decoder has them in reverse.
-            **options: `likelihood`, `posterior`, `logvar_bounds` and `preparation` of `VAE`.
+            likelihood: As for `VAE`, like the arguments after it.
+            posterior: As for `VAE`.
+            logvar_bounds: As for `VAE`.
+            preparation: As for `VAE`.
         """
-        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=options.get("posterior", "gaussian"))
+        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
         decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
+        options: VAEOptions = {
+            "likelihood": likelihood, "posterior": posterior, "logvar_bounds": logvar_bounds, "preparation": preparation
+        }  # fmt: skip
         vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
         vae.networks = {"architecture": "mlp", "shape": list(_shape(shape)), "hidden": list(hidden)}
         return vae
@@ -114,7 +120,10 @@ class VAE(nn.Module):
         latent_dim: int,
         channels: Sequence[int] = (32, 64),
         hidden: int = 256,
-        **options: Unpack[VAEOptions],
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
+        logvar_bounds: tuple[float, float] | None = None,
+        preparation: Standardise | None = None,
     ) -> VAE:
         """A VAE of two mirrored convolutional networks.
 
@@ -123,10 +132,16 @@ class VAE(nn.Module):
             latent_dim: The number of latent dimensions.
             channels: The channels of the encoder's convolutions, each of which halves H and W; the decoder has them in reverse.
             hidden: The width of the hidden layer between convolutions and code.
-            **options: `likelihood`, `posterior`, `logvar_bounds` and `preparation` of `VAE`.
+            likelihood: As for `VAE`, like the arguments after it.
+            posterior: As for `VAE`.
+            logvar_bounds: As for `VAE`.
+            preparation: As for `VAE`.
         """
-        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=options.get("posterior", "gaussian"))
+        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
         decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
+        options: VAEOptions = {
+            "likelihood": likelihood, "posterior": posterior, "logvar_bounds": logvar_bounds, "preparation": preparation
+        }  # fmt: skip
         vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
         vae.networks = {"architecture": "conv", "shape": list(_shape(shape)), "channels": list(channels), "hidden": hidden}
         return vae

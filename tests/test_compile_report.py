@@ -234,7 +234,7 @@ import torch
 torch.version.hip = "6.4"  # what tells PyTorch's build for AMD from others
 from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report as report, sass
-from fastvae.radial import (RationalQuadratic)
+from fastvae.radial import RationalQuadratic
 
 class Compiled(Exception):
     pass
@@ -286,7 +286,7 @@ def test_the_histogram_of_distances_compiles_without_spills():
 _LOGARITHMS = """
 from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report as report, sass
-from fastvae.radial import (RationalQuadratic)
+from fastvae.radial import RationalQuadratic
 
 class Compiled(Exception):
     pass

@@ -55,7 +55,7 @@ def small_blocks(monkeypatch):
 
 
 def loops() -> int:
-    """That have been inductor."""
+    """How many loops the inductor backend has compiled."""
     return sum(function.cache_info().currsize for function in (inductor._of_points, inductor._of_exponents))
 
 

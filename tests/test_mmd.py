@@ -954,3 +954,18 @@ def test_triton_takes_differences_where_many_pairs_are_near(kernel, rows):
     exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=10.0)
     for a, e in zip(actual[1:], exact[1:], strict=True):
         assert (a - e)[1:].norm() < 1e-5 * e[1:].norm()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about the threads of a CPU")
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("case", [case for case in STREAMING_CASES if "several tiles" in case.name], ids=lambda case: case.name)
+def test_cpu_of_several_threads(case, threads, monkeypatch):
+    """Tiles are larger with more threads; most tests run with one."""
+    monkeypatch.setattr(small, "_PAIRS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual, reference_values, _ = run(case, "mmd")
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual, reference_values, TOLERANCE[case.accumulation_dtype], *size(case))
