@@ -523,7 +523,7 @@ def _joint(joint_ptr, offs_n, rows, splits):
     return tl.log2(density) + highest
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "DIMS", "row_splits", "column_splits"])
+@triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "DIMS"])
 def gradient_finish_kernel(
     operands: Operands,
     sums: PerInput,  # of `gradient_kernel`
@@ -535,8 +535,7 @@ def gradient_finish_kernel(
     M,
     D,
     DIMS,
-    row_splits,
-    column_splits,
+    splits,  # of the sums of z, and of those of μ and logvar
     TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -568,14 +567,14 @@ def gradient_finish_kernel(
     # compute, store
     if grads.z is not None:
         location = information * (u * k)
-        for split in range(0, row_splits):
+        for split in range(0, splits[0]):
             location += tl.load(sums.z + (tl.cast(split, tl.int64) * DIMS + dim) * rows + row, mask=mask_z, other=0.0)
         grad_z = divergence * z - location * _INVERSE_KAPPA2
         tl.store(grads.z + out, grad_z.to(grads.z.dtype.element_ty), mask=mask_z)
     if grads.mu is not None:
         location = information * u
         scale = information * ((u * u) * _INVERSE_KAPPA2 - 1)
-        for split in range(0, column_splits):
+        for split in range(0, splits[1]):
             source = (tl.cast(split, tl.int64) * DIMS + dim) * columns + row
             location += tl.load(sums.mu + source, mask=mask_mu, other=0.0)
             scale += tl.load(sums.logvar + source, mask=mask_mu, other=0.0)
@@ -737,7 +736,7 @@ def backward(
     constants = x.block_constants(TERMS=terms is not None)
     x.launch(
         gradient_finish_kernel, (key, z_grad, posterior_grad), (x.programs, triton.cdiv(x.dim, constants["BLOCK_D"]), 1),
-        (operands, sums, terms, grad, x.rows, x.columns, x.n, x.m, x.dim, x.padded_dim, row_splits, column_splits),
+        (operands, sums, terms, grad, x.rows, x.columns, x.n, x.m, x.dim, x.padded_dim, (row_splits, column_splits)),
         **constants,
     )  # fmt: skip
     return tuple(grad)

@@ -176,7 +176,7 @@ def assert_fits(fn, dtype, scalar, z=True, posterior=True, terms=None, gradient=
             types["upstream"] = types["upstream"]._replace(a_ptr=None, b_ptr=None)
     if fn is kernels.gradient_finish_kernel:
         types |= {"grads": kernels.PerInput(dtype if z else None, *[dtype if posterior else None] * 2), "terms": pick("terms")}
-        types |= {"sums": kernels.PerInput(scalar if z else None, *[scalar if posterior else None] * 2)}
+        types |= {"sums": kernels.PerInput(scalar if z else None, *[scalar if posterior else None] * 2), "splits": ("i32", "i32")}
     binary = compile_kernel(fn, types, {"BLOCK_N": 64, "BLOCK_D": 16, "num_warps": 4} | constants, 90)
     assert binary.stack == binary.local == 0, (fn, dtype, constants, binary.registers)
 
