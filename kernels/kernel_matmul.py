@@ -49,7 +49,6 @@ from fastvae.kernels.products import (
 )
 from fastvae.kernels.reductions import share_of, total
 from fastvae.kernels.sums import evaluate_sum, load_parameters, load_table
-from fastvae.radial import RationalQuadratic
 
 # Tuples hold pointers in a kernel and tensors on the host. C and D are columns of v and features with their padding.
 
@@ -488,7 +487,7 @@ class _LaunchChoice:
 
 @functools.lru_cache(maxsize=256)
 def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> _LaunchChoice:
-    architecture, powers = device_limits(device).architecture, isinstance(plan.kernel, RationalQuadratic)
+    architecture, powers = device_limits(device).architecture, plan.powers
     configs = {}
     for gradient in (False, True):
         names = (

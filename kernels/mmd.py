@@ -88,7 +88,6 @@ from fastvae.kernels.sums import (
     term_count,
     term_number,
 )
-from fastvae.radial import RationalQuadratic
 
 # From so many pairs on a sweep is worth launches of its own.
 _APART = 1 << 26
@@ -709,7 +708,7 @@ def _choice(
     plan: DeviceKernelPlan, dim: int, dtype: torch.dtype, gradient: bool, apart: bool, terms: bool, pair: bool, device: torch.device
 ) -> _Choice:
     """`pair` says that there are two samples, of one problem."""
-    architecture, powers = device_limits(device).architecture, isinstance(plan.kernel, RationalQuadratic)
+    architecture, powers = device_limits(device).architecture, plan.powers
     gaussian_pair = pair and plan.family.number == GAUSSIAN.value
     configs, values = (
         [
@@ -812,8 +811,8 @@ def mmd(
             )  # fmt: skip
             block = config.block_n
             sizes = SweepSizes(
-                n, m, *prepared.operands[-2:], swept_rows, first_row // block, x.start, x_padded // block, y_start, x_flags, y_flags,
-                first_gradient // block, gradient_rows,
+                n, m, prepared.first_y, prepared.rows, swept_rows, first_row // block, x.start, x_padded // block, y_start,
+                x_flags, y_flags, first_gradient // block, gradient_rows,
             )  # fmt: skip
             launch(
                 sweep_kernel, (key, number, share, needs_gradient), device,

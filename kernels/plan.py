@@ -13,7 +13,7 @@ from fastvae.kernel_sums import EXPONENT_ERROR
 from fastvae.kernels.families import Family, family_of
 from fastvae.kernels.products import BF16X3, DIFFERENCES, IEEE, PRODUCT_OF_PRECISION, TF32X3
 from fastvae.kernels.sums import pack_squarings
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, RationalQuadratic
 
 # Entries of the plan of a problem, float64. A pair of entries is that of x, then that of y.
 PRECISION_PASS = tl.constexpr(0)  # the number of the pass that runs
@@ -61,6 +61,11 @@ class DeviceKernelPlan:
     precision_passes: tuple[int, ...]
     limits: tuple[float, float]
     table: int
+
+    @property
+    def powers(self) -> bool:
+        """Whether φ is a power of 1 + t, which takes more registers than an exponential."""
+        return isinstance(self.kernel, RationalQuadratic)
 
     @property
     def constants(self) -> dict[str, object]:
