@@ -308,11 +308,10 @@ def training_digits() -> str:
 
 
 def readme_speed() -> str:
-    cpu = {(row["n"], row["provider"]): row for row in load("mmd") if _in_readme(row)}
     names = ("fastvae", "eager", "torch.compile", "geomloss", "KeOps")
 
     def on_cpu(n: int, name: str) -> str:
-        row = cpu.get((n, name))
+        row = readme_cpu(n).get(name)
         return f"{duration(row['processor_ms'])}, {memory(row['extra_mib'])}" if row and row["status"] == "ok" else "–"
 
     lines = [["EPYC, 1 thread", f"{n:,}", *(on_cpu(n, name) for name in names)] for n in (128, 1024, 8192, 32768)]
@@ -325,9 +324,10 @@ def readme_speed() -> str:
     return markdown(["", "N", *names], lines)
 
 
-def _in_readme(row: Row) -> bool:
-    wanted = {"direction": "forward+backward", "dim": 16, "bandwidths": 1, "threads": 1, "device": "AMD EPYC"}
-    return all(row[key] == value for key, value in wanted.items())
+def readme_cpu(n: int) -> dict[str, Row]:
+    """The CPU's rows of the README by provider."""
+    wanted = {"n": n, "direction": "forward+backward", "dim": 16, "bandwidths": 1, "threads": 1, "device": "AMD EPYC"}
+    return {row["provider"]: row for row in load("mmd") if all(row[key] == value for key, value in wanted.items())}
 
 
 TABLES: dict[str, Callable[[], str]] = {

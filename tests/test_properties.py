@@ -24,6 +24,7 @@ from torch import Tensor
 
 import fastvae
 from fastvae import reference
+from fastvae.checks import triton_interpreter
 from fastvae.cpu import quadratic_form as cpu_quadratic_form
 from fastvae.cpu import reparameterize_kl as cpu_reparameterize_kl
 from fastvae.cpu import small as cpu_small
@@ -825,10 +826,10 @@ def all_operations(n: int, d: int = 4, seed: int = 0, backend: str | None = None
     ]
 
 
-def bits(n: int) -> str:
+def bits(n: int, backend: str | None = None) -> str:
     """Of the values and gradients of all operations."""
     digest = hashlib.sha256()
-    for _, function, inputs in all_operations(n):
+    for _, function, inputs in all_operations(n, backend=backend):
         leaves = [t.clone().requires_grad_() for t in inputs]
         value = function(*leaves)
         for result in (value, *torch.autograd.grad(value, leaves)):
@@ -843,6 +844,18 @@ def test_same_input_same_bits_in_every_process():
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root) for _ in range(2)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
     assert runs[0].stdout == runs[1].stdout
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.skipif(not triton_interpreter(), reason="needs Triton's interpreter")
+def test_tritons_interpreter_has_the_same_bits_without_the_patch_of_these_tests():
+    code = (
+        "from benchmarks import interpreter; interpreter.emulate_tf32(); from tests.test_properties import bits; print(bits(40, 'triton'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == bits(40, "triton")
 
 
 @pytest.mark.usefixtures("deterministic_algorithms")
