@@ -184,14 +184,5 @@ class KernelInceptionDistance(_EmbeddingMetric):
     def compute(self) -> recipes.KID:
         """`fastvae.recipes.KID(mean, std)` of all embeddings so far."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        return recipes.kid(
-            *self._embeddings(),
-            subsets=self.subsets,
-            subset_size=self.subset_size,
-            degree=self.degree,
-            gamma=self.gamma,
-            coef=self.coef,
-            generator=generator,
-            precision=self.precision,
-            backend=self.backend,
-        )
+        names = ("subsets", "subset_size", "degree", "gamma", "coef", "precision", "backend")
+        return recipes.kid(*self._embeddings(), generator=generator, **{name: getattr(self, name) for name in names})

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,6 @@ WEIGHTS = ("model.safetensors", "model.pt")
 PREPARATION = "preparation._extra_state"
 LikelihoodName = Literal["gaussian", "bernoulli"]
 Posterior = Literal["gaussian", "deterministic"]
-
-
-class VAEOptions(TypedDict, total=False):
-    """The options of `VAE` that do not depend on its networks."""
-
-    likelihood: LikelihoodName | Likelihood
-    posterior: Posterior
-    logvar_bounds: tuple[float, float] | None
-    preparation: Standardise | None
 
 
 class VAE(nn.Module):
@@ -67,11 +58,19 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         checks.option("posterior", posterior, get_args(Posterior))
-        self.logvar_bounds = None if logvar_bounds is None else _bounds(logvar_bounds)
+        if logvar_bounds is not None:
+            low, high = (checks.real("each of logvar_bounds", bound) for bound in logvar_bounds)
+            if not low < high:
+                raise ValueError(f"logvar_bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
+            logvar_bounds = low, high
+        self.logvar_bounds = logvar_bounds
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = checks.integer("latent_dim", latent_dim, at_least=1)
-        self.likelihood = _likelihood(likelihood)
+        if not isinstance(likelihood, Likelihood):
+            checks.option("likelihood", likelihood, get_args(LikelihoodName))
+            likelihood = Gaussian() if likelihood == "gaussian" else Bernoulli()
+        self.likelihood = likelihood
         self.posterior = posterior
         self.preparation = preparation
         # The arguments of `mlp` or `conv`, for `save_pretrained`. Of other networks only the weights are known.
@@ -92,23 +91,22 @@ class VAE(nn.Module):
         logvar_bounds: tuple[float, float] | None = None,
         preparation: Standardise | None = None,
     ) -> VAE:
-        """A VAE of two mirrored perceptrons.
+        """A VAE of two mirrored perceptrons. `likelihood` and the arguments after it are those of `VAE`.
 
         Args:
             shape: The shape of one sample: a number of features, or (C, H, W).
             latent_dim: The number of latent dimensions.
             hidden: The widths of the encoder's hidden layers; the decoder has them in reverse.
-            likelihood: As for `VAE`, like the arguments after it.
-            posterior: As for `VAE`.
-            logvar_bounds: As for `VAE`.
-            preparation: As for `VAE`.
         """
-        encoder = mlp_encoder(shape, hidden, latent_dim, posterior=posterior)
-        decoder = mlp_decoder(latent_dim, hidden[::-1], shape)
-        options: VAEOptions = {
-            "likelihood": likelihood, "posterior": posterior, "logvar_bounds": logvar_bounds, "preparation": preparation
-        }  # fmt: skip
-        vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
+        vae = cls(
+            mlp_encoder(shape, hidden, latent_dim, posterior=posterior),
+            mlp_decoder(latent_dim, hidden[::-1], shape),
+            latent_dim=latent_dim,
+            likelihood=likelihood,
+            posterior=posterior,
+            logvar_bounds=logvar_bounds,
+            preparation=preparation,
+        )
         vae.networks = {"architecture": "mlp", "shape": list(_shape(shape)), "hidden": list(hidden)}
         return vae
 
@@ -125,24 +123,23 @@ class VAE(nn.Module):
         logvar_bounds: tuple[float, float] | None = None,
         preparation: Standardise | None = None,
     ) -> VAE:
-        """A VAE of two mirrored convolutional networks.
+        """A VAE of two mirrored convolutional networks. `likelihood` and the arguments after it are those of `VAE`.
 
         Args:
             shape: The shape of one image, (C, H, W) with H, W ≥ 2^len(channels).
             latent_dim: The number of latent dimensions.
             channels: The channels of the encoder's convolutions, each of which halves H and W; the decoder has them in reverse.
             hidden: The width of the hidden layer between convolutions and code.
-            likelihood: As for `VAE`, like the arguments after it.
-            posterior: As for `VAE`.
-            logvar_bounds: As for `VAE`.
-            preparation: As for `VAE`.
         """
-        encoder = conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior)
-        decoder = conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden)
-        options: VAEOptions = {
-            "likelihood": likelihood, "posterior": posterior, "logvar_bounds": logvar_bounds, "preparation": preparation
-        }  # fmt: skip
-        vae = cls(encoder, decoder, latent_dim=latent_dim, **options)
+        vae = cls(
+            conv_encoder(shape, channels, latent_dim, hidden=hidden, posterior=posterior),
+            conv_decoder(latent_dim, channels[::-1], shape, hidden=hidden),
+            latent_dim=latent_dim,
+            likelihood=likelihood,
+            posterior=posterior,
+            logvar_bounds=logvar_bounds,
+            preparation=preparation,
+        )
         vae.networks = {"architecture": "conv", "shape": list(_shape(shape)), "channels": list(channels), "hidden": hidden}
         return vae
 
@@ -192,12 +189,12 @@ class VAE(nn.Module):
         if isinstance(code, Tensor):
             _check_code("encoder's result", code, 2 * self.latent_dim)
             mu, logvar = code.chunk(2, dim=1)
-            return mu, self._bounded(logvar)
-        if not (isinstance(code, (tuple, list)) and len(code) == 2):
+        elif isinstance(code, (tuple, list)) and len(code) == 2:
+            mu, logvar = code
+            _check_code("encoder's mu", mu, self.latent_dim)
+            _check_code("encoder's logvar", logvar, self.latent_dim)
+        else:
             raise TypeError(f"encoder must return a tensor or the pair (mu, logvar), got {type(code).__name__}")
-        for name, part in zip(("mu", "logvar"), code, strict=True):
-            _check_code(f"encoder's {name}", part, self.latent_dim)
-        mu, logvar = code
         return mu, self._bounded(logvar)
 
     def _prepared(self, x: Tensor) -> Tensor:
@@ -261,8 +258,8 @@ class VAE(nn.Module):
         with torch.device("meta"):
             made = getattr(VAE, self.networks["architecture"])(**options, latent_dim=self.latent_dim, posterior=self.posterior)
         for name in ("encoder", "decoder"):
-            own, other = (_structure(getattr(vae, name)) for vae in (self, made))
-            if own != other:
+            own, other = (getattr(vae, name) for vae in (self, made))
+            if str(own) != str(other) or [type(module) for module in own.modules()] != [type(module) for module in other.modules()]:
                 raise ValueError(
                     f"{name} must be the one that VAE.{self.networks['architecture']} made, got another: "
                     "set vae.networks = None to save the weights alone"
@@ -303,13 +300,11 @@ class VAE(nn.Module):
                 architecture = networks.pop("architecture", None)
                 if architecture in ("mlp", "conv"):
                     vae: VAE = getattr(cls, architecture)(**networks, **config)
-            if architecture not in ("mlp", "conv"):
-                if encoder is None or decoder is None:
+                elif encoder is None or decoder is None:
                     raise ValueError(f"encoder and decoder must be given for custom networks, {networks}, got none")
-                vae = cls(encoder, decoder, **config)
+                else:
+                    vae = cls(encoder, decoder, **config)
             vae.load_state_dict(weights, assign=True)
-        except FileNotFoundError:
-            raise
         except (OSError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"folder must hold the config.json and weights of a VAE, got others in {str(folder)!r} ({error})") from error
         dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
@@ -434,24 +429,6 @@ def _code_width(latent_dim: int, posterior: Posterior) -> int:
 def _repeated(t: Tensor, samples: int) -> Tensor:
     """(N, D) as (N, samples, D)."""
     return t.unsqueeze(1).expand(-1, samples, -1)
-
-
-def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = (checks.real("each of logvar_bounds", bound) for bound in bounds)
-    if not low < high:
-        raise ValueError(f"logvar_bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
-    return low, high
-
-
-def _likelihood(likelihood: LikelihoodName | Likelihood) -> Likelihood:
-    if isinstance(likelihood, Likelihood):
-        return likelihood
-    checks.option("likelihood", likelihood, get_args(LikelihoodName))
-    return Gaussian() if likelihood == "gaussian" else Bernoulli()
-
-
-def _structure(module: nn.Module) -> tuple[str, list[type]]:
-    return str(module), [type(inner) for inner in module.modules()]
 
 
 def _class_path(module: nn.Module) -> str:

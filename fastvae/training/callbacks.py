@@ -185,10 +185,7 @@ class Progress(ProgressBar):
         self._end()
         if self._stream is not None:
             form = "{desc} |{bar}| {remaining} {postfix[0]}"
-            self._bar = tqdm(
-                *(None, title, total if math.isfinite(total) else None),
-                **{"file": self._stream, "bar_format": form, "dynamic_ncols": True, "postfix": ("",)},
-            )
+            self._bar = tqdm(desc=title, total=total, file=self._stream, bar_format=form, dynamic_ncols=True, postfix=("",))
 
     def _step(self, done: int) -> None:
         if self._bar is not None:

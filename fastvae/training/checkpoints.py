@@ -41,7 +41,6 @@ class RandomState(Callback):
         self._restore = restore
         self._loaded: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
-        self._measuring = False
         self.started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,7 +48,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states of all processes at the start of the next step, also while they are not yet, or not again, the current ones."""
-        own = self._loaded or (self._after_step if self._measuring else None) or random_state()
+        own = self._loaded or self._after_step or random_state()
         if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -85,16 +84,9 @@ class RandomState(Callback):
         # Here and not at the start of a validation, before which its loader has drawn a seed.
         self._after_step = random_state()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measuring = True
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measuring = False
         if self._after_step is not None:
             set_random_state(self._after_step)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measuring = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_end(trainer, pl_module)
@@ -272,9 +264,10 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder that can be resumed, without links and best.ckpt."""
-    files = [file for file in folder.glob("*.ckpt") if file.is_file() and not file.is_symlink() and file.name != "best.ckpt"]
+def newest_first(*folders: Path) -> list[Path]:
+    """The checkpoints in these folders that can be resumed, without links and best.ckpt."""
+    found = [file for folder in folders for file in folder.glob("*.ckpt")]
+    files = [file for file in found if file.is_file() and not file.is_symlink() and file.name != "best.ckpt"]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 
@@ -297,11 +290,10 @@ def checkpoint_file(path: str, folder: Path) -> Path:
 
 def last_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint of all runs in `folder`, which may be a pattern. Incomplete ones are skipped with a warning."""
-    folders = [Path(found) for found in glob.glob(f"{folder}/version_*/checkpoints")]
-    files = [file for found in folders for file in newest_first(found)]
+    files = newest_first(*map(Path, glob.glob(f"{folder}/version_*/checkpoints")))
     if not files:
         raise FileNotFoundError(f"ckpt_path must not be 'last' before a run has written a checkpoint, got none in {str(folder)!r}")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+    for file in files:
         if is_whole(file):
             return file
         sys.stderr.write(f"warning: {str(file)!r} is not a complete checkpoint, using the one before it\n")

@@ -67,10 +67,8 @@ LINKS = {"shape": "data.shape", "dataset_size": "data.train_size"}
 # Lightning's options that are not supported: nothing is predicted, --runs gives the folder, and there is no model registry.
 UNUSED = ("limit_predict_batches", "default_root_dir", "model_registry")
 # Options of the model that only some of its objectives, likelihoods, architectures or schedules use.
-MMD_OBJECTIVES, KL_OBJECTIVES = (
-    ("info_vae", "mmd_vae", "wae_mmd"),
-    ("vae", "beta_vae", "info_vae", "capacity_vae", "dip_vae", "beta_tc_vae"),
-)
+MMD_OBJECTIVES = ("info_vae", "mmd_vae", "wae_mmd")
+KL_OBJECTIVES = ("vae", "beta_vae", "info_vae", "capacity_vae", "dip_vae", "beta_tc_vae")
 USED_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("channels",): ("architecture", ("conv",)),
     ("sigma", "learn_sigma", "optimal_sigma"): ("likelihood", ("gaussian", "auto")),
@@ -95,22 +93,16 @@ FIXED_OPTIONS = {
     "torch.optim.RMSprop": ("centered", "momentum"),
     "torch.optim.Rprop": ("lr",),
 }
+REPORTED_HELP = "Folders of runs, at most five. A folder with several versions of a run stands for the newest one."
 CKPT_PATH_HELP = {
     "fit": "Resume from this checkpoint: a file, last (the newest of all runs) or best. Other flags override the options of that run.",
     "test": "A checkpoint: a file, last (the newest of all runs, the default) or best.",
 }
 KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "Sequence": "a list", "NoneType": "null"}
-# The commands that are functions, and their positional arguments if they have one.
-COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
-    "compare": (compare, None),
-    "report": (report, "runs"),
-    "sample": (sample, None),
-    "reconstruct": (reconstruct, None),
-    "encode": (encode, None),
-    "traverse": (traverse, None),
-    "export": (export, None),
+# The commands that are functions.
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (compare, report, sample, reconstruct, encode, traverse, export)
 }
-HELP = {"runs": "Folders of runs, at most five. A folder with several versions of a run stands for the newest one."}
 ERRORS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 
 
@@ -127,7 +119,8 @@ class Parser(LightningArgumentParser):
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
         for name in COMMANDS:
-            action.add_subcommand(name, command_parser(name), help=command_parser(name).description)
+            parser = command_parser(name)
+            action.add_subcommand(name, parser, help=parser.description)
         return action
 
 
@@ -271,7 +264,8 @@ class CommandLine(LightningCLI):
         callbacks = [*_listed(options.callbacks), StopAtNonFinite(), Pictures(), KnownMetrics(), GivenOptions()]
         self.random_state, self.saving = RandomState(restore=not self.seeded), None
         callbacks += [self.random_state, Interrupt()]
-        if _shows_progress(options, callbacks):
+        given_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if options.enable_progress_bar is not False and not options.barebones and not given_bar:
             callbacks.append(Progress())
         if _saves(options):
             saved = None if options.fast_dev_run else folder / "checkpoints"
@@ -337,7 +331,7 @@ def run(args: list[str]) -> int:
         trusted, args = named.parse_known_args(args)
         restrict(trusted.trust)
         if args[:1] and args[0] in COMMANDS:
-            COMMANDS[args[0]][0](**command_parser(args[0]).parse_args(args[1:]).as_dict())
+            COMMANDS[args[0]](**command_parser(args[0]).parse_args(args[1:]).as_dict())
         else:
             command = CommandLine(
                 ImageVAE,
@@ -364,23 +358,16 @@ def run(args: list[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
         return 130
-    except ERRORS as error:
-        sys.stderr.write(f"error: {plain(str(error))}\n")
-        return 1
-    except RuntimeError as error:
-        # Gloo has no exception class.
-        if not (torch.distributed.is_available() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))):
-            if not _by_arguments(error, command):
-                raise
-            sys.stderr.write(f"error: {plain(str(error))}\n")
-            return 1
-        sentence = "all processes of the run must be alive, got no answer from another one: to resume, fastvae fit --ckpt_path last"
-        sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
-        return 1
     except Exception as error:
-        if not _by_arguments(error, command):
+        among_processes = isinstance(error, RuntimeError) and torch.distributed.is_available()
+        # Gloo's errors have no class of their own.
+        if among_processes and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            sentence = "all processes of the run must be alive, got no answer from another one: to resume, fastvae fit --ckpt_path last"
+            sys.stderr.write(f"error: {sentence} ({' '.join(str(error).split())})\n")
+        elif isinstance(error, ERRORS) or _by_arguments(error, command):
+            sys.stderr.write(f"error: {plain(str(error)) or type(error).__name__}\n")
+        else:
             raise
-        sys.stderr.write(f"error: {plain(str(error)) or type(error).__name__}\n")
         return 1
     finally:
         # A Gloo worker that still holds the last collective when the interpreter exits aborts the process. Lightning only shuts down NCCL.
@@ -392,12 +379,12 @@ def run(args: list[str]) -> int:
 
 
 def command_parser(name: str) -> jsonargparse.ArgumentParser:
-    function, positional = COMMANDS[name]
+    function = COMMANDS[name]
     parser = jsonargparse.ArgumentParser(prog=f"fastvae {name}", allow_abbrev=False, description=(function.__doc__ or "").split("\n\n")[0])
     parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
-    if positional:
-        parser.add_argument(positional, type=str, nargs="+", help=HELP[positional])
-    parser.add_function_arguments(function, skip={positional} if positional else None)
+    if function is report:
+        parser.add_argument("runs", type=str, nargs="+", help=REPORTED_HELP)
+    parser.add_function_arguments(function, skip={"runs"} if function is report else None)
     return parser
 
 
@@ -417,11 +404,6 @@ def _listed(value: Any) -> list[Any]:
 
 def _saves(trainer: jsonargparse.Namespace) -> bool:
     return trainer.enable_checkpointing is not False and not trainer.barebones
-
-
-def _shows_progress(trainer: jsonargparse.Namespace, callbacks: list[Any]) -> bool:
-    given = any(isinstance(callback, ProgressBar) for callback in callbacks)
-    return trainer.enable_progress_bar is not False and not trainer.barebones and not given
 
 
 def _model_defaults(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -463,16 +445,17 @@ def _check_used(model: jsonargparse.Namespace, flags: set[str], configurations: 
     A configuration may hold defaults, and the options of its own objective, architecture, … even if a flag chooses another one.
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(ImageVAE).parameters.items()}
+    # YAML has lists where the defaults are tuples.
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     for names, (chooser, choices) in USED_BY.items():
         given = flags.intersection(names)
         for options in configurations:
             if options.get(chooser) not in choices:
-                given |= {name for name in options.keys() & set(names) if not _same(options[name], defaults[name])}
+                given |= {name for name in options.keys() & set(names) if options[name] != defaults[name]}
         for name in sorted(given):
             if model[chooser] not in choices:
                 raise ValueError(f"model.{chooser} must be {' or '.join(choices)} for model.{name}, got {model[chooser]}")
-    interval = "lr_scheduler_interval" in flags or model.lr_scheduler_interval != defaults["lr_scheduler_interval"]
-    if interval and model.lr_scheduler is None:
+    if model.lr_scheduler is None and ("lr_scheduler_interval" in flags or model.lr_scheduler_interval != "epoch"):
         raise ValueError("model.lr_scheduler must be given for model.lr_scheduler_interval, got none")
 
 
@@ -498,10 +481,6 @@ def _check_unchanged(model: jsonargparse.Namespace, before: dict[str, Any], flag
 def _class_and_options(chosen: Any, default: str) -> tuple[str, dict[str, Any]]:
     chosen = chosen.as_dict() if isinstance(chosen, jsonargparse.Namespace) else chosen
     return (chosen.get("class_path", default), chosen.get("init_args") or {}) if isinstance(chosen, dict) else (default, {})
-
-
-def _same(value: Any, default: Any) -> bool:
-    return bool((list(value) if isinstance(value, list) else value) == (list(default) if isinstance(default, tuple) else default))
 
 
 def _check_devices(trainer: jsonargparse.Namespace) -> None:

@@ -16,15 +16,6 @@ from fastvae.training.data import ImageData, new_folder, scaled
 from fastvae.training.metrics import active_units, information, marginal_summary
 from fastvae.vae import VAE
 
-ROWS = {
-    "reconstruction": "-log p(x|z), nats",
-    "kl": "KL(q(z|x) || p(z)), nats",
-    "mutual_information": "mutual information I(x; z), nats",
-    "active_units": "active units",
-    "marginal_std": "marginal q(z): smallest and largest std",
-    "marginal_mmd": "marginal q(z): MMD^2 to N(0, I)",
-}
-
 
 def compare(
     epochs: int = 100, lambda_: float = 10.0, latent_dim: int = 10, batch_size: int = 128, seed: int = 0, runs: str = "runs"
@@ -55,9 +46,10 @@ def compare(
         codes[name] = (vae, z)
     folder = new_folder(Path(runs, "compare"))
     draw(x, labels, codes, folder / "compare.png")
-    width = max(map(len, ROWS.values()))
+    titles = columns["ELBO"]
+    width = max(map(len, titles))
     lines = [" " * width + "".join(f"{name:>24}" for name in columns)]
-    lines += [f"{title:<{width}}" + "".join(f"{column[key]:>24}" for column in columns.values()) for key, title in ROWS.items()]
+    lines += [f"{title:<{width}}" + "".join(f"{column[title]:>24}" for column in columns.values()) for title in titles]
     lines.append(f"(mutual information is at most log {len(x)} = {torch.tensor(len(x)).log():.2f})")
     (folder / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sys.stdout.write("\n".join(lines) + f"\nPicture and table: {folder.resolve()}\n")
@@ -81,12 +73,12 @@ def measure(vae: VAE, objective: VAEObjective, x: Tensor) -> tuple[dict[str, str
     assert output.logvar is not None
     terms, marginal = objective(output, x), marginal_summary(output.z)
     return {
-        "reconstruction": f"{terms.reconstruction:.2f}",
-        "kl": f"{terms.kl:.3f}",
-        "mutual_information": f"{information(output.mu, output.logvar, output.z)[0]:.3f}",
-        "active_units": f"{active_units(output.mu)} of {vae.latent_dim}",
-        "marginal_std": f"{marginal['std_min']:.2f} to {marginal['std_max']:.2f}",
-        "marginal_mmd": f"{marginal['mmd']:.5f}",
+        "-log p(x|z), nats": f"{terms.reconstruction:.2f}",
+        "KL(q(z|x) || p(z)), nats": f"{terms.kl:.3f}",
+        "mutual information I(x; z), nats": f"{information(output.mu, output.logvar, output.z)[0]:.3f}",
+        "active units": f"{active_units(output.mu)} of {vae.latent_dim}",
+        "marginal q(z): smallest and largest std": f"{marginal['std_min']:.2f} to {marginal['std_max']:.2f}",
+        "marginal q(z): MMD^2 to N(0, I)": f"{marginal['mmd']:.5f}",
     }, output.z
 
 

@@ -88,10 +88,9 @@ def check_config(path: str) -> dict[str, Any]:
         raise ValueError(f"config must be a file of YAML, got {path!r}{line}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config must be a file of YAML, got {path!r}: {error}") from error
-    if options is None or options == "":
-        raise ValueError(f"config must hold options such as 'model: {{latent_dim: 6}}', got the empty file {path!r}")
     if not isinstance(options, dict):
-        raise ValueError(f"config must hold options such as 'model: {{latent_dim: 6}}', got {type(options).__name__} in {path!r}")
+        found = f"the empty file {path!r}" if options in (None, "") else f"{type(options).__name__} in {path!r}"
+        raise ValueError(f"config must hold options such as 'model: {{latent_dim: 6}}', got {found}")
     for name in ("model", "data", "trainer"):
         if not isinstance(options.get(name, {}), dict):
             raise ValueError(f"{name} must hold options such as '{name}: {{…}}', got {options[name]!r} in {path!r}")

@@ -14,15 +14,14 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import IO, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -58,7 +57,6 @@ MAX_BYTES = 8 * 10**9
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[Tensor, Tensor]
-_T = TypeVar("_T")
 
 
 class Split(NamedTuple):
@@ -277,9 +275,8 @@ class ImageData(LightningDataModule):
         # The unbiased MMD needs two images in the last batch.
         drop_last = len(images) > 1 and len(images) % self.batch_size == 1
         sampler = EpochSampler(images, self.seed)
-        return ResumableLoader(
-            images, self.batch_size, sampler=sampler, collate_fn=_identity, drop_last=drop_last, generator=sampler.generator
-        )
+        # `Images` returns whole batches: `tuple` leaves them as they are.
+        return ResumableLoader(images, self.batch_size, sampler=sampler, collate_fn=tuple, drop_last=drop_last, generator=sampler.generator)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         return self._ordered("val") if len(self.splits["val"].images) else []
@@ -295,7 +292,7 @@ class ImageData(LightningDataModule):
         while len(images) > 1 and len(images) % batch_size == 1:
             batch_size += 1
         # With its own generator, the loader draws no seed from the global one, which the training uses.
-        return DataLoader(images, batch_size, collate_fn=_identity, generator=torch.Generator())
+        return DataLoader(images, batch_size, collate_fn=tuple, generator=torch.Generator())
 
 
 def load(name: str, path: str | None, image_size: int | None = None, *, unsplit: bool = False) -> Source:
@@ -324,11 +321,9 @@ def new_folder(parent: Path, prefix: str = "version") -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for k in itertools.count():
         folder = parent / f"{prefix}_{k}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise AssertionError
 
 
@@ -365,13 +360,13 @@ def read_folder(path: Path, image_size: int | None = None, *, unsplit: bool = Fa
     if images:
         if image_size is not None and not unsplit:
             raise ValueError(f"data.image_size must not be given for arrays, whose size is fixed, got {image_size} for {path}")
-        source = _joined(images, labels, path, unsplit=unsplit)
     else:
         read = {file for file in files if file.suffix.lower() in PICTURES}
         if not read:
             hint = ": a table needs --data.name table" if any(file.name.lower().endswith(tables.SUFFIXES) for file in files) else ""
             raise FileNotFoundError(f"data.path must hold images in IDX, .npy or .npz files or pictures, got none in {str(path)!r}{hint}")
-        source = read_pictures([file for file in files if file in read], path, image_size, unsplit=unsplit)
+        images, labels = _pictures([file for file in files if file in read], path, image_size)
+    source = _joined(images, labels, path, unsplit=unsplit)
     _warn_of_skipped(path, [file for file in files if file not in read])
     return source
 
@@ -393,12 +388,11 @@ def _top_level(files: Sequence[Path], path: Path) -> list[Path]:
     return [file for file in files if path in (file, file.parent)]
 
 
-@rank_zero_only
 def _warn_of_skipped(path: Path, skipped: Sequence[Path]) -> None:
     if skipped:
         kinds = Counter("".join(file.suffixes[-1:]).lower() or "without a suffix" for file in skipped)
         shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5)) + (" and others" if len(kinds) > 5 else "")
-        sys.stderr.write(f"warning: files in {path} that are not read as data: {shown}\n")
+        tables.warn(f"files in {path} that are not read as data: {shown}")
 
 
 class Part(NamedTuple):
@@ -427,23 +421,19 @@ def _joined(parts: Sequence[Part], labels: Mapping[str, Sequence[Array]], path: 
         lengths = [len(part.rows) for part in parts if part.set == name]
         pieces[name] = iter(torch.split(_labels(numbers.get(name), sum(lengths), str(path)), lengths))
     found: dict[str, list[Split]] = defaultdict(list)
-    names: dict[str, tuple[str, ...]] = defaultdict(tuple)
+    names: dict[str, list[str]] = defaultdict(list)
     for part in parts:
         name = "train" if unsplit or len(sets) == 1 else part.set
         found[name].append(Split(part.rows, next(pieces[part.set])))
         names[name] += part.names
-    splits = {name: _concatenated(splits) for name, splits in _with_train(found, path).items()}
-    return Source(splits, classes, {name: rows for name, rows in names.items() if len(rows) == len(splits[name].labels)})
+    if "train" not in found:
+        raise ValueError(f"data.path must hold training data, got only {' and '.join(sorted(found))} sets in {str(path)!r}")
+    splits = {name: _concatenated(splits) for name, splits in found.items()}
+    return Source(splits, classes, {name: tuple(rows) for name, rows in names.items() if len(rows) == len(splits[name].labels)})
 
 
 def _concatenated(splits: Sequence[Split]) -> Split:
     return splits[0] if len(splits) == 1 else Split(torch.cat([x for x, _ in splits]), torch.cat([labels for _, labels in splits]))
-
-
-def _with_train(found: dict[str, _T], path: Path) -> dict[str, _T]:
-    if "train" not in found:
-        raise ValueError(f"data.path must hold training data, got only {' and '.join(sorted(found))} sets in {str(path)!r}")
-    return found
 
 
 def _numbered(labels: Mapping[str, Sequence[Array]]) -> tuple[Mapping[str, Sequence[Array]], tuple[str, ...]]:
@@ -458,11 +448,8 @@ def _numbered(labels: Mapping[str, Sequence[Array]]) -> tuple[Mapping[str, Seque
     }, tuple(classes)
 
 
-def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, unsplit: bool = False) -> Source:
-    """These pictures of the folder `path` and its subfolders, or the single picture `path`."""
-    folder = path if path.is_dir() else path.parent
-    places = _places([file.relative_to(folder) for file in files])
-    classes = {name: k for k, name in enumerate(sorted({name for _, name in places} - {""}))}
+def _pictures(files: Sequence[Path], path: Path, image_size: int | None) -> tuple[list[Part], dict[str, list[Array]]]:
+    """These pictures of the folder `path` and its subfolders, or the single picture `path`, and the names of their classes by set."""
     pictures: list[Array] = []
     total = 0
     for file in files:
@@ -476,20 +463,14 @@ def read_pictures(files: Sequence[Path], path: Path, image_size: int | None, *, 
             )
     if len({picture.shape[2] for picture in pictures}) > 1:
         pictures = [np.broadcast_to(picture, (*picture.shape[:2], 3)) for picture in pictures]
-    if len({picture.dtype for picture in pictures}) > 1:
-        pictures = [picture / np.float32(255) if picture.dtype == np.uint8 else picture for picture in pictures]
-    found: dict[str, tuple[list[Array], list[int], list[str]]] = defaultdict(lambda: ([], [], []))
-    sets = {name for name, _ in places}
-    for file, (name, label), picture in zip(files, places, pictures, strict=True):
-        images, labels, rows = found["train" if unsplit or len(sets) == 1 else name]
-        images.append(picture)
-        labels.append(classes.get(label, NO_LABEL))
-        rows.append(str(file.relative_to(folder)))
-    splits = {
-        name: Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
-        for name, (images, labels, _) in _with_train(found, path).items()
-    }
-    return Source(splits, tuple(classes), {name: tuple(rows) for name, (_, _, rows) in found.items()})
+    names = [file.relative_to(path if path.is_dir() else path.parent) for file in files]
+    parts: list[Part] = []
+    labels: dict[str, list[str]] = defaultdict(list)
+    for name, (set_, label), picture in zip(names, _places(names), pictures, strict=True):
+        x = torch.tensor(picture)[None].permute(0, 3, 1, 2).contiguous()
+        parts.append(Part(set_, str(name), x, (str(name),)))
+        labels[set_].append(label)
+    return parts, {set_: [np.array(found)] for set_, found in labels.items()}
 
 
 def _places(files: Sequence[Path]) -> list[tuple[str, str]]:
@@ -576,7 +557,8 @@ def read_table(path: Path, *, unsplit: bool = False) -> Source:
                 raise ValueError(f"{file} must have the columns of the file before, got {first[0]!r} instead of {first[1]!r}")
             found = [(name, table.values)]
             if table.labels is not None:
-                _warn_of_no_label(file, table.labels)
+                if table.labels.dtype.kind in "if" and (table.labels == NO_LABEL).any():
+                    tables.warn(f"the label {NO_LABEL} in {file} means none: if it is a class, give it another number or a name")
                 given = table.labels.dtype.kind != "f"
                 found.append((name, table.labels if given else np.nan_to_num(table.labels, nan=NO_LABEL)))
             names = table.rows
@@ -595,12 +577,6 @@ def read_table(path: Path, *, unsplit: bool = False) -> Source:
         raise FileNotFoundError(f"data.path must hold a matrix in a {kinds} file, got none in {str(path)!r}")
     _warn_of_skipped(path, [file for file in files if file not in read])
     return _joined(parts, labels, path, unsplit=unsplit)._replace(columns=header)
-
-
-@rank_zero_only
-def _warn_of_no_label(file: Path, labels: Array) -> None:
-    if labels.dtype.kind in "if" and (labels == NO_LABEL).any():
-        sys.stderr.write(f"warning: the label {NO_LABEL} in {file} means none: if it is a class, give it another number or a name\n")
 
 
 def _table_file(file: Path) -> tables.Table:
@@ -665,28 +641,23 @@ def read_idx(file: Path) -> Array:
 
     No more of a gzipped file is decompressed than its header announces.
     """
-    with _gzip_errors(file), gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        raw = stream.read(4)
-        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES or not 1 <= raw[3] <= MOST_IDX_DIMENSIONS:
-            raise ValueError(f"{file} must be an IDX file, got one that begins with {raw[:4].hex(' ') or 'nothing'}")
-        dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
-        raw += stream.read(start - 4)
-        shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
-        size = start + math.prod(shape) * dtype.itemsize
-        _check_bytes(str(file), size)
-        # One byte more, to detect a file that is too long.
-        raw += stream.read(size - len(raw) + 1)
+    try:
+        with tables.open_bytes(file) as stream:
+            raw = stream.read(4)
+            if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in IDX_DTYPES or not 1 <= raw[3] <= MOST_IDX_DIMENSIONS:
+                raise ValueError(f"{file} must be an IDX file, got one that begins with {raw[:4].hex(' ') or 'nothing'}")
+            dtype, start = np.dtype(IDX_DTYPES[raw[2]]), 4 + 4 * raw[3]
+            raw += stream.read(start - 4)
+            shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+            size = start + math.prod(shape) * dtype.itemsize
+            _check_bytes(str(file), size)
+            # One byte more, to detect a file that is too long.
+            raw += stream.read(size - len(raw) + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} must be a complete gzip file, got a corrupt one ({error})") from error
     if len(raw) != size:
         raise ValueError(f"{file} must have {size} bytes for shape {tuple(shape)}, got {len(raw)}: it is corrupt")
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
-
-
-@contextmanager
-def _gzip_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} must be a complete gzip file, got a corrupt one ({error})") from error
 
 
 def _check_bytes(what: str, size: int) -> None:
@@ -769,13 +740,9 @@ def _npz(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, 
         for info in members:
             key = info.filename.removesuffix(".npy")
             with archive.open(info) as stream:
-                yield key if names else f"{file.stem}.{key}", _read_array(stream, info.file_size, f"{key} in {file}")
-
-
-def _read_array(stream: IO[bytes], size: int, what: str) -> Array:
-    _check_header(stream, size, what)
-    stream.seek(0)
-    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+                _check_header(stream, info.file_size, f"{key} in {file}")
+                stream.seek(0)
+                yield key if names else f"{file.stem}.{key}", np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _check_header(stream: IO[bytes], size: int, what: str) -> tuple[int, ...]:
@@ -813,7 +780,3 @@ def _openml(name: str) -> Source:
     split = as_split(data.data.astype(np.uint8), data.target, name)
     train = torch.arange(len(split.images)) < OPENML_TRAIN_SIZE
     return Source({"train": split.take(train), "test": split.take(~train)})
-
-
-def _identity(batch: Any) -> Any:
-    return batch

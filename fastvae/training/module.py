@@ -17,13 +17,12 @@ from fastvae.distributed import is_initialized
 from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.preparation import Standardise
 from fastvae.schedules import Kind as ScheduleKind
-from fastvae.training.data import ImageData
+from fastvae.training.data import Batch, ImageData
 from fastvae.training.metrics import code_summary
 from fastvae.training.schedule import Schedule
 from fastvae.vae import PREPARATION as IN_VAE
-from fastvae.vae import VAE, VAEOptions
+from fastvae.vae import VAE
 
-Batch = tuple[Tensor, Tensor]
 # Takes the parameters and the learning rate.
 OptimizerFactory = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -50,17 +49,18 @@ class VAEModule(LightningModule):
         vae: The model.
         objective: The loss.
         lr: The learning rate.
-        optimizer: A function of the parameters and lr, such as `torch.optim.AdamW`; Adam by default.
-        lr_scheduler: A function of the optimizer, such as `lambda optimizer: CosineAnnealingLR(optimizer, 100)`; a constant rate by
-            default. `ReduceLROnPlateau` monitors the validation loss, or the training loss if there is no validation.
-        lr_scheduler_interval: "epoch" or "step", after which the scheduler steps.
-        evaluation_size: The number of codes measured in test.
-        diagnostics_size: The number of codes measured in each epoch; 0 for none.
-        nll_samples: The number of codes of each x for the importance-weighted −log p(x) that `test` logs as `nll`; 0 for none.
+        optimizer: The class of the optimizer, such as torch.optim.AdamW, or a function of the parameters and lr; Adam by default.
+        lr_scheduler: The class of a learning rate scheduler, such as torch.optim.lr_scheduler.ExponentialLR, or a function of the
+            optimizer; a constant rate by default. ReduceLROnPlateau monitors the validation loss, or the training loss if there is no
+            validation.
+        lr_scheduler_interval: epoch or step, after which the scheduler steps.
+        evaluation_size: The largest number of samples over which test measures the codes.
+        diagnostics_size: The largest number of samples over which the codes are measured in each epoch; 0 for none.
+        nll_samples: The number of codes of each x for the importance-weighted -log p(x) that test logs as nll; 0 for none.
         gradient_norms_every: The number of steps between two logs of the gradient norm of each term of the loss; 0 for none. Takes a
-            backward pass for each term and retains the graph, so it does not work with `compile`.
-        compile: Compile the forward pass and the loss by `torch.compile(fullgraph=True, dynamic=True)`.
-        channels_last: Use the channels_last memory format for images and convolutions.
+            backward pass for each term and retains the graph, so it does not work with compile.
+        compile: Compile the forward pass and the loss by torch.compile(fullgraph=True, dynamic=True).
+        channels_last: Use PyTorch's channels_last memory format, with which some processors convolve faster.
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class VAEModule(LightningModule):
         if self.gradient_norms_every and self.global_step % self.gradient_norms_every == 0:
             self._log_gradient_norms(terms)
         if self._measures_training():
-            self._codes = _newest([*self._codes, _codes(output)], self.diagnostics_size)
+            self._codes.append(_codes(output))
+            while sum(len(codes.mu) for codes in self._codes[1:]) >= self.diagnostics_size:
+                self._codes.pop(0)
         loss: Tensor = terms.loss
         return loss
 
@@ -313,16 +315,7 @@ class ImageVAE(VAEModule):
         capacity_schedule_steps: The number of training steps of capacity_schedule.
         encoder: Your own class of the encoder, such as my_package.Encoder, from images to 2 latent_dim numbers.
         decoder: Your own class of the decoder, from codes to the parameters of the likelihood.
-        lr: The learning rate.
-        optimizer: The class of the optimizer, such as torch.optim.AdamW; Adam by default.
-        lr_scheduler: The class of a learning rate scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR.
-        lr_scheduler_interval: epoch or step, after which the scheduler steps.
-        evaluation_size: The largest number of test images over which the codes are measured.
-        diagnostics_size: The largest number of validation images over which the codes are measured in each epoch; 0 for none.
-        nll_samples: The number of codes of each image for the importance-weighted -log p(x) that test reports; 0 for none.
-        gradient_norms_every: The number of steps between two logs of the gradient norm of each term; 0 for none.
-        compile: Compile the training step as one graph.
-        channels_last: Use PyTorch's channels_last memory format, with which some processors convolve faster.
+        **training: The arguments of `VAEModule` from `lr` on.
     """
 
     def __init__(
@@ -367,16 +360,7 @@ class ImageVAE(VAEModule):
         capacity_schedule_steps: int = 10_000,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        lr: float = 1e-3,
-        optimizer: OptimizerFactory | None = None,
-        lr_scheduler: SchedulerFactory | None = None,
-        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
-        evaluation_size: int = 10_000,
-        diagnostics_size: int = 2000,
-        nll_samples: int = 0,
-        gradient_norms_every: int = 0,
-        compile: bool = False,
-        channels_last: bool = False,
+        **training: Any,
     ) -> None:
         if posterior == "auto":
             posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
@@ -385,7 +369,7 @@ class ImageVAE(VAEModule):
         if likelihood == "bernoulli" and (learn_sigma or optimal_sigma):
             raise ValueError("model.learn_sigma and model.optimal_sigma must be false for model.likelihood bernoulli, got true")
         noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
-        options: VAEOptions = {"likelihood": noise, "posterior": posterior, "logvar_bounds": logvar_bounds}
+        options: dict[str, Any] = {"likelihood": noise, "posterior": posterior, "logvar_bounds": logvar_bounds}
         if architecture == "mlp":
             vae = VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, **options)
         else:
@@ -407,20 +391,7 @@ class ImageVAE(VAEModule):
             "dip_vae": lambda: VAEObjective.dip_vae(lambda_od, lambda_d, kind=dip_kind),
             "iwae": lambda: VAEObjective.iwae(samples, gradient=bound_gradient),
         }
-        super().__init__(
-            vae,
-            terms[objective](),
-            lr=lr,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_scheduler_interval=lr_scheduler_interval,
-            evaluation_size=evaluation_size,
-            diagnostics_size=diagnostics_size,
-            nll_samples=nll_samples,
-            gradient_norms_every=gradient_norms_every,
-            compile=compile,
-            channels_last=channels_last,
-        )
+        super().__init__(vae, terms[objective](), **training)
         self.save_hyperparameters(ignore=OBJECT_OPTIONS if _given_hyperparameters.get() is None else ())
         self._schedules = [
             Schedule("kl_weight", kl_schedule, kl_schedule_steps, cycles=kl_schedule_cycles),
@@ -452,13 +423,6 @@ def _codes(output: VAEOutput) -> VAEOutput:
     z = output.z.detach()[:: len(output.z) // len(mu)]
     logvar = None if output.logvar is None else output.logvar.detach().to(z.dtype)
     return output._replace(reconstruction=z, z=z, mu=mu, logvar=logvar, kl=None)
-
-
-def _newest(codes: list[VAEOutput], size: int) -> list[VAEOutput]:
-    """The last batches that hold at least `size` codes, or all batches."""
-    while sum(len(batch.mu) for batch in codes[1:]) >= size:
-        codes = codes[1:]
-    return codes
 
 
 def _named_tensors(x: Tensor, output: VAEOutput, terms: ObjectiveTerms) -> dict[str, Tensor]:

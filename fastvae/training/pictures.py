@@ -76,7 +76,16 @@ def latent(z: Tensor, labels: Tensor, file: Path, *, classes: Sequence[str] = ()
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     plane, line = figure.subplots(1, 2)
     latent_plane(plane, z, labels, classes)
-    _marginals(line, z)
+    values = z.double().cpu().numpy()
+    limit = max(4.0, float(np.quantile(np.abs(values), 0.995)))
+    bins = np.linspace(-limit, limit, 41)
+    for d in range(min(values.shape[1], 64)):
+        counts, _ = np.histogram(values[:, d], bins=bins)
+        line.plot((bins[:-1] + bins[1:]) / 2, counts / (len(values) * (bins[1] - bins[0])), linewidth=0.8, alpha=0.6)
+    at = np.linspace(-limit, limit, 401)
+    line.plot(at, np.exp(-0.5 * at**2) / math.sqrt(2 * math.pi), color="black", linewidth=1.5, label="N(0, 1)")
+    line.set(title="Density of each coordinate of the codes", xlabel="z")
+    line.legend(**_BESIDE)
     figure.savefig(file, dpi=DPI)
 
 
@@ -196,19 +205,6 @@ def _save(drawn: np.ndarray[Any, Any], file: Path, title: str, row_labels: Seque
         text.set_position((left + width * (i + 0.5) / len(columns), MARGIN + height + MARGIN / 2 + h / 2))
     figure.figimage(drawn, left, MARGIN)
     figure.savefig(file, dpi=DPI)
-
-
-def _marginals(axes: Axes, z: Tensor) -> None:
-    values = z.double().cpu().numpy()
-    limit = max(4.0, float(np.quantile(np.abs(values), 0.995)))
-    bins = np.linspace(-limit, limit, 41)
-    for d in range(min(values.shape[1], 64)):
-        counts, _ = np.histogram(values[:, d], bins=bins)
-        axes.plot((bins[:-1] + bins[1:]) / 2, counts / (len(values) * (bins[1] - bins[0])), linewidth=0.8, alpha=0.6)
-    at = np.linspace(-limit, limit, 401)
-    axes.plot(at, np.exp(-0.5 * at**2) / math.sqrt(2 * math.pi), color="black", linewidth=1.5, label="N(0, 1)")
-    axes.set(title="Density of each coordinate of the codes", xlabel="z")
-    axes.legend(**_BESIDE)
 
 
 # Legends go beside the axes, where they hide no points.

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from fastvae.training.configs import read_yaml
 from fastvae.training.pictures import marker, whole_numbers
@@ -37,44 +38,43 @@ TABLE = {
     "marginal_mmd": ("MMD² of q(z) to N(0, I)", "", "{:.2g}"),
     "mmd_standardised": ("that in standard deviations at N(0, I)", "", "{:.1f}"),
 }
-# The metrics that `fastvae test` prints, by group.
+# The metrics that `fastvae test` prints, by group, and their titles.
 TEST_GROUPS = {
-    "Loss (nats)": ("loss", "negative_elbo", "nll", "reconstruction", "kl", "mmd", "total_correlation_term", "dip"),
-    "Codes": ("evaluation_size", "active_units", "collapsed_units", "mutual_information", "total_correlation", "logvar_min", "logvar_max"),
-    "q(z) beside N(0, I)": (
-        *("marginal_mean", "marginal_std_min", "marginal_std_max", "marginal_correlation", "marginal_mmd"),
-        *("mmd_within", "mmd_cross", "mmd_prior", "mmd_standardised"),
-    ),
+    "Loss (nats)": {
+        "loss": "loss",
+        "negative_elbo": "−ELBO",
+        "nll": "−log p(x), importance-weighted",
+        "reconstruction": "−log p(x|z)",
+        "kl": "KL(q(z|x) ‖ N(0, I))",
+        "mmd": "MMD² to N(0, I), of batches",
+        "total_correlation_term": "total correlation, of batches",
+        "dip": "DIP",
+    },
+    "Codes": {
+        "evaluation_size": "codes measured",
+        "active_units": "active units",
+        "collapsed_units": "collapsed units",
+        "mutual_information": "mutual information I(x; z), nats",
+        "total_correlation": "total correlation, nats",
+        "logvar_min": "smallest log-variance",
+        "logvar_max": "largest log-variance",
+    },
+    "q(z) beside N(0, I)": {
+        "marginal_mean": "largest mean",
+        "marginal_std_min": "smallest standard deviation",
+        "marginal_std_max": "largest standard deviation",
+        "marginal_correlation": "largest correlation",
+        "marginal_mmd": "MMD²",
+        "mmd_within": "MMD²: within the codes",
+        "mmd_cross": "MMD²: between codes and prior",
+        "mmd_prior": "MMD²: within the prior",
+        "mmd_standardised": "MMD² in standard deviations at N(0, I)",
+    },
 }
 COUNTS = ("evaluation_size", "active_units", "collapsed_units")
-TITLES = {
-    "loss": "loss",
-    "negative_elbo": "−ELBO",
-    "nll": "−log p(x), importance-weighted",
-    "reconstruction": "−log p(x|z)",
-    "kl": "KL(q(z|x) ‖ N(0, I))",
-    "mmd": "MMD² to N(0, I), of batches",
-    "total_correlation_term": "total correlation, of batches",
-    "dip": "DIP",
-    "evaluation_size": "codes measured",
-    "active_units": "active units",
-    "collapsed_units": "collapsed units",
-    "mutual_information": "mutual information I(x; z), nats",
-    "total_correlation": "total correlation, nats",
-    "logvar_min": "smallest log-variance",
-    "logvar_max": "largest log-variance",
-    "marginal_mean": "largest mean",
-    "marginal_std_min": "smallest standard deviation",
-    "marginal_std_max": "largest standard deviation",
-    "marginal_correlation": "largest correlation",
-    "marginal_mmd": "MMD²",
-    "mmd_within": "MMD²: within the codes",
-    "mmd_cross": "MMD²: between codes and prior",
-    "mmd_prior": "MMD²: within the prior",
-    "mmd_standardised": "MMD² in standard deviations at N(0, I)",
-}
 COLOURS = ("#1f5fa8", "#d1622b", "#3c8d5a", "#8a4fa0", "#6b6b6b")
 MOST_RUNS = len(COLOURS)
+DPI = 110
 
 
 @dataclass
@@ -119,7 +119,7 @@ def report(runs: list[str], output: str | None = None) -> None:
     figures += [(f"Pictures of {run.name}", figure) for run in loaded if (figure := pictures(run)) is not None]
     images = [(title, _png(figure)) for title, figure in figures]
     (folder / "report.html").write_text(page(loaded, images), encoding="utf-8")
-    _stack([imread(io.BytesIO(png)) for _, png in images], folder / "report.png")
+    _stack([Image.open(io.BytesIO(png)) for _, png in images], folder / "report.png")
     sys.stdout.write(f"{sentence(loaded)}\nReport: {(folder / 'report.html').resolve()}\n")
 
 
@@ -137,18 +137,14 @@ def read_run(folder: Path) -> Run:
     """The log of a run, preceded by that of the run that it resumes."""
     run = Run(folder.parent.name, folder)
     rows = _rows(folder)
-    first = min((float(row["step"]) for row in rows if row.get("step")), default=math.inf)
     before = _predecessor(folder)
     if before is not None:
-        rows = [row for row in _rows(before) if row.get("step") and float(row["step"]) < first] + rows
+        first = min((row["step"] for row in rows if "step" in row), default=math.inf)
+        rows = [row for row in _rows(before) if row.get("step", math.inf) < first] + rows
     by_epoch: dict[str, dict[float, float]] = defaultdict(dict)
     for row in rows:
-        try:
-            epoch, step = float(row.get("epoch") or "nan"), float(row.get("step") or "nan")
-            values = {name: float(text) for name, text in row.items() if name and text and name not in ("epoch", "step")}
-        except ValueError as error:
-            raise ValueError(f"{folder / 'metrics.csv'} must hold numbers, got {error}") from error
-        for name, value in values.items():
+        epoch, step = row.pop("epoch", math.nan), row.pop("step", math.nan)
+        for name, value in row.items():
             if name.endswith("_step") or "gradient_norm" in name:
                 run.steps[name].append((step, value))
             else:
@@ -158,16 +154,14 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _rows(folder: Path) -> list[dict[str, str]]:
+def _rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log, without empty cells."""
     file = folder / "metrics.csv"
     try:
         with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        for row in rows:
-            float(row.get("step") or 0)
+            return [{name: float(text) for name, text in row.items() if name and text} for row in csv.DictReader(stream)]
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{file} must hold numbers, got {error}") from error
-    return rows
 
 
 def _predecessor(folder: Path) -> Path | None:
@@ -201,13 +195,13 @@ def sentence(runs: list[Run]) -> str:
 def measured(results: Mapping[str, float], *, standardised: bool = False) -> str:
     """The results of a test as text, by group, with four digits. `standardised` marks losses of standardised data."""
     values = {name.removeprefix("test/"): value for name, value in results.items()}
-    others = tuple(name for name in values if not any(name in names for names in TEST_GROUPS.values()))
-    width = max(map(len, TITLES.values()))
+    titles = {name: title for names in TEST_GROUPS.values() for name, title in names.items()}
+    width = max(map(len, titles.values()))
     lines = []
-    for group, names in {**TEST_GROUPS, "Others": others}.items():
+    for group, names in {**TEST_GROUPS, "Others": {name: name for name in values if name not in titles}}.items():
         if found := [name for name in names if name in values]:
             heading = "Loss (nats, of the standardised data)" if standardised and group.startswith("Loss") else group
-            lines += ["", heading, *(f"  {TITLES.get(name, name):<{width}}  {_digits(name, values[name]):>10}" for name in found)]
+            lines += ["", heading, *(f"  {names[name]:<{width}}  {_digits(name, values[name]):>10}" for name in found)]
     return "\n".join(lines)
 
 
@@ -384,18 +378,16 @@ def _finish(axes: Axes, title: str, label: str) -> None:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, facecolor="white")
+    figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
     return stream.getvalue()
 
 
-def _stack(images: list[Any], file: Path) -> None:
+def _stack(images: list[Image.Image], file: Path) -> None:
     """Saves the figures below one another as one picture."""
-    height, width = sum(image.shape[0] for image in images), max(image.shape[1] for image in images)
-    sheet = np.ones((height, width, 3), dtype=np.float32)
+    width = max(image.width for image in images)
+    sheet = Image.new("RGBA", (width, sum(image.height for image in images)), "white")
     top = 0
     for image in images:
-        sheet[top : top + image.shape[0], : image.shape[1]] = image[..., :3]
-        top += image.shape[0]
-    figure = Figure(figsize=(width / 110, height / 110))
-    figure.figimage(sheet)
-    figure.savefig(file, dpi=110)
+        sheet.paste(image, (0, top))
+        top += image.height
+    sheet.save(file, dpi=(DPI, DPI))

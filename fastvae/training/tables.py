@@ -37,25 +37,17 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
 
 
-class Layout(NamedTuple):
-    """The format of a text file: `start` lines precede its first row of numbers, and `names` are its columns' names, if it has any."""
-
-    encoding: str
-    delimiter: str
-    decimal: str
-    start: int
-    names: list[str]
-
-
 def size(file: Path, at_most: int) -> int:
     """The size of a file in bytes, decompressed; if it is more than `at_most`, any larger number."""
     if file.suffix == ".parquet":
-        metadata = _parquet_file(file).metadata
+        from pyarrow.parquet import read_metadata
+
+        metadata = read_metadata(file)
         return int(metadata.num_rows) * int(metadata.num_columns) * np.dtype(np.float64).itemsize
     if file.suffix != ".gz":
         return file.stat().st_size
     total = 0
-    with gzip.open(file) as stream:
+    with open_bytes(file) as stream:
         while total <= at_most and (chunk := stream.read(CHUNK)):
             total += len(chunk)
     return total
@@ -137,62 +129,50 @@ def _first_text(frame: pd.DataFrame, columns: list[int], names: list[str]) -> st
 
 
 def _parquet(file: Path) -> tuple[pd.DataFrame, list[str]]:
-    frame: pd.DataFrame = _parquet_file(file).read().to_pandas()
-    return frame, [str(name) for name in frame.columns]
-
-
-def _parquet_file(file: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(file)
+    frame: pd.DataFrame = ParquetFile(file).read().to_pandas()
+    return frame, [str(name) for name in frame.columns]
 
 
 def _text(file: Path) -> tuple[pd.DataFrame, list[str]]:
     import pandas as pd
 
-    layout = _layout(file)
-    with _open(file) as stream:
-        frame = pd.read_csv(
-            stream,
-            sep=layout.delimiter,
-            decimal=layout.decimal,
-            encoding=layout.encoding,
-            skiprows=layout.start,
-            header=None,
-            dtype=dict.fromkeys(range(_n_unnamed(layout.names)), str),  # as numbers, names of rows would lose leading zeros
-            na_filter=False,
-            low_memory=False,
-            skipinitialspace=True,
-        )
-    if layout.names and len(layout.names) != frame.shape[1]:
-        raise ValueError(f"{len(layout.names)} names in its first row and {frame.shape[1]} columns below")
-    return frame, layout.names
+    names, layout = _layout(file)
+    dtypes = dict.fromkeys(range(_n_unnamed(names)), str)  # as numbers, names of rows would lose leading zeros
+    with open_bytes(file) as stream:
+        frame = pd.read_csv(stream, **layout, header=None, dtype=dtypes, na_filter=False, low_memory=False, skipinitialspace=True)
+    if names and len(names) != frame.shape[1]:
+        raise ValueError(f"{len(names)} names in its first row and {frame.shape[1]} columns below")
+    return frame, names
 
 
-def _open(file: Path) -> IO[bytes]:
+def open_bytes(file: Path) -> IO[bytes]:
+    """The file, decompressed if its name ends in .gz."""
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-def _layout(file: Path) -> Layout:
-    with _open(file) as stream:
+def _layout(file: Path) -> tuple[list[str], dict[str, Any]]:
+    """The names of a text file's columns, none without a header, and the options with which pandas reads the rows below."""
+    with open_bytes(file) as stream:
         mark = stream.read(2)
     encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # utf-8-sig is UTF-8 with or without a byte order mark
-    with _open(file) as stream, io.TextIOWrapper(stream, encoding) as text:
+    with open_bytes(file) as stream, io.TextIOWrapper(stream, encoding) as text:
         lines = list(itertools.islice(((number, line) for number, line in enumerate(text) if line.strip()), 2))
     if not lines:
         raise ValueError("it is empty")
     delimiter = next((mark for mark in "\t;" if mark in lines[0][1]), ",")
     decimal = "," if delimiter == ";" and "," in lines[-1][1] else "."
-    first, *rest = ([cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))] for _, line in lines)
-    number = lines[0][0]
-    header = _is_header(first, rest[0] if rest else [], decimal)
-    _warn_of_guess(file, first, rest[0] if rest else [], header)
+    rows = [[cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))] for _, line in lines]
+    first, second = rows[0], rows[1] if len(rows) > 1 else []
+    header = _is_header(first, second, decimal)
+    _warn_of_guess(file, first, second, header)
+    options = {"encoding": encoding, "sep": delimiter, "decimal": decimal, "skiprows": lines[0][0] + header}
     if not header:
-        return Layout(encoding, delimiter, decimal, number, [])
+        return [], options
     first[0] = first[0].lstrip("# ")  # numpy's savetxt starts a header with "# "
-    if rest and len(rest[0]) == len(first) + 1:
-        first = ["", *first]  # R writes no name above the names of the rows
-    return Layout(encoding, delimiter, decimal, number + 1, first)
+    # R writes no name above the names of the rows.
+    return ["", *first] if len(second) == len(first) + 1 else first, options
 
 
 def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
@@ -208,7 +188,6 @@ def _is_header(first: list[str], second: list[str], decimal: str) -> bool:
     return len(first) > 2 and counted == [str(k) for k in range(len(counted))]
 
 
-@rank_zero_only
 def _warn_of_guess(file: Path, first: list[str], second: list[str], header: bool) -> None:
     """Warns of a first row of numbers that count up, such as 2019, 2020, … (names or data?), unless the second row continues it."""
     if not all(cell.isdecimal() for cell in first):
@@ -220,7 +199,13 @@ def _warn_of_guess(file: Path, first: list[str], second: list[str], header: bool
     if header or (counts and second and not continues):
         shown = ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
         taken, other = ("names", "is data, put a row of names before it") if header else ("data", "holds names, start them with a letter")
-        sys.stderr.write(f"warning: the first row of {file}, {shown}, is read as {taken}: if it {other}\n")
+        warn(f"the first row of {file}, {shown}, is read as {taken}: if it {other}")
+
+
+@rank_zero_only
+def warn(sentence: str) -> None:
+    """Writes a warning to stderr, in the first process only."""
+    sys.stderr.write(f"warning: {sentence}\n")
 
 
 def is_number(cell: Any, decimal: str = ".") -> bool:
