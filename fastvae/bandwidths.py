@@ -71,7 +71,9 @@ def median_bandwidth(
     else:
         checks.integer("pairs", pairs, at_least=1)
         drawn = _random_squared_distances(z, pairs, generator, self_pairs)
-        squared = _ranked(drawn, (pairs - 1) // 2)
+        rank = (pairs - 1) // 2
+        # On a GPU `kthvalue` is not deterministic.
+        squared = drawn.kthvalue(rank + 1).values if drawn.device.type == "cpu" else drawn.sort().values[rank]
     return checks.positive_distance("median", (0.5 * squared).sqrt())
 
 
@@ -96,7 +98,10 @@ def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = Fal
     Source: Long et al. 2015, "Learning transferable features with deep adaptation networks", section 4, with n²; alibi-detect's
     `sigma_mean`, with n² − n.
     """
-    z = _centred(pooled(x, y))
+    z = pooled(x, y).double()
+    for _ in range(2):
+        # Twice, as the first mean is rounded if z is far from the origin.
+        z = z - z.mean(1, keepdim=True)
     n = z.shape[1]
     return checks.positive_distance("mean", (z.square().sum((1, 2)).mean() / (n if self_pairs else n - 1)).sqrt())
 
@@ -108,15 +113,13 @@ def resolve(rule: str, x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def pooled(x: Tensor, y: Tensor | None) -> Tensor:
     """The rows of x and y together, (items, rows, D), detached."""
-    checks.points("x", x, batched=True)
-    z = x
-    if y is not None:
-        checks.points("y", y, batched=True)
-        checks.same_features("x", x, "y", y)
-        checks.same_batch("x", x, "y", y)
-        checks.same_kind("x", x, "y", y)
+    if y is None:
+        checks.samples(x, batched=True)
+        checks.two_rows("x", x)
+        z = x
+    else:
+        checks.samples(x, y, batched=True)
         z = torch.cat([x, y], -2)
-    checks.two_rows("x" if y is None else "x and y together", z)
     return z.detach().reshape(-1, *z.shape[-2:])
 
 
@@ -309,15 +312,3 @@ def _random_squared_distances(z: Tensor, pairs: int, generator: torch.Generator 
             j = j + (j >= i)
         parts.append((z[item, i] - z[item, j]).square().sum(1))
     return torch.cat(parts)
-
-
-def _ranked(values: Tensor, rank: int) -> Tensor:
-    """The value of this rank, counted from 0. On a GPU `kthvalue` is not deterministic."""
-    return values.kthvalue(rank + 1).values if values.device.type == "cpu" else values.sort().values[rank]
-
-
-def _centred(z: Tensor) -> Tensor:
-    """z in float64 minus the mean of each item. Subtracted twice, as the first mean is rounded if z is far from the origin."""
-    z = z.double()
-    z = z - z.mean(1, keepdim=True)
-    return z - z.mean(1, keepdim=True)

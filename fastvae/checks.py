@@ -85,9 +85,7 @@ def kernel_options(
 ) -> Kernel:
     """Checks the options of the computation on `device` (any device if None) and returns the kernel."""
     option("precision", precision, PRECISIONS)
-    option("backend", backend, backends)
-    if device is not None:
-        backend_device(backend, device)
+    usable_backend(backend, device, backends)
     return kernel(value)
 
 
@@ -102,21 +100,25 @@ def mmd_options(
     to_normal: bool = False,
 ) -> tuple[Kernel, Numbers, Numbers]:
     """The kernel, the bandwidths and their weights of an MMD between samples, or `to_normal`, on `device` (any device if None)."""
-    if to_normal:
-        option("estimator", estimator, ESTIMATORS)
-        closed_form(value)
-        no_bandwidth_rule(bandwidth)
     family = kernel_options(value, precision, backend, device, MMD_BACKENDS)
-    option("estimator", estimator, MMD_ESTIMATORS)
+    option("estimator", estimator, ESTIMATORS if to_normal else MMD_ESTIMATORS)
+    if to_normal:
+        closed_form(family, bandwidth)
     return family, *bandwidths(bandwidth, bandwidth_weights, device)
 
 
-def closed_form(value: object) -> None:
-    """A kernel whose expectations over N(0, I) have a closed form."""
-    if not isinstance(kernel(value), RBF):
+def closed_form(family: Kernel, bandwidth: object) -> None:
+    """A kernel whose expectations over N(0, I) have a closed form, and a bandwidth that is not a rule."""
+    if not isinstance(family, RBF):
         raise ValueError(
-            f"kernel must be 'rbf' for the closed form against N(0, I), got {kernel(value).name!r}: "
+            f"kernel must be 'rbf' for the closed form against N(0, I), got {family.name!r}: "
             "pass a sample of the prior, mmd(x, torch.randn_like(x), ...)"
+        )
+    if isinstance(bandwidth, str):
+        bandwidth_rule(bandwidth)
+        raise ValueError(
+            f"bandwidth must be a number or several for the closed form against N(0, I), got {bandwidth!r}: "
+            f"pass fastvae.{bandwidth}_bandwidth(x), or a sample of the prior, mmd(x, torch.randn_like(x), ...)"
         )
 
 
@@ -132,6 +134,17 @@ def points(name: str, x: object, *, batched: bool = False) -> None:
             f"{name} of shape {tuple(x.shape)} is treated as a batch of {x.shape[:-2].numel()} samples, each with {rows} rows and "
             f"{features} features: pass {name}.flatten(1) if it is one sample of images, or {name}.flatten(0, -3) if it is a batch"
         )
+
+
+def samples(x: Tensor, *others: Tensor, batched: bool = False) -> None:
+    """A sample x of rows, or x and y with the same features, batch dimensions, dtype and device."""
+    points("x", x, batched=batched)
+    for y in others:
+        points("y", y, batched=batched)
+        same_features("x", x, "y", y)
+        if x.shape[:-2] != y.shape[:-2]:
+            raise ValueError(f"x and y must have the same batch dimensions, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        same_kind("x", x, "y", y)
 
 
 def _not_empty(name: str, x: Tensor) -> None:
@@ -177,19 +190,15 @@ def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {a.dtype} and {b.dtype}")
 
 
-def same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+def same_shape_and_kind(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    same_kind(name_a, a, name_b, b)
 
 
 def same_features(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"{name_a} and {name_b} must have the same number of features, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-
-
-def same_batch(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    if a.shape[:-2] != b.shape[:-2]:
-        raise ValueError(f"{name_a} and {name_b} must have the same batch dimensions, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def same_rows(name_a: str, a: Tensor, name_b: str, b: Tensor, why: str) -> None:
@@ -257,15 +266,6 @@ def sizes(name: str, values: object) -> None:
 def bandwidth_rule(value: str) -> None:
     if value not in BANDWIDTH_RULES:
         raise ValueError(f"bandwidth must be a number, several, or one of {', '.join(map(repr, BANDWIDTH_RULES))}, got {value!r}")
-
-
-def no_bandwidth_rule(value: object) -> None:
-    if isinstance(value, str):
-        bandwidth_rule(value)
-        raise ValueError(
-            f"bandwidth must be a number or several for the closed form against N(0, I), got {value!r}: "
-            f"pass fastvae.{value}_bandwidth(x), or a sample of the prior, mmd(x, torch.randn_like(x), ...)"
-        )
 
 
 def positive_distance(rule: str, distance: Tensor) -> Tensor:
@@ -388,8 +388,10 @@ def known_groups(num_groups: int | None) -> None:
         raise ValueError("num_groups must be given with a process_group, as a rank may lack some groups, got None")
 
 
-def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
+def sample_weights(name: str, weights: object, x_name: str, x: Tensor, estimator: str) -> None:
     """One weight for each row, without gradient."""
+    if estimator == "linear":
+        raise ValueError(f"{name} must be None for estimator='linear', got weights")
     weights = floating_tensor(name, weights)
     if weights.shape != x.shape[:-1]:
         raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
@@ -398,22 +400,18 @@ def sample_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
     constant(name, weights)
 
 
-def sum_of_weights(name: str, weights: Tensor) -> None:
-    """Finite weights that sum to one. Where reading the sum would wait for a GPU or break a graph, the operation returns nan instead."""
-    if _readable(weights):
-        for total in weights.detach().double().sum(-1).reshape(-1).tolist():
-            if not abs(total - 1) <= rounding_of_sum(weights.dtype):
-                raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
+def sum_of_weights(name: str, weights: Tensor, estimator: str = "biased") -> None:
+    """Finite weights that sum to one, two or more of them nonzero if `estimator` is "unbiased".
 
-
-def enough_weights(name: str, weights: Tensor, estimator: str) -> None:
-    if estimator == "unbiased" and _readable(weights) and int((weights != 0).sum(-1).min()) < 2:
+    Where reading them would wait for a GPU or break a graph, the operation returns nan instead.
+    """
+    if not _readable(weights):
+        return
+    for total in weights.detach().double().sum(-1).reshape(-1).tolist():
+        if not abs(total - 1) <= rounding_of_sum(weights.dtype):
+            raise ValueError(f"{name} must sum to one, got a sum of {total:.9g}: divide by {name}.sum(-1, keepdim=True)")
+    if estimator == "unbiased" and int((weights != 0).sum(-1).min()) < 2:
         raise ValueError(f"{name} must have at least two nonzero values for estimator='unbiased', got one: use estimator='biased'")
-
-
-def no_linear_weights(name: str, estimator: str) -> None:
-    if estimator == "linear":
-        raise ValueError(f"{name} must be None for estimator='linear', got weights")
 
 
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:
@@ -426,29 +424,28 @@ def two_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least two rows, got {x.shape[-2]}")
 
 
-def backend_device(backend: str | None, device: torch.device) -> None:
-    """A backend that works on this device, and is installed."""
+def usable_backend(backend: str | None, device: torch.device | None, known: tuple[str | None, ...] = BACKENDS) -> None:
+    """A known backend that works on this device, unless it is None, and is installed."""
+    option("backend", backend, known)
+    if device is None:
+        return
     if backend in ("cpu", "inductor") and device.type != "cpu":
         raise ValueError(f"backend={backend!r} must have tensors on the CPU, got {device}")
     if backend == "triton" and device.type != "cuda" and not triton_interpreter():
         raise ValueError(
             f"backend='triton' must have tensors on a CUDA device, got {device}: set TRITON_INTERPRET=1 before Python starts to run there"
         )
-    if device.type == "cuda" and backend in (None, "triton") and not _has_triton():
+    if device.type == "cuda" and backend in (None, "triton") and not _HAS_TRITON:
         raise RuntimeError("Triton must be installed for tensors on a CUDA device: pip install triton, or pass backend='reference'")
 
 
 # Found at import, as the compiler cannot trace find_spec.
-_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def triton_interpreter() -> bool:
     """Whether Triton kernels run on CPU tensors in this process."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
-
-
-def _has_triton() -> bool:
-    return _TRITON
+    return os.environ.get("TRITON_INTERPRET") == "1" and _HAS_TRITON
 
 
 def rows(name: str, x: object) -> None:
@@ -556,8 +553,7 @@ def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
     if generator is not None:
         raise ValueError("generator must be None where eps is given, got both: pass one of them")
     floating_tensor("eps", eps)
-    same_shape("mu", mu, "eps", eps)
-    same_kind("mu", mu, "eps", eps)
+    same_shape_and_kind("mu", mu, "eps", eps)
     constant("eps", eps)
 
 

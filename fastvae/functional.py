@@ -16,7 +16,7 @@ from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_sums import Numbers, as_vector
-from fastvae.ops.common import kernel_arguments, unit_weights, without_autocast
+from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
@@ -93,14 +93,7 @@ def mmd(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
-    with propagate_errors(process_group):
-        checks.points("x", x, batched=True)
-        checks.points("y", y, batched=True)
-        checks.same_features("x", x, "y", y)
-        checks.same_batch("x", x, "y", y)
-        x, y = _autocast(x), _autocast(y)
-        checks.same_kind("x", x, "y", y)
-    return _mmd(x, y, bandwidth, bandwidth_weights, kernel, estimator, x_weights, y_weights, precision, backend, process_group)
+    return _mmd([x, y], [x_weights, y_weights], bandwidth, bandwidth_weights, kernel, estimator, precision, backend, process_group)
 
 
 @float64_on_cpu
@@ -142,62 +135,64 @@ def mmd_to_normal(
 
     Source: Rustamov 2019, "Closed-form expressions for maximum mean discrepancy with applications to Wasserstein auto-encoders".
     """
-    with propagate_errors(process_group):
-        checks.points("x", x, batched=True)
-    return _mmd(_autocast(x), None, bandwidth, bandwidth_weights, kernel, estimator, x_weights, None, precision, backend, process_group)
+    return _mmd([x], [x_weights], bandwidth, bandwidth_weights, kernel, estimator, precision, backend, process_group)
 
 
 def _mmd(
-    x: Tensor,
-    y: Tensor | None,
+    samples: list[Tensor],
+    weights: list[Tensor | None],
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
     kernel: checks.KernelName | Kernel,
     estimator: checks.MMDEstimator,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
     precision: checks.Precision | None,
     backend: checks.MMDBackend | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
-    samples = [("x", x, x_weights)] if y is None else [("x", x, x_weights), ("y", y, y_weights)]
+    """MMD² between two samples, or between one and N(0, I)."""
     with propagate_errors(process_group):
-        (family, h, a), kernel_options = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, y is None)
-        for name, points, weights in samples:
-            if weights is not None:
-                checks.no_linear_weights(f"{name}_weights", estimator)
-                checks.sample_weights(f"{name}_weights", weights, name, points)
+        x, *others = samples = [_autocast(sample) for sample in samples]
+        checks.samples(*samples, batched=True)
+        (family, h, a), arguments = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, not others)
+        for name, sample, p in zip("xy", samples, weights, strict=False):
+            if p is not None:
+                checks.sample_weights(f"{name}_weights", p, name, sample, estimator)
         if process_group is not None:
             checks.distributed(x, estimator, backend, process_group)
-    # x, y and their weights on all ranks, None without a process group, and the first row of this rank in each sample.
-    gathered: list[Tensor | None] = [None] * 4
-    starts = [0, 0]
+    # The samples of all ranks, and the first row of this rank in each.
+    whole, whole_weights, starts = samples, weights, [0, 0]
     if process_group is not None:
-        for n, (name, points, weights) in enumerate(samples):
-            own = [points] if weights is None else [points, weights]
-            (gathered[n], *rest), starts[n] = gather_rows(name, own, process_group, estimator)
-            gathered[n + 2] = rest[0] if rest else None
+        whole, whole_weights = [], []
+        for n, (name, sample, p) in enumerate(zip("xy", samples, weights, strict=False)):
+            (rows, *rows_weights), starts[n] = gather_rows(name, [sample] if p is None else [sample, p], process_group, estimator)
+            whole.append(rows)
+            whole_weights.append(rows_weights[0] if rows_weights else None)
     if isinstance(bandwidth, str):
-        h = resolve(bandwidth, x if gathered[0] is None else gathered[0], y if gathered[1] is None else gathered[1])
-    for n, (name, points, weights) in enumerate(samples):
-        all_points, all_weights = gathered[n], gathered[n + 2]
-        checks.enough_rows(name, points if all_points is None else all_points, estimator)
-        all_weights = weights if all_weights is None else all_weights
-        if all_weights is not None:
-            checks.sum_of_weights(f"{name}_weights", all_weights)
-            checks.enough_weights(f"{name}_weights", all_weights, estimator)
+        h = resolve(bandwidth, *whole)
+    for name, sample, p in zip("xy", whole, whole_weights, strict=False):
+        checks.enough_rows(name, sample, estimator)
+        if p is not None:
+            checks.sum_of_weights(f"{name}_weights", p, estimator)
     if backend == "reference" or estimator == "linear":
-        return _dense_mmd(x, y, h, a, family, estimator, x_weights, y_weights)
-    tensors = [None if t is None else t.flatten(0, -3) if t.ndim > 2 else t for t in (x, y)]
-    tensors += [None if w is None else w.flatten(0, -2) if w.ndim > 1 else w for w in (x_weights, y_weights)]
-    arguments = (estimator == "unbiased", precision or "", backend or "")
-    value = apply_mmd(*tensors, *gathered, *starts, *(kernel_options or kernel_arguments(family, h, a)), *arguments)
+        return _dense_mmd(samples, weights, family, estimator, bandwidth=h, bandwidth_weights=a)
+    batch = x.shape[:-2]
+    if len(batch) > 1:
+        samples, weights = [sample.flatten(0, -3) for sample in samples], [None if p is None else p.flatten(0, -2) for p in weights]
+    missing = [] if others else [None]
+    gathered = [None] * 4 if process_group is None else [*whole, *missing, *whole_weights, *missing]
+    value = apply_mmd(
+        [*samples, *missing, *weights, *missing, *gathered, *starts],
+        arguments or kernel_arguments(family, h, a),
+        estimator == "unbiased",
+        precision or "",
+        backend or "",
+    )
     if process_group is not None:
         return sum_shares(value, process_group)
-    return value.reshape(x.shape[:-2]) if x.ndim > 3 else value
+    return value.reshape(batch) if len(batch) > 1 else value
 
 
-Options = tuple[tuple[Kernel, Numbers, Numbers], tuple[Any, ...] | None]
+Options = tuple[tuple[Kernel, Numbers, Numbers], KernelArguments | None]
 
 
 def _options(
@@ -236,27 +231,16 @@ def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a:
         return parts @ as_vector(a, parts.device).to(parts)
 
 
-def _dense_mmd(
-    x: Tensor,
-    y: Tensor | None,
-    bandwidth: Numbers,
-    bandwidth_weights: Numbers,
-    kernel: Kernel,
-    estimator: checks.MMDEstimator,
-    x_weights: Tensor | None,
-    y_weights: Tensor | None,
-) -> Tensor:
-    dtype = accumulation_dtype(x.dtype)
-    x = x.to(dtype)
-    y = None if y is None else y.to(dtype)
-    p, q = (None if weights is None else unit_weights(weights, None, dtype) for weights in (x_weights, y_weights))
-    options: Any = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "estimator": estimator, "x_weights": p}
-    with torch.autocast(x.device.type, enabled=False):
-        if y is None:
-            return reference.mmd_to_normal(x, **options)
+def _dense_mmd(samples: list[Tensor], weights: list[Tensor | None], kernel: Kernel, estimator: Any, **options: Any) -> Tensor:
+    dtype = accumulation_dtype(samples[0].dtype)
+    rows = [sample.to(dtype) for sample in samples]
+    options |= {f"{name}_weights": unit_weights(p, None, dtype) for name, p in zip("xy", weights, strict=False) if p is not None}
+    with torch.autocast(rows[0].device.type, enabled=False):
+        if len(rows) == 1:
+            return reference.mmd_to_normal(*rows, estimator=estimator, **options)
         if estimator == "linear":
-            checks.same_rows("x", x, "y", y, "estimator='linear'")
-        return reference.mmd(x, y, kernel=kernel, y_weights=q, **options)
+            checks.same_rows("x", rows[0], "y", rows[1], "estimator='linear'")
+        return reference.mmd(*rows, kernel=kernel, estimator=estimator, **options)
 
 
 @float64_on_cpu
@@ -298,13 +282,10 @@ def kernel_matmul(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
     """
-    checks.points("x", x)
-    checks.points("y", y)
-    checks.same_features("x", x, "y", y)
     x, y, v = _autocast(x), _autocast(y), _autocast(v)
+    checks.samples(x, y)
     checks.columns("v", v, "y", y)
-    for name, t in (("y", y), ("v", v)):
-        checks.same_kind("x", x, name, t)
+    checks.same_kind("x", x, "v", v)
     family = checks.kernel_options(kernel, precision, backend, x.device)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
     if isinstance(bandwidth, str):
@@ -554,10 +535,8 @@ def reparameterize_kl(
     if not per_dimension:
         checks.images(mu)
     mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
-    checks.same_shape("mu", mu, "logvar", logvar)
-    checks.same_kind("mu", mu, "logvar", logvar)
-    checks.option("backend", backend, checks.BACKENDS)
-    checks.backend_device(backend, mu.device)
+    checks.same_shape_and_kind("mu", mu, "logvar", logvar)
+    checks.usable_backend(backend, mu.device)
     if eps is not None:
         checks.noise(eps, generator, mu)
     shape = mu.shape
@@ -642,12 +621,10 @@ def total_correlation(
     checks.floating_tensor("logvar", logvar)
     z, mu, logvar = _autocast(z), _autocast(mu), _autocast(logvar)
     for name, t in (("mu", mu), ("logvar", logvar)):
-        checks.same_shape("z", z, name, t)
-        checks.same_kind("z", z, name, t)
+        checks.same_shape_and_kind("z", z, name, t)
     checks.option("estimator", estimator, checks.DENSITY_ESTIMATORS)
     checks.dataset_size(dataset_size, z, estimator)
-    checks.option("backend", backend, checks.BACKENDS)
-    checks.backend_device(backend, z.device)
+    checks.usable_backend(backend, z.device)
     with torch.autocast(z.device.type, enabled=False):
         if backend == "reference":
             dtype = accumulation_dtype(z.dtype)

@@ -1,30 +1,4 @@
-"""Training objectives of variational autoencoders and their likelihoods.
-
-The loss is the mean over the batch of
-
-    −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I))   +   mmd_weight·MMD²(q(z), N(0, I))   +   tc_weight·TC   +   DIP      (1)
-
-The KL may be replaced by one of
-
-    capacity    mean_i |KL_i − C|                                                                                       (2)
-    free bits   Σ_g max(λ, mean_i Σ_{d∈g} KL_id), over groups g of latent dimensions                                    (3)
-
-The DIP penalty is
-
-    DIP = lambda_od·Σ_{i≠j} S_ij² + lambda_d·Σ_i (S_ii − 1)²                                                            (4)
-
-where S is the covariance of mu over the batch (DIP-VAE-I), to which DIP-VAE-II adds the batch mean of diag(exp(logvar)).
-
-TC is the total correlation of q(z), estimated from the batch (`fastvae.total_correlation`). The KL contains it once, so β-TC-VAE is
-tc_weight = β − 1. The importance-weighted bound is a separate loss, over K codes z_k ~ q(z|x) of each sample:
-
-    −log 1/K·Σ_k w_k,   w_k = p(x|z_k)·p(z_k)/q(z_k|x)                                                                  (5)
-
-Sources: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence;
-Burgess et al. 2018, "Understanding disentangling in β-VAE" (2); Kingma et al. 2016, "Improved variational inference with inverse
-autoregressive flow", appendix C.8 (3); Kumar, Sattigeri and Balakrishnan 2018, "Variational inference of disentangled latent concepts from
-unlabeled observations" (4); Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders" (5).
-"""
+"""Training objectives of variational autoencoders and their likelihoods."""
 
 from __future__ import annotations
 
@@ -246,7 +220,8 @@ class VAEObjective(GroupModule):
 
         mean over the batch of −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I)) + mmd_weight·MMD²(q(z), N(0, I)) + tc_weight·TC + DIP
 
-    With an RBF kernel the MMD uses the closed form for the prior. Other kernels draw a sample of the prior, as large as the batch.
+    With an RBF kernel the MMD uses the closed form for the prior. Other kernels draw a sample of the prior, as large as the batch. TC is
+    the total correlation of q(z), estimated from the batch. The KL contains it once, so that β-TC-VAE has tc_weight = β − 1.
 
     Args:
         kl_weight: The weight of the KL, ≥ 0.
@@ -274,6 +249,11 @@ class VAEObjective(GroupModule):
     Raises:
         ValueError: A negative weight (training would maximise that divergence), a bandwidth that is not positive, an unknown option, or a
             capacity together with free bits.
+
+    Sources: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence;
+    Burgess et al. 2018, "Understanding disentangling in β-VAE", for the capacity; Kingma et al. 2016, "Improved variational inference with
+    inverse autoregressive flow", appendix C.8, for free bits; Kumar, Sattigeri and Balakrishnan 2018, "Variational inference of
+    disentangled latent concepts from unlabeled observations", for DIP.
     """
 
     samples = 1
@@ -501,8 +481,7 @@ class VAEObjective(GroupModule):
         codes = [output.z, output.mu, output.logvar]
         if self.process_group is not None:
             for name, t in (("mu", output.mu), ("logvar", output.logvar)):
-                checks.same_shape("z", output.z, name, t)
-                checks.same_kind("z", output.z, name, t)
+                checks.same_shape_and_kind("z", output.z, name, t)
             # Gathered together, so that a compiler sees that they have equally many rows.
             codes = list(self._all_rows(torch.cat(codes, 1)).chunk(3, 1))
         # A batch for evaluation may be larger than the training set. As a sum, so that a compiler sees that size ≥ rows.
@@ -547,8 +526,8 @@ class ImportanceWeighted(VAEObjective):
             time, Σ_k w̃_k²·∂log w_k/∂z_k·∂z_k/∂φ with normalised weights w̃; also unbiased, with a ratio that grows as √K. The decoder's
             gradient is the same for both.
 
-    Sources: Burda, Grosse and Salakhutdinov 2016; Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte Carlo
-    objectives" (DReG).
+    Sources: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders"; Tucker et al. 2019, "Doubly reparameterized gradient
+    estimators for Monte Carlo objectives" (DReG).
     """
 
     def __init__(self, samples: int, *, gradient: BoundGradient = "reparameterised") -> None:

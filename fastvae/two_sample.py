@@ -144,16 +144,12 @@ def two_sample_test(
     bootstrap for degenerate kernel tests"; Biggs, Schrab and Gretton 2023, "MMD-FUSE: learning and combining kernels for two-sample testing
     without data splitting"; Schrab et al. 2023, "MMD aggregated two-sample test".
     """
-    checks.points("x", x)
-    checks.points("y", y)
-    checks.same_features("x", x, "y", y)
-    checks.same_kind("x", x, "y", y)
+    checks.samples(x, y)
     checks.option("estimator", estimator, checks.ESTIMATORS)
     checks.option("method", method, ("permutation", "wild_bootstrap"))
     checks.option("aggregate", aggregate, (None, "fuse", "agg"))
     checks.option("precision", precision, checks.PRECISIONS)
-    checks.option("backend", backend, checks.BACKENDS)
-    checks.backend_device(backend, x.device)
+    checks.usable_backend(backend, x.device)
     for name, points in (("x", x), ("y", y)):
         if aggregate is None:
             checks.enough_rows(name, points, estimator)
@@ -375,7 +371,9 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
     device, values, ties = values.device, values.cpu(), ties.cpu()
     if not bool(values.isfinite().all()):
         return TwoSampleTest(math.nan, math.nan, False, torch.full_like(values[0, 1:], math.nan, device=device), each)
-    least = torch.stack([_ranks(value, tie) for value, tie in zip(values, ties, strict=True)]).amin(0).double() / values.shape[1]
+    # For each value, how many values of its kernel are at least as large.
+    ranks = values.shape[1] - torch.searchsorted(values.sort(1).values, values - ties[:, None])
+    least = ranks.amin(0).double() / values.shape[1]
     p_value = int((least <= least[0]).sum()) / len(least)
 
     first, second = values[:, : count + 1].sort(1).values, values[:, count + 1 :]
@@ -397,12 +395,6 @@ def _agg(values: Tensor, ties: Tensor, each: tuple[KernelTest, ...], count: int,
             high = u
     reject = bool((values[:, 0] > first[:, rank(low)] + ties).any())
     return TwoSampleTest(float(least[0]), p_value, reject, least[1:].to(device), each)
-
-
-def _ranks(values: Tensor, tied: Tensor) -> Tensor:
-    """For each value, how many values are at least as large."""
-    ordered = values.sort().values
-    return len(values) - torch.searchsorted(ordered, values - tied)
 
 
 @contextmanager

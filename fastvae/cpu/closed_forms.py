@@ -14,30 +14,18 @@ from fastvae.kernel_sums import KernelSum, Numbers, as_vector, rbf_normal_mean_e
 
 
 class Sample(NamedTuple):
-    """One sample in the accumulation dtype, or some rows of one, and its role in MMD². All but `share` may have a batch dimension.
+    """One sample in the accumulation dtype, or some rows of one, and its role in MMD². All but `share` may have a batch dimension."""
 
-    Attributes:
-        z: the rows, (N, D).
-        weights: (N,), or None for equal ones.
-        whole, whole_weights: the sample that z are rows of.
-        others: its rows before and after z, with their weights and, if weights are equal, their share in the whole.
-        share: the share of z in the whole if weights are equal, otherwise 1.
-        row_weights: p_i, (N, 1), or one number for all rows.
-        sum_of_squares: Σ p_i² over z, (1,).
-        scale: 1/(1 − Σ p_i²) over the whole, as in formula (2) of `fastvae.reference.mmd`, or 1.
-        gradient: whether the gradient to z is wanted.
-    """
-
-    z: Tensor
-    weights: Tensor | None
-    whole: Tensor
+    z: Tensor  # (N, D)
+    weights: Tensor | None  # (N,); None for equal ones
+    whole: Tensor  # the sample that z are rows of
     whole_weights: Tensor | None
-    others: list[tuple[Tensor, Tensor | None, float]]
-    share: float
-    row_weights: float | Tensor
-    sum_of_squares: float | Tensor
-    scale: float | Tensor
-    gradient: bool
+    others: list[tuple[Tensor, Tensor | None, float]]  # its rows before and after z, their weights and, if these are equal, their share
+    share: float  # of z in the whole if weights are equal, otherwise 1
+    row_weights: float | Tensor  # p_i, (N, 1), or one number for all rows
+    sum_of_squares: float | Tensor  # Σ p_i² over z, (1,)
+    scale: float | Tensor  # 1/(1 − Σ p_i²) over the whole, as in formula (2) of `fastvae.reference.mmd`, or 1
+    gradient: bool  # whether the gradient to z is wanted
 
     @staticmethod
     def of(

@@ -50,20 +50,14 @@ def exponentials(farthest: float, dtype: torch.dtype) -> Exponentials:
 
 @dataclass(frozen=True)
 class TileEvaluator:
-    """Evaluates one bandwidth after another of a sum of kernels over a tile. A subclass for each family, made by `tile_evaluator`.
-
-    Attributes:
-        squarings, subtract_constant: as in `HostKernelSum`.
-        exponent_scale: by which the exponent of a tile is multiplied.
-        neg_dphi_is_value: −φ' = φ, so that no second tile is needed.
-    """
+    """Evaluates one bandwidth after another of a sum of kernels over a tile. A subclass for each family, made by `tile_evaluator`."""
 
     kernel: Kernel
-    squarings: tuple[int, ...]
-    subtract_constant: tuple[int, ...]
-    exponent_scale: float = 1.0
+    squarings: tuple[int, ...]  # as in `HostKernelSum`
+    subtract_constant: tuple[int, ...]  # likewise
+    exponent_scale: float = 1.0  # by which the exponent of a tile is multiplied
 
-    neg_dphi_is_value: ClassVar[bool] = False
+    neg_dphi_is_value: ClassVar[bool] = False  # −φ' = φ, so that no second tile is needed
 
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
         """Writes k_n, or k_n − φ(0) where that is subtracted, into `out`; returns −φ'(t_n), or φ'(t_n) for a kernel of x·y.

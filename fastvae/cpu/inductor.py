@@ -40,9 +40,9 @@ State = tuple[object, ...]
 
 @dataclass
 class InductorSample(TiledSample):
-    """One sample, prepared for the compiled loops."""
+    """One sample, prepared for the compiled loops over differences."""
 
-    columns: Tensor | None  # (D, N), with few features
+    columns: Tensor  # (D, N)
     row_gradients: Tensor | None  # (D, N): Σ_j w_j·W_ij·(x_i − y_j) for each row
 
 
@@ -75,9 +75,9 @@ class InductorSweep(CPUSweep):
         typical = min(float((z - self.centre).square().sum(1).median()) for z in samples)
         return self.host_sum.gamma * typical > 0.1 and max(reach, self.scale, 1 / self.scale) < 1e15
 
-    def prepare(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> InductorSample:
+    def prepare(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> TiledSample:
         if not self._by_differences:
-            return InductorSample(**vars(super().prepare(z, weights, gradient, tiles)), columns=None, row_gradients=None)
+            return super().prepare(z, weights, gradient, tiles)
         sample = super().prepare(z, weights, gradient, _parts(slice(0, z.shape[0]), _TILE))
         columns = _copy(z.T if self._of_given_rows else (self.centred(z).double() * self._scale).T.to(self._dtype))
         return InductorSample(**vars(sample), columns=columns, row_gradients=torch.zeros_like(columns) if gradient else None)
@@ -102,9 +102,11 @@ class InductorSweep(CPUSweep):
         self._add_constant_moments(b, a, scale)
         return total
 
-    def row_gradient(self, a: InductorSample) -> Tensor:  # type: ignore[override]
+    def row_gradient(self, a: TiledSample) -> Tensor:
         gradient = super().row_gradient(a)
-        return gradient if a.row_gradients is None else gradient + a.row_gradients.T / self._scale
+        if isinstance(a, InductorSample) and a.row_gradients is not None:
+            gradient = gradient + a.row_gradients.T / self._scale
+        return gradient
 
     def _halves(self, a: InductorSample, tiles: list[slice], scale: float) -> float:
         """Σ w·w·k over all pairs of rows in the tiles. The compiled loops cannot skip the diagonal: pairs in one tile come by products."""
@@ -122,8 +124,6 @@ class InductorSweep(CPUSweep):
         """Σ w·w·k over rows of a and columns of b that have no row in common; their share is added to the gradients of the rows."""
         total = 0.0
         for i, j in itertools.product(_parts(rows, _ROWS), _parts(columns, _COLUMNS)):
-            assert a.columns is not None
-            assert b.columns is not None
             weights = None if b.uniform else _copy(b.weights[j].to(self._dtype))
             wants_gradient = a.row_gradients is not None
             kind = not b.uniform, self._of_given_rows, wants_gradient, self._dtype

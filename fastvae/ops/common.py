@@ -45,12 +45,11 @@ class KernelArguments(NamedTuple):
         return KernelNumbers.of(*self.unpack(), x.shape[-1], prior, x.device)
 
 
-def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> tuple[Any, ...]:
-    """The arguments of `KERNEL_SCHEMA`."""
+def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> KernelArguments:
     kernel, factor = kernel.canonical()
     h, h_numbers = (factor * bandwidth, []) if isinstance(bandwidth, Tensor) else (None, [factor * number for number in bandwidth])
     a, a_numbers = (weights, []) if isinstance(weights, Tensor) else (None, list(weights))
-    return h, a, h_numbers, a_numbers, kernel.name, kernel.parameters
+    return KernelArguments(h, a, h_numbers, a_numbers, kernel.name, kernel.parameters)
 
 
 NO_CONTEXT: AbstractContextManager[None] = nullcontext()
@@ -87,13 +86,12 @@ def without_grad(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-def vmap_by_loop(op: Any) -> None:
-    """Registers a rule by which `torch.vmap` calls a custom op once for each item of a batch."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return loop_over_batch(op, info.batch_size, in_dims, args)
-
-    op.register_vmap(rule)
+def custom_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """`torch.ops.fastvae.<name>`, which `torch.vmap` calls once for each item of a batch."""
+    op = torch.library.custom_op(f"fastvae::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    op.register_vmap(lambda info, in_dims, *args: loop_over_batch(op, info.batch_size, in_dims, args))
+    return op
 
 
 def loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:

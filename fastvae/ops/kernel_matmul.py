@@ -15,10 +15,10 @@ from fastvae.kernel_sums import KernelSum, as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    custom_op,
     differentiable,
     forbid_second_derivative,
     matmul_precision,
-    vmap_by_loop,
     without_autocast,
     without_grad,
 )
@@ -62,13 +62,8 @@ class Problem(NamedTuple):
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("fastvae::kernel_matmul", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
-def kernel_matmul_op(*args: Any) -> Tensor:
-    """K(x, y)·v (N, C) in the accumulation dtype."""
-    return _evaluate(*args)
-
-
 def _evaluate(*args: Any) -> Tensor:
+    """K(x, y)·v (N, C) in the accumulation dtype."""
     problem = Problem.of(*args)
     with without_autocast(problem.x.device):
         if runs_on_triton(problem.backend, problem.x):
@@ -84,17 +79,8 @@ def _evaluate(*args: Any) -> Tensor:
         return (out + v.sum(0, dtype=torch.float64) * kernel.value_constant + zero_if_finite(x, y, v)).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op(
-    "fastvae::kernel_matmul_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {SCHEMA}, bool x_grad, bool y_grad, bool v_grad, bool bandwidth_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def kernel_matmul_backward_op(grad: Tensor, *args: Any) -> Gradients:
-    """The gradients to x, y and v in the accumulation dtype, and to the single bandwidth in float64. One not asked for is empty."""
-    return _gradients(grad, *args)
-
-
 def _gradients(grad: Tensor, *args: Any) -> Gradients:
+    """The gradients to x, y and v in the accumulation dtype, and to the single bandwidth in float64. One not asked for is empty."""
     problem, wanted = Problem.of(*args[:-4]), args[-4:]
     x_grad, y_grad, v_grad, bandwidth_grad = wanted
     flags = x_grad or bandwidth_grad, y_grad or bandwidth_grad, v_grad
@@ -118,13 +104,11 @@ def _gradients(grad: Tensor, *args: Any) -> Gradients:
         return _wanted(problem, [*gradients, grad_v], wanted)
 
 
-@kernel_matmul_op.register_fake
 def _fake(*args: Any) -> Tensor:
     problem = Problem.of(*args)
     return problem.x.new_empty((problem.x.shape[0], problem.v.shape[1]), dtype=accumulation_dtype(problem.x.dtype))
 
 
-@kernel_matmul_backward_op.register_fake
 def _backward_fake(grad: Tensor, *args: Any) -> Gradients:
     problem, wanted = Problem.of(*args[:-4]), args[-4:]
     dtype = accumulation_dtype(problem.x.dtype)
@@ -164,7 +148,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
-for op in (kernel_matmul_op, kernel_matmul_backward_op):
-    vmap_by_loop(op)
+kernel_matmul_op = custom_op("kernel_matmul", f"({SCHEMA}) -> Tensor", _evaluate, _fake)
+kernel_matmul_backward_op = custom_op(
+    "kernel_matmul_backward",
+    f"(Tensor grad, {SCHEMA}, bool x_grad, bool y_grad, bool v_grad, bool bandwidth_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+    _backward_fake,
+)
 # K(x, y)·v, differentiable; arguments of `torch.ops.fastvae.kernel_matmul`.
 apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, _setup_context, _backward)

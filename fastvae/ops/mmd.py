@@ -141,14 +141,14 @@ class _EagerMMD(torch.autograd.Function):
         return (*_gradients(ctx, grads[0], ctx.needs_input_grad), None, None, None)
 
 
-def apply_mmd(*args: Any) -> Tensor:
-    """MMD², differentiable. Arguments of `torch.ops.fastvae.mmd` without the last three, which say what gradients are wanted."""
-    x, y, h, a = sources = [args[n] for n in _DIFFERENTIABLE]
-    wanted = needs_grad(x), y is not None and needs_grad(y), needs_grad(h, a)
+def apply_mmd(rows: Sequence[Any], kernel: KernelArguments, unbiased: bool, precision: str, backend: str) -> Tensor:
+    """MMD², differentiable. `rows` are the fields of `Problem` before the kernel."""
+    x, y, h, a = rows[0], rows[1], kernel.bandwidth, kernel.bandwidth_weights
+    options = unbiased, precision, backend, needs_grad(x), needs_grad(y), needs_grad(h, a)
     # Outside of the compiler by way of a Function, which refuses derivatives in forward mode: the op would drop them.
     if torch.compiler.is_compiling():
-        return cast(Tensor, compiled_op("mmd", mmd_op, *args, *wanted)[0])
+        return cast(Tensor, compiled_op("mmd", mmd_op, *rows, *kernel, *options)[0])
     if torch._C._are_functorch_transforms_active():
-        return cast(Tensor, _MMD.apply(*args, *wanted)[0])
-    problem = Problem.of(*args, *wanted)
-    return cast(Tensor, _EagerMMD.apply(*sources, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _MMD.apply(*rows, *kernel, *options)[0])
+    problem = Problem._make([*rows, kernel, *options])
+    return cast(Tensor, _EagerMMD.apply(x, y, h, a, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]

@@ -93,7 +93,7 @@ def _streaming(problem: Problem) -> Found:
     family, h, a = problem.kernel.unpack()
     sweep = cpu.CPUBandwidthSweep if problem.bandwidth_grad else InductorSweep if problem.backend == "inductor" else cpu.CPUSweep
     dtype = accumulation_dtype(problem.x.dtype)
-    samples = _samples(problem, torch.float64 if problem.bandwidth_grad else dtype)
+    samples = _prepared_samples(problem, torch.float64 if problem.bandwidth_grad else dtype)
     value, gradients, kernel, sums = cpu.mmd(sweep, samples, family, h, a, problem.unbiased)
     grad_x, grad_y = (None if g is None else g.to(dtype) for g in [*gradients, None][:2])
     if not problem.bandwidth_grad:
@@ -118,14 +118,13 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
     import fastvae.kernels.mmd as kernels
 
     dtype = accumulation_dtype(problem.x.dtype)
-
-    def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Any:
+    samples: list[Any] = []
+    for z, weights, whole, whole_weights, start, grad in _samples(problem):
         entire, p = (z, weights) if whole is None else (whole, whole_weights)
         tolerance = 0.0 if p is None else max(rounding_of_sum(p.dtype), rounding_of_sum(dtype))
         p = None if p is None else p.to(dtype).contiguous()
-        return kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[-2], grad)
-
-    x, y = _each_sample(problem, sample)
+        samples.append(kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[-2], grad))
+    x, y = [*samples, None][:2]
     numbers = problem.kernel.numbers(problem.x, prior=y is None)
     value, grad_x, grad_y, sums, subtracted = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
     if not problem.bandwidth_grad:
@@ -135,7 +134,7 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
     kernel = replace(kernel, subtract_constant=subtracted.double().view(*value.shape, -1) if radial else torch.ones_like(kernel.gamma))
     terms = (t.view(*value.shape, -1) for t in kernel.kernel.bandwidth_sums(sums, kernel.ratios))
     h = problem.kernel.unpack()[1]
-    return value, grad_x, grad_y, *bandwidth_gradients(_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
+    return value, grad_x, grad_y, *bandwidth_gradients(_prepared_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
 
 
 def _joined(parts: list[Found]) -> Found:
@@ -169,22 +168,19 @@ def _of_tensors(problem: Problem, function: Callable[[Tensor], Tensor]) -> Probl
     return Problem._make([*(function(t) if isinstance(t, Tensor) else t for t in problem[:_BATCHED]), *problem[_BATCHED:]])
 
 
-def _each_sample(problem: Problem, function: Callable[..., Any]) -> tuple[Any, Any]:
-    """`function` of the rows, weights, whole sample, its weights, first row and `grad` of x, and of those of y if there is one."""
-    x = function(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)
-    if problem.y is None:
-        return x, None
-    return x, function(problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad)
+def _samples(problem: Problem) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, bool]]:
+    """The rows, weights, whole sample, its weights, first row and `grad` of x, and of y if there is one."""
+    samples = [(problem.x, problem.x_weights, problem.all_x, problem.all_x_weights, problem.x_start, problem.x_grad)]
+    if problem.y is not None:
+        samples.append((problem.y, problem.y_weights, problem.all_y, problem.all_y_weights, problem.y_start, problem.y_grad))
+    return samples
 
 
-def _samples(problem: Problem, dtype: torch.dtype) -> list[Sample]:
+def _prepared_samples(problem: Problem, dtype: torch.dtype) -> list[Sample]:
     """The samples in this dtype, with normalised weights."""
-
-    def sample(z: Tensor, weights: Tensor | None, whole: Tensor | None, whole_weights: Tensor | None, start: int, grad: bool) -> Sample:
-        if weights is not None:
-            given = whole_weights
-            whole_weights = None if given is None else unit_weights(given, None, dtype)
-            weights = unit_weights(weights, given, dtype)
-        return Sample.of(z.to(dtype), weights, None if whole is None else whole.to(dtype), whole_weights, start, problem.unbiased, grad)
-
-    return [found for found in _each_sample(problem, sample) if found is not None]
+    prepared = []
+    for z, weights, whole, whole_weights, start, grad in _samples(problem):
+        p, whole_p = (None if given is None else unit_weights(given, whole_weights, dtype) for given in (weights, whole_weights))
+        whole = None if whole is None else whole.to(dtype)
+        prepared.append(Sample.of(z.to(dtype), p, whole, whole_p, start, problem.unbiased, grad))
+    return prepared

@@ -20,11 +20,11 @@ from fastvae.kernel_sums import as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    custom_op,
     differentiable,
     forbid_second_derivative,
     matmul_precision,
     needs_grad,
-    vmap_by_loop,
     without_autocast,
     without_grad,
 )
@@ -53,29 +53,20 @@ class Problem(NamedTuple):
 _ARGUMENTS = len(Problem._fields) - 1 + len(KernelArguments._fields)
 
 
-@torch.library.custom_op("fastvae::quadratic_form", mutates_args=(), schema=f"({SCHEMA}, bool diagonal) -> Tensor")
-def quadratic_form_op(*args: Any) -> Tensor:
+def _quadratic_form(*args: Any) -> Tensor:
     """S (C, C) or its diagonal (C,), float64."""
     *problem, diagonal = args
     return _evaluate(Problem.of(*problem), None, diagonal=diagonal)[0]
 
 
-@torch.library.custom_op("fastvae::quadratic_form_backward", mutates_args=(), schema=f"({SCHEMA}, Tensor upstream) -> Tensor")
-def quadratic_form_backward_op(*args: Any) -> Tensor:
+def _quadratic_form_gradient(*args: Any) -> Tensor:
     """The gradient to z from the upstream (C, C)."""
     *problem, upstream = args
     return _evaluate(Problem.of(*problem), upstream, values=False)[1]
 
 
-@torch.library.custom_op(
-    "fastvae::group_mmd", mutates_args=(), schema=f"({SCHEMA}, {WEIGHTS}, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-def group_mmd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MMD² (G, G), which groups and which pairs are valid, and if `gradient` that of the sum over the given pairs, otherwise empty."""
-    return _group_mmd(*args)
-
-
 def _group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """MMD² (G, G), which groups and which pairs are valid, and if `gradient` that of the sum over the given pairs, otherwise empty."""
     problem, groups, gradient = Problem.of(*args[:_ARGUMENTS]), GroupArguments(*args[_ARGUMENTS:-1]), args[-1]
     if runs_on_triton(problem.backend, problem.z):
         return _triton_group_mmd(problem, groups)
@@ -87,15 +78,8 @@ def _group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values, weights.valid, weights.pairs, gradient_of_sum
 
 
-@torch.library.custom_op(
-    "fastvae::group_mmd_backward", mutates_args=(), schema=f"({SCHEMA}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor"
-)
-def group_mmd_backward_op(*args: Any) -> Tensor:
-    """The gradient to z from the upstream (G, G). `expected_grad` is that of the sum over the given pairs, or empty."""
-    return _group_mmd_gradient(*args)
-
-
 def _group_mmd_gradient(*args: Any) -> Tensor:
+    """The gradient to z from the upstream (G, G). `expected_grad` is that of the sum over the given pairs, or empty."""
     problem, groups, (upstream, expected_grad) = Problem.of(*args[:_ARGUMENTS]), GroupArguments(*args[_ARGUMENTS:-2]), args[-2:]
     if runs_on_triton(problem.backend, problem.z):
         return _triton_group_mmd_backward(problem, groups, upstream)
@@ -110,13 +94,11 @@ def _group_mmd_gradient(*args: Any) -> Tensor:
     return _add_pairs_with_self(problem, _evaluate(problem, to_sums, values=False)[1], to_sums, groups.unbiased)
 
 
-@quadratic_form_op.register_fake
 def _fake(*args: Any) -> Tensor:
     v, diagonal = args[1], args[-1]
     return cast(Tensor, v.new_empty(v.shape[1:] if diagonal else v.shape[1:] * 2, dtype=torch.float64))
 
 
-@group_mmd_op.register_fake
 def _group_mmd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (z, v), dtype = args[:2], accumulation_dtype(args[0].dtype)
     size = v.shape[1]
@@ -124,8 +106,6 @@ def _group_mmd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return z.new_empty((size, size), dtype=dtype), valid, pairs, z.new_empty(z.shape if args[-1] else (0,), dtype=dtype)
 
 
-@quadratic_form_backward_op.register_fake
-@group_mmd_backward_op.register_fake
 def _backward_fake(*args: Any) -> Tensor:
     return cast(Tensor, args[0].new_empty(args[0].shape, dtype=accumulation_dtype(args[0].dtype)))
 
@@ -296,8 +276,16 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
     return (gradient, *nothing)
 
 
-for op in (quadratic_form_op, quadratic_form_backward_op, group_mmd_op, group_mmd_backward_op):
-    vmap_by_loop(op)
+quadratic_form_op = custom_op("quadratic_form", f"({SCHEMA}, bool diagonal) -> Tensor", _quadratic_form, _fake)
+quadratic_form_backward_op = custom_op(
+    "quadratic_form_backward", f"({SCHEMA}, Tensor upstream) -> Tensor", _quadratic_form_gradient, _backward_fake
+)
+group_mmd_op = custom_op(
+    "group_mmd", f"({SCHEMA}, {WEIGHTS}, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)", _group_mmd, _group_mmd_fake
+)
+group_mmd_backward_op = custom_op(
+    "group_mmd_backward", f"({SCHEMA}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor", _group_mmd_gradient, _backward_fake
+)
 quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
 _apply = differentiable("GroupMMD", "group_mmd", 2, group_mmd_op, _group_mmd, _group_mmd_setup, _group_mmd_backward)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
-from fastvae.ops.common import autograd_function, differentiable, needs_grad, vmap_by_loop
+from fastvae.ops.common import autograd_function, custom_op, differentiable, needs_grad
 
 FORWARD_SCHEMA = "(Tensor mu, Tensor logvar, Tensor noise, bool per_dimension, str backend) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
@@ -20,13 +20,8 @@ BACKWARD_SCHEMA = (
 )
 
 
-@torch.library.custom_op("fastvae::reparameterize_kl", mutates_args=(), schema=FORWARD_SCHEMA)
-def forward_op(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """z (N, D), and KL (N,) or per dimension (N, D) in the accumulation dtype."""
-    return _evaluate(mu, logvar, noise, per_dimension, backend)
-
-
 def _evaluate(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """z (N, D), and KL (N,) or per dimension (N, D) in the accumulation dtype."""
     if not runs_on_triton(backend, mu):
         _refuse_seed(noise)
         return cpu.forward(mu, logvar, noise, per_dimension)
@@ -37,41 +32,26 @@ def _evaluate(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, ba
     return z, kl
 
 
-@forward_op.register_fake
-def _fake_forward(mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return _outputs(mu, per_dimension)
-
-
 def _outputs(mu: Tensor, per_dimension: bool) -> tuple[Tensor, Tensor]:
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape if per_dimension else mu.shape[:1], dtype=accumulation_dtype(mu.dtype))
 
 
-@torch.library.custom_op("fastvae::reparameterize_kl_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def backward_op(
-    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """dμ and dlogvar (N, D)."""
-    return _gradients(grad_z, grad_kl, mu, logvar, noise, per_dimension, backend)
+def _gradient_outputs(mu: Tensor) -> tuple[Tensor, Tensor]:
+    return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
 def _gradients(
     grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    """dμ and dlogvar (N, D)."""
     if not runs_on_triton(backend, mu):
         _refuse_seed(noise)
         return cpu.backward(grad_z, grad_kl, mu, logvar, noise, per_dimension)
     import fastvae.kernels.reparameterize_kl as kernels
 
-    grads = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+    grads = _gradient_outputs(mu)
     kernels.backward(grad_z.contiguous(), grad_kl.contiguous(), _rows(mu), _rows(logvar), noise.contiguous(), *grads)
     return grads
-
-
-@backward_op.register_fake
-def _fake_backward(
-    grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, per_dimension: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -134,8 +114,10 @@ def epsilon(noise: Tensor, mu: Tensor, backend: str) -> Tensor:
     return cast(Tensor, forward_op(zeros, zeros, noise, False, backend)[0])  # z where μ = 0 and σ = 1
 
 
-for op in (forward_op, backward_op):
-    vmap_by_loop(op)
+forward_op = custom_op(
+    "reparameterize_kl", FORWARD_SCHEMA, _evaluate, lambda mu, logvar, noise, per_dimension, backend: _outputs(mu, per_dimension)
+)
+backward_op = custom_op("reparameterize_kl_backward", BACKWARD_SCHEMA, _gradients, lambda grad_z, grad_kl, mu, *_: _gradient_outputs(mu))
 _DifferentiableBackward = autograd_function("ReparameterizeKLBackward", "reparameterize_kl", backward_op, _setup_double, _double_backward)
 # (z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`.
 apply_reparameterize_kl = differentiable("ReparameterizeKL", "reparameterize_kl", 3, forward_op, _evaluate, _setup_context, _backward)

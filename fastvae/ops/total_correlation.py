@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from fastvae.cpu import total_correlation as cpu
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
-from fastvae.ops.common import differentiable, forbid_second_derivative, vmap_by_loop, without_autocast, without_grad
+from fastvae.ops.common import custom_op, differentiable, forbid_second_derivative, without_autocast, without_grad
 from fastvae.reference.total_correlation import KLDecomposition, decompose, log_weights
 
 FORWARD_SCHEMA = (
@@ -36,16 +35,11 @@ Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("fastvae::total_correlation", mutates_args=(), schema=FORWARD_SCHEMA)
-def forward_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
+def _densities(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
     """log q(z_i) (N,) and log q(z_id) (N, D) in the accumulation dtype, for z (N, D) under posteriors (M, D).
 
     Row i of z is drawn from posterior offset + i: z may be some rows of a batch.
     """
-    return _densities(z, mu, logvar, dataset_size, offset, stratified, backend)
-
-
-def _densities(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
     if runs_on_triton(backend, z):
         import fastvae.kernels.total_correlation as kernels
 
@@ -57,33 +51,52 @@ def _densities(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset:
         return joint.add_(zero), marginals.add_(zero)
 
 
-@forward_op.register_fake
-def _fake_forward(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, offset: int, stratified: bool, backend: str) -> Densities:
+def _fake_densities(z: Tensor, *_: Any) -> Densities:
     dtype = accumulation_dtype(z.dtype)
     return z.new_empty(z.shape[:1], dtype=dtype), z.new_empty(z.shape, dtype=dtype)
 
 
-@torch.library.custom_op("fastvae::total_correlation_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def backward_op(*args: Any) -> Gradients:
-    """dz (N, D), dμ and dlogvar (M, D), in the dtype of z. A gradient not asked for is empty."""
-    a, b, z, mu, logvar, joint, marginals, dataset_size, offset, stratified, backend, z_grad, posterior_grad = args
-    weights = log_weights(mu.shape[0], dataset_size, stratified)
+def _terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
+    """The terms of (4) for z, μ and logvar (N, D), and both densities, which are not differentiable here."""
     if runs_on_triton(backend, z):
         import fastvae.kernels.total_correlation as kernels
 
-        return _wanted(z, kernels.backward((a, b), z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
+        return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
+    joint, marginals = _densities(z, mu, logvar, dataset_size, 0, stratified, backend)
     with without_autocast(z.device):
-        return _wanted(z, cpu.backward(a, b, z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad))
+        z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
+        return *decompose(z, mu, logvar, joint, marginals), joint, marginals
 
 
-def _wanted(z: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:
+def _fake_terms(z: Tensor, *_: Any) -> Terms:
+    joint, marginals = _fake_densities(z)
+    return joint.new_empty(()), joint.new_empty(()), joint.new_empty(()), joint, marginals
+
+
+def _densities_gradients(*args: Any) -> Gradients:
+    return _sweep_gradients(args[:2], *args[2:])
+
+
+def _terms_gradients(*args: Any) -> Gradients:
+    return _sweep_gradients(args[:3], *args[3:9], 0, *args[9:])
+
+
+def _sweep_gradients(upstream: tuple[Tensor | None, ...], *args: Any) -> Gradients:
+    """dz (N, D), dμ and dlogvar (M, D), in the dtype of z, from the gradients to both densities or to the three terms.
+
+    A gradient not asked for is empty; that of a term is None if it has none.
+    """
+    z, mu, logvar, joint, marginals, dataset_size, offset, stratified, backend, *wanted = args
+    arguments = upstream, z, mu, logvar, joint, marginals, log_weights(mu.shape[0], dataset_size, stratified), offset, *wanted
+    if runs_on_triton(backend, z):
+        import fastvae.kernels.total_correlation as kernels
+
+        grads = kernels.backward(*arguments)
+    else:
+        backward: Any = cpu.backward if len(upstream) == 2 else cpu.terms_backward
+        with without_autocast(z.device):
+            grads = backward(*arguments)
     return cast(Gradients, tuple(z.new_empty(0) if grad is None else grad.to(z.dtype) for grad in grads))
-
-
-@backward_op.register_fake
-def _fake_backward(*args: Any) -> Gradients:
-    z, mu, z_grad, posterior_grad = args[2], args[3], args[-2], args[-1]
-    return _fake_gradients(z, mu, z_grad, posterior_grad)
 
 
 def _fake_gradients(z: Tensor, mu: Tensor, z_grad: bool, posterior_grad: bool) -> Gradients:
@@ -113,57 +126,8 @@ def _gradients(op: Any, upstream: tuple[Tensor | None, ...], ctx: Any, options: 
     ]
 
 
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("fastvae::kl_decomposition", mutates_args=(), schema=TERMS_SCHEMA)
-def terms_op(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    """The terms of (4) for z, μ and logvar (N, D), and the results of `forward_op`, which are not differentiable here."""
-    return _terms(z, mu, logvar, dataset_size, stratified, backend)
-
-
-def _terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    if runs_on_triton(backend, z):
-        import fastvae.kernels.total_correlation as kernels
-
-        return cast(Terms, kernels.forward(z, mu, logvar, log_weights(mu.shape[0], dataset_size, stratified), 0))
-    joint, marginals = _densities(z, mu, logvar, dataset_size, 0, stratified, backend)
-    with without_autocast(z.device):
-        z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
-        return *decompose(z, mu, logvar, joint, marginals), joint, marginals
-
-
-@terms_op.register_fake
-def _fake_terms(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, stratified: bool, backend: str) -> Terms:
-    joint, marginals = _fake_forward(z, mu, logvar, dataset_size, 0, stratified, backend)
-    return joint.new_empty(()), joint.new_empty(()), joint.new_empty(()), joint, marginals
-
-
-@torch.library.custom_op("fastvae::kl_decomposition_backward", mutates_args=(), schema=TERMS_BACKWARD_SCHEMA)
-def terms_backward_op(*args: Any) -> Gradients:
-    """dz, dμ and dlogvar (N, D), in the dtype of z. A gradient not asked for is empty; that of a term is None if it has none."""
-    return _terms_gradients(*args)
-
-
 def _plain_or_op(*args: Any) -> Gradients:
     return cast(Gradients, terms_backward_op(*args)) if needs_dispatcher(*args[3:8]) else _terms_gradients(*args)
-
-
-def _terms_gradients(*args: Any) -> Gradients:
-    *upstream, z, mu, logvar, joint, marginals, dataset_size, stratified, backend, z_grad, posterior_grad = args
-    weights = log_weights(z.shape[0], dataset_size, stratified)
-    if runs_on_triton(backend, z):
-        import fastvae.kernels.total_correlation as kernels
-
-        return _wanted(z, kernels.backward(upstream, z, mu, logvar, joint, marginals, weights, 0, z_grad, posterior_grad))
-    with without_autocast(z.device):
-        return _wanted(z, cpu.terms_backward(upstream, z, mu, logvar, joint, marginals, weights, z_grad, posterior_grad))
-
-
-@terms_backward_op.register_fake
-def _fake_terms_backward(*args: Any) -> Gradients:
-    z, mu, z_grad, posterior_grad = args[3], args[4], args[-2], args[-1]
-    return _fake_gradients(z, mu, z_grad, posterior_grad)
 
 
 def _setup_terms(ctx: Any, inputs: tuple[Any, ...], output: Terms) -> None:
@@ -177,8 +141,15 @@ def _terms_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return *_gradients(_plain_or_op, grads[:3], ctx, (ctx.dataset_size, ctx.stratified, ctx.backend)), None, None, None
 
 
-for op in (forward_op, backward_op, terms_op, terms_backward_op):
-    vmap_by_loop(op)
+forward_op = custom_op("total_correlation", FORWARD_SCHEMA, _densities, _fake_densities)
+backward_op = custom_op(
+    "total_correlation_backward", BACKWARD_SCHEMA, _densities_gradients, lambda *args: _fake_gradients(*args[2:4], *args[-2:])
+)
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+terms_op = custom_op("kl_decomposition", TERMS_SCHEMA, _terms, _fake_terms)
+terms_backward_op = custom_op(
+    "kl_decomposition_backward", TERMS_BACKWARD_SCHEMA, _terms_gradients, lambda *args: _fake_gradients(*args[3:5], *args[-2:])
+)
 _apply = differentiable("TotalCorrelation", "total_correlation", 3, terms_op, _terms, _setup_terms, _terms_backward)
 
 

@@ -42,22 +42,14 @@ def quadratic_form(
 
 
 class GroupWeights(NamedTuple):
-    """The numbers that formula (3) takes from the weights of G groups. They have no gradient.
+    """The numbers that formula (3) takes from the weights of G groups. They have no gradient."""
 
-    Attributes:
-        products: P, (G, G).
-        valid: which groups have at least two members, (G,).
-        pairs: which pairs consist of two different valid groups, (G, G).
-        across, within: the divisors of c (G, G) and w (G,), 1 for groups that are not valid.
-        unbiased: whether w leaves out the pairs of a row with itself.
-    """
-
-    products: Tensor
-    valid: Tensor
-    pairs: Tensor
-    across: Tensor
-    within: Tensor
-    unbiased: bool
+    products: Tensor  # P, (G, G)
+    valid: Tensor  # which groups have at least two members, (G,)
+    pairs: Tensor  # which pairs consist of two different valid groups, (G, G)
+    across: Tensor  # the divisor of c, (G, G), 1 for groups that are not valid
+    within: Tensor  # that of w, (G,), likewise
+    unbiased: bool  # whether w leaves out the pairs of a row with itself
 
     @staticmethod
     def of(total: Tensor, products: Tensor, members: Tensor, unbiased: bool) -> GroupWeights:
