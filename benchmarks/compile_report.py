@@ -26,7 +26,7 @@ import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, argument_types, compile_kernel, is_matrix
-from fastvae.kernels import families, kernel_matmul, mmd, plan, products, reparameterize_kl, sums, total_correlation
+from fastvae.kernels import families, kernel_matmul, mmd, plan, prepare, products, reparameterize_kl, sums, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
@@ -35,7 +35,6 @@ from fastvae.kernels.config import (
     SweepConfig,
     TermsConfig,
     density_config,
-    difference_config,
     difference_products,
     matmul_config,
     padded_dim,
@@ -292,10 +291,10 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         backward = variant.direction == "backward"
         return matmul_config(variant.dim, variant.columns, products, backward, variant.bandwidths, architecture, _powers(variant.kernel))
     if isinstance(variant, Differences):
+        products = difference_products(8 if variant.dtype == "fp64" else 4)
         if variant.terms:
-            products = difference_products(8 if variant.dtype == "fp64" else 4)
             return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
-        return difference_config(8 if variant.dtype == "fp64" else 4)
+        return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture)
     if isinstance(variant, Density):
         gradient = variant.direction in ("rows", "columns")
         return density_config(variant.dim, variant.dtype == "fp64", gradient, variant.stratified, architecture)
@@ -370,12 +369,15 @@ def products_of(kernel: Kernel, precision: str, second_pass: bool = False, self_
     return product, products.product_name(product, torch.float64 if precision == "float64" else torch.float32)
 
 
-def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architecture: int, product: int, operand: str, dim: int) -> Binary:
+def _compile_sweep(variant: Sweep | Differences, config: SweepConfig, architecture: int, product: int, dim: int) -> Binary:
     scalar = "*fp64" if "float64" in variant.name or "fp64" in variant.name else "*fp32"
     types = {
-        "inputs": mmd.Inputs(operand, operand, scalar, scalar, "*fp64", scalar),
-        "part_sums": mmd.PartSums(scalar, scalar, scalar),
-        "sizes": mmd.SweepSizes(*["i32"] * len(mmd.SweepSizes._fields)),
+        "operands": prepare.Operands(*[scalar] * 4, "i32", "i32"),
+        "tables": prepare.PlanTables("*fp64", scalar, "*fp64"),
+        "part_sums": mmd.PartSums(scalar, scalar, scalar, "i32"),
+        "swept": prepare.SweptRows(*["i32"] * len(prepare.SweptRows._fields)),
+        "sizes": mmd.Sizes(*["i32"] * len(mmd.Sizes._fields)),
+        **dict.fromkeys(("first_row", "x_flags", "y_flags"), "i32"),
     }
     sweep = variant if isinstance(variant, Sweep) else None
     squared = variant.kernel == RBF() and (sweep is None or sweep.squared)
@@ -402,7 +404,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
     dim = padded_dim(variant.dim, config)
     product, products = products_of(variant.kernel, variant.precision, variant.second_pass)
     operand = _POINTER[products]
-    binary = _compile_sweep(variant, config, architecture, product, operand, dim)
+    binary = _compile_sweep(variant, config, architecture, product, dim)
     ops = _inner_loop(binary, dim // config.block_k)
     work = _per_unit(ops, config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
@@ -422,7 +424,7 @@ def _sweep(variant: Sweep, config: SweepConfig, architecture: int) -> Described:
 
 def _differences(variant: Differences, config: SweepConfig, architecture: int) -> Described:
     dim = -(-variant.dim // 16) * 16
-    binary = _compile_sweep(variant, config, architecture, products.DIFFERENCES.value, f"*{variant.dtype}", dim)
+    binary = _compile_sweep(variant, config, architecture, products.DIFFERENCES.value, dim)
     blocks = dim // config.block_d
     work = _per_unit(_inner_loop(binary, dim), config.block_n * config.block_m / (32 * config.num_warps))
     repeats = blocks if variant.gradient else 1
@@ -433,21 +435,19 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
 def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Described:
     backward = variant.direction == "backward"
     fn = kernel_matmul.gradient_kernel if backward else kernel_matmul.matmul_kernel
-    dim = config.padded(variant.dim, config.block_k, config.block_d)
-    columns = config.padded(variant.columns, config.block_c)
+    dim = padded_dim(variant.dim, config)
+    columns = prepare.padded(variant.columns, config.block_c)
     product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
     if variant.differences:
         product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
     scalar = "*fp64" if variant.precision == "float64" else "*fp32"
 
     def pick(name: str) -> str:
-        if name.endswith(("hi_ptr", "lo_ptr")):
-            return _POINTER[kind]
         return "*fp64" if name == "plan_ptr" else scalar if name.endswith("_ptr") else "i32"
 
-    options = config.launch(moments=backward)
+    options = config.launch() if backward else config.launch("BLOCK_D")
     blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
-    spec = kernel_matmul.SweepSpec(
+    spec = kernel_matmul.MatmulSpec(
         PRECISION_PASS=int(variant.differences),
         WITHIN=False,
         PRODUCT=product,

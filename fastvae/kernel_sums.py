@@ -65,23 +65,14 @@ def rbf_normal_self_exponent(dim: int, bandwidth: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelSum:
-    """Σ_b a_b·k_b with k_b = φ(t_b), as tensors on the device of the data, float64, widest bandwidth first.
+    """Σ_b a_b·k_b with k_b = φ(t_b), as tensors on the device of the data, float64, widest bandwidth first."""
 
-    Attributes:
-        kernel: φ.
-        bandwidth: h_b, shape (B,).
-        weights: a_b, shape (B,).
-        gamma: γ_b, shape (B,); nan where h_b is not positive.
-        subtract_constant: 1 where sums are of k_b − φ(0), 0 where they are of k_b, shape (..., B). The ones come first.
-        squarings: how many times k_{b−1} is squared to give k_b, for each bandwidth; 0 where k_b is evaluated on its own.
-    """
-
-    kernel: Kernel
-    bandwidth: Tensor
-    weights: Tensor
-    gamma: Tensor
-    subtract_constant: Tensor
-    squarings: tuple[int, ...]
+    kernel: Kernel  # φ
+    bandwidth: Tensor  # h_b, shape (B,)
+    weights: Tensor  # a_b, shape (B,)
+    gamma: Tensor  # γ_b, shape (B,); nan where h_b is not positive
+    subtract_constant: Tensor  # 1 where sums are of k_b − φ(0), 0 where they are of k_b, shape (..., B); the ones come first
+    squarings: tuple[int, ...]  # how many times k_{b−1} is squared to give k_b; 0 where k_b is evaluated on its own
 
     @staticmethod
     def of(
@@ -117,19 +108,13 @@ class KernelSum:
 
 @dataclass(frozen=True)
 class KernelNumbers:
-    """Σ_b a_b·k_b as a Triton kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device.
+    """Σ_b a_b·k_b as a Triton kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device."""
 
-    Attributes:
-        kernel: φ.
-        count: the number of bandwidths.
-        squarings: as in `KernelSum`.
-        arguments: h_b, a_b, the parameters of the kernel and, against N(0, I), log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) for each
-            bandwidth, widest first. Each number is given as three float32 that sum to it, or all of them as a float64 tensor.
-    """
-
-    kernel: Kernel
-    count: int
-    squarings: tuple[int, ...]
+    kernel: Kernel  # φ
+    count: int  # of bandwidths
+    squarings: tuple[int, ...]  # as in `KernelSum`
+    # h_b, a_b, the parameters of the kernel and, against N(0, I), log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) for each bandwidth, widest
+    # first. Each number is given as three float32 that sum to it, or all of them as a float64 tensor.
     arguments: tuple[float, ...] | Tensor
 
     @property

@@ -9,83 +9,58 @@ from dataclasses import dataclass, field, replace
 import torch
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """The tile of a sweep over pairs, and how many warps and pipeline stages work on it.
+class _Config:
+    """The base of the configs."""
 
-    Attributes:
-        block_n, block_m: rows and columns of the tile; block_n is a multiple of block_m.
-        block_k: features of one step of the exponent's product.
-        block_d: features of the gradient that a program keeps.
-        registers: limit for each thread, so that more blocks share a multiprocessor; None leaves it to the compiler.
-    """
-
-    block_n: int
-    block_m: int
-    block_k: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    registers: int | None = None
-
-    def launch(self) -> dict[str, int]:
-        """The keyword arguments of a kernel."""
-        blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "BLOCK_K": self.block_k, "BLOCK_D": self.block_d}
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+    def launch(self, *without: str) -> dict[str, int]:
+        """The keyword arguments of a kernel: its constexprs in capitals, but those in `without`, and the compiler's options."""
+        given: dict[str, int] = {}
+        for name, value in vars(self).items():
+            if name.startswith("block") or name == "vector":
+                given[name.upper()] = value
+            elif name == "registers" and value is not None:
+                given["maxnreg"] = value
+            elif name.startswith("num_"):
+                given[name] = value
+        return {name: value for name, value in given.items() if name not in without}
 
 
 @dataclass(frozen=True)
-class DensityConfig:
-    """The tile of a sweep over posteriors in every dimension.
+class SweepConfig(_Config):
+    """The tile of a sweep over pairs, and how many warps and pipeline stages work on it."""
 
-    Attributes:
-        block_n: rows (or posteriors) that a program owns, at least one for each thread.
-        block_m: posteriors (or rows) of a step of its sweep.
-        block_d: dimensions whose gradients it keeps in registers.
-    """
-
-    block_n: int
-    block_m: int
-    block_d: int
+    block_n: int  # rows of the tile, a multiple of block_m
+    block_m: int  # columns of the tile
+    block_k: int  # features of one step of the exponent's product
+    block_d: int  # features of the gradient that a program keeps
     num_warps: int
     num_stages: int
+    registers: int | None = None  # limit for each thread, so that more blocks share a multiprocessor; None leaves it to the compiler
 
-    def launch(self) -> dict[str, int]:
-        """The keyword arguments of a kernel."""
-        blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "BLOCK_D": self.block_d}
-        return blocks | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+@dataclass(frozen=True)
+class DensityConfig(_Config):
+    """The tile of a sweep over posteriors in every dimension."""
+
+    block_n: int  # rows (or posteriors) that a program owns, at least one for each thread
+    block_m: int  # posteriors (or rows) of a step of its sweep
+    block_d: int  # dimensions whose gradients it keeps in registers
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
 class MatmulConfig(SweepConfig):
-    """`SweepConfig` for the product K·v and its gradient.
+    """`SweepConfig` for the product K·v and its gradient."""
 
-    Attributes:
-        block_c: columns of v that a program of the product keeps, or of one step of the gradient's product g·v.
-    """
-
-    block_c: int = field(kw_only=True)
-
-    def launch(self, *, moments: bool) -> dict[str, int]:  # type: ignore[override]
-        blocks = super().launch() | {"BLOCK_C": self.block_c}
-        return blocks if moments else {name: value for name, value in blocks.items() if name != "BLOCK_D"}
-
-    @staticmethod
-    def padded(size: int, *blocks: int) -> int:
-        """Features or columns with their padding to whole blocks."""
-        return size + -size % max(blocks)
+    block_c: int = field(kw_only=True)  # columns of v that a program of the product keeps, or of one step of the gradient's product g·v
 
 
 @dataclass(frozen=True)
 class TermsConfig(SweepConfig):
-    """`SweepConfig` for the sums of which derivatives to bandwidths are made.
+    """`SweepConfig` for the sums of which derivatives to bandwidths are made."""
 
-    Attributes:
-        bandwidths: how many of them a program keeps the sums of.
-    """
-
-    bandwidths: int = field(kw_only=True)
+    bandwidths: int = field(kw_only=True)  # whose sums a program keeps
 
     def groups(self, bandwidths: int) -> int:
         """Into how many groups so many bandwidths fall."""
@@ -93,22 +68,13 @@ class TermsConfig(SweepConfig):
 
 
 @dataclass(frozen=True)
-class RowConfig:
-    """A block of a row-wise kernel.
-
-    Attributes:
-        block_n, block_d: rows and features of the block.
-        vector: how many elements move at once, at most 16 bytes. Every row starts at a multiple of them.
-    """
+class RowConfig(_Config):
+    """A block of a row-wise kernel."""
 
     block_n: int
     block_d: int
-    vector: int
+    vector: int  # how many elements move at once, at most 16 bytes; every row starts at a multiple of them
     num_warps: int
-
-    def launch(self) -> dict[str, int]:
-        """The keyword arguments of a kernel."""
-        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "VECTOR": self.vector, "num_warps": self.num_warps}
 
 
 @dataclass(frozen=True)
@@ -255,8 +221,10 @@ def column_splits(programs: int, tiles: int, multiprocessors: int) -> int:
 def sweep_config(
     dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False, gaussian_pair: bool = True
 ) -> SweepConfig:
-    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3" or "float64"; `powers` says that φ is a power of 1 + t,
-    `gaussian_pair` that it is a Gaussian between two samples of one problem."""
+    """For rows of `dim` features; `precision` is one of `fastvae.mmd`, "tf32x3", "float64" or of `difference_products`; `powers` says that
+    φ is a power of 1 + t, `gaussian_pair` that it is a Gaussian between two samples of one problem."""
+    if precision in (difference_products(4), difference_products(8)):
+        return SweepConfig(32, 32 if precision == difference_products(4) else 16, 4, 8, 4, 1)
     unit = "wgmma" if architecture in WGMMA else "tcgen05" if architecture in _TCGEN05 else "mma"
     unit += " tf32x3" * (precision == "tf32x3") + " tf32" * (precision == "high" and gradient and unit == "wgmma")
     rules = _RULES[precision if precision in ("ieee", "float64") else unit, gradient]
@@ -293,7 +261,7 @@ def padded_dim(dim: int, config: SweepConfig) -> int:
 
 
 def difference_products(itemsize: int) -> str:
-    """What `matmul_config` and `terms_config` call the pass by differences, for numbers of this many bytes."""
+    """The pass by differences as a `precision`, for numbers of this many bytes."""
     return f"differences{8 * itemsize}"
 
 
@@ -321,10 +289,6 @@ def matmul_config(
         many = powers and bandwidths > 1
         return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c=min(block_c, 32) if many else block_c)
     return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, block_c=min(block_c, 32))
-
-
-def difference_config(itemsize: int) -> SweepConfig:
-    return SweepConfig(32, 32 if itemsize == 4 else 16, 4, 8, 4, 1)
 
 
 def density_config(dim: int, double: bool, gradient: bool, stratified: bool, architecture: int) -> DensityConfig:

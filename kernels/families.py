@@ -9,8 +9,7 @@ A family is one record, `Family`, and one branch of `phi`. `phi` takes t', a mul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,75 +34,52 @@ POLYNOMIAL = tl.constexpr(7)
 
 
 class Family(NamedTuple):
-    """What a kernel knows of a family when it is compiled: the constexpr FAMILY.
+    """What a kernel knows of a family when it is compiled: the constexpr FAMILY."""
 
-    Attributes:
-        number: the branch of `phi`.
-        scale: of t, see the module's docstring. The rational quadratic's is 1/α; that of an α in the table is 1 here.
-        parameters: how many numbers `phi` takes besides t', such as α or coefficients.
-        neg_dphi_factor: −φ'(t) is this times the second result of `phi`, and times √(2t)⁻¹·scale⁻¹ if `unbounded_slope`.
-        padding: −½‖u‖² of a padded column, with which its k is zero and not nan.
-        radial: t is a multiple of ‖x−y‖², not of x·y.
-        takes_distance: φ is a function of √t. Pairs closer than rounding error count as identical.
-        unbounded_slope: φ' goes to infinity as t goes to 0.
-        homogeneous: φ(c·t) is a multiple of φ(t), so that a sum over bandwidths is a multiple of one of its kernels.
-    """
-
-    number: int
-    scale: float
-    parameters: int = 0
-    neg_dphi_factor: float = 1.0
-    padding: float = -float("inf")
-    radial: bool = True
-    takes_distance: bool = False
-    unbounded_slope: bool = False
-    homogeneous: bool = False
+    number: int  # the branch of `phi`
+    scale: float  # of t, see the module's docstring; the rational quadratic's is 1/α, or 1 where α is in the table
+    parameters: int = 0  # how many numbers `phi` takes besides t', such as α or coefficients
+    neg_dphi_factor: float = 1.0  # −φ'(t) is this times the second result of `phi`, and times √(2t)⁻¹·scale⁻¹ if `unbounded_slope`
+    padding: float = -float("inf")  # −½‖u‖² of a padded column, with which its k is zero and not nan
+    radial: bool = True  # t is a multiple of ‖x−y‖², not of x·y
+    takes_distance: bool = False  # φ is a function of √t; pairs closer than rounding error count as identical
+    unbounded_slope: bool = False  # φ' goes to infinity as t goes to 0
+    homogeneous: bool = False  # φ(c·t) is a multiple of φ(t), so that a sum over bandwidths is a multiple of one of its kernels
 
 
 # Largest α for which the fast logarithm of 1 − t is used, rounded: with their errors of 2⁻²¹ and 2⁻²⁴ the value's is then 6e-6.
 _LARGEST_FAST_ALPHA = 16.0
 
 
-def _rbf(kernel: RBF) -> Family:
-    return Family(GAUSSIAN.value, scale=LOG2_E.value)
+def family_of(kernel: Kernel) -> Family:
+    """The constexpr FAMILY."""
+    if type(kernel) is RBF:
+        return Family(GAUSSIAN.value, scale=LOG2_E.value)
+    if type(kernel) is RationalQuadratic:
+        return _rational_quadratic(float(kernel.alpha))
+    if type(kernel) is Laplace:
+        return Family(
+            LAPLACE.value,
+            scale=LOG2_E.value,
+            neg_dphi_factor=LOG2_E.value,
+            padding=-1e30,
+            takes_distance=True,
+            unbounded_slope=True,
+        )
+    if type(kernel) is Energy:
+        # A positive exponent is that of an identical pair.
+        return Family(ENERGY.value, scale=1.0, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
+    if type(kernel) is Polynomial:
+        return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
+    raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to fastvae/kernels/families.py")
 
 
-def _rational_quadratic(kernel: RationalQuadratic) -> Family:
-    alpha = float(kernel.alpha)
+def _rational_quadratic(alpha: float) -> Family:
     if alpha in (0.5, 1.0):
         number = RATIONAL_QUADRATIC_HALF if alpha == 0.5 else RATIONAL_QUADRATIC_ONE
         return Family(number.value, scale=1 / alpha, parameters=1)
     number = RATIONAL_QUADRATIC if alpha <= _LARGEST_FAST_ALPHA else RATIONAL_QUADRATIC_LARGE
     return Family(number.value, scale=1.0, parameters=1)
-
-
-def _laplace(kernel: Laplace) -> Family:
-    return Family(LAPLACE.value, scale=LOG2_E.value, neg_dphi_factor=LOG2_E.value, padding=-1e30, takes_distance=True, unbounded_slope=True)
-
-
-def _energy(kernel: Energy) -> Family:
-    # A positive exponent is that of an identical pair.
-    return Family(ENERGY.value, scale=1.0, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
-
-
-def _polynomial(kernel: Polynomial) -> Family:
-    return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
-
-
-_FAMILIES: dict[type[Kernel], Callable[[Any], Family]] = {
-    RBF: _rbf,
-    RationalQuadratic: _rational_quadratic,
-    Laplace: _laplace,
-    Energy: _energy,
-    Polynomial: _polynomial,
-}
-
-
-def family_of(kernel: Kernel) -> Family:
-    """The constexpr FAMILY."""
-    if type(kernel) not in _FAMILIES:
-        raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to fastvae/kernels/families.py")
-    return _FAMILIES[type(kernel)](kernel)
 
 
 # Neither the interpreter nor AMD's library has the fast logarithm.

@@ -59,7 +59,7 @@ class KernelSpec(NamedTuple):
     SQUARINGS: int
 
 
-class KernelSum(NamedTuple):
+class Coefficients(NamedTuple):
     """A sum of kernels: γ of the widest bandwidth, the scales of points and values, and what `load_table` and `load_parameters` return."""
 
     gamma: Any
@@ -89,7 +89,7 @@ def _load_kernel_sum(numbers, SPEC: tl.constexpr):
     parameters = ()
     if FAMILY.number != GAUSSIAN:
         parameters += (values[2 * BANDWIDTHS].to(tl.float32),)
-    return KernelSum(gammas[0], scale, value_scale, table, parameters)
+    return Coefficients(gammas[0], scale, value_scale, table, parameters)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _exponent(x_ptrs, y_ptrs, mask_n, mask_m, features, scale, x_not_finite, y_n
 
 
 @triton.jit
-def _value_constant(exponent, mask_n, mask_m, pairs, kernel: KernelSum, SPEC: tl.constexpr):
+def _value_constant(exponent, mask_n, mask_m, pairs, kernel: Coefficients, SPEC: tl.constexpr):
     """The constant to subtract from each k: Σ_b a_b over the bandwidths for which most k_b are near one."""
     FAMILY: tl.constexpr = SPEC.FAMILY
     BANDWIDTHS: tl.constexpr = SPEC.BANDWIDTHS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels import few_pairs
-from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, difference_products, matmul_config
+from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, matmul_config, padded_dim
 from fastvae.kernels.few_pairs import weighted_by_upstream
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.plan import (
@@ -31,57 +31,33 @@ from fastvae.kernels.plan import (
     DeviceKernelPlan,
     device_kernel_plan,
 )
-from fastvae.kernels.prepare import ROW_BLOCK, Sample, block_of, padded, prepare
+from fastvae.kernels.prepare import ROW_BLOCK, Operands, Sample, as_product, block_of, from_row, padded, prepare
 from fastvae.kernels.products import (
     DIFFERENCES,
-    column_exponent,
     column_parts,
-    difference_exponent,
     dot,
-    is_bfloat16,
+    load_block,
     load_parts,
     load_rounded_rows,
     operand_buffers,
+    operand_ptr,
     product_name,
     row_sums,
     split_operand,
     store_parts,
+    tile_exponent,
 )
-from fastvae.kernels.reductions import share_of, total
+from fastvae.kernels.reductions import add_shares, share_of, total
 from fastvae.kernels.sums import evaluate_sum, load_parameters, load_table
 
 # Tuples hold pointers in a kernel and tensors on the host. C and D are columns of v and features with their padding.
 
 
-class Points(NamedTuple):
-    """Rows of a sample."""
+class FactorOperands(NamedTuple):
+    """g, and from row `first_y` on v, or one of the two, as operands of `dot`; 0 in the padding."""
 
-    hi_ptr: Any  # (N, D), scaled, as the two operands of `dot`; as they came in the pass by differences
+    hi_ptr: Any  # (rows, C), see `fastvae.kernels.products.operand_ptr`
     lo_ptr: Any
-    neg_half_norm2_ptr: Any  # (N,), −½‖u‖²; 0 for a polynomial, and in the padding what makes k zero
-
-
-class Parts(NamedTuple):
-    """g and v as the two operands of `dot`, (rows, C), 0 in the padding."""
-
-    hi_ptr: Any
-    lo_ptr: Any
-
-
-class PartBuffers(NamedTuple):
-    """Memory for the operands of `dot` in every precision; the last two are the first two as bfloat16."""
-
-    hi_ptr: Any
-    lo_ptr: Any
-    hi16_ptr: Any
-    lo16_ptr: Any
-
-
-class Samples(NamedTuple):
-    """Rows of x and of y; in the operands the first row of y, and all rows with their padding."""
-
-    n: Any
-    m: Any
     first_y: Any
     rows: Any
 
@@ -111,7 +87,16 @@ class GradientSums(NamedTuple):
     splits: Any
 
 
-class SweepSpec(NamedTuple):
+class SampleGradients(NamedTuple):
+    """The gradients to x and y, and how many rows these have."""
+
+    x_ptr: Any  # (n, FEATURES)
+    y_ptr: Any
+    n: Any
+    m: Any
+
+
+class MatmulSpec(NamedTuple):
     """Constants of a sweep."""
 
     PRECISION_PASS: int  # number of the pass
@@ -129,52 +114,16 @@ class SweepSpec(NamedTuple):
     BLOCK_D: int = 0  # features of a block of moments
 
 
-class BlockOfRows(NamedTuple):
-    """Rows of a program, and their first features as operands of `dot` with the pointers to them."""
-
-    neg_half_norm2: Any
-    hi: Any
-    lo: Any
-    hi_ptrs: Any
-    lo_ptrs: Any
-
-
-@triton.jit
-def _load_rows(points: Points, start_n, SPEC: tl.constexpr):
-    local = tl.arange(0, SPEC.BLOCK_N)
-    neg_half_norm2 = tl.load(points.neg_half_norm2_ptr + (start_n + local))
-    start = tl.cast(start_n, tl.int64) * SPEC.D
-    offs = local[:, None] * SPEC.D + tl.arange(0, SPEC.BLOCK_K)[None, :]
-    hi_ptrs = points.hi_ptr + start + offs
-    lo_ptrs = points.lo_ptr + start + offs
-    hi, lo = load_parts(hi_ptrs, lo_ptrs, SPEC.PRODUCT)
-    return BlockOfRows(neg_half_norm2, hi, lo, hi_ptrs, lo_ptrs)
-
-
-@triton.jit
-def _exponent(block: BlockOfRows, rows: Points, columns: Points, offs_n, start_m, scale, SPEC: tl.constexpr):
-    """The exponents of a tile, and the last features of its columns that were loaded for them."""
-    FAMILY: tl.constexpr = SPEC.FAMILY
-    if SPEC.PRODUCT == DIFFERENCES:
-        exponent = difference_exponent(rows.hi_ptr, columns.hi_ptr, offs_n, start_m, scale, FAMILY, SPEC.D, SPEC.BLOCK_M)
-        return exponent, block.hi, block.lo
-    else:
-        return column_exponent(
-            block.hi, block.lo, block.neg_half_norm2, block.hi_ptrs, block.lo_ptrs,
-            columns.hi_ptr, columns.lo_ptr, columns.neg_half_norm2_ptr, start_m,
-            FAMILY, SPEC.PRODUCT, SPEC.D, SPEC.BLOCK_M, SPEC.BLOCK_K,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["first_row", "first_column", "columns"])
 def matmul_kernel(
-    rows: Points,
-    columns: Points,
-    v: Parts,
+    operands: Operands,
+    v: FactorOperands,  # of the columns
     plan_ptr,  # (PLAN,), of `fastvae.kernels.prepare`, as the table
     table_ptr,
     out_ptr,  # (splits, N, C), Σ_j (k − value_constant)·v_j
-    M,  # columns with their padding
+    first_row,  # of the operands
+    first_column,
+    columns,  # with their padding
     SPEC: tl.constexpr,
 ):
     """A block of rows of K·v over a share of the columns of K; program 1 is the block of columns of v, program 2 the share."""
@@ -186,16 +135,19 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
     BLOCK_C: tl.constexpr = SPEC.BLOCK_C
+    operands = as_product(operands, SPEC.PRODUCT)
+    first_row, first_column = tl.multiple_of(first_row, BLOCK_N), tl.multiple_of(first_column, BLOCK_M)
+    x, y = from_row(operands, tl.cast(first_row, tl.int64), SPEC.D), from_row(operands, tl.cast(first_column, tl.int64), SPEC.D)
+    v_hi_ptr, v_lo_ptr = operand_ptr(v.hi_ptr, SPEC.PRODUCT), operand_ptr(v.lo_ptr, SPEC.PRODUCT)
     start_n = tl.program_id(0) * BLOCK_N
     share = tl.program_id(2)
     padded_n = tl.num_programs(0) * BLOCK_N
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     local_v = tl.arange(0, BLOCK_M)[:, None] * C + offs_c[None, :]
 
     # load
-    block = _load_rows(rows, start_n, SPEC)
-    dtype: tl.constexpr = block.neg_half_norm2.dtype
+    rows = load_block(x, start_n, SPEC.PRODUCT, SPEC.D, BLOCK_N, SPEC.BLOCK_K)
+    dtype: tl.constexpr = rows.neg_half_norm2.dtype
     value_constant = tl.load(plan_ptr + VALUE_CONSTANT).to(dtype)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     table = load_table(table_ptr, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
@@ -203,15 +155,15 @@ def matmul_kernel(
 
     # compute
     out = tl.zeros([BLOCK_N, BLOCK_C], dtype=dtype)
-    first, last = share_of(M, share, tl.num_programs(2), BLOCK_M)
+    first, last = share_of(columns, share, tl.num_programs(2), BLOCK_M)
     for start_m in range(first, last, BLOCK_M):
-        exponent, _, _ = _exponent(block, rows, columns, offs_n, start_m, scale, SPEC)
+        exponent, _, _ = tile_exponent(rows, y, start_m, scale, FAMILY, SPEC.PRODUCT, SPEC.D, BLOCK_M, SPEC.BLOCK_K)
         value, _ = evaluate_sum(exponent, table, table_ptr, parameters, value_constant, 0.0, FAMILY, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
         if SPEC.WITHIN:
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            value = tl.where(offs_n[:, None] != offs_m[None, :], value, 0.0)
+            value = tl.where(rows.offs_n[:, None] != offs_m[None, :], value, 0.0)
         start_v = tl.cast(start_m, tl.int64) * C
-        v_hi, v_lo = load_parts(v.hi_ptr + start_v + local_v, v.lo_ptr + start_v + local_v, SPEC.PRODUCT)
+        v_hi, v_lo = load_parts(v_hi_ptr + start_v + local_v, v_lo_ptr + start_v + local_v, SPEC.PRODUCT)
         value_hi, value_lo = split_operand(value, SPEC.PRODUCT)
         # From zero for each tile: a tensor core's accumulator truncates.
         out += dot(value_hi, value_lo, v_hi, v_lo, tl.zeros_like(out), SPEC.PRODUCT)
@@ -223,12 +175,11 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["first_block"])
 def gradient_kernel(
-    points: Points,  # of x, then of y
-    factors: Parts,  # g for the rows of x, then v for those of y
+    points: Operands,
+    factors: FactorOperands,  # g for the rows of x, then v for those of y
     plan_ptr,
     table_ptr,
     sums: GradientSums,
-    samples: Samples,
     first_block,  # of the rows that are swept
     SPEC: tl.constexpr,
 ):
@@ -246,18 +197,19 @@ def gradient_kernel(
     start_n = (first_block + tl.program_id(0)) * BLOCK_N
     d_out = tl.program_id(1)
     share = tl.program_id(2)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
     offs_g = tl.cast(start_n, tl.int64) * C + (tl.arange(0, BLOCK_N)[:, None] * C + tl.arange(0, BLOCK_C)[None, :])
-    is_x = start_n < samples.first_y
-    first_m = 0 if SPEC.WITHIN else tl.where(is_x, samples.first_y, 0)
-    last_m = samples.first_y if SPEC.WITHIN else tl.where(is_x, samples.rows, samples.first_y)
+    is_x = start_n < points.first_y
+    first_m = 0 if SPEC.WITHIN else tl.where(is_x, points.first_y, 0)
+    last_m = points.first_y if SPEC.WITHIN else tl.where(is_x, points.rows, points.first_y)
+    points = as_product(points, SPEC.PRODUCT)
+    g_hi_ptr, g_lo_ptr = operand_ptr(factors.hi_ptr, SPEC.PRODUCT), operand_ptr(factors.lo_ptr, SPEC.PRODUCT)
 
     # load
-    block = _load_rows(points, start_n, SPEC)
-    dtype: tl.constexpr = block.neg_half_norm2.dtype
-    g_hi, g_lo = load_parts(factors.hi_ptr + offs_g, factors.lo_ptr + offs_g, SPEC.PRODUCT)
+    rows = load_block(points, start_n, SPEC.PRODUCT, D, BLOCK_N, SPEC.BLOCK_K)
+    dtype: tl.constexpr = rows.neg_half_norm2.dtype
+    g_hi, g_lo = load_parts(g_hi_ptr + offs_g, g_lo_ptr + offs_g, SPEC.PRODUCT)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     table = load_table(table_ptr, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, SPEC.PRODUCT)
@@ -270,22 +222,20 @@ def gradient_kernel(
     first, last = share_of(last_m - first_m, share, tl.num_programs(2), BLOCK_M)
     for start_m in range(first_m + first, first_m + last, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
-        exponent, col_hi, col_lo = _exponent(block, points, points, offs_n, start_m, scale, SPEC)
+        exponent, col_hi, col_lo = tile_exponent(rows, points, start_m, scale, FAMILY, SPEC.PRODUCT, D, BLOCK_M, SPEC.BLOCK_K)
         _, neg_dphi = evaluate_sum(exponent, table, table_ptr, parameters, 0.0, 0.0, FAMILY, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
-        start_v = start_m + samples.first_y if SPEC.WITHIN else start_m
-        weight = neg_dphi * _factor_products(factors, g_hi, g_lo, offs_g, start_v, dtype, SPEC)
+        start_v = start_m + points.first_y if SPEC.WITHIN else start_m
+        weight = neg_dphi * _factor_products(g_hi_ptr, g_lo_ptr, g_hi, g_lo, offs_g, start_v, dtype, SPEC)
         if SPEC.WITHIN:
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            weight = tl.where(offs_n[:, None] != offs_m[None, :], weight, 0.0)
+            weight = tl.where(rows.offs_n[:, None] != offs_m[None, :], weight, 0.0)
         if SPEC.PRODUCT == DIFFERENCES:
             column = tl.load(points.hi_ptr + tl.cast(start_m, tl.int64) * D + (tl.arange(0, BLOCK_M)[:, None] * D + offs_d[None, :]))
             moments += tl.sum(weight[:, :, None] * ((column[None, :, :] - row[:, None, :]) * scale), 1)
         else:
             if FAMILY.radial:
                 weight_sums += row_sums(weight)
-            col_hi, col_lo = column_parts(
-                col_hi, col_lo, points.hi_ptr, points.lo_ptr, start_m, d_out, SPEC.PRODUCT, D, BLOCK_M, SPEC.BLOCK_K, BLOCK_D
-            )
+            col_hi, col_lo = column_parts(col_hi, col_lo, points, start_m, d_out, SPEC.PRODUCT, D, BLOCK_M, SPEC.BLOCK_K, BLOCK_D)
             weight_hi, weight_lo = split_operand(weight, SPEC.PRODUCT)
             moments += dot(weight_hi, weight_lo, col_hi, col_lo, tl.zeros_like(moments), SPEC.PRODUCT)
 
@@ -297,7 +247,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def _factor_products(factors: Parts, g_hi, g_lo, offs_g, start_v, dtype: tl.constexpr, SPEC: tl.constexpr):
+def _factor_products(hi_ptr, lo_ptr, g_hi, g_lo, offs_g, start_v, dtype: tl.constexpr, SPEC: tl.constexpr):
     """g_i·v_j of a tile; g_hi and g_lo are the first columns of g, at offs_g."""
     C: tl.constexpr = SPEC.C
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
@@ -306,26 +256,27 @@ def _factor_products(factors: Parts, g_hi, g_lo, offs_g, start_v, dtype: tl.cons
     start = tl.cast(start_v, tl.int64) * C
     local_v = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, SPEC.BLOCK_C)[None, :]
     if C == SPEC.BLOCK_C:
-        v_hi, v_lo = load_parts(factors.hi_ptr + start + local_v, factors.lo_ptr + start + local_v, SPEC.PRODUCT)
+        v_hi, v_lo = load_parts(hi_ptr + start + local_v, lo_ptr + start + local_v, SPEC.PRODUCT)
         products = dot(g_hi, g_lo, tl.trans(v_hi), tl.trans(v_lo), products, SPEC.PRODUCT)
     else:
         offs_v = start + local_v
         for start_c in range(0, C, SPEC.BLOCK_C):
-            left_hi, left_lo = load_parts(factors.hi_ptr + (offs_g + start_c), factors.lo_ptr + (offs_g + start_c), SPEC.PRODUCT)
-            v_hi, v_lo = load_parts(factors.hi_ptr + (offs_v + start_c), factors.lo_ptr + (offs_v + start_c), SPEC.PRODUCT)
+            left_hi, left_lo = load_parts(hi_ptr + (offs_g + start_c), lo_ptr + (offs_g + start_c), SPEC.PRODUCT)
+            v_hi, v_lo = load_parts(hi_ptr + (offs_v + start_c), lo_ptr + (offs_v + start_c), SPEC.PRODUCT)
             products = dot(left_hi, left_lo, tl.trans(v_hi), tl.trans(v_lo), products, SPEC.PRODUCT)
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def factors_kernel(
     g_ptr,  # (n, COLUMNS)
     v_ptr,  # (m, COLUMNS)
     upstream_ptr,  # (COLUMNS, COLUMNS), float64, A of a quadratic form, of which v·(A + Aᵀ) takes the place of g; or None
     plan_ptr,
-    parts: PartBuffers,  # (rows, C), g, from `first_y` on v, as the products of the pass that runs take them
+    n,
+    m,
+    factors: FactorOperands,  # as the products of the pass that runs take them
     sums: FactorSums,
-    samples: Samples,
     CHUNKS: tl.constexpr,  # programs for each of g and v
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
@@ -337,13 +288,13 @@ def factors_kernel(
     """A share of the rows of g or v as operands of `dot`, and their sums, in a block of columns."""
     # where
     program = tl.program_id(0)
-    dtype: tl.constexpr = parts.hi_ptr.dtype.element_ty
+    dtype: tl.constexpr = factors.hi_ptr.dtype.element_ty
     is_v = program >= CHUNKS
-    start = tl.where(is_v, samples.first_y, 0)
-    end = tl.where(is_v, samples.rows, samples.first_y)
-    source_ptr, count = g_ptr, samples.n
+    start = tl.where(is_v, factors.first_y, 0)
+    end = tl.where(is_v, factors.rows, factors.first_y)
+    source_ptr, count = g_ptr, n
     if is_v:
-        source_ptr, count = v_ptr, samples.m
+        source_ptr, count = v_ptr, m
     first, last = share_of(end - start, program % CHUNKS, CHUNKS, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     precision_pass = tl.load(plan_ptr + PRECISION_PASS)
@@ -362,11 +313,11 @@ def factors_kernel(
         inside = (local < end - start)[:, None] & (offs_c < C)[None, :]
         if RADIAL:
             if precision_pass == 0:
-                store_parts(factor, factor, parts.hi_ptr, parts.lo_ptr, parts.hi16_ptr, parts.lo16_ptr, offs, offs, inside, PRODUCT)
+                store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, PRODUCT)
             else:
-                store_parts(factor, factor, parts.hi_ptr, parts.lo_ptr, parts.hi16_ptr, parts.lo16_ptr, offs, offs, inside, DIFFERENCES)
+                store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, DIFFERENCES)
         else:
-            store_parts(factor, factor, parts.hi_ptr, parts.lo_ptr, parts.hi16_ptr, parts.lo16_ptr, offs, offs, inside, PRODUCT)
+            store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, PRODUCT)
     tl.store(sums.sum_ptr + program.to(tl.int64) * C + offs_c, column_sums)
     tl.store(sums.not_finite_ptr + program * tl.num_programs(1) + tl.program_id(1), tl.sum(column_sums * 0.0))
 
@@ -374,20 +325,14 @@ def factors_kernel(
 @triton.jit
 def sum_of_columns(sum_ptr, offs_c, CHUNKS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Σ_j v_j, from the sums of `factors_kernel`."""
-    columns = tl.zeros([BLOCK_C], dtype=tl.float64)
-    for chunk in range(CHUNKS):
-        columns += tl.load(sum_ptr + chunk * C + offs_c)
-    return columns
+    return add_shares(tl.zeros([BLOCK_C], dtype=tl.float64), sum_ptr + offs_c, C, CHUNKS, offs_c < C)
 
 
 @triton.jit
 def sum_of_shares(sums: ValueSums, offs_n, offs_c, mask, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """Σ_j (k − value_constant)·v_j over all columns j."""
-    out = tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64)
-    for share in range(0, sums.splits):
-        row = tl.cast(share, tl.int64) * sums.rows + offs_n
-        out += tl.load(sums.value_ptr + row[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float64)
-    return out
+    value_ptrs = sums.value_ptr + offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
+    return add_shares(tl.zeros([BLOCK_N, BLOCK_C], dtype=tl.float64), value_ptrs, tl.cast(sums.rows, tl.int64) * C, sums.splits, mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -425,13 +370,11 @@ def matmul_finish_kernel(
 
 @triton.jit(do_not_specialize=["first_row"])
 def gradient_finish_kernel(
-    points: PartBuffers,
+    points: Operands,
     sums: GradientSums,
     factors: FactorSums,
     plan_ptr,
-    grad_x_ptr,  # (n, FEATURES)
-    grad_y_ptr,  # (m, FEATURES)
-    samples: Samples,
+    grads: SampleGradients,
     first_row,  # of the rows that are swept
     RADIAL: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -444,9 +387,9 @@ def gradient_finish_kernel(
     # where
     out_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = first_row + out_row
-    grad_ptr, local, count = grad_x_ptr, row, samples.n
-    if first_row + tl.program_id(0) * BLOCK_N >= samples.first_y:
-        grad_ptr, local, count = grad_y_ptr, row - samples.first_y, samples.m
+    grad_ptr, local, count = grads.x_ptr, row, grads.n
+    if first_row + tl.program_id(0) * BLOCK_N >= points.first_y:
+        grad_ptr, local, count = grads.y_ptr, row - points.first_y, grads.m
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = local < count
     mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
@@ -454,22 +397,16 @@ def gradient_finish_kernel(
 
     # load and compute
     scale = 0.5 * tl.load(plan_ptr + GRADIENT_SCALE) + total(factors.not_finite_ptr, factors.blocks, 1, 1024)
-    weight_sum = tl.zeros([BLOCK_N], dtype=dtype)
-    moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
-    for share in range(0, sums.splits):
-        source = tl.cast(share, tl.int64) * sums.rows + out_row
-        if RADIAL:
-            weight_sum += tl.load(sums.weight_ptr + source, mask=mask_n, other=0.0)
-        moments += tl.load(sums.moment_ptr + source[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    moment_ptrs = sums.moment_ptr + out_row.to(tl.int64)[:, None] * D + offs_d[None, :]
+    moments = add_shares(tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype), moment_ptrs, tl.cast(sums.rows, tl.int64) * D, sums.splits, mask)
     row_gradient = moments
     if RADIAL:
+        weight_sum = add_shares(tl.zeros([BLOCK_N], dtype=dtype), sums.weight_ptr + out_row, sums.rows, sums.splits, mask_n)
         row_gradient = -moments
         # Moments of differences already lack u_i·Σ_j w_ij.
         if tl.load(plan_ptr + PRECISION_PASS) == 0:
             offs = row.to(tl.int64)[:, None] * D + offs_d[None, :]
-            row_gradient += weight_sum[:, None] * load_rounded_rows(
-                points.hi_ptr, points.lo_ptr, points.hi16_ptr, points.lo16_ptr, offs, offs, mask, dtype, PRODUCT
-            )
+            row_gradient += weight_sum[:, None] * load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, dtype, PRODUCT)
 
     # store
     tl.store(grad_ptr + local.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], scale.to(dtype) * row_gradient, mask=mask)
@@ -488,33 +425,26 @@ class _LaunchChoice:
 @functools.lru_cache(maxsize=256)
 def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> _LaunchChoice:
     architecture, powers = device_limits(device).architecture, plan.powers
-    configs = {}
-    for gradient in (False, True):
-        names = (
-            difference_products(dtype.itemsize) if product == DIFFERENCES.value else product_name(product, dtype)
-            for product in plan.precision_passes
-        )
-        configs[gradient] = tuple(matmul_config(dim, columns, name, gradient, plan.bandwidths, architecture, powers) for name in names)
+    names = [product_name(product, dtype) for product in plan.precision_passes]
+    configs = {
+        gradient: tuple(matmul_config(dim, columns, name, gradient, plan.bandwidths, architecture, powers) for name in names)
+        for gradient in (False, True)
+    }
     every = [*configs[False], *configs[True]]
     return _LaunchChoice(
         configs,
-        features=max(config.padded(dim, config.block_k, config.block_d) for config in every),
-        columns=max(config.padded(columns, config.block_c) for config in every),
+        features=max(padded_dim(dim, config) for config in every),
+        columns=max(padded(columns, config.block_c) for config in every),
         block=max(ROW_BLOCK, *(max(config.block_n, config.block_m) for config in every)),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Factors:
-    """g and v, as `factors_kernel` writes them."""
+class PreparedFactors(NamedTuple):
+    """What `factors_kernel` writes."""
 
-    buffers: PartBuffers
+    operands: FactorOperands
     sums: FactorSums
-    chunks: int  # of the sums of each
-
-    def parts(self, product: int) -> Parts:
-        hi, lo, hi16, lo16 = self.buffers
-        return Parts(hi16, lo16) if is_bfloat16(product) else Parts(hi, lo)
+    chunks: int  # of the sums of each of g and v
 
 
 class Product:
@@ -526,10 +456,10 @@ class Product:
         plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, self.dtype, precision, self_pairs=True)
         self.choice = _launch_choice(plan, self.dim, columns, self.dtype, self.device)
         self.plan, self.sizes = plan, [z.shape[0] for z in samples]
-        self.operands = prepare([Sample.of(z) for z in samples], kernel, plan, self.choice.features, self.choice.block)
-        self.first_y, self.rows = self.operands.first_y, self.operands.rows
+        self.prepared = prepare([Sample.of(z) for z in samples], kernel, plan, self.choice.features, self.choice.block)
+        self.first_y, self.rows = self.prepared.operands.first_y, self.prepared.operands.rows
 
-    def factors(self, *given: Tensor, upstream: Tensor | None = None) -> _Factors:
+    def factors(self, *given: Tensor, upstream: Tensor | None = None) -> PreparedFactors:
         """g (N, C) and v (M, C), or one of them. With an upstream A (C, C) in float64 give v twice: v·(A + Aᵀ) takes the place of g."""
         # One pointer in the kernel reads both, so they have one dtype. Booleans stay as narrow as they are.
         choice, given = self.choice, tuple((t if t.dtype == torch.bool else t.to(self.dtype)).contiguous() for t in given)
@@ -540,60 +470,58 @@ class Product:
         block_c, programs = block_of(c), len(given) * chunks
         blocks = programs * (c // block_c)
         column_sums, not_finite = torch.empty(programs * c + blocks, dtype=torch.float64, device=self.device).split((programs * c, blocks))
-        buffers = PartBuffers(*operand_buffers((rows, c), self.dtype, self.plan.precision_passes, self.device))
+        operands = FactorOperands(*operand_buffers((rows, c), self.dtype, self.plan.precision_passes, self.device), first_y, rows)
         sums = FactorSums(column_sums, not_finite, blocks)
         launch(
-            factors_kernel, (self.operands.key, self.columns, chunks, upstream is not None, tensor_key(g, v)), self.device,
+            factors_kernel, (self.prepared.key, self.columns, chunks, upstream is not None, tensor_key(g, v)), self.device,
             (programs, c // block_c, 1),
-            (g, v, upstream, self.operands.plan, buffers, sums, Samples(g.shape[0], v.shape[0], first_y, rows)),
+            (g, v, upstream, self.prepared.tables.plan_ptr, g.shape[0], v.shape[0], operands, sums),
             lambda: {
                 "CHUNKS": chunks, "COLUMNS": self.columns, "C": c, "PRODUCT": self.plan.precision_passes[0],
                 "RADIAL": self.plan.kernel.radial, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c, "num_warps": 8,
             },
         )  # fmt: skip
-        return _Factors(buffers, sums, chunks)
+        return PreparedFactors(operands, sums, chunks)
 
     def _sweep_constants(self, number: int, config: MatmulConfig, within: bool, gradient: bool) -> dict[str, Any]:
         """Constexprs and options of the sweep of pass `number`."""
-        options = config.launch(moments=gradient)
+        options = config.launch() if gradient else config.launch("BLOCK_D")
         blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
         sizes = {"D": self.choice.features, "C": self.choice.columns}
-        return {"SPEC": SweepSpec(number, within, self.plan.precision_passes[number], **self.plan.constants, **sizes, **blocks)} | options
+        return {"SPEC": MatmulSpec(number, within, self.plan.precision_passes[number], **self.plan.constants, **sizes, **blocks)} | options
 
-    def sweep(self, factors: _Factors, *, transposed: bool = False, within: bool = False) -> ValueSums:
-        d, c, configs = self.choice.features, self.choice.columns, self.choice.configs[False]
-        # Factors belong to the columns; if there are two, g comes first.
-        x, y = slice(0, self.first_y), slice(self.first_y, self.rows)
+    def sweep(self, factors: PreparedFactors, *, transposed: bool = False, within: bool = False) -> ValueSums:
+        c, configs = self.choice.columns, self.choice.configs[False]
+        # The first row and the number of rows; factors belong to the columns.
+        x, y = (0, self.first_y), (self.first_y, self.rows - self.first_y)
         if within:
             y = x
         if transposed:
             x, y = y, x
-        n, m = x.stop - x.start, y.stop - y.start
+        (first_row, n), (first_column, m) = x, y
         programs, tiles = (n // configs[0].block_n) * (c // configs[0].block_c), m // configs[0].block_m
         splits = column_splits(programs, tiles, device_limits(self.device).multiprocessors)
         sums = torch.empty(splits * n * c, dtype=self.dtype, device=self.device)
-        key, neg_half_norm2 = (self.operands.key, self.columns, within), self.operands.neg_half_norm2
-        for number, (product, config) in enumerate(zip(self.plan.precision_passes, configs, strict=True)):
-            # Rows of bfloat16 fill the first half of their memory.
-            hi, lo = (part.view(-1, d) for part in self.operands.parts(product))
-            rows, columns = (Points(hi[z], lo[z], neg_half_norm2[z]) for z in (x, y))
+        plan, table, _ = self.prepared.tables
+        for number, config in enumerate(configs):
             launch(
-                matmul_kernel, (key, number), self.device, (n // config.block_n, c // config.block_c, splits),
-                (rows, columns, factors.parts(product), self.operands.plan, self.operands.table, sums, m),
+                matmul_kernel, (self.prepared.key, self.columns, within, number), self.device,
+                (n // config.block_n, c // config.block_c, splits),
+                (self.prepared.operands, factors.operands, plan, table, sums, first_row, first_column, m),
                 functools.partial(self._sweep_constants, number, config, within, gradient=False),
             )  # fmt: skip
         return ValueSums(sums, n, splits)
 
-    def matmul(self, factors: _Factors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
+    def matmul(self, factors: PreparedFactors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
         """K·v (N, C), or Kᵀ·g if `transposed`. `within` is v if a sample is multiplied with itself, without the pairs i = i."""
         sums = self.sweep(factors, transposed=transposed, within=within is not None)
         size, c = self.sizes[-1] if transposed else self.sizes[0], self.choice.columns
         out = torch.empty((size, self.columns), dtype=dtype, device=self.device)
         own, block_c = out if within is None else within, block_of(c)
-        key = self.operands.key, self.columns, within is not None, dtype, factors.chunks, tensor_key(own)
+        key = self.prepared.key, self.columns, within is not None, dtype, factors.chunks, tensor_key(own)
         launch(
             matmul_finish_kernel, key, self.device,
-            (triton.cdiv(size, ROW_BLOCK), c // block_c, 1), (sums, own, factors.sums, self.operands.plan, out, size),
+            (triton.cdiv(size, ROW_BLOCK), c // block_c, 1), (sums, own, factors.sums, self.prepared.tables.plan_ptr, out, size),
             lambda: {
                 "CHUNKS": factors.chunks, "COLUMNS": self.columns, "C": c, "WITHIN": within is not None,
                 "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
@@ -601,21 +529,20 @@ class Product:
         )  # fmt: skip
         return out
 
-    def gradients(self, factors: _Factors, *, x: bool, y: bool, within: bool = False) -> list[Tensor | None]:
+    def gradients(self, factors: PreparedFactors, *, x: bool, y: bool, within: bool = False) -> list[Tensor | None]:
         """The gradients Σ_j g_i·v_j·∂k_ij/∂x_i (N, D) and to y (M, D) that are wanted; with `within` x against itself, without j = i."""
-        d, configs, operands = self.choice.features, self.choice.configs[True], self.operands
+        d, configs, operands = self.choice.features, self.choice.configs[True], self.prepared.operands
         first_row, swept = 0 if x else self.first_y, (self.first_y if x else 0) + (self.rows - self.first_y if y else 0)
         programs = (swept // configs[0].block_n) * (d // configs[0].block_d)
         columns = self.first_y if within or not x else self.rows - self.first_y
         splits = column_splits(programs, columns // configs[0].block_m, device_limits(self.device).multiprocessors)
         sizes = splits * swept, splits * swept * d
         sums = GradientSums(*torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes), swept, splits)
-        key, samples = (operands.key, self.columns, within), Samples(self.sizes[0], self.sizes[-1], self.first_y, self.rows)
-        for number, (product, config) in enumerate(zip(self.plan.precision_passes, configs, strict=True)):
-            points = Points(*operands.parts(product), operands.neg_half_norm2)
+        key, (plan, table, _) = (self.prepared.key, self.columns, within), self.prepared.tables
+        for number, config in enumerate(configs):
             launch(
                 gradient_kernel, (key, number), self.device, (swept // config.block_n, d // config.block_d, splits),
-                (points, factors.parts(product), operands.plan, operands.table, sums, samples, first_row // config.block_n),
+                (operands, factors.operands, plan, table, sums, first_row // config.block_n),
                 functools.partial(self._sweep_constants, number, config, within, gradient=True),
             )  # fmt: skip
         grads = [
@@ -626,7 +553,7 @@ class Product:
         block_d = block_of(d)
         launch(
             gradient_finish_kernel, key, self.device, (swept // ROW_BLOCK, d // block_d, 1),
-            (PartBuffers(*operands.buffers), sums, factors.sums, operands.plan, grad_x, grad_y, samples, first_row),
+            (operands, sums, factors.sums, plan, SampleGradients(grad_x, grad_y, self.sizes[0], self.sizes[-1]), first_row),
             lambda: {
                 "RADIAL": self.plan.kernel.radial, "PRODUCT": self.plan.precision_passes[0], "FEATURES": self.dim, "D": d,
                 "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_d,

@@ -36,7 +36,8 @@ def launch(
         with torch.cuda.device(device):
             launch(fn, key, device, grid, args, constants)
         return
-    key = fn, device, key
+    # Not `fn` itself, whose hash is that of its source.
+    key = fn.fn, device, key
     known = _compiled.get(key)
     if known is not None:
         kernel, rest = known

@@ -24,8 +24,6 @@ from fastvae.kernels.config import (
     TermsConfig,
     column_splits,
     device_limits,
-    difference_config,
-    difference_products,
     padded_dim,
     sweep_config,
     terms_config,
@@ -60,22 +58,31 @@ from fastvae.kernels.plan import (
     DeviceKernelPlan,
     device_kernel_plan,
 )
-from fastvae.kernels.prepare import ROW_BLOCK, STATISTICS, Sample, SweptRows, load_rows, padded, prepare, sample_rows
+from fastvae.kernels.prepare import (
+    ROW_BLOCK,
+    STATISTICS,
+    Sample,
+    as_product,
+    from_row,
+    load_rows,
+    padded,
+    prepare,
+    sample_rows,
+)
 from fastvae.kernels.products import (
     BF16,
     BF16X3,
     DIFFERENCES,
-    column_exponent,
     column_parts,
-    difference_exponent,
     dot,
-    load_parts,
+    load_block,
     load_rounded_rows,
     product_name,
     row_sums,
     split_operand,
+    tile_exponent,
 )
-from fastvae.kernels.reductions import share_of, total
+from fastvae.kernels.reductions import add_shares, share_of, total
 from fastvae.kernels.sums import (
     bandwidth_terms,
     evaluate_sum,
@@ -96,104 +103,46 @@ _APART = 1 << 26
 _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
-class Inputs(NamedTuple):
-    """What a sweep reads, of B problems.
-
-    Attributes:
-        hi_ptr, lo_ptr: (B, rows, D), operands of x, and from row `first_y` on those of y; by differences the original rows.
-        neg_half_norm2_ptr: (B, rows), see `fastvae.kernels.prepare.Operands`.
-        weight_ptr: (B, rows).
-        plan_ptr: (B, PLAN).
-        table_ptr: (B, TABLE).
-    """
-
-    hi_ptr: Any
-    lo_ptr: Any
-    neg_half_norm2_ptr: Any
-    weight_ptr: Any
-    plan_ptr: Any
-    table_ptr: Any
+# Tuples hold pointers in a kernel and tensors on the host, of B problems. Each part of the sums is over a share of the columns of the own
+# or of the other sample, in turn.
 
 
 class PartSums(NamedTuple):
-    """What a sweep writes, for each of its parts: own and other sample, and shares of the columns.
+    """What a sweep writes."""
 
-    Attributes:
-        value_ptr: (1 + terms, parts, B, swept rows), sums over columns as they enter MMD²: of the kernel, then of `bandwidth_terms`.
-        slope_ptr: (parts, B, rows with gradient), Σ_j w_j·(W − constant).
-        moments_ptr: (parts, B, rows with gradient, D), Σ_j w_j·(W − constant)·u_j, by differences of u_j − u_i.
-    """
-
-    value_ptr: Any
-    slope_ptr: Any
-    moments_ptr: Any
+    value_ptr: Any  # (1 + terms, parts, B, swept rows), sums over columns as they enter MMD²: of the kernel, then of `bandwidth_terms`
+    slope_ptr: Any  # (parts, B, rows with gradient), Σ_j w_j·(W − constant)
+    moments_ptr: Any  # (parts, B, rows with gradient, D), Σ_j w_j·(W − constant)·u_j, by differences of u_j − u_i
+    parts: Any
 
 
-class SweepSizes(NamedTuple):
-    """The numbers of rows of a sweep, and where they start.
+class Sizes(NamedTuple):
+    """Numbers of rows."""
 
-    Attributes:
-        n, m: rows of x and y.
-        first_y, rows: the first operand of y, and the number of operands.
-        swept_rows: rows of all launches together. Those of x come first.
-        first_block: the first block of this launch.
-        x_start, y_start: the first row of each sample that is swept.
-        x_blocks: blocks of x, after which those of y come.
-        x_flags, y_flags: see above.
-        first_gradient: the first block whose gradient is wanted.
-        gradient_rows: rows with gradient.
-    """
-
-    n: Any
-    m: Any
-    first_y: Any
-    rows: Any
-    swept_rows: Any
-    first_block: Any
-    x_start: Any
-    x_blocks: Any
-    y_start: Any
-    x_flags: Any
-    y_flags: Any
-    first_gradient: Any
+    n: Any  # of x
+    m: Any  # of y
+    x_padded: Any  # of x that are swept, with their padding; those of y come behind them
+    y_padded: Any
+    first_gradient: Any  # the first swept row whose gradient is wanted
     gradient_rows: Any
 
 
 class SweepSpec(NamedTuple):
-    """The constexprs of a sweep besides its tile's.
-
-    Attributes:
-        PASS: this pass, which runs if it is the plan's.
-        BATCHED: whether there are several problems.
-        TERMS: how many `bandwidth_terms` a program sums in the place of the kernel, or 0.
-        GROUPS: of bandwidths, each of which has its own programs.
-    """
+    """The constexprs of a sweep besides its tile's."""
 
     TABLE: int
-    PASS: int
+    PASS: int  # runs if it is the plan's
     SAMPLES: int
-    BATCHED: bool
+    BATCHED: bool  # several problems
     GRADIENT: bool
-    TERMS: int
-    GROUPS: int
+    TERMS: int  # how many `bandwidth_terms` a program sums in the place of the kernel, or 0
+    GROUPS: int  # of bandwidths, each of which has its own programs
     WEIGHTED: bool
     PRODUCT: int
     D: int
     FAMILY: Family
     BANDWIDTHS: int
     SQUARINGS: int
-
-
-class _Rows(NamedTuple):
-    """A block of rows: its first features as operands, −½‖u‖², for differences the features of its block of moments, where it lies."""
-
-    hi: Any
-    lo: Any
-    neg_half_norm2: Any
-    out: Any
-    hi_ptrs: Any
-    lo_ptrs: Any
-    offs_n: Any
 
 
 class _KernelTable(NamedTuple):
@@ -231,25 +180,19 @@ def _counted(tile, offs_n, offs_m, last_m, weight_ptr, DIAGONAL: tl.constexpr, S
 
 @triton.jit
 def _add_tile(
-    sums, rows, inputs, table, start_m, last_m, d_out,
+    sums, rows, row_out, operands, table, start_m, last_m, d_out,
     DIAGONAL: tl.constexpr, SLOPES: tl.constexpr, SPEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sums with those of one tile added. DIAGONAL leaves out the pairs of a row with itself."""
+    """The sums with those of one tile added. DIAGONAL leaves out the pairs of a row with itself. Differences take `row_out`, the features
+    of the rows in the block of moments."""
     FAMILY: tl.constexpr = SPEC.FAMILY
     TERMS: tl.constexpr = SPEC.TERMS
     D: tl.constexpr = SPEC.D
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    hi_ptr, lo_ptr, weight_ptr, offs_n = inputs.hi_ptr, inputs.lo_ptr, inputs.weight_ptr, rows.offs_n
+    weight_ptr, offs_n = operands.weight_ptr, rows.offs_n
     value_acc, slope_acc, moments, terms = sums.value, sums.slope, sums.moments, sums.terms
-    if SPEC.PRODUCT == DIFFERENCES:
-        exponent = difference_exponent(hi_ptr, hi_ptr, offs_n, start_m, table.scale, FAMILY, D, BLOCK_M)
-        col_hi, col_lo = rows.hi, rows.lo
-    else:
-        exponent, col_hi, col_lo = column_exponent(
-            rows.hi, rows.lo, rows.neg_half_norm2, rows.hi_ptrs, rows.lo_ptrs, hi_ptr, lo_ptr, inputs.neg_half_norm2_ptr, start_m,
-            FAMILY, SPEC.PRODUCT, D, BLOCK_M, BLOCK_K,
-        )  # fmt: skip
+    exponent, col_hi, col_lo = tile_exponent(rows, operands, start_m, table.scale, FAMILY, SPEC.PRODUCT, D, BLOCK_M, BLOCK_K)
     if TERMS > 0:
         new = ()
         tiles = bandwidth_terms(exponent, table.entries, table.parameters, FAMILY, TERMS)
@@ -267,12 +210,12 @@ def _add_tile(
     if SPEC.GRADIENT:
         if SPEC.PRODUCT == DIFFERENCES:
             offs_d = d_out * BLOCK_D + tl.arange(0, BLOCK_D)
-            col = tl.load(hi_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :])
-            moments += tl.sum(slope[:, :, None] * ((col[None, :, :] - rows.out[:, None, :]) * table.scale), 1)
+            col = tl.load(operands.hi_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :])
+            moments += tl.sum(slope[:, :, None] * ((col[None, :, :] - row_out[:, None, :]) * table.scale), 1)
         else:
             if SLOPES:
                 slope_acc += row_sums(slope)
-            col_hi, col_lo = column_parts(col_hi, col_lo, hi_ptr, lo_ptr, start_m, d_out, SPEC.PRODUCT, D, BLOCK_M, BLOCK_K, BLOCK_D)
+            col_hi, col_lo = column_parts(col_hi, col_lo, operands, start_m, d_out, SPEC.PRODUCT, D, BLOCK_M, BLOCK_K, BLOCK_D)
             slope_hi, slope_lo = split_operand(slope, SPEC.PRODUCT)
             # A tensor core's accumulator truncates: each tile starts from zero, and its sum is added in the accumulation dtype.
             moments += dot(slope_hi, slope_lo, col_hi, col_lo, tl.zeros_like(moments), SPEC.PRODUCT)
@@ -290,35 +233,14 @@ def _store_terms(out_ptr, part_size, terms, group, SPEC: tl.constexpr):
         tl.store(term_ptr + tl.arange(0, terms[t].shape[0]), terms[t])
 
 
-@triton.jit
-def _of_problem(inputs, sums, sizes, problem, SPEC: tl.constexpr):
-    """The inputs and outputs of one problem of a batch."""
-    # A problem has the same bytes in every pass.
-    halves: tl.constexpr = 2 if SPEC.PRODUCT == BF16 or SPEC.PRODUCT == BF16X3 else 1
-    own_inputs = Inputs(
-        inputs.hi_ptr + problem * sizes.rows * (halves * SPEC.D),
-        inputs.lo_ptr + problem * sizes.rows * (halves * SPEC.D),
-        inputs.neg_half_norm2_ptr + problem * sizes.rows,
-        inputs.weight_ptr + problem * sizes.rows,
-        inputs.plan_ptr + problem * PLAN,
-        inputs.table_ptr + problem * SPEC.TABLE,
-    )
-    own_sums = PartSums(
-        sums.value_ptr + problem * sizes.swept_rows,
-        sums.slope_ptr + problem * sizes.gradient_rows,
-        sums.moments_ptr + problem * sizes.gradient_rows * SPEC.D,
-    )
-    return own_inputs, own_sums
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "x_flags", "y_flags"])
 def sweep_kernel(
-    inputs, part_sums, sizes, SPEC: tl.constexpr,
+    operands, tables, part_sums, swept, sizes, first_row, x_flags, y_flags, SPEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums of a block of rows over a share of the columns of its own or of the other sample.
 
-    Program 0 is the block of rows from `first_block` on, program 1 the block of moments or the group of bandwidths and the problem of a
+    Program 0 is the block of rows from `first_row` on, program 1 the block of moments or the group of bandwidths and the problem of a
     batch, program 2 the share, own and other in turn. A step of the exponent's product takes BLOCK_K features, a block of moments BLOCK_D.
     """
     # where
@@ -328,27 +250,34 @@ def sweep_kernel(
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     D: tl.constexpr = SPEC.D
     d_out = tl.program_id(1)
+    part = tl.program_id(2)
+    out = tl.cast(part, tl.int64)
     batches = 1
+    plan_ptr, table_ptr = tables.plan_ptr, tables.table_ptr
+    operands = as_product(operands, PRODUCT)
     if SPEC.BATCHED:
         # Bases of their own for the pointers take registers, which one problem is spared.
         d_blocks: tl.constexpr = D // BLOCK_D if SPEC.GRADIENT else SPEC.GROUPS
         problem = (tl.program_id(1) // d_blocks).to(tl.int64)
         d_out = tl.program_id(1) % d_blocks
         batches = tl.num_programs(1) // d_blocks
-        inputs, part_sums = _of_problem(inputs, part_sums, sizes, problem, SPEC)
-    plan_ptr = inputs.plan_ptr
+        # A problem has the same bytes in every pass.
+        halves: tl.constexpr = 2 if PRODUCT == BF16 or PRODUCT == BF16X3 else 1  # noqa: SIM109
+        operands = from_row(operands, problem * operands.rows, halves * D)
+        plan_ptr += problem * PLAN
+        table_ptr += problem * SPEC.TABLE
+        out = out * batches + problem
     if tl.load(plan_ptr + PRECISION_PASS) != SPEC.PASS:
         return
     # One bandwidth of a Gaussian has its value for slope, and a polynomial needs only moments.
     SLOPES: tl.constexpr = FAMILY.radial and (FAMILY.number != GAUSSIAN or SPEC.BANDWIDTHS > 1)
-    dtype: tl.constexpr = inputs.neg_half_norm2_ptr.dtype.element_ty
-    swept_rows = sizes.swept_rows
-    block = sizes.first_block + tl.program_id(0)
-    part = tl.program_id(2)
-    is_y = (block >= sizes.x_blocks) & (SAMPLES == 2)
+    dtype: tl.constexpr = operands.neg_half_norm2_ptr.dtype.element_ty
+    row = first_row + tl.program_id(0) * BLOCK_N
+    swept_rows = sizes.x_padded + sizes.y_padded
+    is_y = (row >= sizes.x_padded) & (SAMPLES == 2)
     sample = is_y.to(tl.int32)
     other = part % SAMPLES
-    flags = tl.where(is_y, sizes.y_flags, sizes.x_flags)
+    flags = tl.where(is_y, y_flags, x_flags)
     if SPEC.GRADIENT and D > BLOCK_D:  # noqa: SIM102, one is known to the compiler and the other is not
         if (d_out > 0) & ((flags & _GRADIENT) == 0):
             return
@@ -358,32 +287,25 @@ def sweep_kernel(
     if SAMPLES == 2:  # noqa: SIM102
         if (other == 1) & ((flags & _CROSS) == 0):
             # These rows have no gradient either: a value of zero is all there is to store.
-            out_ptr = part_sums.value_ptr + tl.cast(part, tl.int64) * batches * swept_rows + block * BLOCK_N
+            out_ptr = part_sums.value_ptr + out * swept_rows + row
             if TERMS > 0:
                 _store_terms(out_ptr, batches * swept_rows, terms, d_out, SPEC)
             else:
                 tl.store(out_ptr + tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], dtype))
             return
-    y_row = sizes.first_y + sizes.y_start + (block - sizes.x_blocks) * BLOCK_N
-    start_n = tl.where(is_y, y_row, sizes.x_start + block * BLOCK_N)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    row_start = tl.cast(start_n, tl.int64) * D
+    y_row = operands.first_y + swept.y_start + (row - sizes.x_padded)
+    start_n = tl.where(is_y, y_row, swept.x_start + row)
     local_n = tl.arange(0, BLOCK_N)[:, None] * D
-    local_k = tl.arange(0, BLOCK_K)[None, :]
 
     # load
-    row_neg_half_norm2 = tl.load(inputs.neg_half_norm2_ptr + offs_n)
-    row_hi_ptrs = inputs.hi_ptr + row_start + (local_n + local_k)
-    row_lo_ptrs = inputs.lo_ptr + row_start + (local_n + local_k)
-    row_hi, row_lo = load_parts(row_hi_ptrs, row_lo_ptrs, PRODUCT)
-    row_out = row_neg_half_norm2
+    rows = load_block(operands, start_n, PRODUCT, D, BLOCK_N, BLOCK_K)
+    row_out = rows.neg_half_norm2
     if PRODUCT == DIFFERENCES and SPEC.GRADIENT:
-        row_out = tl.load(inputs.hi_ptr + row_start + (local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]))
-    rows = _Rows(row_hi, row_lo, row_neg_half_norm2, row_out, row_hi_ptrs, row_lo_ptrs, offs_n)
+        row_start = tl.cast(start_n, tl.int64) * D
+        row_out = tl.load(operands.hi_ptr + row_start + (local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]))
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     value_constant = tl.load(plan_ptr + VALUE_CONSTANT).to(dtype)
     slope_constant = tl.load(plan_ptr + SLOPE_CONSTANT).to(dtype)
-    table_ptr = inputs.table_ptr
     if TERMS > 0:
         entries = load_group(table_ptr, d_out, FAMILY, TERMS, SPEC.BANDWIDTHS, SPEC.TABLE)
     else:
@@ -394,9 +316,9 @@ def sweep_kernel(
     # The columns of the own sample without the band of tiles on the diagonal, which come masked after the others: a self-pair in the
     # products would swamp small sums. Or those of the other sample, which has no such band.
     in_y = sample + other == 1
-    first_m = tl.where(in_y, sizes.first_y, 0)
-    true_m = tl.where(in_y, sizes.first_y + sizes.m, sizes.n)
-    last_m = tl.where(in_y, sizes.first_y + tl.cdiv(sizes.m, BLOCK_N) * BLOCK_N, tl.cdiv(sizes.n, BLOCK_N) * BLOCK_N)
+    first_m = tl.where(in_y, operands.first_y, 0)
+    true_m = tl.where(in_y, operands.first_y + sizes.m, sizes.n)
+    last_m = tl.where(in_y, operands.first_y + tl.cdiv(sizes.m, BLOCK_N) * BLOCK_N, tl.cdiv(sizes.n, BLOCK_N) * BLOCK_N)
     band = first_m
     band_end = first_m
     if other == 0:
@@ -412,7 +334,7 @@ def sweep_kernel(
     sums = _Sums(zeros, zeros, tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype), terms)
     for offset in range(first, last, BLOCK_M):
         start_m = tl.multiple_of(tl.where(offset >= left, band_end + (offset - left), first_m + offset), BLOCK_M)
-        sums = _add_tile(sums, rows, inputs, table, start_m, true_m, d_out, False, SLOPES, SPEC, BLOCK_M, BLOCK_K, BLOCK_D)
+        sums = _add_tile(sums, rows, row_out, operands, table, start_m, true_m, d_out, False, SLOPES, SPEC, BLOCK_M, BLOCK_K, BLOCK_D)
     value_acc, slope_acc, moments, terms = sums.value, sums.slope, sums.moments, sums.terms
     if twice:
         value_acc += value_acc
@@ -424,7 +346,7 @@ def sweep_kernel(
     sums = _Sums(value_acc, slope_acc, moments, terms)
     if part < SAMPLES:
         for start_m in tl.range(band, band_end, BLOCK_M, num_stages=1):
-            sums = _add_tile(sums, rows, inputs, table, start_m, true_m, d_out, True, SLOPES, SPEC, BLOCK_M, BLOCK_K, BLOCK_D)
+            sums = _add_tile(sums, rows, row_out, operands, table, start_m, true_m, d_out, True, SLOPES, SPEC, BLOCK_M, BLOCK_K, BLOCK_D)
     value = tl.sum(sums.value, 1)
     slope = tl.sum(sums.slope, 1) if SLOPES else value
     if not SPEC.WEIGHTED and PRODUCT != DIFFERENCES:
@@ -436,7 +358,6 @@ def sweep_kernel(
         slope += padded * slope_constant
 
     # store
-    out = tl.cast(part, tl.int64) * batches
     if TERMS > 0:
         factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
         scaled_terms = ()
@@ -445,15 +366,15 @@ def sweep_kernel(
             if len(entries) > 0 and t % 2 == 0 and not SPEC.WEIGHTED and PRODUCT != DIFFERENCES:
                 term += padded * entries[t + 1]
             scaled_terms += (term * factor,)
-        out_ptr = part_sums.value_ptr + out * swept_rows + block * BLOCK_N
+        out_ptr = part_sums.value_ptr + out * swept_rows + row
         _store_terms(out_ptr, batches * swept_rows, scaled_terms, d_out, SPEC)
     elif d_out == 0:
         factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_VALUE, OTHER_VALUE) + sample)).to(dtype)
-        tl.store(part_sums.value_ptr + out * swept_rows + block * BLOCK_N + tl.arange(0, BLOCK_N), value * factor)
+        tl.store(part_sums.value_ptr + out * swept_rows + row + tl.arange(0, BLOCK_N), value * factor)
     if SPEC.GRADIENT:  # noqa: SIM102
         if (flags & _GRADIENT) != 0:
             factor = tl.load(plan_ptr + (tl.where(other == 0, OWN_GRADIENT, OTHER_GRADIENT) + sample)).to(dtype)
-            out = out * sizes.gradient_rows + (block - sizes.first_gradient) * BLOCK_N
+            out = out * sizes.gradient_rows + (row - sizes.first_gradient)
             if d_out == 0:
                 tl.store(part_sums.slope_ptr + out + tl.arange(0, BLOCK_N), slope * factor)
             offs_out = local_n + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
@@ -461,36 +382,12 @@ def sweep_kernel(
 
 
 class Results(NamedTuple):
-    """What `finish_kernel` writes.
+    """What `finish_kernel` writes."""
 
-    Attributes:
-        mmd_ptr: (B,).
-        term_ptr: (B, TERMS), float64.
-        grad_x_ptr, grad_y_ptr: (B, x_rows, FEATURES), (B, y_rows, FEATURES).
-    """
-
-    mmd_ptr: Any
-    term_ptr: Any
-    grad_x_ptr: Any
+    mmd_ptr: Any  # (B,)
+    term_ptr: Any  # (B, TERMS), float64
+    grad_x_ptr: Any  # (B, x_rows, FEATURES)
     grad_y_ptr: Any
-
-
-class FinishSizes(NamedTuple):
-    """Numbers of rows and sums.
-
-    Attributes:
-        x_padded, y_padded: swept rows of each sample with their padding.
-        first_gradient, gradient_rows: the first row of the sweep with a gradient, and how many there are.
-        closed_forms: sums of closed forms of a problem.
-        parts: of the sums.
-    """
-
-    x_padded: Any
-    y_padded: Any
-    first_gradient: Any
-    gradient_rows: Any
-    closed_forms: Any
-    parts: Any
 
 
 @triton.jit
@@ -517,12 +414,12 @@ def _finish_value(
     # where
     FAMILY: tl.constexpr = SUM.FAMILY
     problem = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
+    batches = tl.cast(tl.num_programs(1), tl.int64)
     dtype: tl.constexpr = results.mmd_ptr.dtype.element_ty
     plan_ptr = tables.plan_ptr + problem * PLAN
     weight_ptr = operands.weight_ptr + problem * operands.rows
     padded = sizes.x_padded + sizes.y_padded
-    value_ptr = part_sums.value_ptr + tl.program_id(0).to(tl.int64) * sizes.parts * batches * padded
+    value_ptr = part_sums.value_ptr + (tl.program_id(0) * part_sums.parts * batches + problem) * padded
 
     # load and compute
     value = tl.zeros([BLOCK_R], dtype=tl.float64)
@@ -538,11 +435,7 @@ def _finish_value(
             source = tl.where(in_x, swept.x_start + row, operands.first_y + swept.y_start + (row - sizes.x_padded))
             p = tl.load(weight_ptr + source, mask=mask, other=0.0).to(tl.float64)
         p = tl.where(mask, p, 0.0)
-        row_value = tl.zeros([BLOCK_R], dtype=tl.float64)
-        for part in range(0, sizes.parts):
-            offset = (tl.cast(part, tl.int64) * batches + problem) * padded
-            row_value += tl.load(value_ptr + offset + row, mask=mask, other=0.0).to(tl.float64)
-        value += p * row_value
+        value += p * add_shares(tl.zeros([BLOCK_R], dtype=tl.float64), value_ptr + row, batches * padded, part_sums.parts, mask)
         squares += p * p
         shares += p
 
@@ -567,7 +460,8 @@ def _finish_value(
     if SUM.CLOSED_FORM == NORMAL_PRIOR:
         mmd += tl.load(plan_ptr + PRIOR) * tl.sum(shares)
     if SUM.CLOSED_FORM != NO_CLOSED_FORM:
-        mmd += total(tables.closed_form_ptr + problem * sizes.closed_forms, sizes.closed_forms, 1, BLOCK_R)
+        programs = tl.cdiv(operands.rows, SPEC.BLOCK_N)
+        mmd += total(tables.closed_form_ptr + problem * programs, programs, 1, BLOCK_R)
     tl.store(results.mmd_ptr + problem, mmd.to(dtype))
 
 
@@ -583,9 +477,12 @@ def _finish_gradient(
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     problem = tl.program_id(1).to(tl.int64)
-    batches = tl.num_programs(1)
+    operands = from_row(operands, problem * operands.rows, SPEC.D)
     dtype: tl.constexpr = results.mmd_ptr.dtype.element_ty
     plan_ptr = tables.plan_ptr + problem * PLAN
+    slope_ptr = part_sums.slope_ptr + problem * sizes.gradient_rows
+    moments_ptr = part_sums.moments_ptr + problem * sizes.gradient_rows * SPEC.D
+    part_size = tl.cast(tl.num_programs(1), tl.int64) * sizes.gradient_rows
     n, m = samples.n.to(tl.float64), samples.m.to(tl.float64)
     in_y = start_n + sizes.first_gradient >= sizes.x_padded
     out_row = start_n + tl.arange(0, BLOCK_N)
@@ -606,16 +503,13 @@ def _finish_gradient(
     sample = in_y.to(tl.int32)
     p = tl.zeros([BLOCK_N], dtype=tl.float64) + p
     if SPEC.X_WEIGHTED or SPEC.Y_WEIGHTED:
-        p = tl.load(operands.weight_ptr + problem * operands.rows + source + local, mask=mask_n, other=0.0).to(tl.float64)
+        p = tl.load(operands.weight_ptr + source + local, mask=mask_n, other=0.0).to(tl.float64)
     scale = tl.load(plan_ptr + GRADIENT_SCALE).to(dtype)
-    operand_row = (problem * operands.rows + source + local).to(tl.int64)
 
     # load and compute
     slope = tl.zeros([BLOCK_N], dtype=dtype)
     if FAMILY.radial:
-        for part in range(0, sizes.parts):
-            offset = (tl.cast(part, tl.int64) * batches + problem) * sizes.gradient_rows
-            slope += tl.load(part_sums.slope_ptr + offset + out_row, mask=mask_n, other=0.0)
+        slope = add_shares(slope, slope_ptr + out_row, part_size, part_sums.parts, mask_n)
     norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
     if SUM.CLOSED_FORM != NO_CLOSED_FORM:
         for start_d in range(0, SPEC.D, BLOCK_D):
@@ -633,13 +527,11 @@ def _finish_gradient(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         z, mask = load_rows(z_ptr, local, mask_n, offs_d, FEATURES)
         z = z.to(dtype)
-        moments = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
-        for part in range(0, sizes.parts):
-            offset = (tl.cast(part, tl.int64) * batches + problem) * sizes.gradient_rows
-            moments += tl.load(part_sums.moments_ptr + (offset + out_row)[:, None] * SPEC.D + offs_d[None, :], mask=mask, other=0.0)
+        moments_ptrs = moments_ptr + out_row.to(tl.int64)[:, None] * SPEC.D + offs_d[None, :]
+        moments = add_shares(tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype), moments_ptrs, part_size * SPEC.D, part_sums.parts, mask)
         row_gradient = moments
         if FAMILY.radial:
-            rounded = _load_rounded(operands, plan_ptr, problem, operand_row, offs_d, mask, dtype, SPEC, SUM)
+            rounded = _load_rounded(operands, plan_ptr, source + local, offs_d, mask, dtype, SPEC, SUM)
             row_gradient = slope[:, None] * rounded - moments
         gradient = p.to(dtype)[:, None] * (scale * row_gradient)
         if FAMILY.number == GAUSSIAN:
@@ -650,18 +542,16 @@ def _finish_gradient(
 
 
 @triton.jit
-def _load_rounded(operands, plan_ptr, problem, row, offs_d, mask, dtype: tl.constexpr, SPEC: tl.constexpr, SUM: tl.constexpr):
+def _load_rounded(operands, plan_ptr, row, offs_d, mask, dtype: tl.constexpr, SPEC: tl.constexpr, SUM: tl.constexpr):
     """The rows as the products of the pass that has run saw them. Sums of differences need none: they get zeros."""
-    hi_ptr, lo_ptr, hi16_ptr, lo16_ptr = operands.hi_ptr, operands.lo_ptr, operands.hi16_ptr, operands.lo16_ptr
     precision_pass = tl.load(plan_ptr + PRECISION_PASS).to(tl.int32)
-    offs = row[:, None] * SPEC.D + offs_d[None, :]
-    offs16 = offs + problem * operands.rows * SPEC.D
+    offs = row.to(tl.int64)[:, None] * SPEC.D + offs_d[None, :]
     rounded = tl.zeros_like(mask).to(dtype)
     if precision_pass == 0:
-        rounded = load_rounded_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, SUM.FIRST_PRODUCT)
+        rounded = load_rounded_rows(operands.hi_ptr, operands.lo_ptr, offs, mask, dtype, SUM.FIRST_PRODUCT)
     if SUM.SECOND_PRODUCT >= 0:  # noqa: SIM102
         if precision_pass == 1:
-            rounded = load_rounded_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype, SUM.SECOND_PRODUCT)
+            rounded = load_rounded_rows(operands.hi_ptr, operands.lo_ptr, offs, mask, dtype, SUM.SECOND_PRODUCT)
     return rounded
 
 
@@ -686,9 +576,8 @@ def _slope_constant_gradient(z, statistics, plan_ptr, problem, sample, offs_d, p
 @triton.jit
 def _mean(sum_ptr, plan_ptr, sample, offs_d, SPEC: tl.constexpr):
     """Σ_j w_j·(z_j − c) over a sample whose weights sum to one, from the sums of its programs."""
-    sums = tl.zeros([offs_d.shape[0]], dtype=tl.float64)
-    for chunk in range(SPEC.CHUNKS):
-        sums += tl.load(sum_ptr + sample * (SPEC.CHUNKS * SPEC.D) + chunk * SPEC.D + offs_d)
+    sum_ptrs = sum_ptr + sample * (SPEC.CHUNKS * SPEC.D) + offs_d
+    sums = add_shares(tl.zeros([offs_d.shape[0]], dtype=tl.float64), sum_ptrs, SPEC.D, SPEC.CHUNKS, offs_d < SPEC.D)
     return sums / tl.load(plan_ptr + (TOTAL + sample))
 
 
@@ -710,27 +599,18 @@ def _choice(
     """`pair` says that there are two samples, of one problem."""
     architecture, powers = device_limits(device).architecture, plan.powers
     gaussian_pair = pair and plan.family.number == GAUSSIAN.value
-    configs, values = (
-        [
-            difference_config(dtype.itemsize)
-            if product == DIFFERENCES.value
-            else sweep_config(dim, product_name(product, dtype), with_gradient, plan.bandwidths, architecture, powers, gaussian_pair)
-            for product in plan.precision_passes * wanted
-        ]
-        for with_gradient, wanted in ((gradient, True), (False, apart))
-    )
-    term_configs = [
-        terms_config(
-            dim,
-            difference_products(dtype.itemsize) if product == DIFFERENCES.value else product_name(product, dtype),
-            plan.bandwidths, architecture, plan.family.number == RATIONAL_QUADRATIC_LARGE.value,
-        )
-        for product in plan.precision_passes * terms
-    ]  # fmt: skip
-    all_configs = [entry for of in (configs, values, term_configs) for entry in zip(plan.precision_passes, of, strict=False)]
-    features = max(padded_dim(dim, config) for product, config in all_configs if product != DIFFERENCES.value)
-    block = max(ROW_BLOCK, *(config.block_n for _, config in all_configs))
-    return _Choice(tuple(configs), tuple(values), tuple(term_configs), features, block)
+    names = [product_name(product, dtype) for product in plan.precision_passes]
+
+    def sweep_configs(with_gradient: bool) -> tuple[SweepConfig, ...]:
+        return tuple(sweep_config(dim, name, with_gradient, plan.bandwidths, architecture, powers, gaussian_pair) for name in names)
+
+    steep = plan.family.number == RATIONAL_QUADRATIC_LARGE.value
+    configs, values = sweep_configs(gradient), sweep_configs(False) if apart else ()
+    term_configs = tuple(terms_config(dim, name, plan.bandwidths, architecture, steep) for name in names) if terms else ()
+    every = *configs, *values, *term_configs
+    features = max(padded_dim(dim, config) for config in every)
+    block = max(ROW_BLOCK, *(config.block_n for config in every))
+    return _Choice(configs, values, term_configs, features, block)
 
 
 def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
@@ -741,8 +621,8 @@ def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
 def mmd(
     x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, bandwidth_grad: bool, precision: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """MMD² () or (batch,), against N(0, I) without y; its gradients to x and y; with `bandwidth_grad` the sums of `bandwidth_terms` over
-    the pairs (B, terms); and which constants were subtracted of the bandwidths (B, bandwidths), widest first."""
+    """MMD² () or (batch,), against N(0, I) without y; its gradients to x and y; and with `bandwidth_grad` the sums of `bandwidth_terms`
+    over the pairs (B, terms), and which constants were subtracted of the bandwidths (B, bandwidths), widest first."""
     samples = [x] if y is None else [x, y]
     batch, shape, (n, dim) = x.problems, x.points.shape[:-2], x.points.shape[-2:]
     m, two, device = samples[-1].points.shape[-2], len(samples) == 2, x.points.device
@@ -763,7 +643,6 @@ def mmd(
     # The rows that are swept, and what of them.
     padded_rows = [padded(sample.rows, choice.block) for sample in samples]
     x_padded, y_padded = (*padded_rows, 0)[:2]
-    y_start, y_rows = (0, 0) if y is None else (y.start, y.rows)
     # Rows with a gradient meet the other sample. The value takes those of x, as every rank does whatever its gradients, or those of y where
     # they alone are swept so.
     counted = x.gradient or not all(sample.whole for sample in samples) or not samples[-1].gradient
@@ -788,7 +667,8 @@ def mmd(
     slope, moments = value, value
     if gradient:
         slope, moments = empty(parts * batch * gradient_rows), empty(parts * batch * gradient_rows * d)
-    part_sums = PartSums(value, slope, moments)
+    part_sums = PartSums(value, slope, moments, parts)
+    sizes = Sizes(n, m, x_padded, y_padded, first_gradient, gradient_rows)
     key = prepared.key, gradient, terms
     of_x, of_y, of_all = (0, x_padded), (x_padded, y_padded), (0, swept_rows)
     sweeps: list[tuple[bool, tuple[int, int], Sequence[SweepConfig], tuple[int, int]]]
@@ -800,42 +680,38 @@ def mmd(
     if terms:
         value_flags = _flags(x, False, two and counted), _flags(samples[-1], False, two and not counted)
         sweeps.append((False, value_flags, choice.terms, of_all))
-    for needs_gradient, (x_flags, y_flags), configs, (first_row, some_rows) in sweeps:
-        for number, (product, config) in enumerate(zip(plan.precision_passes, configs, strict=True)):
+    for needs_gradient, sample_flags, configs, (first_row, some_rows) in sweeps:
+        for number, config in enumerate(configs):
             share, groups = 0, 1
             if isinstance(config, TermsConfig):
                 share, groups = term_count(plan.family, config.bandwidths), config.groups(plan.bandwidths)
-            spec = functools.partial(
-                SweepSpec, plan.table, number, len(samples), batch > 1, needs_gradient, share, groups, weighted, product, d, plan.family,
-                plan.bandwidths, plan.squarings,
-            )  # fmt: skip
-            block = config.block_n
-            sizes = SweepSizes(
-                n, m, prepared.first_y, prepared.rows, swept_rows, first_row // block, x.start, x_padded // block, y_start,
-                x_flags, y_flags, first_gradient // block, gradient_rows,
-            )  # fmt: skip
             launch(
                 sweep_kernel, (key, number, share, needs_gradient), device,
-                (some_rows // block, batch * (d // config.block_d if needs_gradient else groups), parts),
-                (
-                    Inputs(*prepared.parts(product), prepared.neg_half_norm2, prepared.operands.weight_ptr, prepared.plan, prepared.table),
-                    part_sums, sizes,
-                ),
-                lambda spec=spec, config=config: {"SPEC": spec()} | config.launch(),
+                (some_rows // config.block_n, batch * (d // config.block_d if needs_gradient else groups), parts),
+                (prepared.operands, prepared.tables, part_sums, prepared.swept, sizes, first_row, *sample_flags),
+                lambda number=number, config=config, needs_gradient=needs_gradient, share=share, groups=groups: {
+                    "SPEC": SweepSpec(
+                        plan.table, number, len(samples), batch > 1, needs_gradient, share, groups, weighted, plan.precision_passes[number],
+                        d, plan.family, plan.bandwidths, plan.squarings,
+                    ),
+                } | config.launch(),
             )  # fmt: skip
 
     # finish
-    result, sums = empty(shape), torch.empty((batch, terms), dtype=torch.float64, device=device)
+    result = empty(shape)
+    sums, subtracted = result, prepared.tables.table_ptr
+    if terms:
+        sums = torch.empty((batch, terms), dtype=torch.float64, device=device)
+        subtracted = subtracted.view(batch, -1)[:, -plan.bandwidths :]
     grads = [empty((*shape, sample.rows, dim)) if sample.gradient else None for sample in samples]
     grad_x, grad_y = (result if grad is None else grad for grad in (grads * 2)[:2])
-    tables, results = prepared.tables, Results(result, sums, grad_x, grad_y)
+    results = Results(result, sums, grad_x, grad_y)
     launch(
         finish_kernel, key, device, (1 + terms + gradient_rows // ROW_BLOCK, batch, 1),
         (
-            prepared.samples, prepared.statistics, prepared.numbers, prepared.operands, tables, part_sums, results,
-            SweptRows(x.start, x.rows, y_start, y_rows),
-            FinishSizes(x_padded, y_padded, first_gradient, gradient_rows, prepared.blocks, parts),
+            prepared.samples, prepared.statistics, kernel.arguments, prepared.operands, prepared.tables, part_sums, results, prepared.swept,
+            sizes,
         ),
         lambda: prepared.specs() | {"GRADIENT": gradient, "TERMS": terms, "BLOCK_R": 1024},
     )  # fmt: skip
-    return result, grads[0], grads[1] if two else None, sums, prepared.table.view(batch, -1)[:, -plan.bandwidths :]
+    return result, grads[0], grads[1] if two else None, sums, subtracted

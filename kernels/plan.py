@@ -45,22 +45,15 @@ _NEAR, _NEAR_DOUBLE, NEAR_SHARE = 2.0**10, 2.0**24, tl.constexpr(2.0**-8)
 
 @dataclass(frozen=True, eq=False)
 class DeviceKernelPlan:
-    """How the GPU evaluates a sum of kernels. It follows from the kernels, the dtype and the precision alone.
-
-    Attributes:
-        family, bandwidths, squarings: constexprs.
-        precision_passes: the constexpr PRODUCT of each pass. The pass runs whose number is the plan's PRECISION_PASS.
-        limits: the largest γ·‖z−c‖² of the first two passes.
-        table: entries of the table of a problem.
-    """
+    """How the GPU evaluates a sum of kernels. It follows from the kernels, the dtype and the precision alone."""
 
     kernel: Kernel
     family: Family
     bandwidths: int
     squarings: int
-    precision_passes: tuple[int, ...]
-    limits: tuple[float, float]
-    table: int
+    precision_passes: tuple[int, ...]  # the constexpr PRODUCT of each pass; the pass runs whose number is the plan's PRECISION_PASS
+    limits: tuple[float, float]  # the largest γ·‖z−c‖² of the first two passes
+    table: int  # entries of the table of a problem
 
     @property
     def powers(self) -> bool:

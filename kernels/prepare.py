@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ from fastvae.kernels.plan import (
     DeviceKernelPlan,
     near_distance,
 )
-from fastvae.kernels.products import DIFFERENCES, is_bfloat16, operand_buffers, store_parts
+from fastvae.kernels.products import DIFFERENCES, operand_buffers, operand_ptr, store_parts
 from fastvae.kernels.reductions import share_of
 from fastvae.kernels.sums import gammas_of, load_numbers, subtracted_constants
 
@@ -69,62 +68,45 @@ _NEAR_ROWS = tl.constexpr(128)
 _NEAR_BLOCK = 16
 
 
-class Samples(NamedTuple):
-    """Both samples as they were given; x twice if there is one. x is (B, n, FEATURES) and its weights are (B, n)."""
+# Tuples hold pointers in a kernel and tensors on the host, of B problems. FEATURES and D are features without and with their padding.
 
-    x_ptr: Any
+
+class Samples(NamedTuple):
+    """Both samples as they were given; x twice if there is one."""
+
+    x_ptr: Any  # (B, n, FEATURES)
     y_ptr: Any
-    x_weight_ptr: Any
+    x_weight_ptr: Any  # (B, n)
     y_weight_ptr: Any
     n: Any
     m: Any
 
 
 class Statistics(NamedTuple):
-    """What `statistics_kernel` writes.
+    """What `statistics_kernel` writes."""
 
-    Attributes:
-        centre_ptr: (B, programs, D), the same for every program of a problem.
-        sum_ptr: (B, programs, D), float64, Σw·(z−c) with the weights as they were given, or Σ(z−c).
-        statistic_ptr: (B, programs, STATISTICS), float64.
-    """
-
-    centre_ptr: Any
-    sum_ptr: Any
-    statistic_ptr: Any
+    centre_ptr: Any  # (B, programs, D), the same for every program of a problem
+    sum_ptr: Any  # (B, programs, D), float64, Σw·(z−c) with the weights as they were given, or Σ(z−c)
+    statistic_ptr: Any  # (B, programs, STATISTICS), float64
 
 
 class Operands(NamedTuple):
-    """The rows as products take them: those of x, and from row `first_y` on those of y.
+    """The rows as products take them: those of x, and from row `first_y` on those of y."""
 
-    Attributes:
-        hi_ptr, lo_ptr: (B, rows, D), high and low parts. `hi16_ptr` and `lo16_ptr` are the same memory as bfloat16.
-        neg_half_norm2_ptr: (B, rows), −½‖u‖²; of padding `Family.padding`.
-        weight_ptr: (B, rows), weights that sum to one, 0 in the padding.
-    """
-
-    hi_ptr: Any
+    hi_ptr: Any  # (B, rows, D), high and low parts, see `fastvae.kernels.products.operand_ptr`; by differences the original rows
     lo_ptr: Any
-    hi16_ptr: Any
-    lo16_ptr: Any
-    neg_half_norm2_ptr: Any
-    weight_ptr: Any
+    neg_half_norm2_ptr: Any  # (B, rows), −½‖u‖²; 0 for a polynomial, and in the padding `Family.padding`
+    weight_ptr: Any  # (B, rows), weights that sum to one, 0 in the padding
     first_y: Any
     rows: Any
 
 
 class PlanTables(NamedTuple):
-    """What the first program of a problem writes, and the sums of closed forms.
+    """What the first program of a problem writes, and the sums of closed forms."""
 
-    Attributes:
-        plan_ptr: (B, PLAN), float64, see `fastvae.kernels.plan`.
-        table_ptr: (B, TABLE), ratios, weights and slopes of each bandwidth, then `load_parameters`, then the subtracted constants.
-        closed_form_ptr: (B, programs), float64.
-    """
-
-    plan_ptr: Any
-    table_ptr: Any
-    closed_form_ptr: Any
+    plan_ptr: Any  # (B, PLAN), float64, see `fastvae.kernels.plan`
+    table_ptr: Any  # (B, TABLE), ratios, weights and slopes of each bandwidth, then `load_parameters`, then the subtracted constants
+    closed_form_ptr: Any  # (B, programs), float64
 
 
 class SweptRows(NamedTuple):
@@ -137,22 +119,20 @@ class SweptRows(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Numbers of the caller: with what factor a sweep over x, or over y, takes the mean over pairs of both; and by how much the sum of
-    the weights of x, or of y, may differ from one."""
+    """Numbers of the caller."""
 
-    cross_x: Any
+    cross_x: Any  # with what factor a sweep over x takes the mean over pairs of both
     cross_y: Any
-    x_tolerance: Any
+    x_tolerance: Any  # by how much the sum of its weights may differ from one
     y_tolerance: Any
 
 
 class SampleSpec(NamedTuple):
-    """The constexprs of the samples: SAMPLES of them, CHUNKS programs for the statistics of each (a power of two), NORMAL against N(0, I),
-    D features with their padding."""
+    """The constexprs of the samples."""
 
     SAMPLES: int
-    CHUNKS: int
-    NORMAL: bool
+    CHUNKS: int  # programs for the statistics of each, a power of two
+    NORMAL: bool  # against N(0, I)
     X_WEIGHTED: bool
     Y_WEIGHTED: bool
     FEATURES: int
@@ -162,23 +142,44 @@ class SampleSpec(NamedTuple):
 
 
 class SumSpec(NamedTuple):
-    """The constexprs of a sum of KERNELS kernels, of which the table has BANDWIDTHS, and which comes as NUMBERS numbers.
-
-    Attributes:
-        FIRST_PRODUCT, SECOND_PRODUCT: those of the first passes; the second is −1 if differences come next.
-        LIMITS: the largest γ·‖z−c‖² of these passes.
-    """
+    """The constexprs of a sum of kernels."""
 
     FAMILY: Family
     KERNELS: int
-    BANDWIDTHS: int
+    BANDWIDTHS: int  # of them in the table
     TABLE: int
-    NUMBERS: int
+    NUMBERS: int  # of `fastvae.kernel_sums.KernelNumbers`
     ON_DEVICE: bool
     CLOSED_FORM: int
-    FIRST_PRODUCT: int
-    SECOND_PRODUCT: int
-    LIMITS: tuple[float, float]
+    FIRST_PRODUCT: int  # of the first pass
+    SECOND_PRODUCT: int  # −1 if differences come next
+    LIMITS: tuple[float, float]  # the largest γ·‖z−c‖² of these passes
+
+
+@triton.jit
+def from_row(operands, row, D: tl.constexpr):
+    """The operands from a row on, whose number has 64 bits, if one starts every D numbers."""
+    return Operands(
+        operands.hi_ptr + row * D,
+        operands.lo_ptr + row * D,
+        operands.neg_half_norm2_ptr + row,
+        operands.weight_ptr + row,
+        operands.first_y,
+        operands.rows,
+    )
+
+
+@triton.jit
+def as_product(operands, PRODUCT: tl.constexpr):
+    """The operands as pointers to the dtype of their products."""
+    return Operands(
+        operand_ptr(operands.hi_ptr, PRODUCT),
+        operand_ptr(operands.lo_ptr, PRODUCT),
+        operands.neg_half_norm2_ptr,
+        operands.weight_ptr,
+        operands.first_y,
+        operands.rows,
+    )
 
 
 @triton.jit
@@ -411,20 +412,20 @@ def _precision_pass(gammas, furthest, near_ptr, NEAR_BLOCKS: tl.constexpr, SUM: 
 
 
 @triton.jit
-def _store_rows(scaled, z, operands, offs, offs16, mask, precision_pass, SUM: tl.constexpr):
+def _store_rows(scaled, z, operands, offs, mask, precision_pass, SUM: tl.constexpr):
     """Store rows as the pass that runs takes them, and return them as its products see them."""
-    hi_ptr, lo_ptr, hi16_ptr, lo16_ptr = operands.hi_ptr, operands.lo_ptr, operands.hi16_ptr, operands.lo16_ptr
+    hi_ptr, lo_ptr = operands.hi_ptr, operands.lo_ptr
     rounded = scaled
     if precision_pass == 0:
-        rounded = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, SUM.FIRST_PRODUCT)
+        rounded = store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, SUM.FIRST_PRODUCT)
     if SUM.SECOND_PRODUCT >= 0:
         if precision_pass == 1:
-            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, SUM.SECOND_PRODUCT)
+            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, SUM.SECOND_PRODUCT)
         if precision_pass == 2:
-            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, DIFFERENCES)
+            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, DIFFERENCES)
     elif SUM.FAMILY.radial:  # noqa: SIM102
         if precision_pass == 1:
-            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, DIFFERENCES)
+            rounded = store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, DIFFERENCES)
     return rounded
 
 
@@ -451,6 +452,7 @@ def operands_kernel(
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     problem = tl.program_id(1).to(tl.int64)
     start_n = tl.program_id(0) * BLOCK_N
+    operands = from_row(operands, problem * operands.rows, SPEC.D)
     dtype: tl.constexpr = operands.neg_half_norm2_ptr.dtype.element_ty
     statistic_ptr = statistics.statistic_ptr + problem * (SPEC.SAMPLES * SPEC.CHUNKS * STATISTICS)
     centre_ptr = statistics.centre_ptr + problem * (SPEC.SAMPLES * SPEC.CHUNKS * SPEC.D)
@@ -479,7 +481,6 @@ def operands_kernel(
     equal = 1.0 / count.to(tl.float64)
     mask_n = local < count
     row_mask = offs_n < operands.rows
-    own_row = problem * operands.rows + offs_n
     norm2 = tl.zeros([BLOCK_N], dtype=tl.float64)
     neg_half_norm2 = tl.zeros([BLOCK_N], dtype=dtype)
     for start_d in range(0, SPEC.D, BLOCK_D):
@@ -488,10 +489,8 @@ def operands_kernel(
         z = z.to(dtype)
         scaled = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64) * scale
         scaled = tl.where(mask, scaled, 0.0).to(dtype)
-        offs = own_row[:, None] * SPEC.D + offs_d[None, :]
-        # A problem has the same bytes in every pass, as each of a batch takes its own.
-        offs16 = offs + problem * operands.rows * SPEC.D
-        rounded = _store_rows(scaled, z, operands, offs, offs16, row_mask[:, None], precision_pass, SUM)
+        offs = offs_n.to(tl.int64)[:, None] * SPEC.D + offs_d[None, :]
+        rounded = _store_rows(scaled, z, operands, offs, row_mask[:, None], precision_pass, SUM)
         neg_half_norm2 -= 0.5 * tl.sum(rounded * rounded, 1)
         if SUM.CLOSED_FORM != NO_CLOSED_FORM:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
@@ -499,11 +498,11 @@ def operands_kernel(
         neg_half_norm2 = tl.where(mask_n, neg_half_norm2, FAMILY.padding)
     else:
         neg_half_norm2 = tl.zeros([BLOCK_N], dtype=dtype)
-    tl.store(operands.neg_half_norm2_ptr + own_row, neg_half_norm2, mask=row_mask)
+    tl.store(operands.neg_half_norm2_ptr + offs_n, neg_half_norm2, mask=row_mask)
     p = tl.where(mask_n, equal, 0.0)
     if SPEC.X_WEIGHTED or SPEC.Y_WEIGHTED:
         row_weight = (_weight(sample_weight_ptr, local, mask_n, is_y == 0, SPEC) / weight_sum).to(dtype)
-        tl.store(operands.weight_ptr + own_row, row_weight, mask=row_mask)
+        tl.store(operands.weight_ptr + offs_n, row_weight, mask=row_mask)
         p = row_weight.to(tl.float64)
     if SUM.CLOSED_FORM != NO_CLOSED_FORM:
         value, _ = closed_form_term(norm2, tl.where(in_sweep, p, 0.0), constants, values, gammas, SUM.CLOSED_FORM, FAMILY, KERNELS)
@@ -632,24 +631,15 @@ def _store_means(plan_ptr, value_scale, samples, totals, factors, UNBIASED: tl.c
     tl.store(plan_ptr + (TOTAL + 1), totals.y_weight if WEIGHTED else m)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample of one problem or of each of a batch.
+class Sample(NamedTuple):
+    """One sample of one problem or of each of a batch."""
 
-    Attributes:
-        points: (N, D) or (batch, N, D), contiguous.
-        weights: (N,) or (batch, N) in the accumulation dtype, or None for 1/N each.
-        tolerance: by how much their sum may differ from one; otherwise the result is nan.
-        start, rows: the rows that are swept, all unless data are parallel.
-        gradient: whether the gradient of these rows is wanted.
-    """
-
-    points: Tensor
-    weights: Tensor | None
-    tolerance: float
-    start: int
+    points: Tensor  # (N, D) or (batch, N, D), contiguous
+    weights: Tensor | None  # (N,) or (batch, N) in the accumulation dtype, or None for 1/N each
+    tolerance: float  # by how much their sum may differ from one; otherwise the result is nan
+    start: int  # the rows that are swept, all unless data are parallel
     rows: int
-    gradient: bool
+    gradient: bool  # whether the gradient of these rows is wanted
 
     @staticmethod
     def of(points: Tensor) -> Sample:
@@ -665,54 +655,16 @@ class Sample:
         return 1 if self.points.ndim == 2 else self.points.shape[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What `prepare` leaves for the kernels that follow.
+class Prepared(NamedTuple):
+    """What `prepare` leaves for the kernels that follow."""
 
-    Attributes:
-        key: of `launch`, for what depends on the samples and on the sum of kernels.
-        specs: makes the constexprs SPEC and SUM.
-        blocks: programs of a problem that wrote the operands.
-        numbers: of `fastvae.kernel_sums.KernelNumbers`.
-    """
-
-    key: Hashable
-    specs: Callable[[], dict[str, Any]]
-    blocks: int
-    numbers: tuple[float, ...] | Tensor
+    key: Hashable  # of `launch`, for what depends on the samples and on the sum of kernels
+    specs: Callable[[], dict[str, Any]]  # makes the constexprs SPEC and SUM
     samples: Samples
     statistics: Statistics
     operands: Operands
     tables: PlanTables
-
-    @property
-    def first_y(self) -> int:
-        return self.operands.first_y
-
-    @property
-    def rows(self) -> int:
-        return self.operands.rows
-
-    @property
-    def neg_half_norm2(self) -> Tensor:
-        return self.operands.neg_half_norm2_ptr
-
-    @property
-    def plan(self) -> Tensor:
-        return self.tables.plan_ptr
-
-    @property
-    def table(self) -> Tensor:
-        return self.tables.table_ptr
-
-    @property
-    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.operands[:4]
-
-    def parts(self, product: int) -> tuple[Tensor, Tensor]:
-        """The high and low parts of a pass, in the dtype of its products."""
-        hi, lo, hi16, lo16 = self.buffers
-        return (hi16, lo16) if is_bfloat16(product) else (hi, lo)
+    swept: SweptRows
 
 
 def prepare(
@@ -799,7 +751,7 @@ def prepare(
         (given_samples, statistics, kernel.arguments, near, operands, tables, swept, Factors(*counts, x.tolerance, y.tolerance)),
         lambda: specs() | {"NEAR_BLOCKS": near_blocks, "UNBIASED": unbiased},
     )  # fmt: skip
-    return Prepared(key, specs, blocks, kernel.arguments, given_samples, statistics, operands, tables)
+    return Prepared(key, specs, given_samples, statistics, operands, tables, swept)
 
 
 def padded(rows: int, block: int) -> int:

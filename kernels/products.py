@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastvae.kernels.config import difference_products
 
 # The constexpr PRODUCT: how products are taken. BF16X3 and TF32X3 take three products of the high and low parts of their operands.
 # DIFFERENCES takes no product for the exponent, but sums squared differences, feature by feature.
@@ -68,6 +71,15 @@ def split_operand(w, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def operand_ptr(ptr, PRODUCT: tl.constexpr):
+    """A pointer to operands of float32 or float64 as one to what `store_parts` has put there: bfloat16 fills half of the memory."""
+    if PRODUCT == BF16 or PRODUCT == BF16X3:  # noqa: SIM109
+        return ptr.to(tl.pointer_type(tl.bfloat16))
+    else:
+        return ptr
+
+
+@triton.jit
 def load_parts(hi_ptrs, lo_ptrs, PRODUCT: tl.constexpr):
     """The high and low parts; the high part twice where `dot` takes one."""
     hi = tl.load(hi_ptrs)
@@ -93,14 +105,14 @@ def _round_bf16(z):
 
 
 @triton.jit
-def store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, PRODUCT: tl.constexpr):
+def store_parts(scaled, points, hi_ptr, lo_ptr, offs, mask, PRODUCT: tl.constexpr):
     """Store the operands of one pass. Returns the rows as its products see them, that is, rounded."""
     if PRODUCT == BF16 or PRODUCT == BF16X3:  # noqa: SIM109
         rounded = _round_bf16(scaled)
-        tl.store(hi16_ptr + offs16, rounded.to(tl.bfloat16), mask=mask)
+        tl.store(operand_ptr(hi_ptr, PRODUCT) + offs, rounded.to(tl.bfloat16), mask=mask)
         if PRODUCT == BF16X3:
             lo = _round_bf16(scaled - rounded)
-            tl.store(lo16_ptr + offs16, lo.to(tl.bfloat16), mask=mask)
+            tl.store(operand_ptr(lo_ptr, PRODUCT) + offs, lo.to(tl.bfloat16), mask=mask)
             rounded += lo
         return rounded
     elif PRODUCT == TF32 or PRODUCT == TF32X3:  # noqa: SIM109
@@ -121,56 +133,86 @@ def store_parts(scaled, points, hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16
 
 
 @triton.jit
-def load_rounded_rows(hi_ptr, lo_ptr, hi16_ptr, lo16_ptr, offs, offs16, mask, dtype: tl.constexpr, PRODUCT: tl.constexpr):
+def load_rounded_rows(hi_ptr, lo_ptr, offs, mask, dtype: tl.constexpr, PRODUCT: tl.constexpr):
     """The rows that `store_parts` returned."""
-    if PRODUCT == BF16 or PRODUCT == BF16X3:  # noqa: SIM109
-        rounded = tl.load(hi16_ptr + offs16, mask=mask, other=0.0).to(dtype)
-        if PRODUCT == BF16X3:
-            rounded += tl.load(lo16_ptr + offs16, mask=mask, other=0.0).to(dtype)
-        return rounded
-    else:
-        rounded = tl.load(hi_ptr + offs, mask=mask, other=0.0)
-        if PRODUCT == TF32X3:
-            rounded += tl.load(lo_ptr + offs, mask=mask, other=0.0)
-        return rounded
+    rounded = tl.load(operand_ptr(hi_ptr, PRODUCT) + offs, mask=mask, other=0.0).to(dtype)
+    if PRODUCT == BF16X3 or PRODUCT == TF32X3:  # noqa: SIM109
+        rounded += tl.load(operand_ptr(lo_ptr, PRODUCT) + offs, mask=mask, other=0.0).to(dtype)
+    return rounded
+
+
+class BlockOfRows(NamedTuple):
+    """Rows of a program, and their first features as operands of `dot` with the pointers to them."""
+
+    offs_n: Any
+    ptrs: Any  # to the first feature of each
+    neg_half_norm2: Any
+    hi: Any
+    lo: Any
+    hi_ptrs: Any
+    lo_ptrs: Any
 
 
 @triton.jit
-def column_exponent(
-    row_hi, row_lo, row_neg_half_norm2, row_hi_ptrs, row_lo_ptrs, col_hi_ptr, col_lo_ptr, col_neg_half_norm2_ptr, start_m,
+def load_block(operands, start_n, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The block of rows from `start_n` on of `fastvae.kernels.prepare.Operands`."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    neg_half_norm2 = tl.load(operands.neg_half_norm2_ptr + offs_n)
+    start = tl.cast(start_n, tl.int64) * D
+    offs = tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
+    hi_ptrs = operands.hi_ptr + start + offs
+    lo_ptrs = operands.lo_ptr + start + offs
+    hi, lo = load_parts(hi_ptrs, lo_ptrs, PRODUCT)
+    return BlockOfRows(offs_n, operands.hi_ptr + offs_n.to(tl.int64) * D, neg_half_norm2, hi, lo, hi_ptrs, lo_ptrs)
+
+
+@triton.jit
+def tile_exponent(
+    rows: BlockOfRows, operands, start_m, scale,
     FAMILY: tl.constexpr, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The exponent of a block of rows against the columns from `start_m` on, and the last features of the columns that it loaded."""
+    """The exponent of a block of rows against the columns from `start_m` on, and the last features that it loaded of the columns."""
+    if PRODUCT == DIFFERENCES:
+        exponent = _difference_exponent(rows.ptrs, operands.hi_ptr, start_m, scale, FAMILY, D, BLOCK_M)
+        return exponent, rows.hi, rows.lo
+    else:
+        return _product_exponent(rows, operands, start_m, FAMILY, PRODUCT, D, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def _product_exponent(
+    rows: BlockOfRows, operands, start_m,
+    FAMILY: tl.constexpr, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # where
     offs_m = start_m + tl.arange(0, BLOCK_M)
     local_m = tl.arange(0, BLOCK_M)[:, None] * D
     start = tl.cast(start_m, tl.int64) * D
-    col_hi_ptrs = col_hi_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
-    col_lo_ptrs = col_lo_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
+    col_hi_ptrs = operands.hi_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
+    col_lo_ptrs = operands.lo_ptr + start + (local_m + tl.arange(0, BLOCK_K)[None, :])
 
     # load and multiply; the products are accumulated onto the norms, which costs nothing
     if FAMILY.radial:
-        exponent = row_neg_half_norm2[:, None] + tl.load(col_neg_half_norm2_ptr + offs_m)[None, :]
+        exponent = rows.neg_half_norm2[:, None] + tl.load(operands.neg_half_norm2_ptr + offs_m)[None, :]
     else:
-        exponent = tl.zeros([row_neg_half_norm2.shape[0], BLOCK_M], dtype=row_neg_half_norm2.dtype)
+        exponent = tl.zeros([rows.neg_half_norm2.shape[0], BLOCK_M], dtype=rows.neg_half_norm2.dtype)
     if D == BLOCK_K:
         col_hi, col_lo = load_parts(col_hi_ptrs, col_lo_ptrs, PRODUCT)
-        exponent = dot(row_hi, row_lo, tl.trans(col_hi), tl.trans(col_lo), exponent, PRODUCT)
+        exponent = dot(rows.hi, rows.lo, tl.trans(col_hi), tl.trans(col_lo), exponent, PRODUCT)
         return exponent, col_hi, col_lo
     else:
         for start_k in range(0, D, BLOCK_K):
-            left_hi, left_lo = load_parts(row_hi_ptrs + start_k, row_lo_ptrs + start_k, PRODUCT)
+            left_hi, left_lo = load_parts(rows.hi_ptrs + start_k, rows.lo_ptrs + start_k, PRODUCT)
             right_hi, right_lo = load_parts(col_hi_ptrs + start_k, col_lo_ptrs + start_k, PRODUCT)
             exponent = dot(left_hi, left_lo, tl.trans(right_hi), tl.trans(right_lo), exponent, PRODUCT)
-        return exponent, row_hi, row_lo
+        return exponent, rows.hi, rows.lo
 
 
 @triton.jit
-def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, FAMILY: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The exponent of a radial kernel by differences, feature by feature, of rows that were neither moved nor scaled."""
-    row_ptrs = row_ptr + offs_n.to(tl.int64) * D
+def _difference_exponent(row_ptrs, col_ptr, start_m, scale, FAMILY: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """For a radial kernel, by differences, feature by feature, of rows that were neither moved nor scaled."""
     col_ptrs = col_ptr + (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * D
-    exponent = tl.zeros([offs_n.shape[0], BLOCK_M], dtype=scale.dtype)
+    exponent = tl.zeros([row_ptrs.shape[0], BLOCK_M], dtype=scale.dtype)
     for k in range(D):
         difference = (tl.load(row_ptrs + k)[:, None] - tl.load(col_ptrs + k)[None, :]) * scale
         exponent -= difference * difference
@@ -181,13 +223,15 @@ def difference_exponent(row_ptr, col_ptr, offs_n, start_m, scale, FAMILY: tl.con
 
 
 @triton.jit
-def column_parts(col_hi, col_lo, col_hi_ptr, col_lo_ptr, start_m, d_out, PRODUCT: tl.constexpr, D: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def column_parts(
+    col_hi, col_lo, operands, start_m, d_out,
+    PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Block `d_out` of the features of the columns: the features already loaded if one block holds all of them."""
     if D > BLOCK_K or D > BLOCK_D:
         offs_out = tl.arange(0, BLOCK_M)[:, None] * D + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
         start = tl.cast(start_m, tl.int64) * D
-        col_hi, col_lo = load_parts(col_hi_ptr + start + offs_out, col_lo_ptr + start + offs_out, PRODUCT)
+        col_hi, col_lo = load_parts(operands.hi_ptr + start + offs_out, operands.lo_ptr + start + offs_out, PRODUCT)
     return col_hi, col_lo
 
 
@@ -199,19 +243,15 @@ def row_sums(tile):
 
 def product_name(product: int, dtype: torch.dtype) -> str:
     """What `fastvae.kernels.config` calls these products."""
+    if product == DIFFERENCES.value:
+        return difference_products(dtype.itemsize)
     names = {TF32X3.value: "tf32x3"} | {value: name for name, value in PRODUCT_OF_PRECISION.items()}
     return "float64" if dtype == torch.float64 else names[product]
 
 
-def is_bfloat16(product: int) -> bool:
-    """Whether the operands of these products are bfloat16."""
-    return product in (BF16.value, BF16X3.value)
-
-
 def operand_buffers(
     shape: tuple[int, ...], dtype: torch.dtype, precision_passes: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the high and low parts in `dtype`, and views of it as bfloat16. Both parts share it if no pass has low parts."""
+) -> tuple[Tensor, Tensor]:
+    """Memory for the high and low parts; both share it if no pass has low parts."""
     hi = torch.empty(shape, dtype=dtype, device=device)
-    lo = torch.empty_like(hi) if BF16X3.value in precision_passes or TF32X3.value in precision_passes else hi
-    return (hi, lo, hi, lo) if dtype == torch.float64 else (hi, lo, hi.view(torch.bfloat16), lo.view(torch.bfloat16))
+    return hi, torch.empty_like(hi) if BF16X3.value in precision_passes or TF32X3.value in precision_passes else hi

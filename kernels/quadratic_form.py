@@ -19,7 +19,7 @@ from fastvae.kernels.kernel_matmul import FactorSums, Product, ValueSums, sum_of
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.plan import CONSTANT, VALUE_SCALE
 from fastvae.kernels.prepare import ROW_BLOCK
-from fastvae.kernels.reductions import share_of, total
+from fastvae.kernels.reductions import add_shares, share_of, total
 from fastvae.kernels.sums import load_numbers
 
 
@@ -92,14 +92,6 @@ def _load_groups(groups: Groups, offs, SIZE: tl.constexpr, DIAGONAL: tl.constexp
     return BlockOfGroups(valid, sums, squares, norm)
 
 
-@triton.jit
-def _sum_of_programs(form_ptr, offs, mask, programs, SIZE: tl.constexpr):
-    form = tl.load(form_ptr + offs, mask=mask, other=0.0)
-    for program in range(1, programs):
-        form += tl.load(form_ptr + tl.cast(program, tl.int64) * (SIZE * SIZE) + offs, mask=mask, other=0.0)
-    return form
-
-
 @triton.jit(do_not_specialize=["programs"])
 def pair_values_kernel(
     form_ptr,  # (programs, SIZE, SIZE), of `form_kernel`
@@ -126,9 +118,11 @@ def pair_values_kernel(
     multiple = load_numbers(factor, 1, False)[0]
     left = _load_groups(groups, g, SIZE, DIAGONAL, UNBIASED)
     right = _load_groups(groups, h, SIZE, DIAGONAL, UNBIASED)
-    within_left = _sum_of_programs(form_ptr, g * (SIZE + 1), g < SIZE, programs, SIZE)
-    within_right = _sum_of_programs(form_ptr, h * (SIZE + 1), h < SIZE, programs, SIZE)
-    across = _sum_of_programs(form_ptr, offs, mask, programs, SIZE) + _sum_of_programs(form_ptr, opposite, mask, programs, SIZE)
+    zeros, matrix = tl.zeros([BLOCK], dtype=tl.float64), SIZE * SIZE
+    within_left = add_shares(zeros, form_ptr + g * (SIZE + 1), matrix, programs, g < SIZE)
+    within_right = add_shares(zeros, form_ptr + h * (SIZE + 1), matrix, programs, h < SIZE)
+    across = add_shares(tl.zeros([BLOCK, BLOCK], dtype=tl.float64), form_ptr + offs, matrix, programs, mask)
+    across += add_shares(tl.zeros([BLOCK, BLOCK], dtype=tl.float64), form_ptr + opposite, matrix, programs, mask)
     if own_ptr is not None:
         across += tl.load(own_ptr + offs, mask=mask, other=0.0) + tl.load(own_ptr + opposite, mask=mask, other=0.0)
         if not UNBIASED:
@@ -197,8 +191,8 @@ def quadratic_form(kernel: KernelNumbers, z: Tensor, v: Tensor, precision: str) 
     programs, blocks = min(_PROGRAMS, triton.cdiv(n, max(c, ROW_BLOCK))), c // _FORM_BLOCK
     form = torch.empty((programs, columns, columns), dtype=torch.float64, device=z.device)
     launch(
-        form_kernel, (product.operands.key, columns, chunks, tensor_key(v)), z.device, (programs, blocks, blocks),
-        (sums, v, factors.sums, product.operands.plan, form, n),
+        form_kernel, (product.prepared.key, columns, chunks, tensor_key(v)), z.device, (programs, blocks, blocks),
+        (sums, v, factors.sums, product.prepared.tables.plan_ptr, form, n),
         lambda: {"CHUNKS": chunks, "COLUMNS": columns, "C": c, "BLOCK_N": _FORM_BLOCK, "BLOCK_C": _FORM_BLOCK},
     )  # fmt: skip
     return form

@@ -22,3 +22,11 @@ def total(part_ptr, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
         offs = start + tl.arange(0, BLOCK)
         parts += tl.load(part_ptr + offs * STRIDE, mask=offs < count, other=0.0)
     return tl.sum(parts)
+
+
+@triton.jit
+def add_shares(out, ptrs, stride, shares, mask):
+    """`out` and what lies at `ptrs`, in each of `shares` shares that are `stride` apart, in a fixed order."""
+    for share in range(0, shares):
+        out += tl.load(ptrs + tl.cast(share, tl.int64) * stride, mask=mask, other=0.0).to(out.dtype)
+    return out

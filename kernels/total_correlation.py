@@ -22,7 +22,7 @@ from torch import Tensor
 from fastvae import kernel_sums
 from fastvae.kernels.config import DensityConfig, column_splits, density_config, device_limits
 from fastvae.kernels.launch import integer_key, launch, tensor_key
-from fastvae.kernels.reductions import share_of, total
+from fastvae.kernels.reductions import add_shares, share_of, total
 from fastvae.kernels.sums import load_numbers
 from fastvae.reference.total_correlation import LARGEST_ROOT, LogWeights
 
@@ -70,7 +70,7 @@ class Upstream(NamedTuple):
     b_ptr: Any  # (N, D), gradient to log q(z_id), or None
 
 
-class Operands(NamedTuple):
+class DensityOperands(NamedTuple):
     """What the sweeps read; those from `joint_ptr` to `b_ptr` in backward only. Padding is 0 where no other number is named."""
 
     z_ptr: Any  # (dims, rows)
@@ -100,7 +100,7 @@ def prepare_kernel(
     inputs: PerInput,  # z (N, D), μ and logvar (M, D)
     strides: PerInput,  # of rows and dimensions
     upstream: Upstream,  # None in forward
-    operands: Operands,
+    operands: DensityOperands,
     sums: ForwardSums,  # None in backward
     numbers,  # `LogWeights` as own − other, next − other and other in log2, each as three of float32
     rows,
@@ -255,7 +255,7 @@ def _scaled_difference(z, mu, k, ROWS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _subtract_squares(exponent, operands: Operands, offs_n, offs_m, rows, columns, D, ROWS_FIRST: tl.constexpr):
+def _subtract_squares(exponent, operands: DensityOperands, offs_n, offs_m, rows, columns, D, ROWS_FIRST: tl.constexpr):
     """exponent − Σ_d u² of each pair of a tile."""
     z_ptrs = operands.z_ptr + offs_n
     mu_ptrs = operands.mu_ptr + offs_m
@@ -271,7 +271,7 @@ def _subtract_squares(exponent, operands: Operands, offs_n, offs_m, rows, column
 
 @triton.jit
 def _marginal_exponent(
-    operands: Operands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED: tl.constexpr, BLOCK_M: tl.constexpr
+    operands: DensityOperands, z, d, start_m, offs_n, columns, M, offset, own, following, STRATIFIED: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """The exponents of one dimension, (posteriors, rows)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -287,7 +287,7 @@ def _marginal_exponent(
 
 @triton.jit(do_not_specialize=["N", "M", "offset"])
 def marginal_kernel(
-    operands: Operands,
+    operands: DensityOperands,
     sums: ForwardSums,
     rows,
     columns,
@@ -335,7 +335,7 @@ def marginal_kernel(
 
 @triton.jit(do_not_specialize=["M", "offset"])
 def joint_kernel(
-    operands: Operands,
+    operands: DensityOperands,
     sums: ForwardSums,
     rows,
     columns,
@@ -376,7 +376,7 @@ def joint_kernel(
 
 @triton.jit(do_not_specialize=["M", "offset"])
 def gradient_kernel(
-    operands: Operands,
+    operands: DensityOperands,
     sums: PerInput,  # those that it adds up: Σ_j G·u·k (splits, dims, rows), or Σ_i G·u and Σ_i G·(u²/KAPPA2 − 1) (splits, dims, columns)
     rows,
     columns,
@@ -525,7 +525,7 @@ def _joint(joint_ptr, offs_n, rows, splits):
 
 @triton.jit(do_not_specialize=["rows", "columns", "N", "M", "D", "DIMS"])
 def gradient_finish_kernel(
-    operands: Operands,
+    operands: DensityOperands,
     sums: PerInput,  # of `gradient_kernel`
     terms: Terms,  # gradients to the terms, None if those to the densities were given
     grads: PerInput,  # z (N, D), μ and logvar (M, D)
@@ -566,18 +566,15 @@ def gradient_finish_kernel(
 
     # compute, store
     if grads.z is not None:
-        location = information * (u * k)
-        for split in range(0, splits[0]):
-            location += tl.load(sums.z + (tl.cast(split, tl.int64) * DIMS + dim) * rows + row, mask=mask_z, other=0.0)
+        part = tl.cast(DIMS, tl.int64) * rows
+        location = add_shares(information * (u * k), sums.z + dim * rows + row, part, splits[0], mask_z)
         grad_z = divergence * z - location * _INVERSE_KAPPA2
         tl.store(grads.z + out, grad_z.to(grads.z.dtype.element_ty), mask=mask_z)
     if grads.mu is not None:
-        location = information * u
-        scale = information * ((u * u) * _INVERSE_KAPPA2 - 1)
-        for split in range(0, splits[1]):
-            source = (tl.cast(split, tl.int64) * DIMS + dim) * columns + row
-            location += tl.load(sums.mu + source, mask=mask_mu, other=0.0)
-            scale += tl.load(sums.logvar + source, mask=mask_mu, other=0.0)
+        source = dim * columns + row
+        part = tl.cast(DIMS, tl.int64) * columns
+        location = add_shares(information * u, sums.mu + source, part, splits[1], mask_mu)
+        scale = add_shares(information * ((u * u) * _INVERSE_KAPPA2 - 1), sums.logvar + source, part, splits[1], mask_mu)
         tl.store(grads.mu + out, (location * k * _INVERSE_KAPPA2).to(grads.mu.dtype.element_ty), mask=mask_mu)
         tl.store(grads.logvar + out, (0.5 * scale).to(grads.logvar.dtype.element_ty), mask=mask_mu)
 
@@ -651,14 +648,12 @@ class _Problem:
 
     def sweep_constants(self, *without: str, **constants: Any) -> dict[str, Any]:
         """Constants of a sweep."""
-        stratified = self.weights.own != self.weights.other
-        blocks = {name: value for name, value in self.config.launch().items() if name not in without}
-        return constants | {"STRATIFIED": stratified} | blocks
+        return constants | {"STRATIFIED": self.weights.own != self.weights.other} | self.config.launch(*without)
 
-    def prepare(self, upstream: Upstream | None, sums: ForwardSums | None, key: Hashable = ()) -> Operands:
+    def prepare(self, upstream: Upstream | None, sums: ForwardSums | None, key: Hashable = ()) -> DensityOperands:
         n, m, d, backward = self.rows, self.columns, self.padded_dim, upstream is not None
         sizes = [d * n, d * m, d * m, d * m, m, *(size * backward for size in (n, d * n, n, d * n)), 2]
-        operands = Operands(*self.empty(sum(sizes)).split(sizes))
+        operands = DensityOperands(*self.empty(sum(sizes)).split(sizes))
         strides = PerInput(*(t.stride() for t in self.inputs))
         self.launch(
             prepare_kernel, (key, backward), (self.programs, 1, 1),

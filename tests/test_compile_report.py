@@ -107,7 +107,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     normal = closed_form == NORMAL_PRIOR.value
     numbers = 2 * count + family.parameters + (3 * count if normal else 0) + (not family.radial)
     bandwidths = count if family.radial and not family.homogeneous else 1
-    scalar, bf16 = "*fp64" if double else "*fp32", "*fp64" if double else "*bf16"
+    scalar = "*fp64" if double else "*fp32"
     number_types = "*fp64" if on_device else ("fp32",) * (3 * numbers)
     constants = {
         "SPEC": prepare.SampleSpec(samples, 64, normal, x_weighted, y_weighted, 60, 64, 64, 32),
@@ -118,15 +118,15 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     }
     both = prepare.Samples(scalar, scalar, scalar, scalar, "i32", "i32")
     statistics = prepare.Statistics(scalar, "*fp64", "*fp64")
-    operands = prepare.Operands(scalar, scalar, bf16, bf16, scalar, scalar, "i32", "i32")
-    tables, part_sums = prepare.PlanTables("*fp64", scalar, "*fp64"), mmd.PartSums(scalar, scalar, scalar)
+    operands = prepare.Operands(*[scalar] * 4, "i32", "i32")
+    tables, part_sums = prepare.PlanTables("*fp64", scalar, "*fp64"), mmd.PartSums(scalar, scalar, scalar, "i32")
     swept, factors = integers(prepare.SweptRows), prepare.Factors("fp32", "fp32", "fp32", "fp32")
     common = {"samples": both, "statistics": statistics, "numbers": number_types, "operands": operands, "tables": tables, "swept": swept}
     assert_fits(prepare.statistics_kernel, {"samples": both, "statistics": statistics}, constants | {"num_warps": 4}, function)
     assert_fits(prepare.near_pairs_kernel, {"samples": both, "statistic_ptr": "*fp64", "near_ptr": "*fp64"}, constants | {"num_warps": 4})
     assert_fits(prepare.operands_kernel, common | {"near_ptr": "*fp64", "factors": factors}, constants | {"num_warps": 8}, function)
     results = mmd.Results(scalar, "*fp64", scalar, scalar)
-    finish = common | {"part_sums": part_sums, "results": results, "sizes": integers(mmd.FinishSizes)}
+    finish = common | {"part_sums": part_sums, "results": results, "sizes": integers(mmd.Sizes)}
     assert_fits(mmd.finish_kernel, finish, constants | {"num_warps": 8}, function)
 
     constants = {
@@ -142,7 +142,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
             if not x_weighted and kernel is not kernel_matmul.matmul_finish_kernel and name in ("g_ptr", "v_ptr", "valid_ptr", "pairs_ptr"):
                 # Labels of groups, as columns of booleans.
                 return "*i1"
-            return "*fp64" if name in FLOAT64 else bf16 if "16_ptr" in name else scalar if name.endswith("_ptr") else "i32"
+            return "*fp64" if name in FLOAT64 else scalar if name.endswith("_ptr") else "i32"
 
         types = argument_types(kernel, pick)
         if "numbers" in types:
