@@ -57,6 +57,7 @@ OBJECTIVES = {
 OWN_PROCESS = os.environ.get("FASTVAE_FAKE_DEVICE") == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OWN_PROCESS or torch.cuda.is_available(), reason="the device must be the only one")
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="uses PyTorch's inner parts as torch 2.13 has them")
 def test_in_a_process_of_its_own():

@@ -1,5 +1,7 @@
 """K·v on the CPU path and on the Triton kernels against the dense reference in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -279,6 +281,6 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     monkeypatch.setattr(launch.torch.cuda, "device", Device)
     monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 1 if entered else 0)
     kernel = {(4, 5, 6): lambda *args: entered.append(args)}
-    monkeypatch.setitem(launch._compiled, ("kernel", torch.device("cuda", 1), "key"), (kernel, ("constant",)))
-    launch.launch("kernel", "key", torch.device("cuda", 1), (4, 5, 6), ("argument",), dict)
+    monkeypatch.setitem(launch._compiled, ("function", torch.device("cuda", 1), "key"), (kernel, ("constant",)))
+    launch.launch(SimpleNamespace(fn="function"), "key", torch.device("cuda", 1), (4, 5, 6), ("argument",), dict)
     assert entered == [torch.device("cuda", 1), ("argument", "constant"), "left"]

@@ -89,6 +89,7 @@ def calls(dtype, d, c):
     yield lambda: fastvae.median_bandwidth(rows(n, d).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_key_is_of_one_kernel(dtype, launches):
     with fake_cuda():

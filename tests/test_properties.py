@@ -837,6 +837,7 @@ def bits(n: int, backend: str | None = None) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_same_input_same_bits_in_every_process():
     """Run to run, with one thread and with two, but not from the one number to the other: products may then add in another order."""
     code = "import torch; from tests.test_properties import bits\nfor n in (1, 2): torch.set_num_threads(n); print(bits(600))"
