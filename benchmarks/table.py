@@ -113,8 +113,9 @@ def _title(benchmark: str, rows: list[Row], suffix: str) -> str:
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "pykeops", "geomloss") if row[name] != "not installed")
     on_cpu = any("processor_ms" in r for r in rows)
     unit = "processor time" if on_cpu and row["threads"] == 1 else "time"
+    dates = " to ".join(sorted({min(r["date"] for r in rows), max(r["date"] for r in rows)}))
     threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}, " if on_cpu else ""
-    return f"`{benchmark}`{suffix}, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {row['date']}:"
+    return f"`{benchmark}`{suffix}, float32, {row['device']}, {threads}median {unit} in ms (times `fastvae`'s), {versions}, {dates}:"
 
 
 def _cell(row: Row | None, ours: Row | None) -> str:
