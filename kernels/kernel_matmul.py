@@ -281,7 +281,6 @@ def factors_kernel(
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
     PRODUCT: tl.constexpr,
-    RADIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -311,13 +310,10 @@ def factors_kernel(
         column_sums += tl.sum(factor.to(tl.float64), 0)
         offs = (start + local).to(tl.int64)[:, None] * C + offs_c[None, :]
         inside = (local < end - start)[:, None] & (offs_c < C)[None, :]
-        if RADIAL:
-            if precision_pass == 0:
-                store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, PRODUCT)
-            else:
-                store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, DIFFERENCES)
-        else:
+        if precision_pass == 0:
             store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, PRODUCT)
+        else:
+            store_parts(factor, factor, factors.hi_ptr, factors.lo_ptr, offs, inside, DIFFERENCES)
     tl.store(sums.sum_ptr + program.to(tl.int64) * C + offs_c, column_sums)
     tl.store(sums.not_finite_ptr + program * tl.num_programs(1) + tl.program_id(1), tl.sum(column_sums * 0.0))
 
@@ -478,7 +474,7 @@ class Product:
             (g, v, upstream, self.prepared.tables.plan_ptr, g.shape[0], v.shape[0], operands, sums),
             lambda: {
                 "CHUNKS": chunks, "COLUMNS": self.columns, "C": c, "PRODUCT": self.plan.precision_passes[0],
-                "RADIAL": self.plan.kernel.radial, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c, "num_warps": 8,
+                "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c, "num_warps": 8,
             },
         )  # fmt: skip
         return PreparedFactors(operands, sums, chunks)

@@ -49,6 +49,17 @@ def test_kernels_are_joined_without_a_link():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_no_function_has_more_than_14_parameters():
+    """`ImageVAE` takes the options of the command."""
+    found = [
+        f"{path.name}: {node.name}"
+        for path in (*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs) > 14
+    ]
+    assert found == ["module.py: __init__"]
+
+
 def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
