@@ -40,9 +40,9 @@ def misspelt(args: list[str]) -> str | None:
     if args[0] not in commands:
         return f"the command must be one of {', '.join(commands)}, got {args[0]!r}"
     training, lightning = Path(__file__).parent / "training", importlib.util.find_spec("lightning")
-    sources = {"data": (training / "data.py", ["ImageData"]), "model": (training / "module.py", ["VAEModule", "ImageVAE"])}
+    sources = {"data": (training / "data.py", "ImageData"), "model": (training / "module.py", "ImageVAE")}
     for folder in (lightning.submodule_search_locations or ()) if lightning else ():
-        sources["trainer"] = (Path(folder, "pytorch", "trainer", "trainer.py"), ["Trainer"])
+        sources["trainer"] = (Path(folder, "pytorch", "trainer", "trainer.py"), "Trainer")
     for arg in args[1:]:
         group, *option = arg.partition("=")[0].removeprefix("--").split(".")
         if option and arg.startswith("--") and group in sources and args[0] not in FILE_COMMANDS:
@@ -54,13 +54,12 @@ def misspelt(args: list[str]) -> str | None:
     return None
 
 
-def _options(file: Path, classes: list[str]) -> list[str]:
-    """The options among the arguments of these classes' constructors, found by parsing their file."""
+def _options(file: Path, name: str) -> list[str]:
+    """The arguments of a class's constructor, found by parsing its file."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except OSError:
         return []
-    found = [inner for node in tree.body if isinstance(node, ast.ClassDef) and node.name in classes for inner in node.body]
+    found = [inner for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name for inner in node.body]
     inits = [inner.args for inner in found if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
-    # `ImageVAE` makes the argument vae of `VAEModule` itself.
-    return [argument.arg for init in inits for argument in (*init.args, *init.kwonlyargs) if argument.arg not in ("self", "vae")]
+    return [argument.arg for init in inits for argument in (*init.args, *init.kwonlyargs) if argument.arg != "self"]

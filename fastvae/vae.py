@@ -300,10 +300,10 @@ class VAE(nn.Module):
                 architecture = networks.pop("architecture", None)
                 if architecture in ("mlp", "conv"):
                     vae: VAE = getattr(cls, architecture)(**networks, **config)
-                elif encoder is None or decoder is None:
+            if architecture not in ("mlp", "conv"):
+                if encoder is None or decoder is None:
                     raise ValueError(f"encoder and decoder must be given for custom networks, {networks}, got none")
-                else:
-                    vae = cls(encoder, decoder, **config)
+                vae = cls(encoder, decoder, **config)
             vae.load_state_dict(weights, assign=True)
         except (OSError, RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"folder must hold the config.json and weights of a VAE, got others in {str(folder)!r} ({error})") from error

@@ -90,6 +90,38 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_weights(tmp_path, accumula
         assert all(torch.equal(full[name], resumed[name]) for name in full), checkpoint
 
 
+@pytest.mark.parametrize("validation", [0.1, 0])
+def test_a_run_of_so_many_steps_resumed_at_the_end_of_an_epoch(tmp_path, validation):
+    """Lightning alone would go on with the order of the epoch after the next."""
+    full = fit(tmp_path / "full", every=None, validation=validation)
+    _, first = newest_first(tmp_path / "full")
+    assert first.name == f"step={BATCHES}.ckpt"
+    resumed = fit(tmp_path / "resumed", every=None, validation=validation, ckpt_path=first)
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
+
+
+def test_a_callback_saves_the_random_state_of_its_own_step(tmp_path):
+    """Whether it comes before or after `RandomState`."""
+
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(40, 1, 8, 8), torch.zeros(40))
+    states, quiet = [], dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    class Record(Callback):
+        def on_train_batch_start(self, *_):
+            states.append(torch.get_rng_state())
+
+    run = Trainer(max_steps=5, callbacks=[SaveAt(), RandomState(), Record()], accelerator="cpu", limit_val_batches=0, **quiet)
+    run.fit(ImageVAE([1, 8, 8], hidden=[8], objective="vae", diagnostics_size=0), DataLoader(data, 10), DataLoader(data, 10))
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["RandomState"]
+    assert torch.equal(saved["torch"], states[3])
+
+
 class StopAt(Callback):
     """Stops as `max_time` does."""
 

@@ -1,3 +1,4 @@
+import inspect
 import logging
 import math
 import re
@@ -15,7 +16,7 @@ from fastvae import Standardise, mmd
 from fastvae.objectives import Bernoulli, Gaussian, VAEObjective
 from fastvae.training.callbacks import NonFiniteError, Pictures, StopAtNonFinite
 from fastvae.training.data import ImageData, scaled
-from fastvae.training.module import ImageVAE, VAEModule
+from fastvae.training.module import OBJECT_OPTIONS, ImageVAE, VAEModule
 from fastvae.training.schedule import Schedule
 from fastvae.vae import VAE
 
@@ -209,6 +210,19 @@ def test_a_checkpoint_rebuilds_the_module(tmp_path, options):
     copy = ImageVAE.load_from_checkpoint(tmp_path / "last.ckpt")
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(copy.vae.reconstruct(x), module.vae.eval().reconstruct(x))
+
+
+def test_a_module_knows_all_its_options(tmp_path):
+    """Those with their defaults too. An option that a later version wrote is left out."""
+    module = ImageVAE([8], latent_dim=2, hidden=[4])
+    options = inspect.signature(ImageVAE).parameters
+    assert all(parameter.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for parameter in options.values())
+    assert set(options) - set(OBJECT_OPTIONS) <= set(module.hparams)
+    torch.save(
+        {"state_dict": module.state_dict(), "hyper_parameters": {**module.hparams, "later": 1}, "pytorch-lightning_version": "2.6.0"},
+        tmp_path / "later.ckpt",
+    )
+    assert ImageVAE.load_from_checkpoint(tmp_path / "later.ckpt").hparams.lr == module.hparams.lr
 
 
 def test_a_checkpoint_of_another_model_is_one_sentence(tmp_path):

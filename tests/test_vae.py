@@ -465,3 +465,15 @@ def test_networks_that_were_changed_are_not_saved_as_those_they_were(tmp_path, n
     again = VAE.from_pretrained(tmp_path, encoder=copy.deepcopy(vae.encoder), decoder=copy.deepcopy(vae.decoder))
     x = torch.rand(5, 4)
     assert torch.equal(again.reconstruct(x), vae.reconstruct(x))
+
+
+class Shifted(VAE):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("shift", torch.ones(4), persistent=False)
+
+
+def test_a_class_of_its_own_keeps_the_buffers_that_are_not_saved(tmp_path):
+    given = {"encoder": torch.nn.Linear(4, 4), "decoder": torch.nn.Linear(2, 4)}
+    Shifted(**given, latent_dim=2).save_pretrained(tmp_path)
+    assert torch.equal(Shifted.from_pretrained(tmp_path, **given).shift, torch.ones(4))

@@ -41,6 +41,7 @@ class RandomState(Callback):
         self._restore = restore
         self._loaded: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
+        self._measuring = False
         self.started = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,7 +49,7 @@ class RandomState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states of all processes at the start of the next step, also while they are not yet, or not again, the current ones."""
-        own = self._loaded or self._after_step or random_state()
+        own = self._loaded or (self._after_step if self._measuring else None) or random_state()
         if not is_initialized():
             return own
         states: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -68,6 +69,21 @@ class RandomState(Callback):
                 count["processed"] -= 1
                 count["completed"] = min(count["completed"], count["processed"])
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # With max_steps, Lightning would take an epoch that was saved at its end for one to finish, and number the next one too high.
+        if "loops" not in checkpoint or trainer.max_steps == -1:
+            return
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        epoch, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+        if batches["is_last_batch"] and epoch["total"]["processed"] == epoch["total"]["started"]:
+            for count in epoch.values():
+                count["completed"] = count["processed"]
+            batches["is_last_batch"] = False
+            # Lightning adds one to the step of the logger.
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+            for progress in (batches, fit_loop["epoch_loop.val_loop.batch_progress"]):
+                progress["current"] = dict.fromkeys(progress["current"], 0)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier, as Lightning may draw random numbers before the first step.
         if self.started:
@@ -84,9 +100,16 @@ class RandomState(Callback):
         # Here and not at the start of a validation, before which its loader has drawn a seed.
         self._after_step = random_state()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measuring = True
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measuring = False
         if self._after_step is not None:
             set_random_state(self._after_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measuring = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_end(trainer, pl_module)

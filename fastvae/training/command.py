@@ -455,7 +455,8 @@ def _check_used(model: jsonargparse.Namespace, flags: set[str], configurations: 
         for name in sorted(given):
             if model[chooser] not in choices:
                 raise ValueError(f"model.{chooser} must be {' or '.join(choices)} for model.{name}, got {model[chooser]}")
-    if model.lr_scheduler is None and ("lr_scheduler_interval" in flags or model.lr_scheduler_interval != "epoch"):
+    interval = "lr_scheduler_interval" in flags or model.lr_scheduler_interval != defaults["lr_scheduler_interval"]
+    if interval and model.lr_scheduler is None:
         raise ValueError("model.lr_scheduler must be given for model.lr_scheduler_interval, got none")
 
 

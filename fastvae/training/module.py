@@ -49,18 +49,17 @@ class VAEModule(LightningModule):
         vae: The model.
         objective: The loss.
         lr: The learning rate.
-        optimizer: The class of the optimizer, such as torch.optim.AdamW, or a function of the parameters and lr; Adam by default.
-        lr_scheduler: The class of a learning rate scheduler, such as torch.optim.lr_scheduler.ExponentialLR, or a function of the
-            optimizer; a constant rate by default. ReduceLROnPlateau monitors the validation loss, or the training loss if there is no
-            validation.
-        lr_scheduler_interval: epoch or step, after which the scheduler steps.
-        evaluation_size: The largest number of samples over which test measures the codes.
-        diagnostics_size: The largest number of samples over which the codes are measured in each epoch; 0 for none.
-        nll_samples: The number of codes of each x for the importance-weighted -log p(x) that test logs as nll; 0 for none.
+        optimizer: A function of the parameters and lr, such as `torch.optim.AdamW`; Adam by default.
+        lr_scheduler: A function of the optimizer, such as `lambda optimizer: CosineAnnealingLR(optimizer, 100)`; a constant rate by
+            default. `ReduceLROnPlateau` monitors the validation loss, or the training loss if there is no validation.
+        lr_scheduler_interval: "epoch" or "step", after which the scheduler steps.
+        evaluation_size: The number of codes measured in test.
+        diagnostics_size: The number of codes measured in each epoch; 0 for none.
+        nll_samples: The number of codes of each x for the importance-weighted −log p(x) that `test` logs as `nll`; 0 for none.
         gradient_norms_every: The number of steps between two logs of the gradient norm of each term of the loss; 0 for none. Takes a
-            backward pass for each term and retains the graph, so it does not work with compile.
-        compile: Compile the forward pass and the loss by torch.compile(fullgraph=True, dynamic=True).
-        channels_last: Use PyTorch's channels_last memory format, with which some processors convolve faster.
+            backward pass for each term and retains the graph, so it does not work with `compile`.
+        compile: Compile the forward pass and the loss by `torch.compile(fullgraph=True, dynamic=True)`.
+        channels_last: Use the channels_last memory format for images and convolutions.
     """
 
     def __init__(
@@ -315,7 +314,16 @@ class ImageVAE(VAEModule):
         capacity_schedule_steps: The number of training steps of capacity_schedule.
         encoder: Your own class of the encoder, such as my_package.Encoder, from images to 2 latent_dim numbers.
         decoder: Your own class of the decoder, from codes to the parameters of the likelihood.
-        **training: The arguments of `VAEModule` from `lr` on.
+        lr: The learning rate.
+        optimizer: The class of the optimizer, such as torch.optim.AdamW; Adam by default.
+        lr_scheduler: The class of a learning rate scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR.
+        lr_scheduler_interval: epoch or step, after which the scheduler steps.
+        evaluation_size: The largest number of test images over which the codes are measured.
+        diagnostics_size: The largest number of validation images over which the codes are measured in each epoch; 0 for none.
+        nll_samples: The number of codes of each image for the importance-weighted -log p(x) that test reports; 0 for none.
+        gradient_norms_every: The number of steps between two logs of the gradient norm of each term; 0 for none.
+        compile: Compile the training step as one graph.
+        channels_last: Use PyTorch's channels_last memory format, with which some processors convolve faster.
     """
 
     def __init__(
@@ -360,7 +368,16 @@ class ImageVAE(VAEModule):
         capacity_schedule_steps: int = 10_000,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        **training: Any,
+        lr: float = 1e-3,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        evaluation_size: int = 10_000,
+        diagnostics_size: int = 2000,
+        nll_samples: int = 0,
+        gradient_norms_every: int = 0,
+        compile: bool = False,
+        channels_last: bool = False,
     ) -> None:
         if posterior == "auto":
             posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
@@ -391,7 +408,20 @@ class ImageVAE(VAEModule):
             "dip_vae": lambda: VAEObjective.dip_vae(lambda_od, lambda_d, kind=dip_kind),
             "iwae": lambda: VAEObjective.iwae(samples, gradient=bound_gradient),
         }
-        super().__init__(vae, terms[objective](), **training)
+        super().__init__(
+            vae,
+            terms[objective](),
+            lr=lr,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_interval=lr_scheduler_interval,
+            evaluation_size=evaluation_size,
+            diagnostics_size=diagnostics_size,
+            nll_samples=nll_samples,
+            gradient_norms_every=gradient_norms_every,
+            compile=compile,
+            channels_last=channels_last,
+        )
         self.save_hyperparameters(ignore=OBJECT_OPTIONS if _given_hyperparameters.get() is None else ())
         self._schedules = [
             Schedule("kl_weight", kl_schedule, kl_schedule_steps, cycles=kl_schedule_cycles),
