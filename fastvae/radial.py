@@ -40,11 +40,6 @@ class Kernel:
         """φ(0), which is subtracted from each k where k is close to it."""
         return 1.0
 
-    @property
-    def triton_slope_factor(self) -> float:
-        """From the products t'·s that the Triton kernels sum to t·φ'(t), twice that if φ' is unbounded: ln 2 where φ is exp2(t')."""
-        return math.log(2)
-
     def phi(self, t: Tensor) -> Tensor:
         """φ(t), elementwise."""
         raise NotImplementedError(f"{self.name} must define phi")
@@ -68,15 +63,6 @@ class Kernel:
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         """The family's numbers among the arguments of a Triton kernel, from bandwidths and weights (B,), widest first."""
         return []
-
-    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums over pairs of each k_b and of each ∂k_b/∂log h_b, (..., B), from the sums of the Triton kernels' `bandwidth_terms`.
-
-        `ratios` is γ_b/γ_0, shape (B,). Where φ(0) is subtracted from k_b in `sums`, it is in the result too.
-        """
-        # ∂k/∂log h = −2·t·φ'(t). Where φ' is unbounded, t' is a multiple of √t and not of t.
-        factors = -self.triton_slope_factor * ratios.sqrt() if self.unbounded_slope else -2 * self.triton_slope_factor * ratios
-        return sums[:, ::2], factors * sums[:, 1::2]
 
 
 def _check_parameter(name: str, value: Any, rule: str, holds: Any) -> None:
@@ -117,10 +103,6 @@ class RationalQuadratic(Kernel):
 
     def phi(self, t: Tensor) -> Tensor:
         return (1 + t / self.alpha) ** -self.alpha
-
-    @property
-    def triton_slope_factor(self) -> float:
-        return self.alpha
 
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         return [torch.full_like(bandwidth[:1], float(self.alpha))]
@@ -170,10 +152,6 @@ class Energy(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         return -_root(2 * t)
 
-    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        values = sums * ratios.sqrt()
-        return values, -values
-
 
 @dataclass(frozen=True)
 class Polynomial(Kernel):
@@ -210,10 +188,6 @@ class Polynomial(Kernel):
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         coefficients = [*self.powers, (0, self.value_at_zero)]
         return [c * (weights * (bandwidth[0] / bandwidth) ** (2 * n)).sum().reshape(1) for n, c in coefficients]
-
-    def bandwidth_sums(self, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        terms = [(n, c * sums[:, n - 1 : n] * ratios**n) for n, c in self.powers]
-        return torch.stack([term for _, term in terms]).sum(0), torch.stack([-2 * n * term for n, term in terms]).sum(0)
 
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Energy(), Polynomial())}

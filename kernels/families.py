@@ -71,7 +71,7 @@ def family_of(kernel: Kernel) -> Family:
         return Family(ENERGY.value, scale=1.0, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
     if type(kernel) is Polynomial:
         return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
-    raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to fastvae/kernels/families.py")
+    raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to kernels/families.py")
 
 
 def _rational_quadratic(alpha: float) -> Family:

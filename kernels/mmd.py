@@ -103,12 +103,11 @@ _APART = 1 << 26
 _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
-# Tuples hold pointers in a kernel and tensors on the host, of B problems. Each part of the sums is over a share of the columns of the own
-# or of the other sample, in turn.
+# Tuples hold pointers in a kernel and tensors on the host, of B problems.
 
 
 class PartSums(NamedTuple):
-    """What a sweep writes."""
+    """What a sweep writes, in parts: sums over shares of the columns of the own and of the other sample, in turn."""
 
     value_ptr: Any  # (1 + terms, parts, B, swept rows), sums over columns as they enter MMD²: of the kernel, then of `bandwidth_terms`
     slope_ptr: Any  # (parts, B, rows with gradient), Σ_j w_j·(W − constant)

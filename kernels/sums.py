@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvae import kernel_sums
-from fastvae.kernels.families import GAUSSIAN, Family, inverse_distance, phi
+from fastvae.kernels.families import GAUSSIAN, Family, family_of, inverse_distance, phi
 from fastvae.kernels.products import DIFFERENCES
+from fastvae.radial import Kernel, Polynomial, RationalQuadratic
 
 _SHIFT_BELOW = tl.constexpr(kernel_sums.SHIFT_BELOW)
 
@@ -212,3 +215,26 @@ def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl
                 k, s = phi(t * table[2 * b], parameters, FAMILY, True)
                 terms += (k - table[2 * b + 1], finite * s)
     return terms
+
+
+def bandwidth_sums(kernel: Kernel, sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over pairs of each k_b and of each ∂k_b/∂log h_b = −2·t_b·φ'(t_b), (..., B), from those of `bandwidth_terms`.
+
+    `ratios` is γ_b/γ_0, shape (B,). Where φ(0) is subtracted from k_b in `sums`, it is in the result too.
+    """
+    family = family_of(kernel)
+    if isinstance(kernel, Polynomial):
+        terms = [(n, c * sums[:, n - 1 : n] * ratios**n) for n, c in kernel.powers]
+        return torch.stack([term for _, term in terms]).sum(0), torch.stack([-2 * n * term for n, term in terms]).sum(0)
+    if family.homogeneous:
+        values = sums * ratios.sqrt()
+        return values, -values
+    scale = 1 / kernel.alpha if isinstance(kernel, RationalQuadratic) else family.scale
+    # t' is −scale·t, or −scale·√(2t) for a function of the distance.
+    if not family.takes_distance:
+        factors = -2 * family.neg_dphi_factor / scale * ratios
+    elif family.unbounded_slope:
+        factors = -family.neg_dphi_factor / scale**2 * ratios.sqrt()
+    else:
+        factors = family.neg_dphi_factor / scale**2 * ratios
+    return sums[:, ::2], factors * sums[:, 1::2]

@@ -20,6 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
 # The dtypes of labels.
 INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+# Functions of the distance, and those whose slope is unbounded at distance zero.
+DISTANCE_KERNELS = [name for name, kernel in KERNELS.items() if kernel.takes_distance]
+UNBOUNDED_SLOPES = [name for name, kernel in KERNELS.items() if kernel.unbounded_slope]
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason='tests backend="cpu" on the tensors of the other backends, which are on a GPU here')
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its interpreter, or a CUDA device")
 
@@ -330,7 +333,9 @@ class PairErrors:
             value = exact * (u + 1) + exact**0.5 * 2**-10 * u + (eps * u if rounded_weights else 0)
             direction = exact * radius / distance + torch.where(by_products, exact * radius2 / distance.square(), 0)
             direction = (roundings * direction).clamp(max=2).where(distance > 0, 0) + 4 * (eps if rounded_weights else exact)
-            return PairErrors(roundings * float(a @ value), direction * float(a @ (1 / h)), underflow)
+            # Unless it is unbounded, the slope at distance zero times the rounding of a difference of rows.
+            at_zero = 0.0 if kernel.unbounded_slope else 4 * exact * float(a @ (u / h))
+            return PairErrors(roundings * float(a @ value), direction * float(a @ (1 / h)) + at_zero, underflow)
 
         limit = EXPONENT_ERROR[dtype]
         within = [r2 for r2 in radii2 if gamma.max() * r2 * eps <= 1.01 * limit]

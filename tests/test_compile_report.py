@@ -25,7 +25,8 @@ def test_committed_rows_are_of_these_configurations(committed):
     rows = {(variant, arch): row for (_, variant, arch), row in committed.items()}
     for architecture in report.ARCHITECTURES:
         for variant in report.variants(architecture):
-            row = rows[variant.name, f"sm_{architecture}"]
+            row = rows.get((variant.name, f"sm_{architecture}"))
+            assert row is not None, f"{variant.name} on sm_{architecture} has no row: python -m benchmarks.compile_report"
             assert row["config"] == dataclasses.asdict(report.config_of(variant, architecture)), variant
 
 

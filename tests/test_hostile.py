@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvae
 from fastvae import reference
 from fastvae.radial import RBF, RationalQuadratic
-from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
+from tests.cases import DEVICE, DISTANCE_KERNELS, evaluate, needs_cpu, needs_triton
 
 
 def relative(actual, exact):
@@ -22,7 +22,7 @@ def test_weights_of_fewer_digits_than_the_points(dtype, weights_dtype):
     torch.testing.assert_close(fastvae.mmd(x, y, x_weights=weights), fastvae.mmd(x, y), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["laplace", "energy"])
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
 @pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 1e-6), (torch.float64, 1e-6), (torch.float64, 1e-9)])
 def test_each_point_near_another_of_the_other_sample(kernel, dtype, distance):
     """Where y is all but x, the near pairs are the whole gradient."""

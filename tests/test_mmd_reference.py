@@ -1,13 +1,14 @@
 """The dense reference against formulas written down independently in numpy, and against closed forms."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from fastvae import reference
-from fastvae.radial import KERNELS, Polynomial, RationalQuadratic
+from fastvae import checks, reference
+from fastvae.radial import KERNEL_NAMES, KERNELS, Polynomial, RationalQuadratic
 from tests.cases import Copies
 
 
@@ -105,6 +106,22 @@ def test_kernels_are_their_formulas(kernel):
     assert biased == pytest.approx(mean(x, x) + mean(y, y) - 2 * mean(x, y), rel=1e-10)
     neighbours = np.mean([linear(x[n], x[n + 1], y[n], y[n + 1]) for n in (0, 2, 4)])
     assert reference.mmd(*tensors, bandwidth=1.3, kernel=kernel, estimator="linear").item() == pytest.approx(neighbours, rel=1e-10)
+
+
+def test_every_kernel_has_a_formula_and_a_name_for_type_checkers():
+    assert {name for name in FORMULAS if isinstance(name, str)} | {"rbf"} == set(KERNELS)
+    assert set(get_args(checks.KernelName)) == set(KERNEL_NAMES)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS.values() if kernel.radial], ids=repr)
+def test_derivatives_at_distance_zero_are_their_limits(kernel):
+    """φ' at t = 0, or 0 where it is unbounded; φ'' is finite, as rows at distance zero multiply it by zero."""
+    t = torch.tensor([0.0, 1e-12], dtype=torch.float64, requires_grad=True)
+    [slopes] = torch.autograd.grad(kernel.phi(t).sum(), t, create_graph=True)
+    assert slopes[0].item() == pytest.approx(0 if kernel.unbounded_slope else slopes[1].item(), rel=1e-5)
+    if slopes.requires_grad:
+        [curvatures] = torch.autograd.grad(slopes.sum(), t)
+        assert curvatures.isfinite().all()
 
 
 @pytest.mark.parametrize("bandwidth", [1.3, (0.5, 2.0), np.array([0.5, 2.0]), torch.tensor([0.5, 2.0], dtype=torch.float64, device="cpu")])

@@ -116,6 +116,7 @@ def _on_triton(problem: Problem) -> Found:
 def _triton_sweep(problem: Problem, precision: str) -> Found:
     """One problem, or a batch in the same launches."""
     import fastvae.kernels.mmd as kernels
+    from fastvae.kernels.sums import bandwidth_sums
 
     dtype = accumulation_dtype(problem.x.dtype)
     samples: list[Any] = []
@@ -132,7 +133,7 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
     kernel = problem.kernel.sum(problem.x.shape[-1], problem.x.device, None)
     radial = kernel.kernel.radial
     kernel = replace(kernel, subtract_constant=subtracted.double().view(*value.shape, -1) if radial else torch.ones_like(kernel.gamma))
-    terms = (t.view(*value.shape, -1) for t in kernel.kernel.bandwidth_sums(sums, kernel.ratios))
+    terms = (t.view(*value.shape, -1) for t in bandwidth_sums(kernel.kernel, sums, kernel.ratios))
     h = problem.kernel.unpack()[1]
     return value, grad_x, grad_y, *bandwidth_gradients(_prepared_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
 
