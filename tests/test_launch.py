@@ -133,5 +133,5 @@ def test_a_kernel_without_a_family_is_refused():
     from fastvae.kernels.families import family_of
     from fastvae.radial import Kernel
 
-    with pytest.raises(NotImplementedError, match=r"Kernel has no Triton implementation: add it to fastvae/kernels/families\.py"):
+    with pytest.raises(NotImplementedError, match=r"Kernel has no Triton implementation: add it to kernels/families\.py"):
         family_of(Kernel())
