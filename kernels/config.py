@@ -279,16 +279,18 @@ def matmul_config(
     # Whole rows and columns up to 64 and blocks of them above; wider tiles as long as registers last.
     block_c = min(max(16, _next_power_of_2(columns)), 64)
     block_d = min(max(16, _next_power_of_2(dim)), 64)
-    small = max(block_c, block_d) <= 16 and not (powers and bandwidths > 1)
+    several_powers = powers and bandwidths > 1
+    small = max(block_c, block_d) <= 16 and not several_powers
     # All registers: the compiler's own limit for sm_86 is three or four blocks a multiprocessor, and spills.
     limit = None if architecture in WGMMA or architecture in _TCGEN05 or small else 255
     if gradient:
         tile = (128, 64, 8) if small and architecture in WGMMA else (64, 32, 4)
         return MatmulConfig(tile[0], tile[1], min(block_d, 32), block_d, tile[2], 1, limit, block_c=min(block_c, 32))
-    many = powers and bandwidths > 1
     if architecture in WGMMA or small:
-        return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c=min(block_c, 32) if many else block_c)
-    return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, None if many else limit, block_c=min(block_c, 32))
+        block_c = min(block_c, 32) if several_powers else block_c
+        return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c=block_c)
+    limit = None if several_powers else limit
+    return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, limit, block_c=min(block_c, 32))
 
 
 def density_config(dim: int, double: bool, gradient: bool, stratified: bool, architecture: int) -> DensityConfig:

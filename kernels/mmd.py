@@ -103,7 +103,7 @@ _APART = 1 << 26
 _GRADIENT, _CROSS, _SYMMETRIC = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 
 
-# Tuples hold pointers in a kernel and tensors on the host, of B problems.
+# Tuples hold pointers in a kernel and tensors on the host. B is the number of problems.
 
 
 class PartSums(NamedTuple):

@@ -68,7 +68,8 @@ _NEAR_ROWS = tl.constexpr(128)
 _NEAR_BLOCK = 16
 
 
-# Tuples hold pointers in a kernel and tensors on the host, of B problems. FEATURES and D are features without and with their padding.
+# Tuples hold pointers in a kernel and tensors on the host. B is the number of problems; FEATURES and D are the numbers of features without
+# and with their padding.
 
 
 class Samples(NamedTuple):
@@ -158,7 +159,7 @@ class SumSpec(NamedTuple):
 
 @triton.jit
 def from_row(operands, row, D: tl.constexpr):
-    """The operands from a row on, whose number has 64 bits, if one starts every D numbers."""
+    """The operands from row `row` on, which has 64 bits so that offsets do not overflow. Rows are D elements apart."""
     return Operands(
         operands.hi_ptr + row * D,
         operands.lo_ptr + row * D,

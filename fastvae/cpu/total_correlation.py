@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,12 +95,21 @@ def backward(
 
 
 def terms_backward(
-    upstream: Sequence[Tensor | None], z: Tensor, mu: Tensor, logvar: Tensor, joint: Tensor, marginals: Tensor, *options: Any
+    upstream: Sequence[Tensor | None],
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    joint: Tensor,
+    marginals: Tensor,
+    weights: LogWeights,
+    offset: int,
+    z_grad: bool,
+    posterior_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `backward`, from the gradients to the three terms of (4), None for zero."""
     information, correlation, divergence = (joint.new_zeros(()) if grad is None else grad / z.shape[0] for grad in upstream)
     to_densities = (correlation - information).expand_as(joint), (divergence - correlation).expand_as(marginals)
-    grad_z, grad_mu, grad_logvar = backward(to_densities, z, mu, logvar, joint, marginals, *options)
+    grad_z, grad_mu, grad_logvar = backward(to_densities, z, mu, logvar, joint, marginals, weights, offset, z_grad, posterior_grad)
     # The gradients through log q(z_i|n_i) and log p(z_i).
     z, mu, logvar = (t.to(joint.dtype) for t in (z, mu, logvar))
     root = precision_root(logvar)

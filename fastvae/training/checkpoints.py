@@ -70,7 +70,8 @@ class RandomState(Callback):
                 count["completed"] = min(count["completed"], count["processed"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # With max_steps, Lightning would take an epoch that was saved at its end for one to finish, and number the next one too high.
+        # With max_steps, Lightning resumes within an epoch even if it was saved at its end: it would skip the number of the next epoch, on
+        # which the order of the data depends.
         if "loops" not in checkpoint or trainer.max_steps == -1:
             return
         fit_loop = checkpoint["loops"]["fit_loop"]
