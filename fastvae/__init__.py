@@ -4,11 +4,13 @@ from fastvae import recipes, reference, schedules
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth
 from fastvae.functional import (
     GroupMMD,
+    gaussian_kl,
     group_mmd,
     kernel_matmul,
     mmd,
     mmd_to_normal,
     reparameterize_kl,
+    reparameterize_kl_moments,
     total_correlation,
     witness,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "VAEObjective",
     "VAEOutput",
     "__version__",
+    "gaussian_kl",
     "group_mmd",
     "kernel_matmul",
     "mean_bandwidth",
@@ -47,6 +50,7 @@ __all__ = [
     "recipes",
     "reference",
     "reparameterize_kl",
+    "reparameterize_kl_moments",
     "schedules",
     "total_correlation",
     "two_sample_test",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastvae.devices import lacks_float64
 from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
+from fastvae.parametrisation import Parametrisation, ScaleKind
 from fastvae.radial import KERNEL_NAMES, RBF, Kernel
 
 RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"]
@@ -28,6 +29,8 @@ MMDEstimator = Literal["biased", "unbiased", "linear"]
 DensityEstimator = Literal["minibatch_weighted", "minibatch_stratified"]
 BandwidthRule = Literal["median", "mean"]
 Precision = Literal["highest", "high", "medium", "ieee"]
+# Dimensions of a tensor; "all" is all but the first.
+Dims = int | Sequence[int] | Literal["all"]
 
 BACKENDS = (None, *get_args(Backend))
 MMD_BACKENDS = (None, *get_args(MMDBackend))
@@ -157,7 +160,7 @@ def images(mu: Tensor) -> None:
     if mu.ndim > 3:
         _warn_of_images(
             f"mu of shape {tuple(mu.shape)} has a KL of shape {tuple(mu.shape[:-1])}, summed over its last dimension alone: pass "
-            "mu.flatten(1) and logvar.flatten(1) for one KL an image, or flatten(0, -2) of both for one KL a row"
+            "kl_dims='all' for one KL an image, or kl_dims=(-1,) for one KL a row"
         )
 
 
@@ -555,6 +558,90 @@ def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
     floating_tensor("eps", eps)
     same_shape_and_kind("mu", mu, "eps", eps)
     constant("eps", eps)
+
+
+def moments(name: str, x: object, dim: object) -> None:
+    """A floating-point tensor whose two halves along `dim` are the parameters of Gaussians."""
+    x = floating_tensor(name, x)
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have two dimensions or more, got shape {tuple(x.shape)}")
+    _not_empty(name, x)
+    size = x.shape[dimension("dim", dim, x.ndim)]
+    if size % 2:
+        raise ValueError(f"{name} must have an even size along dim={dim}, means followed by as many scales, got {size}")
+
+
+def dimension(name: str, value: Any, ndim: int) -> int:
+    """A dimension of a tensor, from 0."""
+    dim = integer(name, value, at_least=-ndim)
+    if dim >= ndim:
+        raise ValueError(f"{name} must be less than the number of dimensions, {ndim}, got {dim}")
+    return dim % ndim
+
+
+def dims(name: str, value: Dims, ndim: int) -> tuple[int, ...]:
+    """Several dimensions of a tensor, from 0, in order."""
+    if isinstance(value, str):
+        option(name, value, ("all",))
+        return tuple(range(1, ndim))
+    if not isinstance(value, Sequence):
+        return (dimension(name, value, ndim),)
+    found = tuple(sorted(dimension(f"each of {name}", dim, ndim) for dim in value))
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name} must name each dimension once, got {tuple(value)}")
+    return found
+
+
+def parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Parametrisation:
+    option("scale", scale, get_args(ScaleKind))
+    offset = real("scale_offset", offset, at_least=0)
+    if bounds is not None:
+        bounds = ordered("logvar_bounds", bounds)
+        if scale != "logvar":
+            raise ValueError(f"logvar_bounds must be None for scale={scale!r}, got {bounds}")
+        if soft_clamp is not None:
+            raise ValueError(f"soft_clamp must be None if logvar_bounds is given, got {soft_clamp}")
+    return Parametrisation(scale, offset, bounds, None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0))
+
+
+def ordered(name: str, value: Any) -> tuple[float, float]:
+    """(low, high), two numbers in order."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"{name} must be (low, high), got {value!r}")
+    low, high = (real(f"each of {name}", bound) for bound in value)
+    if not low < high:
+        raise ValueError(f"{name} must be (low, high) with low < high, got ({low:g}, {high:g})")
+    return low, high
+
+
+def pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Both tensors, or None if none is given."""
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        missing, given = (name_a, name_b) if a is None else (name_b, name_a)
+        raise ValueError(f"{missing} must be given if {given} is, got None")
+    return a, b
+
+
+def prior(value: Any, mu: Tensor, s: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The parameters of a prior in the form of those of the posterior, moments if `s` is None; their shapes can be broadcast."""
+    if value is None:
+        return None, None
+    if s is None:
+        parts: Sequence[Any] = (value,)
+    elif isinstance(value, (tuple, list)) and len(value) == 2:
+        parts = value
+    else:
+        raise TypeError(f"prior must be a pair of tensors, (mu, logvar), got {type(value).__name__}")
+    for part in parts:
+        shape = tuple(floating_tensor("prior", part).shape)
+        same_kind("prior", part, "the posterior", mu)
+        if len(shape) > mu.ndim or any(own not in (1, size) for own, size in zip(shape[::-1], tuple(mu.shape)[::-1], strict=False)):
+            raise ValueError(
+                f"prior must have the shape of the posterior's parameters, {tuple(mu.shape)}, or one that is broadcast to it, got {shape}"
+            )
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 def dataset_size(value: Any, z: Tensor, estimator: str) -> None:

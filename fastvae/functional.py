@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, 
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
-from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon
+from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
+from fastvae.ops.reparameterize_kl import Tensors as PosteriorTensors
+from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula
 from fastvae.ops.total_correlation import apply_total_correlation
+from fastvae.parametrisation import ScaleKind
 from fastvae.radial import Kernel
 from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
 from fastvae.reference.total_correlation import KLDecomposition
@@ -500,68 +503,200 @@ def reparameterize_kl(
     *,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
-    per_dimension: bool = False,
+    kl_dims: checks.Dims = -1,
+    scale: ScaleKind = "logvar",
+    scale_offset: float = 0.0,
+    logvar_bounds: tuple[float, float] | None = None,
+    soft_clamp: float | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
     backend: checks.Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A sample of N(μ, σ²) by the reparameterisation trick and the KL divergence to N(0, I), in one pass forward and one backward.
+    """A sample of N(μ, σ²) by the reparameterisation trick and its KL divergence to a prior, in one pass forward and one backward.
 
-        z = μ + exp(½·logvar)·ε,   KL_i = ½·Σ_d (μ² + exp(logvar) − 1 − logvar)   in nats
+        z = μ + σ·ε,   KL = Σ ½·((μ − μ₀)²/σ₀² + σ²/σ₀² − 1 − log(σ²/σ₀²))   in nats
+
+    Differentiable twice, with respect to mu, logvar and the prior.
 
     Args:
-        mu: μ, (..., D), floating point. More than two dimensions before D raise a warning, as images are often meant: mu.flatten(1) has one
-            KL for each, and mu.flatten(0, -2) has one for each row. With per_dimension there is no warning.
-        logvar: log σ², same shape, dtype and device as mu.
+        mu: μ, (..., D), floating point.
+        logvar: s, which gives σ as `scale` says; log σ² by default. Same shape, dtype and device as mu.
         eps: ε, same shape, dtype and device as mu. It gets no gradient. By default it is drawn from N(0, I). On a GPU the kernels draw it
             in float32, forward and backward, from a 64-bit seed (Philox); each call, and each replay of a CUDA graph, draws a new seed.
             Under `torch.vmap`, randomness="different" or "same" allows the draw.
         generator: The source of ε or of its seed, PyTorch's global one by default. Not together with eps. The same state gives the same z
-            on the same kind of device.
-        per_dimension: Return the D summands of the KL instead of their sum.
+            on the same kind of device, on a GPU for the same memory format.
+        kl_dims: The dimensions that the KL is summed over: one, several, () for none, or "all" for all but the first. The last by default,
+            with a warning for four dimensions or more, as images are often meant.
+        scale: What s is, with o = scale_offset. "logvar": σ² = exp(s) + o. "log_std": σ = exp(s) + o. "std": σ = s + o. "variance":
+            σ² = s + o. "softplus": σ = softplus(s) + o.
+        scale_offset: o ≥ 0.
+        logvar_bounds: (low, high), to which log σ² is clamped, for scale="logvar". Outside there is no gradient, as in `torch.clamp`.
+        soft_clamp: c > 0 for c·tanh(μ/c) and c·tanh(s/c) in place of μ and s. Not together with logvar_bounds.
+        prior: (mu, logvar) of the prior N(μ₀, σ₀²), which scale, scale_offset, logvar_bounds and soft_clamp apply to as well. Their shapes
+            are broadcast to that of mu. N(0, I) by default.
         backend: None chooses by device; "cpu", "triton" or "reference" forces one.
 
     Returns:
-        z, (..., D), in the dtype of mu; and the KL in nats, (...), or (..., D) if per_dimension, float64 for float64 inputs, else float32.
+        z, in the shape, dtype and memory format of mu; and the KL in nats, float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: mu, logvar or eps is not a floating-point tensor, or their dtypes differ.
-        ValueError: Shapes or devices differ, both eps and generator are given, or an option is unknown.
+        TypeError: A tensor is not floating point, or dtypes differ.
+        ValueError: Shapes or devices differ, both eps and generator are given, or an option breaks a rule above.
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
-    if eps is None and backend is None and cpu.is_small(mu, logvar):
-        return cpu.differentiable(mu, logvar, _noise(mu, generator, None), per_dimension)
+    plain = scale == "logvar" and not scale_offset and logvar_bounds is None and soft_clamp is None and prior is None
+    if plain and eps is None and backend is None and kl_dims == -1 and cpu.is_small(mu, logvar):
+        return cpu.differentiable(mu, logvar, _noise(mu, generator, None))
     checks.rows("mu", mu)
-    checks.floating_tensor("logvar", logvar)
-    if not per_dimension:
+    if kl_dims == -1:
         checks.images(mu)
-    mu, logvar, eps = _autocast(mu), _autocast(logvar), eps if eps is None else _autocast(eps)
-    checks.same_shape_and_kind("mu", mu, "logvar", logvar)
-    checks.usable_backend(backend, mu.device)
-    if eps is not None:
-        checks.noise(eps, generator, mu)
-    shape = mu.shape
-    if len(shape) != 2:
-        mu, logvar, eps = mu.flatten(0, -2), logvar.flatten(0, -2), eps if eps is None else eps.flatten(0, -2)
-    noise = _noise(mu, generator, backend) if eps is None else eps
-    # The plain formulas run on every device and under every transform of torch.func, and the compiler fuses them on a CPU with the code
-    # around them, which an operation would prevent.
-    if torch.compiler.is_compiling():
-        inlined = mu.device.type != "cuda"
-    else:
-        inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
-    if backend == "reference" or (backend is None and inlined):
-        dtype = accumulation_dtype(mu.dtype)
-        noise = epsilon(noise, mu, "")
-        z, kl = reference.reparameterize_kl(mu.to(dtype), logvar.to(dtype), eps=noise.to(dtype), per_dimension=per_dimension)
-        z = z.to(mu.dtype)
-    else:
-        z, kl = apply_reparameterize_kl(mu, logvar, noise, per_dimension, backend or "")
-    if len(shape) == 2:
-        return z, kl
-    return z.reshape(shape), kl.reshape(shape if per_dimension else shape[:-1])
+    posterior = _Posterior.of(mu, logvar, prior, 0, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend)
+    return posterior.sample_and_kl(eps, generator)
 
 
-def _noise(mu: Tensor, generator: torch.Generator | None, backend: checks.Backend | None) -> Tensor:
+def reparameterize_kl_moments(
+    moments: Tensor,
+    *,
+    dim: int = 1,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    kl_dims: checks.Dims = "all",
+    scale: ScaleKind = "logvar",
+    scale_offset: float = 0.0,
+    logvar_bounds: tuple[float, float] | None = None,
+    soft_clamp: float | None = None,
+    prior: Tensor | None = None,
+    backend: checks.Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reparameterize_kl` of an encoder's result that holds μ and log σ² one after the other along a dimension.
+
+    The result of latent-diffusion autoencoders is (B, 2·C, H, W), that of audio autoencoders (B, 2·C, T). The gradient is one array of this
+    shape. No memory format is copied, such as channels_last.
+
+    Args:
+        moments: The means, followed along `dim` by as many numbers s, which give σ as `scale` says; log σ² by default. Floating point,
+            two dimensions or more.
+        dim: The dimension of both halves.
+        eps: ε, in the shape of one half, else as in `reparameterize_kl`.
+        generator: As in `reparameterize_kl`.
+        kl_dims: As in `reparameterize_kl`, but "all" by default: one KL for each index of the first dimension.
+        scale: As in `reparameterize_kl`, and so are scale_offset, logvar_bounds and soft_clamp. Autoencoders of latent diffusion have
+            logvar_bounds=(-30, 20).
+        scale_offset: o ≥ 0.
+        logvar_bounds: (low, high).
+        soft_clamp: c > 0.
+        prior: The moments of the prior, broadcast to the shape of `moments`. N(0, I) by default.
+        backend: As in `reparameterize_kl`.
+
+    Returns:
+        z, in the shape of one half and the dtype and memory format of moments; and the KL in nats, as in `reparameterize_kl`.
+
+    Raises:
+        TypeError: As in `reparameterize_kl`.
+        ValueError: As in `reparameterize_kl`; also an odd size of `dim`.
+
+    Source: Kingma and Welling 2014; Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models".
+    """
+    checks.moments("moments", moments, dim)
+    arguments = dim % moments.ndim, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend
+    return _Posterior.of(moments, None, prior, *arguments).sample_and_kl(eps, generator)
+
+
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    kl_dims: checks.Dims = -1,
+    scale: ScaleKind = "logvar",
+    scale_offset: float = 0.0,
+    logvar_bounds: tuple[float, float] | None = None,
+    soft_clamp: float | None = None,
+    backend: checks.Backend | None = None,
+) -> Tensor:
+    """The KL divergence KL(N(μ, σ²) ‖ N(μ₀, σ₀²)) between Gaussians with diagonal covariances, in one pass forward and one backward.
+
+        KL = Σ ½·((μ − μ₀)²/σ₀² + σ²/σ₀² − 1 − log(σ²/σ₀²))
+
+    It is the KL of `reparameterize_kl` with prior=(prior_mu, prior_logvar), without the sample.
+
+    Args:
+        mu: μ, (..., D), floating point.
+        logvar: log σ², or what `scale` says; same shape, dtype and device as mu.
+        prior_mu: μ₀, broadcast to the shape of mu. Both or none; N(0, I) by default.
+        prior_logvar: log σ₀², or what `scale` says.
+        kl_dims: As in `reparameterize_kl`.
+        scale: As in `reparameterize_kl`, and so are scale_offset, logvar_bounds and soft_clamp.
+        scale_offset: o ≥ 0.
+        logvar_bounds: (low, high).
+        soft_clamp: c > 0.
+        backend: As in `reparameterize_kl`.
+
+    Returns:
+        The KL in nats, float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError: As in `reparameterize_kl`.
+        ValueError: As in `reparameterize_kl`.
+
+    Source: Kingma and Welling 2014, appendix B.
+    """
+    checks.rows("mu", mu)
+    if kl_dims == -1:
+        checks.images(mu)
+    prior = checks.pair("prior_mu", prior_mu, "prior_logvar", prior_logvar)
+    return _Posterior.of(mu, logvar, prior, 0, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend).kl()
+
+
+class _Posterior(NamedTuple):
+    """A Gaussian and its prior, checked, as `fastvae.ops.reparameterize_kl` takes them."""
+
+    tensors: PosteriorTensors
+    options: PosteriorOptions
+
+    @staticmethod
+    def of(
+        mu: Tensor, s: Tensor | None, prior: Any, dim: int, kl_dims: checks.Dims, parametrisation: tuple[Any, ...], backend: str | None
+    ) -> _Posterior:
+        mu = _autocast(mu)
+        if s is not None:
+            s = _autocast(checks.floating_tensor("logvar", s))
+            checks.same_shape_and_kind("mu", mu, "logvar", s)
+        checks.usable_backend(backend, mu.device)
+        scale, offset, bounds, soft_clamp = checks.parametrisation(*parametrisation)
+        prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s))
+        dims = checks.dims("kl_dims", kl_dims, mu.ndim)
+        options = PosteriorOptions(dim, dims, scale, offset, bounds or (), soft_clamp or 0.0, backend or "")
+        return _Posterior(PosteriorTensors(mu, s, None, prior_mu, prior_s), options)
+
+    def sample_and_kl(self, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        half = self.options.halves(self.tensors.mu, self.tensors.s)[0]
+        if eps is None:
+            noise = _noise(half, generator, self.options.backend or None)
+        else:
+            noise = _autocast(eps)
+            checks.noise(noise, generator, half)
+        return self._apply(self.tensors._replace(noise=noise))
+
+    def kl(self) -> Tensor:
+        return self._apply(self.tensors)[1]
+
+    def _apply(self, tensors: PosteriorTensors) -> tuple[Tensor, Tensor]:
+        mu, backend = tensors.mu, self.options.backend
+        # The plain formulas run on every device and under every transform of torch.func, and the compiler fuses them on a CPU with the code
+        # around them, which an operation would prevent.
+        if torch.compiler.is_compiling():
+            inlined = mu.device.type != "cuda"
+        else:
+            inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
+        if backend == "reference" or (not backend and inlined):
+            return formula(tensors._replace(noise=epsilon(tensors, self.options)), self.options)
+        return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(*tensors, *self.options))
+
+
+def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
     """ε as the operation takes it: a seed for the Triton kernels, which draw ε faster than they would read it; else ε itself."""
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastvae import checks
 from fastvae.distributed import GroupModule, gather, global_mean
-from fastvae.functional import mmd, mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.functional import gaussian_kl, mmd, mmd_to_normal, total_correlation
 from fastvae.ops.common import without_autocast
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
@@ -456,7 +456,7 @@ class VAEObjective(GroupModule):
         d = output.mu.shape[1]
         if d % self.free_bits_group:
             raise ValueError(f"free_bits_group must divide the number of latent dimensions, {d}, got {self.free_bits_group}")
-        _, per_dimension = reparameterize_kl(output.mu, output.logvar, eps=torch.zeros_like(output.mu), per_dimension=True)
+        per_dimension = gaussian_kl(output.mu, output.logvar, kl_dims=())
         return self._mean(per_dimension).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
     def _mmd(self, z: Tensor, prior: Tensor | None = None) -> Tensor:

@@ -176,20 +176,31 @@ def normal_pair(x, y):
     return length * cos, length * sin
 
 
-def forward(mu: Tensor, logvar: Tensor, noise: Tensor, z: Tensor, kl: Tensor) -> None:
-    """Fill z (N, D) and kl, (N,) or (N, D), from μ and logvar (N, D), features contiguous, and ε (N, D) or its seed (1,)."""
+def forward(inputs: Any, parametrisation: Any, z: Tensor | None, kl: Tensor) -> None:
+    """Fill z and kl, as in `fastvae.cpu.reparameterize_kl`."""
+    mu, logvar, noise = _rows(inputs, parametrisation, kl)
     n, d = mu.shape
     config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
-    _launch(forward_kernel, (triton.cdiv(n, config.block_n), 1, 1), config, (mu, logvar, noise, z, kl), mu, logvar, noise, kl.ndim == 2)
+    per_dimension = kl.shape[2] == d
+    _launch(forward_kernel, (triton.cdiv(n, config.block_n), 1, 1), config, (mu, logvar, noise, z, kl), mu, logvar, noise, per_dimension)
 
 
-def backward(grad_z: Tensor, grad_kl: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor, grad_mu: Tensor, grad_logvar: Tensor) -> None:
-    """Fill dμ and dlogvar (N, D) from contiguous dz (N, D) and dKL, (N,) or (N, D), and the inputs of `forward`."""
+def backward(grad_z: Tensor | None, grad_kl: Tensor, inputs: Any, parametrisation: Any, grads: list[Tensor | None]) -> None:
+    """Fill the gradients to μ and s, as in `fastvae.cpu.reparameterize_kl`."""
+    mu, logvar, noise = _rows(inputs, parametrisation, grad_kl)
     n, d = mu.shape
     config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
     grid = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d), 1
-    arguments = (Gradients(grad_z, grad_kl, grad_mu, grad_logvar), mu, logvar, noise)
-    _launch(backward_kernel, grid, config, arguments, mu, logvar, noise, grad_kl.ndim == 2)
+    arguments = (Gradients(grad_z.contiguous(), grad_kl.contiguous(), *grads[:2]), mu, logvar, noise)
+    _launch(backward_kernel, grid, config, arguments, mu, logvar, noise, grad_kl.shape[2] == d)
+
+
+def _rows(inputs: Any, parametrisation: Any, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mu, s, noise, prior_mu, _ = inputs
+    if mu.shape[0] > 1 or prior_mu is not None or noise is None or parametrisation != type(parametrisation)() or kl.shape[1] != mu.shape[1]:
+        raise NotImplementedError("on a GPU this form of reparameterize_kl is not written yet")
+    rows = [t[0] if t.stride(2) == 1 else t[0].contiguous() for t in (mu, s)]
+    return *rows, noise[0].contiguous() if noise.is_floating_point() else noise
 
 
 def _launch(

@@ -164,13 +164,14 @@ def test_a_sentence_asks_whether_images_were_meant():
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="is treated as a batch of 12 samples"):
         torch.testing.assert_close(fastvae.mmd(x, x + 1).flatten(), fastvae.mmd(x.flatten(0, -3), x.flatten(0, -3) + 1))
-    one_kl = r"mu of shape \(4, 3, 8, 8\) has a KL of shape \(4, 3, 8\), summed over its last dimension alone: pass mu.flatten\(1\) and"
+    one_kl = r"mu of shape \(4, 3, 8, 8\) has a KL of shape \(4, 3, 8\), summed over its last dimension alone: pass kl_dims='all'"
     with pytest.warns(UserWarning, match=one_kl) as caught:
         assert fastvae.reparameterize_kl(x, x)[1].shape == (4, 3, 8)
     assert caught[0].filename == __file__
     # What is asked for says no more, as warnings are errors here.
-    assert fastvae.reparameterize_kl(x, x, per_dimension=True)[1].shape == x.shape
-    assert fastvae.reparameterize_kl(x.flatten(1), x.flatten(1))[1].shape == (4,)
+    assert fastvae.reparameterize_kl(x, x, kl_dims=())[1].shape == x.shape
+    assert fastvae.reparameterize_kl(x, x, kl_dims="all")[1].shape == (4,)
+    assert fastvae.reparameterize_kl(x, x, kl_dims=(-1,))[1].shape == (4, 3, 8)
     assert fastvae.mmd_to_normal(x.flatten(1)).shape == ()
 
 

@@ -578,7 +578,7 @@ def check_reparameterize_kl(pick: random.Random, rows: int, features: int, backe
     case = f"reparameterize_kl, {name}, {layouts}, small blocks {small}, {dtype}, per dimension {per_dimension}", mu, logvar, eps
 
     exact_inputs = [dense(t) for t in (mu, logvar)]
-    expected = reference.reparameterize_kl(*exact_inputs, eps=eps.to(DEVICE), per_dimension=per_dimension)
+    expected = reference.reparameterize_kl(*exact_inputs, eps=eps.to(DEVICE), kl_dims=() if per_dimension else -1)
     expected_gradients = torch.autograd.grad(expected, exact_inputs, (dz.to(DEVICE), dkl.to(DEVICE)))
     expected = [t.detach() for t in expected]
     flip = -1 if name == "noise of the other sign" else 1
@@ -588,7 +588,7 @@ def check_reparameterize_kl(pick: random.Random, rows: int, features: int, backe
 
     with small_tiles(small):
         m, lv, e = (lay_out(arrange(t).to(dtype), layout) for t, layout in zip((mu, logvar, flip * eps), layouts, strict=True))
-        z, kl = fastvae.reparameterize_kl(m, lv, eps=e.detach(), per_dimension=per_dimension, backend=backend)
+        z, kl = fastvae.reparameterize_kl(m, lv, eps=e.detach(), kl_dims=() if per_dimension else -1, backend=backend)
         gradients = torch.autograd.grad((z, kl), (m, lv), (arrange(dz).to(z), arrange(dkl).to(kl)))
     assert (z.dtype, kl.dtype) == (dtype, accumulation(dtype))
     size = 8 * torch.finfo(accumulation(dtype)).eps

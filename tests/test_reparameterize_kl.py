@@ -16,7 +16,7 @@ from fastvae.cpu import memory
 from fastvae.cpu import reparameterize_kl as small
 from fastvae.cpu.memory import new_empty
 from fastvae.kernels.config import RowConfig
-from fastvae.ops.reparameterize_kl import apply_reparameterize_kl
+from fastvae.ops.reparameterize_kl import Options, apply_reparameterize_kl
 from tests.cases import DEVICE, needs_cpu, needs_triton
 
 try:
@@ -55,18 +55,18 @@ if triton is not None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_results_lie_in_memory_as_small_ones(dtype):
     like = torch.empty(1, dtype=dtype)
-    large = new_empty(like, (1 << 21, 3), torch.float32)
+    large = new_empty(like, (1 << 21, 3), (3, 1), torch.float32)
     assert large.shape == (1 << 21, 3)
     assert large.dtype == torch.float32
     assert large.fill_(2).sum() == 6 << 21
-    assert new_empty(like, (2, 3)).dtype == dtype
+    assert new_empty(like, (2, 3), (3, 1)).dtype == dtype
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for huge pages")
 def test_large_results_are_huge_pages_where_the_system_has_them(monkeypatch):
     asked = []
     monkeypatch.setattr(memory, "_madvise", lambda: lambda *call: asked.append(call))
-    small, large = new_empty(torch.empty(1), (1 << 20,), torch.int8), new_empty(torch.empty(1), (2 << 20,))
+    small, large = new_empty(torch.empty(1), (1 << 20,), (1,), torch.int8), new_empty(torch.empty(1), (2 << 20,), (1,))
     assert small.numel() == 1 << 20
     ((address, length, advice),) = asked
     assert address % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
@@ -87,7 +87,7 @@ def test_reference_kl_is_that_of_torch_distributions():
     mu, logvar, _ = tensors((6, 4), torch.float64)
     posterior = torch.distributions.Normal(mu, (0.5 * logvar).exp())
     prior = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
-    _, kl = reference.reparameterize_kl(mu, logvar, per_dimension=True)
+    _, kl = reference.reparameterize_kl(mu, logvar, kl_dims=())
     torch.testing.assert_close(kl, torch.distributions.kl_divergence(posterior, prior))
 
 
@@ -102,7 +102,7 @@ def test_values_and_gradients(backend, shape, dtype, per_dimension):
 
     def run(function, to, **options):
         m, lv = (t.to(to).detach().requires_grad_() for t in (mu, logvar))
-        z, kl = function(m, lv, eps=eps.to(to), per_dimension=per_dimension, **options)
+        z, kl = function(m, lv, eps=eps.to(to), kl_dims=() if per_dimension else -1, **options)
         upstream = (dz.to(z.dtype), dkl.to(kl.dtype))
         return z, kl, *torch.autograd.grad((z, kl), (m, lv), upstream)
 
@@ -142,7 +142,7 @@ def test_gradcheck(backend, per_dimension):
     mu, logvar, eps = tensors((3, 4), torch.float64)
 
     def function(mu, logvar):
-        return fastvae.reparameterize_kl(mu, logvar, eps=eps, per_dimension=per_dimension, backend=backend)
+        return fastvae.reparameterize_kl(mu, logvar, eps=eps, kl_dims=() if per_dimension else -1, backend=backend)
 
     inputs = (mu.requires_grad_(), logvar.requires_grad_())
     assert torch.autograd.gradcheck(function, inputs)
@@ -303,7 +303,7 @@ def test_noise_is_the_same_in_every_precision(dtype):
 def test_backward_makes_the_noise_of_forward_from_the_seed(shape):
     mu, logvar, dz = (t.requires_grad_() for t in tensors(shape, torch.float64))
     z, _ = fastvae.reparameterize_kl(mu, logvar, backend="triton")
-    assert sorted(t.numel() for t in z.grad_fn.saved_tensors) == [1, mu.numel(), mu.numel()]
+    assert sorted(t.numel() for t in z.grad_fn.saved_tensors if t is not None) == [1, mu.numel(), mu.numel()]
     grad_mu, grad_logvar = torch.autograd.grad(z, (mu, logvar), dz)
     torch.testing.assert_close(grad_mu, dz)
     torch.testing.assert_close(grad_logvar, 0.5 * dz * (z - mu))
@@ -317,7 +317,7 @@ def test_gradcheck_of_a_seed(per_dimension):
 
     def function(mu, logvar):
         generator = torch.Generator(DEVICE).manual_seed(5)
-        return fastvae.reparameterize_kl(mu, logvar, generator=generator, per_dimension=per_dimension, backend="triton")
+        return fastvae.reparameterize_kl(mu, logvar, generator=generator, kl_dims=() if per_dimension else -1, backend="triton")
 
     inputs = (mu.requires_grad_(), logvar.requires_grad_())
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -354,9 +354,12 @@ def test_opcheck(per_dimension):
     mu, logvar, eps = tensors((3, 4), torch.float64)
     mu.requires_grad_()
     logvar.requires_grad_()
-    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, eps, per_dimension, ""))
+    options = Options(kl_dims=() if per_dimension else (1,))
+    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, eps, None, None, *options))
     grad_kl = (mu if per_dimension else mu[:, 0]).detach().clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl_backward.default, (eps, grad_kl, mu, logvar, eps, per_dimension, ""))
+    torch.library.opcheck(
+        torch.ops.fastvae.reparameterize_kl_backward.default, (eps, grad_kl, mu, logvar, eps, None, None, *options, False)
+    )
 
 
 @needs_triton
@@ -364,15 +367,17 @@ def test_opcheck(per_dimension):
 def test_opcheck_of_a_seed():
     mu, logvar, dz = (t.requires_grad_() for t in tensors((3, 4), torch.float64))
     seed = torch.tensor([2**40 + 3], device=DEVICE)
-    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, seed, False, "triton"))
+    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl.default, (mu, logvar, seed, None, None, *Options(backend="triton")))
     grad_kl = mu[:, 0].detach().clone().requires_grad_()
-    torch.library.opcheck(torch.ops.fastvae.reparameterize_kl_backward.default, (dz, grad_kl, mu, logvar, seed, False, "triton"))
+    torch.library.opcheck(
+        torch.ops.fastvae.reparameterize_kl_backward.default, (dz, grad_kl, mu, logvar, seed, None, None, *Options(backend="triton"), False)
+    )
 
 
 def test_the_cpu_path_refuses_a_seed():
     x = torch.zeros(3, 4)
     with pytest.raises(NotImplementedError, match="a seed is for the Triton kernels"):
-        torch.ops.fastvae.reparameterize_kl(x, x, torch.tensor([1]), False, "")
+        torch.ops.fastvae.reparameterize_kl(x, x, torch.tensor([1]), None, None, *Options())
 
 
 def test_a_compiler_for_the_cpu_gets_the_formulas_and_no_operation():
@@ -402,7 +407,7 @@ def test_compiles_whole(backend):
 def _draw_and_apply(mu, logvar):
     """What the public function does on a GPU; its check for the interpreter is not for the compiler."""
     seed = torch.randint(2**63 - 1, (1,), device=mu.device, generator=None)
-    return apply_reparameterize_kl(mu, logvar, seed, False, "triton")
+    return apply_reparameterize_kl(mu, logvar, seed, None, None, *Options(backend="triton"))
 
 
 @pytest.mark.parametrize(
@@ -443,7 +448,9 @@ def test_few_rows_on_a_cpu(per_dimension):
 
     def result(**options):
         inputs = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-        z, kl = fastvae.reparameterize_kl(*inputs, generator=torch.Generator().manual_seed(3), per_dimension=per_dimension, **options)
+        z, kl = fastvae.reparameterize_kl(
+            *inputs, generator=torch.Generator().manual_seed(3), kl_dims=() if per_dimension else -1, **options
+        )
         loss = (z * torch.linspace(-1, 1, 6)).sum() + kl.square().sum()
         return z.detach(), kl.detach(), *torch.autograd.grad(loss, inputs)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvae.devices import float64_on_cpu
-from fastvae.functional import mmd_to_normal, reparameterize_kl, total_correlation
+from fastvae.functional import gaussian_kl, mmd_to_normal, total_correlation
 from fastvae.kernel_sums import rbf_normal_mean_exponent, rbf_normal_self_exponent
 
 
@@ -56,8 +56,7 @@ def kl_per_dimension(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    mu, logvar = mu.detach().double(), logvar.detach().double()
-    return reparameterize_kl(mu, logvar, eps=torch.zeros_like(mu), per_dimension=True)[1]
+    return gaussian_kl(mu.detach().double(), logvar.detach().double(), kl_dims=())
 
 
 @float64_on_cpu

@@ -1,0 +1,62 @@
+"""How the two numbers that an encoder returns for each latent dimension give a Gaussian."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+ScaleKind = Literal["logvar", "log_std", "std", "variance", "softplus"]
+
+
+class Parametrisation(NamedTuple):
+    """How an encoder's μ and s give the mean and the standard deviation of a Gaussian.
+
+    First μ and s are bounded, by `bounds` or by `soft_clamp`, not both. Then s gives σ, with o = `offset`:
+
+        "logvar" σ² = exp(s) + o,   "log_std" σ = exp(s) + o,   "std" σ = s + o,   "variance" σ² = s + o,   "softplus" σ = softplus(s) + o
+    """
+
+    scale: ScaleKind = "logvar"
+    offset: float = 0.0
+    bounds: tuple[float, float] | None = None  # of s
+    soft_clamp: float | None = None  # c in c·tanh(μ/c) and c·tanh(s/c)
+
+    def bounded(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and s within their bounds."""
+        if self.soft_clamp is not None:
+            c = self.soft_clamp
+            return c * (mu / c).tanh(), c * (s / c).tanh()
+        return mu, s if self.bounds is None else s.clamp(*self.bounds)
+
+    def unbounded_gradients(self, grad_mu: Tensor, grad_s: Tensor, mu: Tensor, s: Tensor, unbounded_s: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients to the arguments of `bounded` from those to its results μ and s."""
+        if self.soft_clamp is not None:
+            return grad_mu * (1 - (mu / self.soft_clamp).square()), grad_s * (1 - (s / self.soft_clamp).square())
+        # As in torch.clamp, a value at a bound has its gradient.
+        return grad_mu, grad_s if self.bounds is None else grad_s.where(s == unbounded_s, 0)
+
+    def spread(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """σ and log σ² of a bounded s."""
+        if not self.offset:
+            if self.scale == "logvar":
+                return (0.5 * s).exp(), s
+            if self.scale == "log_std":
+                return s.exp(), 2 * s
+        if self.scale in ("logvar", "variance"):
+            var = (s.exp() if self.scale == "logvar" else s) + self.offset
+            return var.sqrt(), var.log()
+        std = (s.exp() if self.scale == "log_std" else F.softplus(s) if self.scale == "softplus" else s) + self.offset
+        return std, 2 * std.log()
+
+    def slope(self, s: Tensor, std: Tensor) -> Tensor | float:
+        """The derivative of log σ to a bounded s."""
+        if self.scale == "variance":
+            return 0.5 / std.square()
+        if self.scale in ("std", "softplus"):
+            return (s.sigmoid() if self.scale == "softplus" else 1) / std
+        factor = 0.5 if self.scale == "logvar" else 1.0
+        # exp(s)/(exp(s) + o), without overflow
+        return factor * (s - math.log(self.offset)).sigmoid() if self.offset else factor
