@@ -16,6 +16,7 @@ from fastvae.functional import (
 )
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
+from fastvae.posteriors import DiagonalGaussianDistribution
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
 from fastvae.reference import KLDecomposition
@@ -26,6 +27,7 @@ from fastvae.version import __version__
 __all__ = [
     "VAE",
     "Bernoulli",
+    "DiagonalGaussianDistribution",
     "Gaussian",
     "GroupMMD",
     "ImportanceWeighted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import numbers
@@ -593,6 +594,16 @@ def dims(name: str, value: Dims, ndim: int) -> tuple[int, ...]:
 
 
 def parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Parametrisation:
+    # For a few numbers the checks take as long as the sums, so their results are cached.
+    if not torch.compiler.is_compiling():
+        try:
+            return _cached_parametrisation(scale, offset, bounds, soft_clamp)
+        except TypeError:
+            pass  # An option cannot be hashed or is wrong: the checks say which.
+    return _parametrisation(scale, offset, bounds, soft_clamp)
+
+
+def _parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Parametrisation:
     option("scale", scale, get_args(ScaleKind))
     offset = real("scale_offset", offset, at_least=0)
     if bounds is not None:
@@ -602,6 +613,9 @@ def parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Pa
         if soft_clamp is not None:
             raise ValueError(f"soft_clamp must be None if logvar_bounds is given, got {soft_clamp}")
     return Parametrisation(scale, offset, bounds, None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0))
+
+
+_cached_parametrisation = functools.lru_cache(maxsize=256, typed=True)(_parametrisation)
 
 
 def ordered(name: str, value: Any) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
 from fastvae.ops.reparameterize_kl import Tensors as PosteriorTensors
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula
 from fastvae.ops.total_correlation import apply_total_correlation
-from fastvae.parametrisation import ScaleKind
+from fastvae.parametrisation import Parametrisation, ScaleKind
 from fastvae.radial import Kernel
 from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
 from fastvae.reference.total_correlation import KLDecomposition
@@ -524,7 +524,7 @@ def reparameterize_kl(
             in float32, forward and backward, from a 64-bit seed (Philox); each call, and each replay of a CUDA graph, draws a new seed.
             Under `torch.vmap`, randomness="different" or "same" allows the draw.
         generator: The source of ε or of its seed, PyTorch's global one by default. Not together with eps. The same state gives the same z
-            on the same kind of device, on a GPU for the same memory format.
+            on the same kind of device; on a GPU it depends on the memory format too.
         kl_dims: The dimensions that the KL is summed over: one, several, () for none, or "all" for all but the first. The last by default,
             with a warning for four dimensions or more, as images are often meant.
         scale: What s is, with o = scale_offset. "logvar": σ² = exp(s) + o. "log_std": σ = exp(s) + o. "std": σ = s + o. "variance":
@@ -545,14 +545,14 @@ def reparameterize_kl(
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
-    plain = scale == "logvar" and not scale_offset and logvar_bounds is None and soft_clamp is None and prior is None
-    if plain and eps is None and backend is None and kl_dims == -1 and cpu.is_small(mu, logvar):
-        return cpu.differentiable(mu, logvar, _noise(mu, generator, None))
     checks.rows("mu", mu)
     if kl_dims == -1:
         checks.images(mu)
-    posterior = _Posterior.of(mu, logvar, prior, 0, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend)
-    return posterior.sample_and_kl(eps, generator)
+    parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
+    small = backend is None and prior is None and parametrisation.is_logvar and cpu.is_small(mu, logvar, eps)
+    if small and mu.shape == logvar.shape:
+        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim))
+    return Posterior.of(mu, logvar, prior, 0, kl_dims, parametrisation, backend).sample_and_kl(eps, generator)
 
 
 def reparameterize_kl_moments(
@@ -599,8 +599,12 @@ def reparameterize_kl_moments(
     Source: Kingma and Welling 2014; Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models".
     """
     checks.moments("moments", moments, dim)
-    arguments = dim % moments.ndim, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend
-    return _Posterior.of(moments, None, prior, *arguments).sample_and_kl(eps, generator)
+    dim %= moments.ndim
+    parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
+    if backend is None and prior is None and parametrisation.is_logvar and cpu.is_small(moments, None, eps):
+        mu, logvar = moments.chunk(2, dim)
+        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim))
+    return Posterior.of(moments, None, prior, dim, kl_dims, parametrisation, backend).sample_and_kl(eps, generator)
 
 
 def gaussian_kl(
@@ -647,10 +651,11 @@ def gaussian_kl(
     if kl_dims == -1:
         checks.images(mu)
     prior = checks.pair("prior_mu", prior_mu, "prior_logvar", prior_logvar)
-    return _Posterior.of(mu, logvar, prior, 0, kl_dims, (scale, scale_offset, logvar_bounds, soft_clamp), backend).kl()
+    parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
+    return Posterior.of(mu, logvar, prior, 0, kl_dims, parametrisation, backend).kl()
 
 
-class _Posterior(NamedTuple):
+class Posterior(NamedTuple):
     """A Gaussian and its prior, checked, as `fastvae.ops.reparameterize_kl` takes them."""
 
     tensors: PosteriorTensors
@@ -658,21 +663,21 @@ class _Posterior(NamedTuple):
 
     @staticmethod
     def of(
-        mu: Tensor, s: Tensor | None, prior: Any, dim: int, kl_dims: checks.Dims, parametrisation: tuple[Any, ...], backend: str | None
-    ) -> _Posterior:
+        mu: Tensor, s: Tensor | None, prior: Any, dim: int, kl_dims: checks.Dims, parametrisation: Parametrisation, backend: str | None
+    ) -> Posterior:
         mu = _autocast(mu)
         if s is not None:
             s = _autocast(checks.floating_tensor("logvar", s))
             checks.same_shape_and_kind("mu", mu, "logvar", s)
         checks.usable_backend(backend, mu.device)
-        scale, offset, bounds, soft_clamp = checks.parametrisation(*parametrisation)
+        scale, offset, bounds, soft_clamp = parametrisation
         prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)
         options = PosteriorOptions(dim, dims, scale, offset, bounds or (), soft_clamp or 0.0, backend or "")
-        return _Posterior(PosteriorTensors(mu, s, None, prior_mu, prior_s), options)
+        return Posterior(PosteriorTensors(mu, s, None, prior_mu, prior_s), options)
 
     def sample_and_kl(self, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        half = self.options.halves(self.tensors.mu, self.tensors.s)[0]
+        half = self.options.halves(self.tensors.mu.detach(), self.tensors.s)[0]
         if eps is None:
             noise = _noise(half, generator, self.options.backend or None)
         else:
@@ -696,12 +701,28 @@ class _Posterior(NamedTuple):
         return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(*tensors, *self.options))
 
 
+def _small(
+    mu: Tensor,
+    logvar: Tensor,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+    bounds: tuple[float, float] | None,
+    dims: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    if eps is None:
+        eps = _noise(mu, generator, None)
+    else:
+        checks.noise(eps, generator, mu)
+    return cpu.differentiable(mu, logvar, eps, bounds, dims)
+
+
 def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
     """ε as the operation takes it: a seed for the Triton kernels, which draw ε faster than they would read it; else ε itself."""
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
     if generator is None:
-        return torch.randn_like(mu)
+        # The same numbers in every memory format, as with a generator.
+        return torch.randn_like(mu, memory_format=torch.contiguous_format)
     return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
 
 

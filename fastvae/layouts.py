@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+_IN_ORDER = tuple(range(64))
 
 
 class Layout(NamedTuple):
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
 
     def view(self, t: Tensor) -> Tensor:
         """t as (B, R, D)."""
-        return t.permute(self.order).reshape(self.sizes)
+        return t.reshape(self.sizes) if self.order == _IN_ORDER[: len(self.order)] else t.permute(self.order).reshape(self.sizes)
 
     def view_sums(self, t: Tensor) -> Tensor:
         """Sums as (B, R, D), where a dimension summed over has size 1."""
@@ -46,7 +47,8 @@ class Layout(NamedTuple):
             for dim in self.late_dims:
                 t = t.unsqueeze(dim)
             return self.view(t.expand(self.shape))
-        return t.permute(self.sums_order).reshape(self.sums_sizes)
+        in_order = self.sums_order == _IN_ORDER[: len(self.sums_order)]
+        return (t if in_order else t.permute(self.sums_order)).reshape(self.sums_sizes)
 
 
 def _layout(shape: Sizes, strides: tuple[Sizes, ...], dims: Sizes) -> Layout:

@@ -24,6 +24,11 @@ class Parametrisation(NamedTuple):
     bounds: tuple[float, float] | None = None  # of s
     soft_clamp: float | None = None  # c in c·tanh(μ/c) and c·tanh(s/c)
 
+    @property
+    def is_logvar(self) -> bool:
+        """Whether a bounded s is log σ² and μ has no bounds."""
+        return self.scale == "logvar" and not self.offset and self.soft_clamp is None
+
     def bounded(self, mu: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """μ and s within their bounds."""
         if self.soft_clamp is not None:
@@ -40,11 +45,10 @@ class Parametrisation(NamedTuple):
 
     def spread(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """σ and log σ² of a bounded s."""
-        if not self.offset:
-            if self.scale == "logvar":
-                return (0.5 * s).exp(), s
-            if self.scale == "log_std":
-                return s.exp(), 2 * s
+        if self.scale == "logvar" and not self.offset:
+            return (0.5 * s).exp(), s
+        if self.scale == "log_std" and not self.offset:
+            return s.exp(), 2 * s
         if self.scale in ("logvar", "variance"):
             var = (s.exp() if self.scale == "logvar" else s) + self.offset
             return var.sqrt(), var.log()

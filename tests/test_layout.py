@@ -19,7 +19,7 @@ LAYERS = [
     ["cpu"],
     ["ops"],
     ["functional", "two_sample"],
-    ["preparation", "losses", "objectives", "schedules", "recipes", "metrics"],
+    ["preparation", "posteriors", "losses", "objectives", "schedules", "recipes", "metrics"],
     ["vae"],
     ["training"],
     ["cli"],

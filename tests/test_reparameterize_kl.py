@@ -454,20 +454,24 @@ def test_few_rows_on_a_cpu(per_dimension):
         loss = (z * torch.linspace(-1, 1, 6)).sum() + kl.square().sum()
         return z.detach(), kl.detach(), *torch.autograd.grad(loss, inputs)
 
-    assert small.is_small(mu, logvar)
+    assert small.is_small(mu, logvar, None)
     for few, many in zip(result(), result(backend="cpu"), strict=True):
         torch.testing.assert_close(few, many)
 
 
-def test_small_is_what_passes_every_check():
+def test_what_is_small():
     mu = torch.randn(4, 3)
-    assert small.is_small(mu, mu)
-    for other in (mu.double(), mu[:2], mu[None], mu.to("meta"), mu[:0], torch.randn(4, 3, dtype=torch.bfloat16), torch.randn(4096, 3)):
-        assert not small.is_small(mu, other)
-        assert len(other) == 2 or not small.is_small(other, other)
-    assert not small.is_small(3, 3)
+    assert small.is_small(mu, mu, mu)
+    assert small.is_small(mu, None, None)
+    for other in (mu.double(), mu.to("meta"), torch.randn(4, 3, dtype=torch.bfloat16)):
+        assert not small.is_small(mu, other, None)
+        assert not small.is_small(mu, mu, other)
+        assert not small.is_small(other, other, None)
+    for other in (mu[:0], torch.randn(4096, 3)):
+        assert not small.is_small(other, other, None)
+    assert not small.is_small(torch.randn(8192, 3), None, None)
     with FakeTensorMode():
-        assert not small.is_small(torch.randn(4, 3), torch.randn(4, 3))
+        assert not small.is_small(torch.randn(4, 3), torch.randn(4, 3), None)
 
 
 def test_small_in_inference_mode_first():

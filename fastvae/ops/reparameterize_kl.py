@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,10 @@ _OPTIONS = "int dim, int[] kl_dims, str scale, float offset, float[] bounds, flo
 FORWARD_SCHEMA = f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = f"(Tensor grad_z, Tensor grad_kl, {_TENSORS}, {_OPTIONS}, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)"
 
+_LOGVAR = Parametrisation()
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+# Of the options.
+_NO_GRADIENT = (None,) * 7
 
 
 class Tensors(NamedTuple):
@@ -49,6 +53,8 @@ class Options(NamedTuple):
 
     @property
     def parametrisation(self) -> Parametrisation:
+        if self.scale == "logvar" and not self.offset and not self.soft_clamp and not self.bounds:
+            return _LOGVAR
         bounds = (self.bounds[0], self.bounds[1]) if len(self.bounds) else None
         return Parametrisation(cast(Any, self.scale), self.offset, bounds, self.soft_clamp or None)
 
@@ -57,39 +63,48 @@ class Options(NamedTuple):
         return cast("tuple[Tensor, Tensor]", mu.chunk(2, self.dim)) if s is None else (mu, s)
 
 
-class _Arranged(NamedTuple):
-    """A call as the backends see it: arrays (B, R, D)."""
-
-    inputs: cpu.Inputs
-    parametrisation: Parametrisation
-    layout: Layout
-    backend: Any  # the module
+class _Plan(NamedTuple):
+    layout: Layout  # of μ, s, z and the gradients to μ and s
+    strides: tuple[int, ...]  # of the gradients to the op's `mu` and `s`
+    copy: bool = False  # whether `mu` has gaps such that its halves are not (B, R, D)
 
     @staticmethod
-    def of(tensors: Tensors, options: Options) -> _Arranged:
-        mu, s, noise, prior_mu, prior_s = tensors
-        layout = _layout(mu, s, options)
-        if not layout.views and s is None:
-            # No halves of an array with such gaps are (B, R, D).
-            return _Arranged.of(tensors._replace(mu=new_empty(mu, mu.shape, _gradient_strides(mu, s, options)).copy_(mu)), options)
-        posterior = [layout.view(half) for half in options.halves(mu, s)]
-        prior = [None, None] if prior_mu is None else [layout.view(half) for half in options.halves(prior_mu, prior_s)]
-        eps = noise if noise is None or not noise.is_floating_point() else layout.view(noise)
-        return _Arranged(cpu.Inputs(posterior[0], posterior[1], eps, *prior), options.parametrisation, layout, _backend(tensors, options))
+    def of(mu: Tensor, s: Tensor | None, options: Options) -> _Plan:
+        plan = _plan if torch.compiler.is_compiling() or any(type(size) is not int for size in mu.shape) else _cached_plan
+        return plan(mu.shape, mu.stride(), None if s is None else s.stride(), options.dim, tuple(options.kl_dims))
 
 
-def _layout(mu: Tensor, s: Tensor | None, options: Options) -> Layout:
-    """The layout of μ, s and z, and of the gradients."""
-    halves = options.halves(mu, s)
-    strides = [halves[0].stride(), halves[1].stride()] if s is not None else [mu.stride(), _gradient_strides(mu, s, options)]
-    return Layout.of(halves[0].shape, strides, options.kl_dims)
+def _plan(shape: tuple[int, ...], strides: tuple[int, ...], s_strides: tuple[int, ...] | None, dim: int, kl_dims: tuple[int, ...]) -> _Plan:
+    if s_strides is not None:
+        layout = Layout.of(shape, (strides, s_strides), kl_dims)
+        return _Plan(layout, layout.strides)
+    dense, half = Layout.of(shape, (strides,), ()).strides, (*shape[:dim], shape[dim] // 2, *shape[dim + 1 :])
+    layout = Layout.of(half, (strides, dense), kl_dims)
+    return _Plan(layout, dense) if layout.views else _Plan(Layout.of(half, (dense,), kl_dims), dense, copy=True)
 
 
-def _gradient_strides(mu: Tensor, s: Tensor | None, options: Options) -> tuple[int, ...]:
-    return _layout(mu, s, options).strides if s is not None else Layout.of(mu.shape, [mu.stride()], ()).strides
+# A compiler's symbols cannot be hashed.
+_cached_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
-def _backend(tensors: Tensors, options: Options) -> Any:
+def _inputs(tensors: Tensors, options: Options, plan: _Plan | None) -> cpu.Inputs:
+    """μ, s, ε, μ₀ and s₀, as (B, R, D) if there is a plan."""
+    mu, s, noise, prior_mu, prior_s = tensors
+    if plan is not None and plan.copy:
+        mu = new_empty(mu, mu.shape, plan.strides).copy_(mu)
+    halves = list(options.halves(mu, s))
+    if prior_mu is not None:
+        halves += options.halves(prior_mu, prior_s)
+    if plan is None:
+        return cpu.Inputs(halves[0], halves[1], noise, *halves[2:])
+    if noise is not None and noise.is_floating_point():
+        noise = plan.layout.view(noise)
+    views = [plan.layout.view(half) for half in halves]
+    return cpu.Inputs(views[0], views[1], noise, *views[2:])
+
+
+def _triton(tensors: Tensors, options: Options) -> Any:
+    """The Triton backend, or None for the CPU."""
     if runs_on_triton(options.backend, tensors.mu):
         import fastvae.kernels.reparameterize_kl as kernels
 
@@ -98,20 +113,26 @@ def _backend(tensors: Tensors, options: Options) -> Any:
         raise NotImplementedError(
             "a seed is for the Triton kernels only: pass the noise itself, which a CPU keeps faster than it draws it twice"
         )
-    return cpu
+    return None
 
 
 def _evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`_op_evaluate`, on a CPU without a plan for few numbers."""
+    tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
+    if _triton(tensors, options) is not None or not cpu.is_block(tensors.mu):
+        return _op_evaluate(*arguments)
+    inputs = _inputs(tensors, options, None)
+    return cpu.forward_block(inputs, options.parametrisation, options.kl_dims, accumulation_dtype(tensors.mu.dtype))
+
+
+def _op_evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
     """z, in the memory format of μ and empty without noise, and KL in the accumulation dtype."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    inputs, parametrisation, layout, backend = _Arranged.of(tensors, options)
+    plan = _Plan.of(tensors.mu, tensors.s, options)
+    layout = plan.layout
     z, kl = _outputs(tensors, layout)
-    backend.forward(
-        inputs,
-        parametrisation,
-        None if tensors.noise is None else layout.view(z),
-        layout.view(kl) if layout.late_dims else layout.view_sums(kl),
-    )
+    views = None if tensors.noise is None else layout.view(z), layout.view(kl) if layout.late_dims else layout.view_sums(kl)
+    (_triton(tensors, options) or cpu).forward(_inputs(tensors, options, plan), options.parametrisation, *views)
     return z, kl.sum(layout.late_dims) if layout.late_dims else kl
 
 
@@ -125,34 +146,52 @@ def _outputs(tensors: Tensors, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    layout = _layout(tensors.mu, tensors.s, options)
+    layout = _Plan.of(tensors.mu, tensors.s, options).layout
     z, kl = _outputs(tensors, layout)
     return z, kl.sum(layout.late_dims) if layout.late_dims else kl
 
 
-def _gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any) -> Gradients:
-    """The gradients to `mu`, `s`, `prior_mu` and `prior_s`, empty for None, and for a prior that needs none."""
+def _gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any, as_op: bool = False) -> list[Tensor | None]:
+    """The gradients to `mu`, `s`, `prior_mu` and `prior_s`; None for one that is None, and for a prior that needs none."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:-1])
-    inputs, parametrisation, layout, backend = _Arranged.of(tensors, options)
-    grads = _gradient_outputs(tensors, options, arguments[-1])
-    out: list[Tensor | None] = []
-    for grad_mu, grad_s, s in ((*grads[:2], tensors.s), (*grads[2:], tensors.prior_s)):
-        halves = options.halves(grad_mu, None if s is None else grad_s) if len(grad_mu) else (None, None)
-        out += [None if half is None else layout.view(half) for half in halves]
-    dz = None if tensors.noise is None else layout.view(grad_z)
-    backend.backward(dz, layout.view_sums(grad_kl), inputs, parametrisation, out)
+    dz = None if tensors.noise is None else grad_z
+    triton = _triton(tensors, options)
+    block = triton is None and cpu.is_block(tensors.mu)
+    if block and not as_op and tensors.s is not None and tensors.mu.dtype == grad_kl.dtype:
+        inputs = _inputs(tensors, options, None)
+        return cpu.backward_block(dz, grad_kl, inputs, options.parametrisation, options.kl_dims, (None, None, None, None))
+    plan = _Plan.of(tensors.mu, tensors.s, options)
+    grads = _gradient_outputs(tensors, plan, arguments[-1])
+    halves: list[Tensor | None] = [*options.halves(cast(Tensor, grads[0]), grads[1])]
+    halves += [None, None] if grads[2] is None else options.halves(grads[2], grads[3])
+    if block:
+        cpu.backward_block(dz, grad_kl, _inputs(tensors, options, None), options.parametrisation, options.kl_dims, halves)
+        return grads
+    view = plan.layout.view
+    out = [None if half is None else view(half) for half in halves]
+    upstream = None if dz is None else view(dz), plan.layout.view_sums(grad_kl)
+    (triton or cpu).backward(*upstream, _inputs(tensors, options, plan), options.parametrisation, out)
     return grads
 
 
-def _gradient_outputs(tensors: Tensors, options: Options, prior_grad: bool) -> Gradients:
-    strides = _gradient_strides(tensors.mu, tensors.s, options)
+def _gradient_outputs(tensors: Tensors, plan: _Plan, prior_grad: bool) -> list[Tensor | None]:
     wanted = [t if n < 2 or prior_grad else None for n, t in enumerate(tensors.parameters())]
-    grads = (tensors.mu.new_empty(0) if t is None else new_empty(tensors.mu, t.shape, strides) for t in wanted)
-    return cast(Gradients, tuple(grads))
+    return [None if t is None else new_empty(tensors.mu, t.shape, plan.strides) for t in wanted]
+
+
+def _op_gradients(*arguments: Any) -> Gradients:
+    """`_gradients` with an empty tensor for None."""
+    return _without_none(_gradients(*arguments, as_op=True), arguments[0])
 
 
 def _fake_gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any) -> Gradients:
-    return _gradient_outputs(Tensors(*arguments[:5]), Options(*arguments[5:-1]), arguments[-1])
+    tensors = Tensors(*arguments[:5])
+    plan = _Plan.of(tensors.mu, tensors.s, Options(*arguments[5:-1]))
+    return _without_none(_gradient_outputs(tensors, plan, arguments[-1]), grad_z)
+
+
+def _without_none(grads: list[Tensor | None], like: Tensor) -> Gradients:
+    return cast(Gradients, tuple(like.new_empty(0) if grad is None else grad for grad in grads))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -168,12 +207,11 @@ def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None,
         grads = _DifferentiableBackward.apply(*arguments)
     else:
         grads = backward_op(*arguments) if needs_dispatcher(*arguments[:7]) else _gradients(*arguments)
-    mu, s, prior_mu, prior_s = (grad if needed else None for grad, needed in zip(grads, _needed(tensors, prior_grad), strict=True))
-    return mu, s, None, prior_mu, prior_s, *(None for _ in ctx.options)
-
-
-def _needed(tensors: Tensors, prior_grad: bool) -> list[bool]:
-    return [t is not None and (n < 2 or prior_grad) for n, t in enumerate(tensors.parameters())]
+    mu, s, prior_mu, prior_s = (
+        None if t is None or (n > 1 and not prior_grad) else grad
+        for n, (grad, t) in enumerate(zip(grads, tensors.parameters(), strict=True))
+    )
+    return mu, s, None, prior_mu, prior_s, *_NO_GRADIENT
 
 
 def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -200,7 +238,7 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     upstream = tuple(cotangents[n] if n < 2 or ctx.prior_grad else torch.zeros_like(t) for n, t in zip(given, own, strict=True))
     to_z, to_kl, *to_own = torch.func.vjp(gradients, grad_z, grad_kl, *own)[1](upstream)
     found = dict(zip(given, to_own, strict=True))
-    return to_z, to_kl, found.get(0), found.get(1), None, found.get(2), found.get(3), *(None for _ in ctx.options), None
+    return to_z, to_kl, found.get(0), found.get(1), None, found.get(2), found.get(3), *_NO_GRADIENT, None
 
 
 def formula(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
@@ -226,8 +264,8 @@ def epsilon(tensors: Tensors, options: Options) -> Tensor | None:
     return cast(Tensor, forward_op(*zeros, noise, None, None, *Options(options.dim, options.kl_dims, backend=options.backend))[0])
 
 
-forward_op = custom_op("reparameterize_kl", FORWARD_SCHEMA, _evaluate, _fake)
-backward_op = custom_op("reparameterize_kl_backward", BACKWARD_SCHEMA, _gradients, _fake_gradients)
+forward_op = custom_op("reparameterize_kl", FORWARD_SCHEMA, _op_evaluate, _fake)
+backward_op = custom_op("reparameterize_kl_backward", BACKWARD_SCHEMA, _op_gradients, _fake_gradients)
 _DifferentiableBackward = autograd_function("ReparameterizeKLBackward", "reparameterize_kl", backward_op, _setup_double, _double_backward)
 # (z, KL), differentiable; arguments of `torch.ops.fastvae.reparameterize_kl`.
 apply_reparameterize_kl = differentiable("ReparameterizeKL", "reparameterize_kl", 5, forward_op, _evaluate, _setup_context, _backward)
