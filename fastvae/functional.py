@@ -22,7 +22,7 @@ from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
 from fastvae.ops.reparameterize_kl import Tensors as PosteriorTensors
-from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula
+from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula, fused_formula
 from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.parametrisation import Parametrisation, ScaleKind
 from fastvae.radial import Kernel
@@ -509,7 +509,7 @@ def reparameterize_kl(
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
-    backend: checks.Backend | None = None,
+    backend: checks.MMDBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sample of N(μ, σ²) by the reparameterisation trick and its KL divergence to a prior, in one pass forward and one backward.
 
@@ -534,7 +534,9 @@ def reparameterize_kl(
         soft_clamp: c > 0 for c·tanh(μ/c) and c·tanh(s/c) in place of μ and s. Not together with logvar_bounds.
         prior: (mu, logvar) of the prior N(μ₀, σ₀²), which scale, scale_offset, logvar_bounds and soft_clamp apply to as well. Their shapes
             are broadcast to that of mu. N(0, I) by default.
-        backend: None chooses by device; "cpu", "triton" or "reference" forces one.
+        backend: None chooses by device. "cpu", "triton" or "reference" forces one. "inductor" is "cpu" in one loop each for the forward and
+            the backward pass, made by `torch.compile`: faster for large latents, and differentiable once. It needs a C++ compiler, and
+            compiles for some seconds at each new set of options.
 
     Returns:
         z, in the shape, dtype and memory format of mu; and the KL in nats, float64 for float64 inputs, else float32.
@@ -567,7 +569,7 @@ def reparameterize_kl_moments(
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
     prior: Tensor | None = None,
-    backend: checks.Backend | None = None,
+    backend: checks.MMDBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reparameterize_kl` of an encoder's result that holds μ and log σ² one after the other along a dimension.
 
@@ -618,7 +620,7 @@ def gaussian_kl(
     scale_offset: float = 0.0,
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
-    backend: checks.Backend | None = None,
+    backend: checks.MMDBackend | None = None,
 ) -> Tensor:
     """The KL divergence KL(N(μ, σ²) ‖ N(μ₀, σ₀²)) between Gaussians with diagonal covariances, in one pass forward and one backward.
 
@@ -669,7 +671,7 @@ class Posterior(NamedTuple):
         if s is not None:
             s = _autocast(checks.floating_tensor("logvar", s))
             checks.same_shape_and_kind("mu", mu, "logvar", s)
-        checks.usable_backend(backend, mu.device)
+        checks.usable_backend(backend, mu.device, checks.MMD_BACKENDS)
         scale, offset, bounds, soft_clamp = parametrisation
         prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)
@@ -696,7 +698,9 @@ class Posterior(NamedTuple):
             inlined = mu.device.type != "cuda"
         else:
             inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
-        if backend == "reference" or (not backend and inlined):
+        if backend == "inductor" and not inlined:
+            return fused_formula(tensors, self.options)
+        if backend in ("reference", "inductor") or (not backend and inlined):
             return formula(tensors._replace(noise=epsilon(tensors, self.options)), self.options)
         return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(*tensors, *self.options))
 

@@ -111,7 +111,7 @@ def test_mmd(points, options, error, sentence):
         ({"eps": Y}, ValueError, "mu and eps must have the same shape, got (4, 3) and (5, 3)"),
         ({"eps": X, "generator": torch.Generator()}, ValueError, "generator must be None where eps is given, got both: pass one of them"),
         ({"eps": X.clone().requires_grad_()}, ValueError, "eps must be constant, got a tensor that requires grad: pass eps.detach()"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', 'inductor', got 'gpu'"),
     ],
     ids=lambda value: str(value)[:50],
 )

@@ -270,3 +270,15 @@ def test_operations_without_it_name_those_they_have():
 def test_tensors_must_be_on_the_cpu():
     with pytest.raises(ValueError, match="backend='inductor' must have tensors on the CPU, got meta"):
         fastvae.mmd(torch.randn(5, 2, device="meta"), torch.randn(4, 2, device="meta"), backend="inductor")
+
+
+# The compiler hides this warning, unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_posteriors():
+    moments, eps, prior = torch.randn(3, 4, 5, 6), torch.randn(3, 2, 5, 6), torch.randn(4, 1, 1)
+    results = []
+    for backend in ("inductor", "reference"):
+        own = moments.clone().requires_grad_(), prior.clone().requires_grad_()
+        z, kl = fastvae.reparameterize_kl_moments(own[0], eps=eps, prior=own[1], logvar_bounds=(-1.0, 1.0), backend=backend)
+        results.append((z, kl, *torch.autograd.grad(z.sin().sum() + kl.square().sum(), own)))
+    torch.testing.assert_close(*results)

@@ -274,21 +274,39 @@ def _of_exponents(state: State, evaluator: TileEvaluator, weighted: bool, dtype:
 
 
 def _compile(function: Compiled, evaluator: TileEvaluator, *example: Tensor | None) -> Compiled:
+    compiled = _version(function, dynamic=True)
+    assert example[0] is not None
+    compiled(*example, *(torch.ones(len(evaluator.squarings), dtype=example[0].dtype) for _ in range(3)))
+    return compiled
+
+
+@functools.cache
+def _version_for(function: Compiled, state: State, key: object) -> Compiled:
+    return _version(function, dynamic=None)
+
+
+def fused(function: Compiled, key: object, *args: Any) -> Any:
+    """function(*args), in loops that `torch.compile` makes, with a version for each `key`; uncompiled if `torch.compile` is off."""
+    return _version_for(function, _state(), key)(*args) if _compiles() else function(*args)
+
+
+def _version(function: Compiled, dynamic: bool | None) -> Compiled:
     # Functions with one code object share the compiler's cache, which holds eight versions.
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     from torch._inductor import config
 
     # Multiply-adds in one instruction. Older versions of PyTorch take a bool here.
-    fused: Any = "fast" if isinstance(config.cpp.enable_floating_point_contract_flag, str) else True
-    options = {"cpp.enable_floating_point_contract_flag": fused}
-    compiled = torch.compile(own, dynamic=True, fullgraph=True, options=options)
-    assert example[0] is not None
-    try:
-        compiled(*example, *(torch.ones(len(evaluator.squarings), dtype=example[0].dtype) for _ in range(3)))
-    except Exception as error:
-        if "CxxCompiler" not in f"{error!r}{error.__cause__!r}":
-            raise
-        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
-        reason = lines[0] if lines else type(error).__name__
-        raise RuntimeError(f"backend='inductor' must have a C++ compiler that torch.compile can use, got {reason}") from error
-    return compiled
+    contract: Any = "fast" if isinstance(config.cpp.enable_floating_point_contract_flag, str) else True
+    compiled = torch.compile(own, dynamic=dynamic, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": contract})
+
+    def run(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except Exception as error:
+            if "CxxCompiler" not in f"{error!r}{error.__cause__!r}":
+                raise
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+            reason = lines[0] if lines else type(error).__name__
+            raise RuntimeError(f"backend='inductor' must have a C++ compiler that torch.compile can use, got {reason}") from error
+
+    return run

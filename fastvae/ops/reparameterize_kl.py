@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvae import reference
 from fastvae.cpu import reparameterize_kl as cpu
+from fastvae.cpu.inductor import fused
 from fastvae.cpu.memory import new_empty
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
 from fastvae.layouts import Layout
@@ -252,6 +253,12 @@ def formula(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
         return mu.new_empty(0), reference.gaussian_kl(posterior[0], posterior[1], **arguments)
     z, kl = reference.reparameterize_kl(posterior[0], posterior[1], eps=eps.to(dtype), **arguments)
     return z.to(mu.dtype), kl
+
+
+def fused_formula(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor]:
+    """`formula` as loops that the compiler makes."""
+    key = options, tensors.mu.ndim, tensors.mu.dtype, tuple(t is None for t in tensors)
+    return cast("tuple[Tensor, Tensor]", fused(formula, key, tensors, options))
 
 
 def epsilon(tensors: Tensors, options: Options) -> Tensor | None:
