@@ -169,6 +169,14 @@ def eager_reparameterize_kl(mu: Tensor, logvar: Tensor, eps: Tensor | None = Non
     return z, -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
 
 
+def eager_reparameterize_kl_moments(moments: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """z and the KL of each sample from moments (B, 2C, H, W), in the operations of diffusers' `DiagonalGaussianDistribution`."""
+    mean, logvar = torch.chunk(moments, 2, dim=1)
+    logvar = torch.clamp(logvar, -30.0, 20.0)
+    std, var = torch.exp(0.5 * logvar), torch.exp(logvar)
+    return mean + std * eps, 0.5 * torch.sum(torch.pow(mean, 2) + var - 1.0 - logvar, dim=[1, 2, 3])
+
+
 def expected(x: Tensor, y: Tensor, bandwidths: Bandwidths) -> tuple[float, Tensor]:
     """MMD² and its gradient to x in float64, a block of rows at a time."""
     x, y = x.detach().double(), y.detach().double()

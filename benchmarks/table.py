@@ -153,6 +153,23 @@ def small() -> str:
     return markdown(["N = M", *columns], lines)
 
 
+def moments() -> str:
+    """Processor time and extra memory of a step, from the newest row of each case."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows_of("moments_cpu", threads=1, status="ok"):
+        found.setdefault((*row["shape"], row["layout"]), {})[row["provider"]] = row
+    names = ("fastvae", "fastvae, torch.compile", "eager", "torch.compile")
+    lines = [
+        [
+            " × ".join(map(str, shape)),
+            layout,
+            *(f"{duration(rows[name]['processor_ms'])}, {memory(rows[name]['extra_mib'])}" for name in names),
+        ]
+        for (*shape, layout), rows in found.items()
+    ]
+    return markdown(["moments", "layout", *names], lines)
+
+
 def large() -> str:
     cases = (
         ("`mmd`, 7,207 × 79 against 93,070 × 79, value", "large_mmd", "value_", "relative_error", ""),
@@ -337,6 +354,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mmd on a CPU, one thread": lambda: tables(8192, "AMD", 1, ["mmd"]),
     "mmd on a CPU, two threads": lambda: tables(8192, "AMD", 2, ["mmd"]),
     "reparameterize_kl on a CPU": lambda: tables(None, "AMD", None, ["reparameterize_kl"]),
+    "moments on a CPU": moments,
     "small batches": small,
     "large samples": large,
     "mmd on a GPU": gpu_mmd,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastvae
-from benchmarks import large_two_sample_test, plot, providers, rows, run, small, table, tensor_core
+from benchmarks import bench_reparameterize_kl, large_two_sample_test, plot, providers, rows, run, small, table, tensor_core
 from benchmarks.machine import Ceilings
 from benchmarks.measure import Time, interleaved, peak_extra_mib, run_once, summaries, summary
 from fastvae import reference
@@ -55,6 +55,19 @@ def test_a_wrong_provider_is_not_timed(points, exact):
     assert providers.verdict(wrong_value, *points, (2.0, 1.0), exact).startswith("wrong value")
     assert providers.verdict(wrong_gradient, *points, (2.0, 1.0), exact).startswith("wrong gradient")
     assert providers.verdict(fails, *points, (2.0, 1.0), exact).startswith("failed: RuntimeError")
+
+
+def test_a_wrong_posterior_is_not_timed():
+    def wrong(moments, eps):
+        z, kl = bench_reparameterize_kl.fused_moments(moments, eps)
+        return z, kl + 0.01 * moments[:, 5:].sum()
+
+    compared = {"eager": providers.eager_reparameterize_kl_moments, "fastvae": bench_reparameterize_kl.fused_moments, "wrong": wrong}
+    eager, ours, other = bench_reparameterize_kl.moments_rows(compared, (3, 8, 2, 5), "channels_last", 3, 0)
+    assert (eager["status"], ours["status"], eager["over_eager"]) == ("ok", "ok", 1)
+    assert ours["over_eager"] > 0
+    assert other["status"].startswith("wrong KL")
+    assert "median_ms" not in other
 
 
 def test_the_largest_samples_are_held_to_their_population(monkeypatch):
