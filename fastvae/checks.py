@@ -638,7 +638,7 @@ def pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> tuple[
     return a, b
 
 
-def prior(value: Any, mu: Tensor, s: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def prior(value: Any, mu: Tensor, s: Tensor | None, dim: int) -> tuple[Tensor | None, Tensor | None]:
     """The parameters of a prior in the form of those of the posterior, moments if `s` is None; their shapes can be broadcast."""
     if value is None:
         return None, None
@@ -651,7 +651,12 @@ def prior(value: Any, mu: Tensor, s: Tensor | None) -> tuple[Tensor | None, Tens
     for part in parts:
         shape = tuple(floating_tensor("prior", part).shape)
         same_kind("prior", part, "the posterior", mu)
-        if len(shape) > mu.ndim or any(own not in (1, size) for own, size in zip(shape[::-1], tuple(mu.shape)[::-1], strict=False)):
+        sizes = list(mu.shape)[mu.ndim - len(shape) :]
+        fits = len(shape) <= mu.ndim and all(own in (1, size) for own, size in zip(shape, sizes, strict=True))
+        if s is None and fits:
+            # One number cannot be both a mean and a scale.
+            fits = len(shape) >= mu.ndim - dim and shape[dim - mu.ndim] == mu.shape[dim]
+        if not fits:
             raise ValueError(
                 f"prior must have the shape of the posterior's parameters, {tuple(mu.shape)}, or one that is broadcast to it, got {shape}"
             )

@@ -673,7 +673,7 @@ class Posterior(NamedTuple):
             checks.same_shape_and_kind("mu", mu, "logvar", s)
         checks.usable_backend(backend, mu.device, checks.MMD_BACKENDS)
         scale, offset, bounds, soft_clamp = parametrisation
-        prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s))
+        prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)
         options = PosteriorOptions(dim, dims, scale, offset, bounds or (), soft_clamp or 0.0, backend or "")
         return Posterior(PosteriorTensors(mu, s, None, prior_mu, prior_s), options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,8 +60,11 @@ class Parametrisation(NamedTuple):
         """The derivative of log σ to a bounded s."""
         if self.scale == "variance":
             return 0.5 / std.square()
-        if self.scale in ("std", "softplus"):
-            return (s.sigmoid() if self.scale == "softplus" else 1) / std
+        if self.scale == "std":
+            return 1 / std
+        if self.scale == "softplus":
+            # As F.softplus, which is s above 20.
+            return torch.where(s > 20, 1, s.sigmoid()) / std
         factor = 0.5 if self.scale == "logvar" else 1.0
         # exp(s)/(exp(s) + o), without overflow
         return factor * (s - math.log(self.offset)).sigmoid() if self.offset else factor

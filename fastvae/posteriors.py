@@ -14,6 +14,8 @@ from fastvae.dispatch import accumulation_dtype
 from fastvae.functional import Posterior, gaussian_kl
 from fastvae.parametrisation import ScaleKind
 
+LOGVAR_BOUNDS = (-30.0, 20.0)
+
 
 class DiagonalGaussianDistribution:
     """N(μ, σ²) with a diagonal covariance, from an encoder's result that holds μ and log σ² one after the other along a dimension.
@@ -25,7 +27,8 @@ class DiagonalGaussianDistribution:
         parameters: The means, followed along `dim` by as many log-variances, such as (B, 2·C, H, W).
         deterministic: Take σ = 0: a sample is the mean, and `kl` and `nll` are tensor([0.]).
         dim: The dimension of both halves.
-        logvar_bounds: (low, high), to which the log-variances are clamped. None for no bounds, as scales other than "logvar" need.
+        logvar_bounds: (low, high), to which the log-variances are clamped; None for no bounds. By default (−30, 20), but none for another
+            scale or with a soft clamp.
         scale: What the second half is, as in `fastvae.reparameterize_kl`, and so are scale_offset and soft_clamp.
         scale_offset: o ≥ 0.
         soft_clamp: c > 0.
@@ -51,12 +54,14 @@ class DiagonalGaussianDistribution:
         deterministic: bool = False,
         *,
         dim: int = 1,
-        logvar_bounds: tuple[float, float] | None = (-30.0, 20.0),
+        logvar_bounds: tuple[float, float] | None = LOGVAR_BOUNDS,
         scale: ScaleKind = "logvar",
         scale_offset: float = 0.0,
         soft_clamp: float | None = None,
     ) -> None:
         checks.moments("parameters", parameters, dim)
+        if logvar_bounds is LOGVAR_BOUNDS and (scale != "logvar" or soft_clamp is not None):
+            logvar_bounds = None
         self._parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
         self.parameters = parameters
         self.deterministic = deterministic
@@ -115,6 +120,8 @@ class DiagonalGaussianDistribution:
             return self.parameters.new_zeros(1, dtype=torch.float32)
         if other is None:
             return self._posterior(None, kl_dims).kl()
+        if not isinstance(other, DiagonalGaussianDistribution):
+            raise TypeError(f"other must be a DiagonalGaussianDistribution, got {type(other).__name__}")
         if (other._parametrisation, other._dim, other.deterministic) == (self._parametrisation, self._dim, False):
             return self._posterior(other.parameters, kl_dims).kl()
         return gaussian_kl(self.mean, self.std, other.mean, other.std, scale="std", kl_dims=kl_dims)
@@ -124,6 +131,8 @@ class DiagonalGaussianDistribution:
         if self.deterministic:
             return self.parameters.new_zeros(1, dtype=torch.float32)
         checks.floating_tensor("sample", sample)
+        if sample.shape != self.mean.shape:
+            raise ValueError(f"sample must have the shape of the mean, {tuple(self.mean.shape)}, got {tuple(sample.shape)}")
         over = checks.dims("dims", dims, self.mean.ndim)
         dtype = accumulation_dtype(self.mean.dtype)
         squares = (sample.to(dtype) - self.mean.to(dtype)).square()

@@ -67,7 +67,7 @@ class Options(NamedTuple):
 class _Plan(NamedTuple):
     layout: Layout  # of μ, s, z and the gradients to μ and s
     strides: tuple[int, ...]  # of the gradients to the op's `mu` and `s`
-    copy: bool = False  # whether `mu` has gaps such that its halves are not (B, R, D)
+    copy: bool = False  # whether `mu` has gaps such that its halves are not (B, R, D), as the Triton kernels take them
 
     @staticmethod
     def of(mu: Tensor, s: Tensor | None, options: Options) -> _Plan:
@@ -88,20 +88,19 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], s_strides: tuple[int
 _cached_plan = functools.lru_cache(maxsize=256)(_plan)
 
 
-def _inputs(tensors: Tensors, options: Options, plan: _Plan | None) -> cpu.Inputs:
-    """μ, s, ε, μ₀ and s₀, as (B, R, D) if there is a plan."""
+def _inputs(tensors: Tensors, options: Options) -> cpu.Inputs:
     mu, s, noise, prior_mu, prior_s = tensors
-    if plan is not None and plan.copy:
-        mu = new_empty(mu, mu.shape, plan.strides).copy_(mu)
-    halves = list(options.halves(mu, s))
-    if prior_mu is not None:
-        halves += options.halves(prior_mu, prior_s)
-    if plan is None:
-        return cpu.Inputs(halves[0], halves[1], noise, *halves[2:])
-    if noise is not None and noise.is_floating_point():
-        noise = plan.layout.view(noise)
-    views = [plan.layout.view(half) for half in halves]
-    return cpu.Inputs(views[0], views[1], noise, *views[2:])
+    prior = () if prior_mu is None else options.halves(prior_mu, prior_s)
+    first, second = options.halves(mu, s)
+    return cpu.Inputs(first, second, noise, *prior)
+
+
+def _rows(tensors: Tensors, options: Options, plan: _Plan) -> cpu.Inputs:
+    """The inputs as (B, R, D)."""
+    if plan.copy:
+        tensors = tensors._replace(mu=new_empty(tensors.mu, tensors.mu.shape, plan.strides).copy_(tensors.mu))
+    views = (t if t is None or not t.is_floating_point() else plan.layout.view(t) for t in _inputs(tensors, options))
+    return cpu.Inputs(*cast(Any, views))
 
 
 def _triton(tensors: Tensors, options: Options) -> Any:
@@ -118,60 +117,61 @@ def _triton(tensors: Tensors, options: Options) -> Any:
 
 
 def _evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`_op_evaluate`, on a CPU without a plan for few numbers."""
+    """z, in the memory format of μ and empty without noise, and KL in the accumulation dtype."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    if _triton(tensors, options) is not None or not cpu.is_block(tensors.mu):
-        return _op_evaluate(*arguments)
-    inputs = _inputs(tensors, options, None)
-    return cpu.forward_block(inputs, options.parametrisation, options.kl_dims, accumulation_dtype(tensors.mu.dtype))
+    if _triton(tensors, options) is None and cpu.is_block(tensors.mu):
+        kl_dtype = accumulation_dtype(tensors.mu.dtype)
+        return cpu.forward_block(_inputs(tensors, options), options.parametrisation, options.kl_dims, kl_dtype)
+    return _op_evaluate(*arguments)
 
 
 def _op_evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """z, in the memory format of μ and empty without noise, and KL in the accumulation dtype."""
+    """`_evaluate` with the memory formats of `_fake`."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    plan = _Plan.of(tensors.mu, tensors.s, options)
+    plan, triton = _Plan.of(tensors.mu, tensors.s, options), _triton(tensors, options)
     layout = plan.layout
     z, kl = _outputs(tensors, layout)
-    views = None if tensors.noise is None else layout.view(z), layout.view(kl) if layout.late_dims else layout.view_sums(kl)
-    (_triton(tensors, options) or cpu).forward(_inputs(tensors, options, plan), options.parametrisation, *views)
-    return z, kl.sum(layout.late_dims) if layout.late_dims else kl
+    out = None if tensors.noise is None else z
+    if triton is None:
+        dims = tuple(options.kl_dims)
+        cpu.forward(_inputs(tensors, options), options.parametrisation, dims, layout.order, out, kl)
+        return z, kl
+    sums = new_empty(tensors.mu, layout.shape, layout.strides, kl.dtype) if layout.late_dims else kl
+    rows = None if out is None else layout.view(out), layout.view(sums) if layout.late_dims else layout.view_sums(sums)
+    triton.forward(_rows(tensors, options, plan), options.parametrisation, *rows)
+    return z, torch.sum(sums, layout.late_dims, out=kl) if layout.late_dims else kl
 
 
 def _outputs(tensors: Tensors, layout: Layout) -> tuple[Tensor, Tensor]:
-    mu, kl_dtype = tensors.mu, accumulation_dtype(tensors.mu.dtype)
+    mu = tensors.mu
     z = mu.new_empty(0) if tensors.noise is None else new_empty(mu, layout.shape, layout.strides)
-    if layout.late_dims:
-        return z, new_empty(mu, layout.shape, layout.strides, kl_dtype)
-    return z, new_empty(mu, layout.sums_shape, layout.sums_strides, kl_dtype)
+    return z, new_empty(mu, layout.sums_shape, layout.sums_strides, accumulation_dtype(mu.dtype))
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    layout = _Plan.of(tensors.mu, tensors.s, options).layout
-    z, kl = _outputs(tensors, layout)
-    return z, kl.sum(layout.late_dims) if layout.late_dims else kl
+    return _outputs(tensors, _Plan.of(tensors.mu, tensors.s, options).layout)
 
 
 def _gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any, as_op: bool = False) -> list[Tensor | None]:
     """The gradients to `mu`, `s`, `prior_mu` and `prior_s`; None for one that is None, and for a prior that needs none."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:-1])
     dz = None if tensors.noise is None else grad_z
-    triton = _triton(tensors, options)
-    block = triton is None and cpu.is_block(tensors.mu)
-    if block and not as_op and tensors.s is not None and tensors.mu.dtype == grad_kl.dtype:
-        inputs = _inputs(tensors, options, None)
-        return cpu.backward_block(dz, grad_kl, inputs, options.parametrisation, options.kl_dims, (None, None, None, None))
+    triton, parametrisation = _triton(tensors, options), options.parametrisation
+    pairs = tensors.s is not None and tensors.prior_mu is None
+    if triton is None and pairs and not as_op and tensors.mu.dtype == grad_kl.dtype and cpu.is_block(tensors.mu):
+        return cpu.backward_block(dz, grad_kl, _inputs(tensors, options), parametrisation, options.kl_dims)
     plan = _Plan.of(tensors.mu, tensors.s, options)
+    layout = plan.layout
     grads = _gradient_outputs(tensors, plan, arguments[-1])
-    halves: list[Tensor | None] = [*options.halves(cast(Tensor, grads[0]), grads[1])]
-    halves += [None, None] if grads[2] is None else options.halves(grads[2], grads[3])
-    if block:
-        cpu.backward_block(dz, grad_kl, _inputs(tensors, options, None), options.parametrisation, options.kl_dims, halves)
+    out: list[Tensor | None] = [*options.halves(cast(Tensor, grads[0]), grads[1])]
+    out += [None, None] if grads[2] is None else options.halves(grads[2], grads[3])
+    if triton is None:
+        cpu.backward(dz, grad_kl, _inputs(tensors, options), parametrisation, tuple(options.kl_dims), layout.order, out)
         return grads
-    view = plan.layout.view
-    out = [None if half is None else view(half) for half in halves]
-    upstream = None if dz is None else view(dz), plan.layout.view_sums(grad_kl)
-    (triton or cpu).backward(*upstream, _inputs(tensors, options, plan), options.parametrisation, out)
+    upstream = None if dz is None else layout.view(dz), layout.view_sums(grad_kl)
+    rows = [None if half is None else layout.view(half) for half in out]
+    triton.backward(*upstream, _rows(tensors, options, plan), parametrisation, rows)
     return grads
 
 
