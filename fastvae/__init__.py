@@ -15,7 +15,7 @@ from fastvae.functional import (
     witness,
 )
 from fastvae.losses import MMDLoss
-from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
+from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Laplace, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.posteriors import DiagonalGaussianDistribution
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
@@ -34,6 +34,7 @@ __all__ = [
     "KLDecomposition",
     "Kernel",
     "KernelTest",
+    "Laplace",
     "Likelihood",
     "MMDLoss",
     "ObjectiveTerms",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DipKind = Literal["i", "ii"]
+MMDRows = Literal["sample", "location"]
 BoundGradient = Literal["reparameterised", "doubly"]
 # The authors' scales s of C = 2·D·s in the WAE's inverse multiquadric kernels.
 IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -128,6 +129,37 @@ class Gaussian(Likelihood):
         return f"sigma={self.sigma:g}, learned={isinstance(self.log_sigma, Tensor)}, optimal={self.optimal}"
 
 
+class Laplace(Likelihood):
+    """Independent Laplace noise, the L1 loss: log p = −Σ|x−x̂|/scale − D·log(2·scale). The reconstruction is its median and mean.
+
+    Args:
+        scale: The mean size |x−x̂| of the noise in the units of the data, > 0.
+
+    Raises:
+        ValueError: A scale that is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = checks.real("scale", scale, above=0)
+
+    def log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        reconstruction, x = _flat(reconstruction, x)
+        return -(x - reconstruction).abs().sum(1) / self.scale - x.shape[1] * math.log(2 * self.scale)
+
+    def mean_log_prob(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        if getattr(self.log_prob, "__func__", None) is not Laplace.log_prob:
+            return super().mean_log_prob(reconstruction, x)
+        reconstruction, x = _flat(reconstruction, x)
+        return -x.shape[1] * (F.l1_loss(reconstruction, x) / self.scale + math.log(2 * self.scale))
+
+    def mean(self, reconstruction: Tensor) -> Tensor:
+        return reconstruction
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
+
+
 class Bernoulli(Likelihood):
     """Independent Bernoulli features. The reconstruction holds their logits: log p = −binary cross-entropy, for any x in [0, 1].
 
@@ -170,14 +202,15 @@ def _flat(reconstruction: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 class VAEOutput(NamedTuple):
     """The result of a VAE for N samples and D latent dimensions: everything that an objective needs but x.
 
-    With K codes for each x, `z`, `eps` and `reconstruction` have N·K rows, those of one x next to each other.
+    With K codes for each x, `z`, `eps` and `reconstruction` have N·K rows, those of one x next to each other. Where (N, D) stands below,
+    latents with channels, height and width have (N, C, H, W).
 
     Attributes:
         reconstruction: (N, …), the likelihood's parameters as the decoder returns them: means for `Gaussian`, logits for `Bernoulli`.
         z: (N, D), the codes; equal to mu for a deterministic posterior.
         mu: (N, D), the posterior's means.
         logvar: (N, D), its log-variances; None for a deterministic posterior.
-        kl: (N,), KL(q(z|x) ‖ N(0, I)) in nats; None for a deterministic posterior.
+        kl: (N,), KL(q(z|x) ‖ N(0, I)) in nats, the sum over all latent dimensions; None for a deterministic posterior.
         likelihood: p(x|z).
         preparation: The transform that the objective applies to x, if any.
         eps: (N, D), the noise of z = mu + exp(½·logvar)·eps, or None. Recovering it from z loses digits for a narrow posterior.
@@ -221,25 +254,30 @@ class VAEObjective(GroupModule):
         mean over the batch of −log p(x|z) + kl_weight·KL(q(z|x) ‖ N(0, I)) + mmd_weight·MMD²(q(z), N(0, I)) + tc_weight·TC + DIP
 
     With an RBF kernel the MMD uses the closed form for the prior. Other kernels draw a sample of the prior, as large as the batch. TC is
-    the total correlation of q(z), estimated from the batch. The KL contains it once, so that β-TC-VAE has tc_weight = β − 1.
+    the total correlation of q(z), estimated from the batch. The KL contains it once, so that β-TC-VAE has tc_weight = β − 1. Latents may
+    have channels, height and width, (N, C, H, W): the terms take them as D = C·H·W latent dimensions, but see `mmd_rows`.
 
     Args:
         kl_weight: The weight of the KL, ≥ 0.
         mmd_weight: The weight of the MMD², ≥ 0. MMD² is at most 2, while the other terms are sums over features: weights from 10 (tens of
             features) to 1000 (images) are usual.
         kernel: The kernel of the MMD, as in `fastvae.mmd`.
-        bandwidth: The kernel's h, or several. None gives √D: two independent codes from the prior have ‖z−z'‖² = 2D on average, where
-            exp(−d²/(2h²)) = 1/e, at any D. For "imq", None gives √(2·D·s) for the seven scales s from 0.1 to 10 of Tolstikhin et al. 2018.
+        mmd_rows: The rows of the MMD for latents (N, C, H, W). "sample": a row for each sample, (N, C·H·W). "location": a row for each
+            location, (N·H·W, C), which brings the codes at all locations together to the prior. Codes (N, D) have one location.
+        bandwidth: The kernel's h, or several. None gives √D, where D is the width of a row: two independent rows from the prior have
+            ‖z−z'‖² = 2D on average, where exp(−d²/(2h²)) = 1/e, at any D. For "imq", None gives √(2·D·s) for the seven scales s from 0.1 to
+            10 of Tolstikhin et al. 2018.
         estimator: "unbiased" or "biased". The biased estimator includes the kernel of each code with itself; with a large weight and a
             small batch this pulls all codes towards the origin.
         capacity: C in nats, ≥ 0; |KL − C| of each sample then replaces the KL. None: no capacity.
         free_bits: λ in nats, ≥ 0; max(λ, mean KL over the batch) of each group of latent dimensions then replaces the KL. 0: no free bits.
-        free_bits_group: The number of neighbouring latent dimensions in a group. 1 is a floor for each dimension, D one for their sum.
+        free_bits_group: The number of neighbouring latent dimensions in a group. 1 is a floor for each dimension, D one for their sum,
+            and H·W one for each channel of latents (N, C, H, W).
         tc_weight: The weight of the total correlation, ≥ 0.
         dataset_size: The number of samples in the training set, for the total correlation.
         tc_estimator: "minibatch_weighted" or "minibatch_stratified", as in `fastvae.total_correlation`.
-        dip_weights: (lambda_od, lambda_d), each ≥ 0, of DIP = lambda_od·Σ_{i≠j} S_ij² + lambda_d·Σ_i (S_ii − 1)².
-        dip_kind: "i" if S is the covariance of mu over the batch, "ii" if the mean of diag(exp(logvar)) is added.
+        dip: (lambda_od, lambda_d, kind) of DIP = lambda_od·Σ_{i≠j} S_ij² + lambda_d·Σ_i (S_ii − 1)², both weights ≥ 0. S is the covariance
+            of mu over the batch for kind "i"; for "ii" the mean of diag(exp(logvar)) is added.
 
     Attributes:
         process_group: A group of `torch.distributed`, None by default. If set, every term is that of the batches of all ranks together, the
@@ -251,6 +289,7 @@ class VAEObjective(GroupModule):
             capacity together with free bits.
 
     Sources: Zhao, Song and Ermon 2019, "InfoVAE: balancing learning and inference in variational autoencoders", with the MMD as divergence;
+    stable-audio-tools, Stability AI, for the MMD of locations;
     Burgess et al. 2018, "Understanding disentangling in β-VAE", for the capacity; Kingma et al. 2016, "Improved variational inference with
     inverse autoregressive flow", appendix C.8, for free bits; Kumar, Sattigeri and Balakrishnan 2018, "Variational inference of
     disentangled latent concepts from unlabeled observations", for DIP.
@@ -266,14 +305,14 @@ class VAEObjective(GroupModule):
         kernel: checks.KernelName | Kernel = "rbf",
         bandwidth: float | Sequence[float] | Tensor | None = None,
         estimator: checks.Estimator = "unbiased",
+        mmd_rows: MMDRows = "sample",
         capacity: float | None = None,
         free_bits: float = 0.0,
         free_bits_group: int = 1,
         tc_weight: float = 0.0,
         dataset_size: int | None = None,
         tc_estimator: checks.DensityEstimator = "minibatch_weighted",
-        dip_weights: tuple[float, float] = (0.0, 0.0),
-        dip_kind: DipKind = "i",
+        dip: tuple[float, float, DipKind] = (0.0, 0.0, "i"),
     ) -> None:
         super().__init__()
         self.kl_weight: float | Tensor = checks.real("kl_weight", kl_weight, at_least=0)
@@ -284,6 +323,8 @@ class VAEObjective(GroupModule):
         self.kernel = checks.kernel(kernel)
         self.bandwidth = bandwidth
         self.estimator = estimator
+        checks.option("mmd_rows", mmd_rows, get_args(MMDRows))
+        self.mmd_rows = mmd_rows
         self.capacity: float | Tensor | None = None if capacity is None else checks.real("capacity", capacity, at_least=0)
         self.free_bits = checks.real("free_bits", free_bits, at_least=0)
         self.free_bits_group = checks.integer("free_bits_group", free_bits_group, at_least=1)
@@ -295,9 +336,9 @@ class VAEObjective(GroupModule):
         self.dataset_size = None if dataset_size is None else checks.integer("dataset_size", dataset_size, at_least=1)
         checks.option("tc_estimator", tc_estimator, checks.DENSITY_ESTIMATORS)
         self.tc_estimator = tc_estimator
-        self.dip_weights = tuple(checks.real(name, w, at_least=0) for name, w in zip(("lambda_od", "lambda_d"), dip_weights, strict=True))
-        checks.option("dip_kind", dip_kind, get_args(DipKind))
-        self.dip_kind = dip_kind
+        lambda_od, lambda_d, self.dip_kind = dip
+        self.dip_weights = checks.real("lambda_od", lambda_od, at_least=0), checks.real("lambda_d", lambda_d, at_least=0)
+        checks.option("the kind of dip", self.dip_kind, get_args(DipKind))
         self.process_group: ProcessGroup | None = None
 
     def set(
@@ -344,6 +385,7 @@ class VAEObjective(GroupModule):
         *,
         bandwidth: float | Sequence[float] | Tensor | None = None,
         estimator: checks.Estimator = "unbiased",
+        mmd_rows: MMDRows = "sample",
     ) -> VAEObjective:
         """InfoVAE: kl_weight 1−alpha and mmd_weight alpha+lambda_−1, both ≥ 0. Source: Zhao, Song and Ermon 2019."""
         # Rounded, as −1.8 + 2.8 − 1 is not exactly zero.
@@ -356,14 +398,19 @@ class VAEObjective(GroupModule):
                 "alpha + lambda_ - 1 must be at least 0, as a negative weight makes training maximise the MMD, "
                 f"got {mmd_weight:g} from alpha={alpha:g} and lambda_={lambda_:g}"
             )
-        return cls(kl_weight=kl_weight, mmd_weight=mmd_weight, bandwidth=bandwidth, estimator=estimator)
+        return cls(kl_weight=kl_weight, mmd_weight=mmd_weight, bandwidth=bandwidth, estimator=estimator, mmd_rows=mmd_rows)
 
     @classmethod
     def mmd_vae(
-        cls, lambda_: float, *, bandwidth: float | Sequence[float] | Tensor | None = None, estimator: checks.Estimator = "unbiased"
+        cls,
+        lambda_: float,
+        *,
+        bandwidth: float | Sequence[float] | Tensor | None = None,
+        estimator: checks.Estimator = "unbiased",
+        mmd_rows: MMDRows = "sample",
     ) -> VAEObjective:
         """InfoVAE with alpha = 1: no KL, `lambda_` times the MMD²."""
-        return cls.info_vae(1.0, lambda_, bandwidth=bandwidth, estimator=estimator)
+        return cls.info_vae(1.0, lambda_, bandwidth=bandwidth, estimator=estimator, mmd_rows=mmd_rows)
 
     @classmethod
     def wae_mmd(
@@ -373,10 +420,11 @@ class VAEObjective(GroupModule):
         kernel: checks.KernelName | Kernel = "rbf",
         bandwidth: float | Sequence[float] | Tensor | None = None,
         estimator: checks.Estimator = "unbiased",
+        mmd_rows: MMDRows = "sample",
     ) -> VAEObjective:
         """The Wasserstein autoencoder's loss, for posterior="deterministic". Source: Tolstikhin et al. 2018, with kernel="imq"."""
         lambda_ = checks.real("lambda_", lambda_, at_least=0)
-        return cls(kl_weight=0.0, mmd_weight=lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator)
+        return cls(kl_weight=0.0, mmd_weight=lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator, mmd_rows=mmd_rows)
 
     @classmethod
     def beta_tc_vae(cls, beta: float, dataset_size: int, *, estimator: checks.DensityEstimator = "minibatch_weighted") -> VAEObjective:
@@ -394,7 +442,7 @@ class VAEObjective(GroupModule):
         """The negative ELBO plus DIP. `lambda_d` is 10·lambda_od (kind "i") or lambda_od ("ii") by default. Source: Kumar et al. 2018."""
         checks.option("kind", kind, get_args(DipKind))
         lambda_od = checks.real("lambda_od", lambda_od, at_least=0)
-        return cls(dip_weights=(lambda_od, (10 if kind == "i" else 1) * lambda_od if lambda_d is None else lambda_d), dip_kind=kind)
+        return cls(dip=(lambda_od, (10 if kind == "i" else 1) * lambda_od if lambda_d is None else lambda_d, kind))
 
     @classmethod
     def iwae(cls, samples: int, *, gradient: BoundGradient = "reparameterised") -> ImportanceWeighted:
@@ -408,10 +456,10 @@ class VAEObjective(GroupModule):
             output: The result of the VAE.
             x: The targets, (N, …), with as many features as the reconstruction, as given to the VAE.
             all_terms: Also compute an MMD of weight zero, for logging.
-            prior: (M, D), draws from N(0, I) for kernels without a closed form; N new draws by default.
+            prior: (M, D) or (M, C, H, W), draws from N(0, I) for kernels without a closed form; N new draws by default.
 
         Raises:
-            ValueError: A KL weight with a deterministic posterior, or N = 1 with the unbiased estimator.
+            ValueError: A KL weight with a deterministic posterior, or an MMD of one row with the unbiased estimator.
         """
         x = _prepared(output, x)
         if self.process_group is None and isinstance(output.likelihood, Likelihood):
@@ -453,13 +501,21 @@ class VAEObjective(GroupModule):
         if self.capacity is not None:
             return self._mean((kl - _weight(self.capacity, kl)).abs())
         assert output.logvar is not None
-        d = output.mu.shape[1]
+        mu, logvar = output.mu.flatten(1), output.logvar.flatten(1)
+        d = mu.shape[1]
         if d % self.free_bits_group:
             raise ValueError(f"free_bits_group must divide the number of latent dimensions, {d}, got {self.free_bits_group}")
-        per_dimension = gaussian_kl(output.mu, output.logvar, kl_dims=())
+        per_dimension = gaussian_kl(mu, logvar, kl_dims=())
         return self._mean(per_dimension).reshape(-1, self.free_bits_group).sum(1).clamp_min(self.free_bits).sum()
 
+    def _rows(self, z: Tensor) -> Tensor:
+        """The rows of the MMD of codes (N, D) or (N, C, H, W)."""
+        if z.ndim == 2:
+            return z
+        return z.flatten(1) if self.mmd_rows == "sample" else z.movedim(1, -1).flatten(0, -2)
+
     def _mmd(self, z: Tensor, prior: Tensor | None = None) -> Tensor:
+        z = self._rows(z)
         if self.estimator == "unbiased" and len(z) == 1 and self.process_group is None:
             raise ValueError(
                 "a batch must have at least two samples for the unbiased MMD, got one: pass drop_last=True to the DataLoader, or use "
@@ -471,14 +527,14 @@ class VAEObjective(GroupModule):
             bandwidth = [math.sqrt(2 * d * s) for s in IMQ_SCALES] if self.kernel.name == "imq" else math.sqrt(d)
         if self.kernel.name == "rbf":
             return mmd_to_normal(z, bandwidth=bandwidth, estimator=self.estimator, process_group=self.process_group)
-        prior = torch.randn_like(z) if prior is None else prior
+        prior = torch.randn_like(z) if prior is None else self._rows(prior)
         group = self.process_group
         return mmd(z, prior, bandwidth=bandwidth, kernel=self.kernel, estimator=self.estimator, process_group=group)
 
     def _total_correlation(self, output: VAEOutput) -> Tensor:
         if output.logvar is None:
             raise ValueError("tc_weight must be 0 for a deterministic posterior, which has no density, got a weight")
-        codes = [output.z, output.mu, output.logvar]
+        codes = [output.z.flatten(1), output.mu.flatten(1), output.logvar.flatten(1)]
         if self.process_group is not None:
             for name, t in (("mu", output.mu), ("logvar", output.logvar)):
                 checks.same_shape_and_kind("z", output.z, name, t)
@@ -492,13 +548,13 @@ class VAEObjective(GroupModule):
     def _dip(self, output: VAEOutput) -> Tensor:
         # A covariance in bfloat16 would be too coarse.
         with without_autocast(output.mu.device):
-            mu = self._all_rows(output.mu.to(torch.promote_types(output.mu.dtype, torch.float32)))
+            mu = self._all_rows(output.mu.flatten(1).to(torch.promote_types(output.mu.dtype, torch.float32)))
             centred = mu - mu.mean(0)
             covariance = centred.T @ centred / len(mu)
             if self.dip_kind == "ii":
                 if output.logvar is None:
                     raise ValueError("dip_kind must be 'i' for a deterministic posterior, which has no variance, got 'ii'")
-                covariance = covariance + self._mean(output.logvar.to(mu.dtype).exp()).diag()
+                covariance = covariance + self._mean(output.logvar.flatten(1).to(mu.dtype).exp()).diag()
             diagonal = covariance.diagonal()
             lambda_od, lambda_d = self.dip_weights
             return lambda_od * (covariance - diagonal.diag()).square().sum() + lambda_d * (diagonal - 1).square().sum()
@@ -509,6 +565,7 @@ class VAEObjective(GroupModule):
             "free_bits": self.free_bits,
             "tc_weight": float(self.tc_weight),
             "kernel": None if self.kernel.name == "rbf" else self.kernel.name,
+            "mmd_rows": None if self.mmd_rows == "sample" else repr(self.mmd_rows),
             "dip_weights": self.dip_weights if any(self.dip_weights) else None,
         }
         return (
@@ -557,7 +614,7 @@ class ImportanceWeighted(VAEObjective):
         log_likelihood = output.likelihood.log_prob(output.reconstruction, x)
         doubly = self.gradient == "doubly"
         dtype = torch.promote_types(z.dtype, torch.float32)
-        mu, logvar = ((t.detach() if doubly else t).to(dtype) for t in (mu, logvar))
+        mu, logvar = ((t.detach() if doubly else t).flatten(1).to(dtype) for t in (mu, logvar))
         codes = z.to(dtype).reshape(len(mu), self.samples, -1)
         if output.eps is None:
             eps = (codes - mu.unsqueeze(1)) * precision_root(logvar).unsqueeze(1)
@@ -569,7 +626,7 @@ class ImportanceWeighted(VAEObjective):
         log_w = log_importance_weights(log_likelihood.reshape(len(mu), -1), codes, logvar, eps)
         loss = math.log(self.samples) - self._mean(log_w.logsumexp(1))
         if doubly and z.requires_grad:
-            share = log_w.detach().softmax(1).reshape(-1, 1)
+            share = log_w.detach().softmax(1).reshape(-1, *[1] * (z.ndim - 1))
             # The decoder's gradient has the weights w̃_k; multiplied once more here, the encoder's has w̃_k².
             z.register_hook(lambda gradient: gradient * share.to(gradient.dtype))  # type: ignore[no-untyped-call]
         distance = self._mmd(z.detach()) if all_terms and len(z) > 1 else None
@@ -585,13 +642,13 @@ def log_importance_weights(log_likelihood: Tensor, z: Tensor, logvar: Tensor, ep
 
     Args:
         log_likelihood: log p(x|z_k), shape (N, K).
-        z: z_k, (N, K, D).
-        logvar: (N, D).
-        eps: (z_k − mu)/exp(½·logvar), (N, K, D).
+        z: z_k, (N, K, D) or (N, K, C, H, W).
+        logvar: (N, D) or (N, C, H, W).
+        eps: (z_k − mu)/exp(½·logvar), in the shape of z.
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
     z, logvar, eps = z.to(dtype), logvar.to(dtype).unsqueeze(1), eps.to(dtype)
-    return log_likelihood + 0.5 * (eps.square() + logvar - z.square()).sum(2).to(log_likelihood.dtype)
+    return log_likelihood + 0.5 * (eps.square() + logvar - z.square()).flatten(2).sum(2).to(log_likelihood.dtype)
 
 
 def _prepared(output: VAEOutput, x: Tensor) -> Tensor:

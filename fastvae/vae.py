@@ -14,16 +14,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastvae import checks
+from fastvae import autoencoder_kl, checks
 from fastvae.functional import draw_noise, reparameterize_kl
-from fastvae.objectives import Bernoulli, Gaussian, Likelihood, VAEOutput, log_importance_weights
+from fastvae.objectives import Bernoulli, Gaussian, Laplace, Likelihood, VAEOutput, log_importance_weights
 from fastvae.preparation import Standardise
 
 WEIGHTS = ("model.safetensors", "model.pt")
 # The name of the preparation in a state_dict.
 PREPARATION = "preparation._extra_state"
-LikelihoodName = Literal["gaussian", "bernoulli"]
+LikelihoodName = Literal["gaussian", "bernoulli", "laplace"]
+LIKELIHOODS: dict[str, type[Likelihood]] = {"gaussian": Gaussian, "bernoulli": Bernoulli, "laplace": Laplace}
 Posterior = Literal["gaussian", "deterministic"]
+ARCHITECTURES = ("mlp", "conv", "autoencoder_kl")
 
 
 class VAE(nn.Module):
@@ -31,15 +33,22 @@ class VAE(nn.Module):
 
     Args:
         encoder: Any module. For posterior="gaussian" it returns (N, 2·latent_dim), the means followed by the log-variances, or the pair
-            (mu, logvar). For "deterministic" it returns (N, latent_dim).
-        decoder: Any module that maps (N, latent_dim) to the likelihood's parameters: means ("gaussian") or logits ("bernoulli").
-        latent_dim: D, the number of latent dimensions.
-        likelihood: "gaussian" (sigma 1), "bernoulli", or a `Likelihood` such as `Gaussian(0.1)` or `Gaussian(learned=True)`.
+            (mu, logvar). For "deterministic" it returns (N, latent_dim). For latents (C, H, W) it returns (N, 2·C, H, W), or (N, C, H, W).
+        decoder: Any module that maps (N, latent_dim) or (N, C, H, W) to the likelihood's parameters: means ("gaussian", "laplace") or
+            logits ("bernoulli").
+        latent_dim: D, the number of latent dimensions, or (C, H, W), the shape of a latent. Of a shape the first size, the channels, and
+            the number of sizes are checked: fully convolutional networks take pictures of other sizes. `sample` draws this shape.
+        likelihood: "gaussian" (sigma 1), "bernoulli", "laplace" (scale 1), or a `Likelihood` such as `Gaussian(0.1)` or
+            `Gaussian(learned=True)`.
         posterior: "gaussian" or "deterministic".
         logvar_bounds: (low, high), soft bounds of logvar. The encoder's value v becomes c + r·tanh((v − c)/r), where c is the middle of the
             bounds and r half their distance. The derivative is 1 in the middle and falls to 0 towards the bounds. None: no bounds.
         preparation: `Standardise(mean, scale)` or `Standardise.of(x)`, to transform x before the encoder and the likelihood see it. All
             methods still take and return data in their own units.
+
+    Attributes:
+        latent_dim: D, the number of latent dimensions: C·H·W for latents (C, H, W).
+        latent_shape: (D,), or (C, H, W).
 
     Raises:
         ValueError: An unknown option, bounds that are not in order, or an encoder whose result has the wrong shape.
@@ -50,7 +59,7 @@ class VAE(nn.Module):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        latent_dim: int,
+        latent_dim: int | Sequence[int],
         likelihood: LikelihoodName | Likelihood = "gaussian",
         posterior: Posterior = "gaussian",
         logvar_bounds: tuple[float, float] | None = None,
@@ -66,14 +75,15 @@ class VAE(nn.Module):
         self.logvar_bounds = logvar_bounds
         self.encoder = encoder
         self.decoder = decoder
-        self.latent_dim = checks.integer("latent_dim", latent_dim, at_least=1)
+        self.latent_shape = _latent_shape(latent_dim)
+        self.latent_dim = math.prod(self.latent_shape)
         if not isinstance(likelihood, Likelihood):
-            checks.option("likelihood", likelihood, get_args(LikelihoodName))
-            likelihood = Gaussian() if likelihood == "gaussian" else Bernoulli()
+            checks.option("likelihood", likelihood, LIKELIHOODS)
+            likelihood = LIKELIHOODS[likelihood]()
         self.likelihood = likelihood
         self.posterior = posterior
         self.preparation = preparation
-        # The arguments of `mlp` or `conv`, for `save_pretrained`. Of other networks only the weights are known.
+        # The arguments of `mlp`, `conv` or `autoencoder_kl`, for `save_pretrained`. Of other networks only the weights are known.
         self.networks: dict[str, Any] | None = None
         # Gives `sample` its device and dtype, for any decoder.
         self.register_buffer("origin", torch.zeros(self.latent_dim), persistent=False)
@@ -143,6 +153,48 @@ class VAE(nn.Module):
         vae.networks = {"architecture": "conv", "shape": list(_shape(shape)), "channels": list(channels), "hidden": hidden}
         return vae
 
+    @classmethod
+    def autoencoder_kl(
+        cls,
+        shape: Sequence[int],
+        *,
+        latent_channels: int = 4,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 1,
+        likelihood: LikelihoodName | Likelihood = "gaussian",
+        posterior: Posterior = "gaussian",
+        logvar_bounds: tuple[float, float] | None = (-30.0, 20.0),
+        preparation: Standardise | None = None,
+    ) -> VAE:
+        """A VAE of two residual convolutional networks with latents (latent_channels, H/f, W/f), f = 2^(len(channels) − 1).
+
+        The networks are those of latent diffusion's AutoencoderKL without attention: residual blocks of GroupNorm, SiLU and 3×3
+        convolutions, a strided convolution between two resolutions, and in the decoder a nearest-neighbour upsampling and a convolution.
+        They take pictures of any size that f divides. `likelihood` and the arguments after it are those of `VAE`; latent diffusion has
+        the loss `VAEObjective.beta_vae(1e-6)`, the likelihood "laplace", and hard bounds of logvar where these are soft.
+
+        Args:
+            shape: The shape of one picture, (C, H, W), with H and W multiples of f.
+            latent_channels: The number of channels of the latents.
+            channels: The number of channels at each resolution, the highest first. Three give f = 4, four give f = 8.
+            blocks: The number of residual blocks at each resolution, in the encoder and in the decoder; 2 more follow the lowest one.
+
+        Source: Rombach et al. 2022, "High-resolution image synthesis with latent diffusion models", appendix G.
+        """
+        latent = autoencoder_kl.latent_shape(shape, latent_channels, channels, blocks)
+        vae = cls(
+            autoencoder_kl.encoder(shape[0], channels, _code_width(latent_channels, posterior), blocks=blocks),
+            autoencoder_kl.decoder(latent_channels, channels[::-1], shape[0], blocks=blocks),
+            latent_dim=latent,
+            likelihood=likelihood,
+            posterior=posterior,
+            logvar_bounds=logvar_bounds,
+            preparation=preparation,
+        )
+        sizes = {"latent_channels": latent_channels, "channels": list(channels), "blocks": blocks}
+        vae.networks = {"architecture": "autoencoder_kl", "shape": list(_shape(shape)), **sizes}
+        return vae
+
     def forward(
         self,
         x: Tensor,
@@ -156,8 +208,7 @@ class VAE(nn.Module):
 
         Args:
             x: (N, …), as the encoder takes it.
-            eps: The noise of z = mu + exp(½·logvar)·eps, shape (N, latent_dim), or (N, samples, latent_dim) if samples > 1. Drawn by
-                default.
+            eps: The noise of z = mu + exp(½·logvar)·eps, in the shape of mu, or (N, samples, …) if samples > 1. Drawn by default.
             generator: The source of eps, PyTorch's global one by default.
             samples: K, the number of codes of each x. A deterministic posterior has one.
             prepared: Whether x, here and in the objective, has already been through `preparation`.
@@ -170,29 +221,29 @@ class VAE(nn.Module):
         if checks.integer("samples", samples, at_least=1) == 1:
             if logvar is None:
                 return VAEOutput(self.decode(mu), mu, mu, None, None, self.likelihood, preparation)
-            z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator)
+            z, kl = reparameterize_kl(mu, logvar, eps=eps, generator=generator, kl_dims="all")
             return VAEOutput(self.decode(z), z, mu, logvar, kl, self.likelihood, preparation, eps)
         if logvar is None:
             raise ValueError(f"samples must be 1 for a deterministic posterior, which has a single code, got {samples}")
         means = _repeated(mu, samples)
         eps = draw_noise(means, generator) if eps is None else eps
-        z, kl = reparameterize_kl(means, _repeated(logvar, samples), eps=eps)
+        z, kl = reparameterize_kl(means, _repeated(logvar, samples), eps=eps, kl_dims=range(2, means.ndim))
         z = z.flatten(0, 1)
         return VAEOutput(self.decode(z), z, mu, logvar, kl[:, 0], self.likelihood, preparation, eps.flatten(0, 1))
 
     def encode(self, x: Tensor, *, prepared: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(mu, logvar), each (N, latent_dim); logvar is None for a deterministic posterior. `prepared` as in `forward`."""
+        """(mu, logvar), each (N, latent_dim) or (N, C, H, W); logvar is None for a deterministic posterior. `prepared` as in `forward`."""
         code = self.encoder(x if prepared else self._prepared(x))
         if self.posterior == "deterministic":
-            _check_code("a deterministic encoder's result", code, self.latent_dim)
+            _check_code("a deterministic encoder's result", code, self.latent_shape)
             return code, None
         if isinstance(code, Tensor):
-            _check_code("encoder's result", code, 2 * self.latent_dim)
+            _check_code("encoder's result", code, (2 * self.latent_shape[0], *self.latent_shape[1:]))
             mu, logvar = code.chunk(2, dim=1)
         elif isinstance(code, (tuple, list)) and len(code) == 2:
             mu, logvar = code
-            _check_code("encoder's mu", mu, self.latent_dim)
-            _check_code("encoder's logvar", logvar, self.latent_dim)
+            _check_code("encoder's mu", mu, self.latent_shape)
+            _check_code("encoder's logvar", logvar, self.latent_shape)
         else:
             raise TypeError(f"encoder must return a tensor or the pair (mu, logvar), got {type(code).__name__}")
         return mu, self._bounded(logvar)
@@ -208,12 +259,12 @@ class VAE(nn.Module):
         return middle + radius * ((logvar - middle) / radius).tanh()
 
     def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's parameters for codes z (N, latent_dim), as the decoder returns them."""
+        """The likelihood's parameters for codes z, (N, latent_dim) or (N, C, H, W), as the decoder returns them."""
         reconstruction: Tensor = self.decoder(z)
         return reconstruction
 
     def expected(self, z: Tensor) -> Tensor:
-        """E[x|z] for codes z (N, latent_dim), in the units of the data; float64 with a `preparation`."""
+        """E[x|z] for codes z, (N, latent_dim) or (N, C, H, W), in the units of the data; float64 with a `preparation`."""
         x = self.likelihood.mean(self.decode(z))
         return x if self.preparation is None else self.preparation.inverse(x)
 
@@ -221,11 +272,12 @@ class VAE(nn.Module):
         """Writes config.json, with the options, and the weights to `folder`.
 
         The weights go to model.safetensors if the package safetensors is installed, else to model.pt, which
-        `torch.load(file, weights_only=True)` reads. Of networks other than those of `mlp` and `conv`, and of a likelihood other than
-        `Gaussian` and `Bernoulli`, only the names of the classes are saved: `from_pretrained` needs such modules as arguments.
+        `torch.load(file, weights_only=True)` reads. Of networks other than those of `mlp`, `conv` and `autoencoder_kl`, and of a likelihood
+        other than `Gaussian`, `Bernoulli` and `Laplace`, only the names of the classes are saved: `from_pretrained` needs such modules as
+        arguments.
 
         Raises:
-            ValueError: The encoder or decoder that `mlp` or `conv` made was replaced.
+            ValueError: The encoder or decoder that `mlp`, `conv` or `autoencoder_kl` made was replaced.
         """
         self._check_networks()
         folder = Path(folder)
@@ -233,7 +285,7 @@ class VAE(nn.Module):
         prepare, state = self.preparation, self.state_dict()
         config = {
             "networks": self.networks or {"encoder": _class_path(self.encoder), "decoder": _class_path(self.decoder)},
-            "latent_dim": self.latent_dim,
+            "latent_dim": self.latent_dim if len(self.latent_shape) == 1 else self.latent_shape,
             "likelihood": _likelihood_options(self.likelihood),
             "posterior": self.posterior,
             "logvar_bounds": self.logvar_bounds,
@@ -254,9 +306,8 @@ class VAE(nn.Module):
     def _check_networks(self) -> None:
         if self.networks is None:
             return
-        options = {name: value for name, value in self.networks.items() if name != "architecture"}
         with torch.device("meta"):
-            made = getattr(VAE, self.networks["architecture"])(**options, latent_dim=self.latent_dim, posterior=self.posterior)
+            made = _made(VAE, self.networks, {"latent_dim": self.latent_dim, "posterior": self.posterior})
         for name in ("encoder", "decoder"):
             own, other = (getattr(vae, name) for vae in (self, made))
             if str(own) != str(other) or [type(module) for module in own.modules()] != [type(module) for module in other.modules()]:
@@ -278,9 +329,10 @@ class VAE(nn.Module):
 
         Args:
             folder: A folder with config.json and model.safetensors or model.pt.
-            encoder: A module like the one that was saved, which receives the weights. Needed unless `mlp` or `conv` made it.
+            encoder: A module like the one that was saved, which receives the weights. Needed unless `mlp`, `conv` or `autoencoder_kl` made
+                it.
             decoder: Likewise.
-            likelihood: A likelihood like the one that was saved. Needed unless it is a `Gaussian` or `Bernoulli`.
+            likelihood: A likelihood like the one that was saved. Needed unless it is a `Gaussian`, `Bernoulli` or `Laplace`.
 
         Raises:
             FileNotFoundError: The files are missing.
@@ -297,10 +349,10 @@ class VAE(nn.Module):
                 weights[PREPARATION] = config["preparation"].get_extra_state()
             with torch.device("meta"):  # allocates nothing, however large a network the file names
                 config["likelihood"] = likelihood or _likelihood_of(config["likelihood"])
-                architecture = networks.pop("architecture", None)
-                if architecture in ("mlp", "conv"):
-                    vae: VAE = getattr(cls, architecture)(**networks, **config)
-            if architecture not in ("mlp", "conv"):
+                known = networks.get("architecture") in ARCHITECTURES
+                if known:
+                    vae = _made(cls, networks, config)
+            if not known:
                 if encoder is None or decoder is None:
                     raise ValueError(f"encoder and decoder must be given for custom networks, {networks}, got none")
                 vae = cls(encoder, decoder, **config)
@@ -344,7 +396,7 @@ class VAE(nn.Module):
             k = min(chunk, left)
             left -= k
             eps = draw_noise(_repeated(mu, k), generator)
-            z, _ = reparameterize_kl(_repeated(mu, k), _repeated(logvar, k), eps=eps)
+            z, _ = reparameterize_kl(_repeated(mu, k), _repeated(logvar, k), eps=eps, kl_dims=range(2, mu.ndim + 1))
             log_prob = self.likelihood.log_prob(self.decode(z.flatten(0, 1)), x.repeat_interleave(k, 0)).reshape(-1, k)
             part = log_importance_weights(log_prob, z, logvar, eps).logsumexp(1)
             total = part if total is None else torch.logaddexp(total, part)
@@ -358,7 +410,7 @@ class VAE(nn.Module):
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """E[x|z] for n codes z drawn from N(0, I), in the units of the data."""
         n = checks.integer("n", n, at_least=1)
-        z = torch.randn(n, self.latent_dim, dtype=self.origin.dtype, device=self.origin.device, generator=generator)
+        z = torch.randn(n, *self.latent_shape, dtype=self.origin.dtype, device=self.origin.device, generator=generator)
         return self.expected(z)
 
 
@@ -426,9 +478,28 @@ def _code_width(latent_dim: int, posterior: Posterior) -> int:
     return latent_dim if posterior == "deterministic" else 2 * latent_dim
 
 
+def _latent_shape(latent_dim: int | Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(latent_dim, Sequence) or isinstance(latent_dim, str):
+        return (checks.integer("latent_dim", latent_dim, at_least=1),)
+    checks.sizes("latent_dim", latent_dim)
+    if not latent_dim:
+        raise ValueError("latent_dim must be a number or a shape (C, H, W), got an empty one")
+    return tuple(map(int, latent_dim))
+
+
 def _repeated(t: Tensor, samples: int) -> Tensor:
-    """(N, D) as (N, samples, D)."""
-    return t.unsqueeze(1).expand(-1, samples, -1)
+    """(N, …) as (N, samples, …)."""
+    return t.unsqueeze(1).expand(-1, samples, *t.shape[1:])
+
+
+def _made(cls: type[VAE], networks: dict[str, Any], options: dict[str, Any]) -> VAE:
+    """The VAE with these networks, which name the constructor and its own arguments."""
+    networks = dict(networks)
+    name = networks.pop("architecture")
+    if name == "autoencoder_kl":  # whose other arguments give it the shape of a latent
+        options = {option: value for option, value in options.items() if option != "latent_dim"}
+    vae: VAE = getattr(cls, name)(**networks, **options)
+    return vae
 
 
 def _class_path(module: nn.Module) -> str:
@@ -440,14 +511,16 @@ def _likelihood_options(likelihood: Likelihood) -> dict[str, Any]:
         least_sigma, learned = math.sqrt(likelihood.least_variance), isinstance(likelihood.log_sigma, Tensor)
         sigma = {"sigma": likelihood.sigma, "learned": learned, "optimal": likelihood.optimal, "least_sigma": least_sigma}
         return {"kind": "gaussian", **sigma}
+    if type(likelihood) is Laplace:
+        return {"kind": "laplace", "scale": likelihood.scale}
     return {"kind": "bernoulli" if type(likelihood) is Bernoulli else _class_path(likelihood)}
 
 
 def _likelihood_of(options: dict[str, Any]) -> Likelihood:
     kind = options.pop("kind")
-    if kind not in get_args(LikelihoodName):
+    if kind not in LIKELIHOODS:
         raise ValueError(f"likelihood must be given for a custom one, {kind}, got none")
-    return Gaussian(**options) if kind == "gaussian" else Bernoulli(**options)
+    return LIKELIHOODS[kind](**options)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -473,7 +546,8 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} must hold tensors only, got another file ({error})") from error
 
 
-def _check_code(name: str, code: object, width: int) -> None:
+def _check_code(name: str, code: object, shape: Sequence[int]) -> None:
     code = checks.floating_tensor(name, code)
-    if code.ndim != 2 or code.shape[1] != width:
-        raise ValueError(f"{name} must have shape (N, {width}), got {tuple(code.shape)}")
+    if code.ndim != 1 + len(shape) or code.shape[1] != shape[0]:
+        sizes = {1: "", 3: ", H, W"}.get(len(shape), ", …")
+        raise ValueError(f"{name} must have shape (N, {shape[0]}{sizes}), got {tuple(code.shape)}")

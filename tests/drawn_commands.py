@@ -96,11 +96,12 @@ NEEDED = {
     "fastvae.training.schedule.Schedule": {"weight": ("kl_weight", "mmd_weight", "weight"), "steps": ("2", "0")},
 }
 MODEL = {
-    "architecture": ("conv", "mlp", "transformer"),
+    "architecture": ("conv", "mlp", "autoencoder_kl", "transformer"),
     "latent_dim": ("3", "1", "0", "x"),
     "hidden": ("[4]", "[8, 4]", "[]", "8", "[0]"),
     "channels": ("[2]", "[2, 2, 2]", "[2, 2, 2, 2, 2]"),
-    "likelihood": ("gaussian", "bernoulli", "poisson"),
+    "latent_channels": ("2", "0"),
+    "likelihood": ("gaussian", "bernoulli", "laplace", "poisson"),
     "sigma": ("0.5", "0", "-1"),
     "learn_sigma": ("true",),
     "optimal_sigma": ("true",),
@@ -113,6 +114,7 @@ MODEL = {
     "kernel": ("imq", "cauchy"),
     "bandwidth": ("2", "0"),
     "estimator": ("biased", "linear"),
+    "mmd_rows": ("location", "pixel"),
     "free_bits": ("0.5", "-1"),
     "samples": ("2", "0"),
     "kl_schedule": ("linear", "cyclical"),

@@ -47,7 +47,7 @@ OBJECTIVES = {
     "info-vae": VAEObjective(mmd_weight=3.0),
     "wae": VAEObjective(kl_weight=0.5, mmd_weight=3.0, kernel="imq", estimator="biased"),
     "tc": VAEObjective(tc_weight=2.0, dataset_size=100),
-    "dip": VAEObjective(dip_weights=(1.0, 2.0), dip_kind="ii"),
+    "dip": VAEObjective(dip=(1.0, 2.0, "ii")),
     "free bits": VAEObjective(free_bits=0.1),
     "iwae": VAEObjective.iwae(3, gradient="doubly"),
 }

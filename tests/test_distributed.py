@@ -129,6 +129,27 @@ def gradients_that_average_to_the_whole(rank, world):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def latents_with_locations(rank, world):
+    """Each term of the whole batch, and gradients that average to its own, for latents (N, C, H, W)."""
+    g = torch.Generator().manual_seed(0)
+    whole = [torch.randn(sum(ROWS[world]), 2, 3, 2, dtype=torch.float64, generator=g) for _ in range(4)]
+    makes = [lambda kernel=kernel: fastvae.VAEObjective(mmd_weight=9.0, kernel=kernel, mmd_rows="location") for kernel in ("rbf", "imq")]
+    for make_objective in [*OBJECTIVES.values(), *makes]:
+        results = []
+        for group, tensors in ((None, whole), (dist.group.WORLD, own(rank, world, *whole))):
+            mu, logvar = (t.clone().requires_grad_() for t in tensors[:2])
+            kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+            z = mu + (0.5 * logvar).exp() * tensors[2]
+            objective = make_objective()
+            objective.process_group = group
+            loss = objective(fastvae.VAEOutput(z, z, mu, logvar, kl, fastvae.Gaussian()), tensors[3], prior=tensors[2]).loss
+            results.append([loss.detach(), *torch.autograd.grad(loss, [mu, logvar])])
+        (loss, *gradients), (shared, *parts) = results
+        torch.testing.assert_close(loss, shared)
+        for gradient, part in zip(gradients, parts, strict=True):
+            torch.testing.assert_close(own(rank, world, gradient)[0], part / world)
+
+
 def fully_sharded(rank, world):
     """Five steps with the parameters sharded over the ranks against one process."""
     torch.manual_seed(0)
@@ -294,7 +315,7 @@ def gathering(rank, world):
 @pytest.mark.parametrize("world", ROWS)
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
-    checks = gathering, gathering_is_one_write, losses, gradients_that_average_to_the_whole, fully_sharded
+    checks = gathering, gathering_is_one_write, losses, gradients_that_average_to_the_whole, latents_with_locations, fully_sharded
     run_on_ranks(checks, world, tmp_path)
 
 

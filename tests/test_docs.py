@@ -194,7 +194,12 @@ def test_blocks_of_code_run(name, place, call):
         block.evaluate()
 
 
-EXAMPLES = {"train_mmd_vae": "--epochs 2", "two_sample_test": "--n 400", "domain_adaptation": "--steps 60"}
+EXAMPLES = {
+    "train_mmd_vae": "--epochs 2",
+    "two_sample_test": "--n 400",
+    "domain_adaptation": "--steps 60",
+    "train_autoencoder": "--steps 6",
+}
 
 
 def test_each_example_is_run():
@@ -212,6 +217,8 @@ def test_examples_run(example, options, monkeypatch, capsys):
         assert found["shifted"] < 0.05 < found["same"]
     elif example == "domain_adaptation":
         assert found["with MMD²"] > found["source only"]
+    elif example == "train_autoencoder":
+        assert found[1] < 0.9 * found[0]
     else:
         assert 0 < found < 45
 

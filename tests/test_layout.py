@@ -20,7 +20,7 @@ LAYERS = [
     ["ops"],
     ["functional", "two_sample"],
     ["preparation", "posteriors", "losses", "objectives", "schedules", "recipes", "metrics"],
-    ["vae"],
+    ["autoencoder_kl", "vae"],
     ["training"],
     ["cli"],
     ["__main__"],

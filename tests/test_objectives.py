@@ -77,7 +77,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(objective, kl_weight, mmd_weight,
 
 
 def test_summands_add_up_to_the_loss(output, x):
-    objective = VAEObjective(kl_weight=0.5, mmd_weight=2.0, dip_weights=(3.0, 4.0))
+    objective = VAEObjective(kl_weight=0.5, mmd_weight=2.0, dip=(3.0, 4.0, "i"))
     terms = objective(output, x)
     assert set(terms.summands) == {"reconstruction", "kl", "mmd", "dip"}
     assert sum(term.item() for term in terms.summands.values()) == pytest.approx(terms.loss.item())

@@ -101,6 +101,43 @@ def test_a_file_of_ones_own_is_taken_whole_and_in_its_order(runs, tmp_path):
         assert codes["rows"].tolist() == ["2.png"]
 
 
+@torch.no_grad()
+def test_latents_with_locations(runs, tmp_path, monkeypatch):
+    vae = runs(architecture="autoencoder_kl", latent_channels=2, channels=[4, 4], likelihood="laplace")
+    x = torch.rand(6, 1, 8, 8)
+    np.save("x.npy", x)
+    mu, logvar = vae.encode(x)
+    apply.encode(path="x.npy")
+    with np.load("codes.npz") as codes:
+        np.testing.assert_allclose(codes["mu"], mu, rtol=1e-4, atol=1e-6)
+    apply.encode(path="x.npy", output="codes.csv")
+    table = pd.read_csv("codes.csv", index_col="row")
+    np.testing.assert_allclose(table[[f"logvar_{d}" for d in range(32)]], logvar.flatten(1), rtol=1e-4, atol=1e-6)
+    apply.reconstruct(path="x.npy", output="x_hat.npy")
+    np.testing.assert_allclose(np.load("x_hat.npy"), vae.reconstruct(x), rtol=1e-4, atol=1e-6)
+    apply.sample(n=3, output="samples.npy")
+    assert np.load("samples.npy").shape == (3, 1, 8, 8)
+    apply.export()
+    decode = torch.export.load("export/decoder.pt2").module()
+    torch.testing.assert_close(decode(mu), vae.expected(mu))
+    torch.testing.assert_close(VAE.from_pretrained("export").encode(x), (mu, logvar))
+    labels = []
+    monkeypatch.setattr(pictures, "grid", lambda *_, row_labels, **__: labels.extend(row_labels))
+    apply.traverse(path="x.npy", image=4, steps=3)
+    apply.traverse(path="x.npy", image=4, steps=3, output="traversal.npy")
+    order = mu.flatten(1).var(0, correction=0).argsort(descending=True).tolist()
+    assert labels[0] == "z" + ",".join(str(int(k)) for k in np.unravel_index(order[0], (2, 4, 4)))
+    z = mu[4].clone()
+    z.view(-1)[order[1]] = 3
+    sheet = np.load("traversal.npy")
+    assert sheet.shape == (32, 3, 1, 8, 8)
+    np.testing.assert_allclose(sheet[1, 2], vae.expected(z[None])[0], rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(apply, "WIDE", 31)
+    monkeypatch.setattr(apply, "TRAVERSED", 5)
+    apply.traverse(path="x.npy", steps=2, output="traversal.npy")
+    assert len(np.load("traversal.npy")) == 5
+
+
 def a_table(file, n=50, between=","):
     x = np.random.default_rng(0).normal(size=(n, 4))
     rows = [between.join(map(str, [f"cell {k}", "xy"[k % 2], *row])) for k, row in enumerate(x)]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastvae import mmd_to_normal
+from fastvae.training import metrics
 from fastvae.training.metrics import (
     active_units,
     code_summary,
@@ -136,6 +137,20 @@ def test_code_summary_leaves_out_what_is_not_there():
     scalars, _ = code_summary(mu[:1], logvar[:1], mu[:1])
     assert "mmd_standardised" not in scalars
     assert all(math.isfinite(value) for value in scalars.values())
+
+
+def test_wide_codes_are_measured_within_seconds(monkeypatch):
+    monkeypatch.setattr(metrics, "WIDE", 8)
+    monkeypatch.setattr(metrics, "MOST_PAIRS", 900 * 9 + 1)
+    mu, logvar = torch.randn(2, 50, 9, generator=generator())
+    scalars, vectors = code_summary(mu, logvar, mu)
+    assert scalars["evaluation_size"] == 30
+    expected, _ = code_summary(mu[:30], logvar[:30], mu[:30])
+    assert scalars == expected
+    assert len(vectors["kl_dimension"]) == 9
+    assert code_summary(mu[:, :8], None, mu[:, :8])[0]["evaluation_size"] == 50
+    monkeypatch.setattr(metrics, "COLUMNS", 4)
+    assert marginal_summary(mu)["correlation"] == pytest.approx(np.abs(np.corrcoef(mu.T) - np.eye(9)).max())
 
 
 def test_total_correlation_of_a_gaussian():

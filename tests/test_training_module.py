@@ -73,6 +73,30 @@ def test_any_vae_any_objective_any_loader(tmp_path):
     assert not torch.equal(weights, vae.decoder.weight)
 
 
+def autoencoder_kl(**options):
+    sizes = {"latent_channels": 2, "channels": [4, 4], "likelihood": "laplace", "scale": 0.5}
+    return ImageVAE([1, 8, 8], architecture="autoencoder_kl", **sizes, **options)
+
+
+def test_latents_with_locations_are_trained_and_measured(tmp_path):
+    module = autoencoder_kl(objective="mmd_vae", mmd_rows="location", channels_last=True)
+    assert (module.vae.latent_shape, module.vae.logvar_bounds) == ((2, 4, 4), (-30, 20))
+    assert repr(module.vae.likelihood) == "Laplace(scale=0.5)"
+    assert autoencoder_kl(logvar_bounds=(-8, 2)).vae.logvar_bounds == (-8, 2)
+    before = module.vae.decoder[0].weight.detach().clone()
+    history = Pictures()
+    fit = plain(tmp_path, 1, [history], limit_train_batches=2, limit_val_batches=1)
+    fit.fit(module, ImageData("digits", batch_size=16))
+    assert not torch.equal(before, module.vae.decoder[0].weight)
+    (row,) = history.history
+    assert {f"val/kl_dimension_{d:03d}" for d in range(32)} <= row.keys()
+    assert all(math.isfinite(value) for value in row.values())
+    for name in ("latent", "reconstructions", "samples"):
+        assert (tmp_path / f"{name}.png").is_file()
+    (measured,) = fit.test(module, ImageData("digits", batch_size=16, test=0.02), verbose=False)
+    assert measured["test/evaluation_size"] == 36
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     def weights():
         torch.manual_seed(3)
@@ -91,6 +115,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
         ({"objective": "info_vae", "alpha": 0.5, "lambda_": 4.0}, 0.5, 3.5),
         ({"objective": "mmd_vae", "lambda_": 4.0, "bandwidth": 2.0, "estimator": "biased"}, 0, 4),
         ({"objective": "wae_mmd", "lambda_": 4.0}, 0, 4),
+        ({"objective": "wae_mmd", "lambda_": 4.0, "mmd_rows": "location"}, 0, 4),
         ({"objective": "wae_mmd", "lambda_": 4.0, "kernel": "imq"}, 0, 4),
         ({"objective": "capacity_vae", "gamma": 30.0, "capacity": 5.0}, 30, 0),
         ({"objective": "dip_vae", "lambda_od": 2.0, "dip_kind": "ii"}, 1, 0),
@@ -104,6 +129,7 @@ def test_options_reach_the_objective(options, kl_weight, mmd_weight):
     assert (module.objective.kl_weight, module.objective.mmd_weight) == (kl_weight, mmd_weight)
     assert module.objective.bandwidth == options.get("bandwidth")
     assert module.objective.estimator == options.get("estimator", "unbiased")
+    assert module.objective.mmd_rows == options.get("mmd_rows", "sample")
     assert module.vae.posterior == ("deterministic" if options["objective"] == "wae_mmd" else "gaussian")
 
 

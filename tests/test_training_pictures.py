@@ -160,3 +160,15 @@ def test_a_fit_draws_a_standardised_table_as_the_network_has_it(tmp_path, monkey
     assert torch.equal(x, data.preparation(raw))
     expected = data.preparation(module.vae.reconstruct(raw).detach(), torch.float64)
     assert torch.allclose(x_hat.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 60), (90, 60), (2, 60)])
+def test_wide_codes_have_the_axes_of_an_svd(monkeypatch, n, d):
+    z = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = pictures._principal(z)
+    monkeypatch.setattr(pictures, "WIDE", 50)
+    found = pictures._principal(z)
+    # Of two codes the second axis is any: they lie on one line.
+    found, expected = ((t - t.mean(0))[:, : min(2, n - 1)] for t in (found, expected))
+    torch.testing.assert_close(found * (found[0] * expected[0]).sign(), expected)
+    assert pictures._principal(torch.zeros(4, d)).isfinite().all()

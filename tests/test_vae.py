@@ -204,7 +204,7 @@ def test_any_user_module(encoder):
         (
             lambda: VAE.mlp(5, latent_dim=2, likelihood="poisson"),
             ValueError,
-            "likelihood must be one of 'gaussian', 'bernoulli', got 'poisson'",
+            "likelihood must be one of 'gaussian', 'bernoulli', 'laplace', got 'poisson'",
         ),
         (
             lambda: VAE.mlp(5, latent_dim=2, posterior="flow"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from fastvae import checks
 from fastvae.training import pictures
 from fastvae.training.checkpoints import checkpoint_file, read_checkpoint
 from fastvae.training.configs import read_yaml, restrict
-from fastvae.training.data import NO_LABEL, ImageData, Source, Split, scaled
+from fastvae.training.data import NO_LABEL, ImageData, Source, Split, chunks, scaled
+from fastvae.training.metrics import WIDE
 from fastvae.training.module import ImageVAE
 from fastvae.vae import VAE
 
-CHUNK = 1024
 SHOWN = 32
+# The most rows of a traversal of wide codes.
+TRAVERSED = 32
 
 
 @torch.no_grad()
@@ -66,7 +69,7 @@ def reconstruct(
     x, _ = test_data(module, ckpt_path, path, runs, n).splits["train"]
     if n is None and x.ndim == 4 and output.endswith(".png"):
         x = x[:SHOWN]
-    x_hat = torch.cat([module.vae.reconstruct(part) for part in torch.split(x, CHUNK)])
+    x_hat = torch.cat([module.vae.reconstruct(part) for part in chunks(x)])
     if not _saved_as_array(x_hat, output):
         picture = pictures.reconstructions if x.ndim == 4 else pictures.table_reconstructions
         picture(x, x_hat.reshape(x.shape), Path(output))
@@ -77,7 +80,8 @@ def reconstruct(
 def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = None, output: str = "codes.npz", runs: str = "runs") -> None:
     """Encode the test data of a run, or all data in a path: mu and logvar of shape (N, latent_dim), with labels and names.
 
-    A .npz file also holds labels (N,), -1 for none; the classes' names, if there are any; and rows (N,), the name of each sample: a
+    Latents of autoencoder_kl keep their shape (N, C, H, W) in a .npz file, and are flattened to (N, C·H·W) in the others. A .npz file also
+    holds labels (N,), -1 for none; the classes' names, if there are any; and rows (N,), the name of each sample: a
     picture's file, a table's first column if that has no name, else the index in the data (test data are shuffled). A .csv file has one row
     for each sample; so has a .h5ad file, whose X is mu.
 
@@ -94,7 +98,7 @@ def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = Non
     module = load(ckpt_path, runs)
     source = test_data(module, ckpt_path, path, runs, n)
     x, labels = source.splits["train"]
-    codes = [module.vae.encode(part) for part in torch.split(x, CHUNK)]
+    codes = [module.vae.encode(part) for part in chunks(x)]
     arrays = {"mu": torch.cat([mu for mu, _ in codes]).numpy()}
     logvars = [logvar for _, logvar in codes if logvar is not None]
     if logvars:
@@ -105,7 +109,7 @@ def encode(ckpt_path: str = "last", path: str | None = None, n: int | None = Non
             arrays["classes"] = np.array(source.classes)
         np.savez(output, **arrays)  # type: ignore[arg-type]
     else:
-        _save_table(arrays, source, output)
+        _save_table({name: values.reshape(len(values), -1) for name, values in arrays.items()}, source, output)
     _print_path(output)
 
 
@@ -143,13 +147,15 @@ def traverse(
 ) -> None:
     """Vary one latent dimension of a code at a time and decode: a row for each dimension, the most informative first.
 
+    Of more than 256 latent dimensions only the 32 most informative ones have a row.
+
     Args:
         ckpt_path: A checkpoint; 'last' for the newest one of all runs, or 'best' for the best one of that run.
         path: A folder or file of data, used whole and in order; the run's own test data by default.
         image: The index of the sample whose code is varied, from 0.
         reach: Each latent dimension goes from -reach to reach.
         steps: The number of values of each latent dimension, each a column of the picture.
-        output: A .png picture, or a .npy array of shape (latent_dim, steps, ...).
+        output: A .png picture, or a .npy array of shape (rows, steps, ...).
         runs: The folder of all runs.
     """
     module = load(ckpt_path, runs)
@@ -157,21 +163,23 @@ def traverse(
     x, _ = test_data(module, ckpt_path, path, runs, None).splits["train"]
     if not 0 <= image < len(x):
         raise ValueError(f"image must be an index from 0 to {len(x) - 1}, got {image}")
-    mu = torch.cat([vae.encode(part)[0] for part in torch.split(x[:10_000], CHUNK)])
+    mu = torch.cat([vae.encode(part)[0].flatten(1) for part in chunks(x[:10_000])])
     order = mu.var(0, correction=0).argsort(descending=True)
+    order = order[:TRAVERSED] if len(order) > WIDE else order
     code = vae.encode(x[image : image + 1])[0]
+    shape, code = code.shape[1:], code.flatten(1)
     values = torch.linspace(-checks.real("reach", reach, above=0), reach, checks.integer("steps", steps, at_least=2))
     z = code.repeat(len(order), len(values), 1)
     for row, d in enumerate(order):
         z[row, :, d] = values
-    decoded = vae.expected(z.flatten(0, 1)).reshape(-1, *x.shape[1:])
-    if not _saved_as_array(decoded.unflatten(0, z.shape[:2]), output):
+    decoded = torch.cat([vae.expected(part) for part in chunks(z.reshape(-1, *shape), x)]).reshape(-1, *x.shape[1:])
+    if not _saved_as_array(decoded.reshape(*z.shape[:2], *x.shape[1:]), output):
         pictures.grid(
             _images(decoded),
             Path(output),
             f"One dimension of the code at a time, from −{reach:g} to {reach:g}",
             columns=len(values),
-            row_labels=[f"z{d}" for d in order.tolist()],
+            row_labels=[f"z{_index(d, shape)}" for d in order.tolist()],
             column_labels=[f"{round(value, 2) + 0.0:g}".replace("-", "−") for value in values.tolist()],
         )
     _print_path(output)
@@ -180,8 +188,8 @@ def traverse(
 def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") -> None:
     """Export a model: encoder.pt2 and decoder.pt2 by torch.export, for any batch size, and the files that `VAE.from_pretrained` reads.
 
-    encoder.pt2 maps x (N, *shape) to mu and logvar (only mu if the posterior is deterministic), and decoder.pt2 maps z (N, latent_dim) to
-    E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. config.json holds the options, and the mean
+    encoder.pt2 maps x (N, *shape) to mu and logvar (only mu if the posterior is deterministic), and decoder.pt2 maps z, of the shape of mu,
+    to E[x|z], both in the units of the data. Load them with `torch.export.load(file).module()`. config.json holds the options, and the mean
     and scale of a standardised table. The weights are in model.safetensors if the package safetensors is installed, else in model.pt.
 
     Args:
@@ -195,7 +203,7 @@ def export(ckpt_path: str = "last", output: str = "export", runs: str = "runs") 
     batch = torch.export.Dim("batch")
     for name, part, example in (
         ("encoder", _Encoder(module.vae), torch.rand(2, *module.hparams["shape"])),
-        ("decoder", _Decoder(module.vae), torch.zeros(2, module.vae.latent_dim)),
+        ("decoder", _Decoder(module.vae), torch.zeros(2, *module.vae.latent_shape)),
     ):
         program = torch.export.export(part.eval(), (example,), dynamic_shapes=({0: batch},))
         torch.export.save(program, folder / f"{name}.pt2")
@@ -295,6 +303,11 @@ def _images(x: Tensor) -> Tensor:
     if x.ndim != 4:
         raise ValueError(f"output must be a .npy file for data other than images, got a picture for shape {tuple(x.shape[1:])}")
     return x
+
+
+def _index(d: int, shape: Sequence[int]) -> str:
+    """The name of latent dimension d: its number, or its channel, row and column."""
+    return str(d) if len(shape) == 1 else ",".join(map(str, np.unravel_index(d, shape)))
 
 
 def _saved_as_array(x: Tensor, output: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fastvae.training import pictures
-from fastvae.training.data import ImageData, prepared
+from fastvae.training.data import ImageData, chunks, prepared
 from fastvae.training.module import VAEModule
 
 
@@ -233,7 +233,7 @@ class Pictures(Callback):
         shown = split._replace(images=split.images[:2000], labels=split.labels[:2000])
         vae = pl_module.vae.eval()
         x = prepared(shown.images, data.preparation).to(vae.origin)
-        output = vae(x, prepared=True)
+        outputs = [vae(part, prepared=True) for part in chunks(x)]
         generator = torch.Generator(x.device).manual_seed(data.seed)
         if x.ndim == 4:
             pictures.reconstructions(x[:32], vae.reconstruct(x[:32]).reshape(x[:32].shape), folder / "reconstructions.png")
@@ -241,6 +241,8 @@ class Pictures(Callback):
             pictures.grid(samples, folder / "samples.png", "Samples: decoded draws from the prior N(0, I)")
         else:
             # Standardised, as columns of different units share one axis.
-            pictures.table_reconstructions(x, vae.likelihood.mean(vae.decode(output.mu)), folder / "reconstructions.png")
-        pictures.latent(output.z, shown.labels, folder / "latent.png", classes=data.classes)
+            mu = torch.cat([output.mu for output in outputs])
+            pictures.table_reconstructions(x, vae.likelihood.mean(vae.decode(mu)), folder / "reconstructions.png")
+        z = torch.cat([output.z.flatten(1) for output in outputs])
+        pictures.latent(z, shown.labels, folder / "latent.png", classes=data.classes)
         pictures.loss_curves(self.history, folder / "loss_curves.png")

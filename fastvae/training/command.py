@@ -70,11 +70,14 @@ UNUSED = ("limit_predict_batches", "default_root_dir", "model_registry")
 MMD_OBJECTIVES = ("info_vae", "mmd_vae", "wae_mmd")
 KL_OBJECTIVES = ("vae", "beta_vae", "info_vae", "capacity_vae", "dip_vae", "beta_tc_vae")
 USED_BY: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
-    ("channels",): ("architecture", ("conv",)),
+    ("channels",): ("architecture", ("conv", "autoencoder_kl")),
+    ("latent_dim", "hidden"): ("architecture", ("mlp", "conv")),
+    ("latent_channels", "blocks"): ("architecture", ("autoencoder_kl",)),
     ("sigma", "learn_sigma", "optimal_sigma"): ("likelihood", ("gaussian", "auto")),
+    ("scale",): ("likelihood", ("laplace",)),
     ("beta",): ("objective", ("beta_vae", "beta_tc_vae")),
     ("alpha",): ("objective", ("info_vae",)),
-    ("lambda_", "bandwidth", "estimator", "mmd_schedule"): ("objective", MMD_OBJECTIVES),
+    ("lambda_", "bandwidth", "estimator", "mmd_rows", "mmd_schedule"): ("objective", MMD_OBJECTIVES),
     ("kernel",): ("objective", ("wae_mmd",)),
     ("tc_estimator",): ("objective", ("beta_tc_vae",)),
     ("free_bits", "free_bits_group"): ("objective", ("vae", "beta_vae")),
@@ -284,10 +287,11 @@ class CommandLine(LightningCLI):
         super()._run_subcommand(str(self.subcommand))
 
     def before_fit(self) -> None:
-        """Checks that the unbiased MMD has at least two samples in a batch."""
+        """Checks that the unbiased MMD has at least two samples in a batch, or one of several locations."""
         objective = self.model.objective
         sizes = {"data.batch_size": self.datamodule.batch_size, "data.train_size": self.datamodule.train_size}
-        if objective.mmd_weight and objective.estimator == "unbiased" and self.trainer.world_size == 1:
+        located = objective.mmd_rows == "location" and len(self.model.vae.latent_shape) > 1
+        if objective.mmd_weight and objective.estimator == "unbiased" and self.trainer.world_size == 1 and not located:
             for name, size in sizes.items():
                 if size < 2:
                     raise ValueError(f"{name} must be at least 2 for the unbiased MMD, got {size}: or use --model.estimator biased")

@@ -337,6 +337,12 @@ def prepared(images: Tensor, preparation: Standardise | None) -> Tensor:
     return scaled(images) if preparation is None else preparation(scaled(images))
 
 
+def chunks(t: Tensor, images: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Parts of t whose images (those of t by default) have at most 2²² numbers, and at most 1,024 of them, to pass through a network."""
+    features = math.prod((t if images is None else images).shape[1:])
+    return torch.split(t, max(1, min(1024, 2**22 // max(features, 1))))
+
+
 def read_folder(path: Path, image_size: int | None = None, *, unsplit: bool = False) -> Source:
     """The IDX, .npy and .npz files of a folder, or its pictures, or a single file of these kinds, as described in `ImageData`.
 

@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastvae import checks
 from fastvae.distributed import is_initialized
-from fastvae.objectives import Bernoulli, Gaussian, ObjectiveTerms, VAEObjective, VAEOutput
+from fastvae.objectives import Bernoulli, Gaussian, Laplace, Likelihood, MMDRows, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.preparation import Standardise
 from fastvae.schedules import Kind as ScheduleKind
 from fastvae.training.data import Batch, ImageData
-from fastvae.training.metrics import code_summary
+from fastvae.training.metrics import WIDE, code_summary
 from fastvae.training.schedule import Schedule
 from fastvae.vae import PREPARATION as IN_VAE
 from fastvae.vae import VAE
@@ -29,8 +29,6 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 # Options that may be objects; on the command line they are the names of classes.
 OBJECT_OPTIONS = ("encoder", "decoder", "optimizer", "lr_scheduler")
-# With more latent dimensions, no scalar is logged for each.
-MOST_LOGGED_DIMENSIONS = 256
 # The name of the preparation in a checkpoint.
 PREPARATION = f"vae.{IN_VAE}"
 # The name of the training table's columns in a checkpoint.
@@ -189,7 +187,8 @@ class VAEModule(LightningModule):
             self.train(training)
             codes = _codes(output)
             scalars, per_dimension = code_summary(codes.mu, codes.logvar, codes.z) if self.diagnostics_size else ({}, {})
-        measured = [*scalars, *(f"{name}_{d:03d}" for name, values in per_dimension.items() for d in range(len(values)))]
+        each = [f"{name}_{d:03d}" for name, values in per_dimension.items() if len(values) <= WIDE for d in range(len(values))]
+        measured = [*scalars, *each]
         terms["train" if self._measures_training() else "val"] += measured
         names = {f"{stage}/{name}" for stage in terms for name in terms[stage]} | {"train/loss_step", "train/loss_epoch"}
         return names if sum(self.trainer.num_val_batches) else {name for name in names if name.startswith("train/")}
@@ -248,7 +247,7 @@ class VAEModule(LightningModule):
             logvars = [codes.logvar for codes in self._codes if codes.logvar is not None]
             scalars, per_dimension = code_summary(mu, torch.cat(logvars)[:size] if logvars else None, z)
             for name, values in per_dimension.items():
-                if stage != "test" and len(values) <= MOST_LOGGED_DIMENSIONS:
+                if stage != "test" and len(values) <= WIDE:  # else they would be too many scalars
                     scalars |= {f"{name}_{d:03d}": float(value) for d, value in enumerate(values)}
             self.log_dict({f"{stage}/{name}": float(value) for name, value in scalars.items()}, sync_dist=True)
         self._codes = []
@@ -276,17 +275,22 @@ class ImageVAE(VAEModule):
 
     Args:
         shape: The shape of one image, (C, H, W), or of one row, (features,).
-        architecture: The networks: mlp (perceptrons) or conv (convolutions, for images).
-        latent_dim: The number of latent dimensions.
+        architecture: The networks: mlp (perceptrons), conv (convolutions, for images) or autoencoder_kl (the residual convolutions of
+            latent diffusion, for images, whose latents have channels, height and width).
+        latent_dim: The number of latent dimensions of mlp and conv.
         hidden: The widths of the hidden layers of mlp; conv uses the first.
-        channels: The channels of each convolution of conv, each of which halves the image.
-        likelihood: p(x|z): bernoulli (for values in [0, 1]), gaussian, or auto: gaussian for tables or with a learned or optimal sigma,
-            else bernoulli.
+        channels: The channels of each convolution of conv, each of which halves the image; or the channels of autoencoder_kl at each
+            resolution, the highest first, so that three make the latents' height and width a quarter of the image's.
+        latent_channels: The number of channels of the latents of autoencoder_kl.
+        blocks: The number of residual blocks of autoencoder_kl at each resolution.
+        likelihood: p(x|z): bernoulli (for values in [0, 1]), gaussian, laplace, or auto: gaussian for tables or with a learned or optimal
+            sigma, else bernoulli.
         sigma: The standard deviation of the Gaussian likelihood, or its initial value if it is learned or optimal.
         learn_sigma: Train the sigma of the Gaussian likelihood.
         optimal_sigma: Use the sigma that maximises the Gaussian likelihood of each training batch.
+        scale: The scale of the Laplace likelihood, its mean absolute deviation.
         posterior: q(z|x): gaussian, deterministic (without a KL), or auto: deterministic for wae_mmd, else gaussian.
-        logvar_bounds: Soft bounds of the encoder's log-variance, two numbers.
+        logvar_bounds: Soft bounds of the encoder's log-variance, two numbers; by default none, or -30 and 20 for autoencoder_kl.
         objective: The loss: vae, beta_vae, info_vae, mmd_vae, wae_mmd, beta_tc_vae, capacity_vae, dip_vae or iwae.
         beta: The weight of the KL in beta_vae, or of the total correlation in beta_tc_vae.
         alpha: InfoVAE's alpha: the weight of the KL is 1 - alpha.
@@ -294,6 +298,8 @@ class ImageVAE(VAEModule):
         kernel: The kernel of the MMD in wae_mmd. The other objectives use rbf, also called gaussian.
         bandwidth: The bandwidth of the kernel; by default sqrt(latent_dim), or for imq the seven of the WAE's authors.
         estimator: The estimator of the MMD, unbiased or biased.
+        mmd_rows: What the MMD compares with the prior: each latent as a whole (sample), or the channels at each of its locations (location,
+            whose default bandwidth is sqrt(latent_channels)).
         tc_estimator: The estimator of the total correlation in beta_tc_vae, minibatch_weighted or minibatch_stratified.
         dataset_size: The number of training images, for the total correlation.
         free_bits: The KL in nats below which a group of latent dimensions has no penalty, in vae and beta_vae.
@@ -329,14 +335,17 @@ class ImageVAE(VAEModule):
     def __init__(
         self,
         shape: Sequence[int],
-        architecture: Literal["mlp", "conv"] = "mlp",
+        architecture: Literal["mlp", "conv", "autoencoder_kl"] = "mlp",
         latent_dim: int = 6,
         hidden: Sequence[int] = (400,),
         channels: Sequence[int] = (32, 64),
-        likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
+        latent_channels: int = 4,
+        blocks: int = 1,
+        likelihood: Literal["auto", "bernoulli", "gaussian", "laplace"] = "auto",
         sigma: float = 1.0,
         learn_sigma: bool = False,
         optimal_sigma: bool = False,
+        scale: float = 1.0,
         posterior: Literal["auto", "gaussian", "deterministic"] = "auto",
         logvar_bounds: tuple[float, float] | None = None,
         objective: Literal[
@@ -348,6 +357,7 @@ class ImageVAE(VAEModule):
         kernel: checks.RadialKernelName = "rbf",
         bandwidth: float | None = None,
         estimator: Literal["unbiased", "biased"] = "unbiased",
+        mmd_rows: MMDRows = "sample",
         tc_estimator: Literal["minibatch_weighted", "minibatch_stratified"] = "minibatch_weighted",
         dataset_size: int | None = None,
         free_bits: float = 0.0,
@@ -383,26 +393,35 @@ class ImageVAE(VAEModule):
             posterior = "deterministic" if objective == "wae_mmd" else "gaussian"
         if likelihood == "auto":
             likelihood = "gaussian" if len(shape) == 1 or learn_sigma or optimal_sigma else "bernoulli"
-        if likelihood == "bernoulli" and (learn_sigma or optimal_sigma):
-            raise ValueError("model.learn_sigma and model.optimal_sigma must be false for model.likelihood bernoulli, got true")
-        noise = Bernoulli() if likelihood == "bernoulli" else Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
-        options: dict[str, Any] = {"likelihood": noise, "posterior": posterior, "logvar_bounds": logvar_bounds}
+        if likelihood != "gaussian" and (learn_sigma or optimal_sigma):
+            raise ValueError(f"model.learn_sigma and model.optimal_sigma must be false for model.likelihood {likelihood}, got true")
+        noise: Likelihood
+        if likelihood == "gaussian":
+            noise = Gaussian(sigma, learned=learn_sigma, optimal=optimal_sigma)
+        else:
+            noise = Laplace(scale) if likelihood == "laplace" else Bernoulli()
+        options: dict[str, Any] = {"likelihood": noise, "posterior": posterior}
+        if logvar_bounds is not None:
+            options["logvar_bounds"] = logvar_bounds
         if architecture == "mlp":
             vae = VAE.mlp(shape, latent_dim=latent_dim, hidden=hidden, **options)
-        else:
+        elif architecture == "conv":
             vae = VAE.conv(shape, latent_dim=latent_dim, channels=channels, hidden=hidden[0], **options)
+        else:
+            vae = VAE.autoencoder_kl(shape, latent_channels=latent_channels, channels=channels, blocks=blocks, **options)
         if encoder is not None or decoder is not None:
             vae.encoder, vae.decoder, vae.networks = encoder or vae.encoder, decoder or vae.decoder, None
         if objective == "beta_tc_vae" and dataset_size is None:
             raise ValueError("model.dataset_size must be given for model.objective beta_tc_vae, got none")
         if free_bits and objective not in ("vae", "beta_vae"):
             raise ValueError(f"model.free_bits must be 0 unless model.objective is vae or beta_vae, got {free_bits:g} for {objective}")
+        mmd_options: dict[str, Any] = {"bandwidth": bandwidth, "estimator": estimator, "mmd_rows": mmd_rows}
         terms: dict[str, Callable[[], VAEObjective]] = {
             "vae": lambda: VAEObjective.vae(free_bits=free_bits, free_bits_group=free_bits_group),
             "beta_vae": lambda: VAEObjective.beta_vae(beta, free_bits=free_bits, free_bits_group=free_bits_group),
-            "info_vae": lambda: VAEObjective.info_vae(alpha, lambda_, bandwidth=bandwidth, estimator=estimator),
-            "mmd_vae": lambda: VAEObjective.mmd_vae(lambda_, bandwidth=bandwidth, estimator=estimator),
-            "wae_mmd": lambda: VAEObjective.wae_mmd(lambda_, kernel=kernel, bandwidth=bandwidth, estimator=estimator),
+            "info_vae": lambda: VAEObjective.info_vae(alpha, lambda_, **mmd_options),
+            "mmd_vae": lambda: VAEObjective.mmd_vae(lambda_, **mmd_options),
+            "wae_mmd": lambda: VAEObjective.wae_mmd(lambda_, kernel=kernel, **mmd_options),
             "beta_tc_vae": lambda: VAEObjective.beta_tc_vae(beta, dataset_size or 1, estimator=tc_estimator),
             "capacity_vae": lambda: VAEObjective.capacity_vae(gamma, capacity),
             "dip_vae": lambda: VAEObjective.dip_vae(lambda_od, lambda_d, kind=dip_kind),
@@ -448,10 +467,10 @@ def _logged(terms: ObjectiveTerms) -> dict[str, Tensor]:
 
 
 def _codes(output: VAEOutput) -> VAEOutput:
-    """The codes in an output, one for each sample, in one dtype: under autocast z is float32 and mu is not."""
-    mu = output.mu.detach().to(output.z.dtype)
-    z = output.z.detach()[:: len(output.z) // len(mu)]
-    logvar = None if output.logvar is None else output.logvar.detach().to(z.dtype)
+    """The codes in an output, one row for each sample, in one dtype: under autocast z is float32 and mu is not."""
+    mu = output.mu.detach().flatten(1).to(output.z.dtype)
+    z = output.z.detach()[:: len(output.z) // len(mu)].flatten(1)
+    logvar = None if output.logvar is None else output.logvar.detach().flatten(1).to(z.dtype)
     return output._replace(reconstruction=z, z=z, mu=mu, logvar=logvar, kl=None)
 
 

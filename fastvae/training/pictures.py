@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import IdentityTransform
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastvae.training.data import NO_LABEL
+from fastvae.training.metrics import WIDE
 
 DPI = 120
 # The longer side of each image in pixels: smaller images are enlarged by a whole factor, larger ones are averaged.
@@ -215,5 +217,11 @@ def _principal(z: Tensor) -> Tensor:
     """z on the first two principal axes of z − mean, (N, 2); the second is 0 if D is 1."""
     if z.shape[1] == 1:
         return torch.cat([z, torch.zeros_like(z)], dim=1)
-    _, _, axes = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    centred = z - z.mean(0)
+    if z.shape[1] > WIDE and len(z) > 1:
+        # Of wide codes an SVD takes many seconds.
+        _, axes = torch.linalg.eigh(centred @ centred.T)
+        axes = F.normalize(centred.T @ axes[:, [-1, -2]], dim=0)
+        return z @ axes
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     return z @ axes[:2].T if len(axes) > 1 else z[:, :2]
