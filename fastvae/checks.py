@@ -24,7 +24,7 @@ from fastvae.radial import KERNEL_NAMES, RBF, Kernel
 RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"]
 KernelName = Literal[RadialKernelName, "polynomial"]
 Backend = Literal["cpu", "triton", "reference"]
-MMDBackend = Literal["cpu", "triton", "reference", "inductor"]
+AnyBackend = Literal["cpu", "triton", "reference", "inductor"]
 Estimator = Literal["biased", "unbiased"]
 MMDEstimator = Literal["biased", "unbiased", "linear"]
 DensityEstimator = Literal["minibatch_weighted", "minibatch_stratified"]
@@ -34,7 +34,7 @@ Precision = Literal["highest", "high", "medium", "ieee"]
 Dims = int | Sequence[int] | Literal["all"]
 
 BACKENDS = (None, *get_args(Backend))
-MMD_BACKENDS = (None, *get_args(MMDBackend))
+ALL_BACKENDS = (None, *get_args(AnyBackend))
 ESTIMATORS = get_args(Estimator)
 MMD_ESTIMATORS = get_args(MMDEstimator)
 DENSITY_ESTIMATORS = get_args(DensityEstimator)
@@ -97,14 +97,14 @@ def mmd_options(
     value: KernelName | Kernel,
     estimator: MMDEstimator,
     precision: Precision | None,
-    backend: MMDBackend | None,
+    backend: AnyBackend | None,
     bandwidth: float | BandwidthRule | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
     device: torch.device | None = None,
     to_normal: bool = False,
 ) -> tuple[Kernel, Numbers, Numbers]:
     """The kernel, the bandwidths and their weights of an MMD between samples, or `to_normal`, on `device` (any device if None)."""
-    family = kernel_options(value, precision, backend, device, MMD_BACKENDS)
+    family = kernel_options(value, precision, backend, device, ALL_BACKENDS)
     option("estimator", estimator, ESTIMATORS if to_normal else MMD_ESTIMATORS)
     if to_normal:
         closed_form(family, bandwidth)

@@ -45,7 +45,7 @@ def mmd(
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
     precision: checks.Precision | None = None,
-    backend: checks.MMDBackend | None = None,
+    backend: checks.AnyBackend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between two samples, in memory O((N + M)·D).
@@ -109,7 +109,7 @@ def mmd_to_normal(
     estimator: checks.Estimator = "biased",
     x_weights: Tensor | None = None,
     precision: checks.Precision | None = None,
-    backend: checks.MMDBackend | None = None,
+    backend: checks.AnyBackend | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between a sample and N(0, I), with the expectations over N(0, I) in closed form.
@@ -149,7 +149,7 @@ def _mmd(
     kernel: checks.KernelName | Kernel,
     estimator: checks.MMDEstimator,
     precision: checks.Precision | None,
-    backend: checks.MMDBackend | None,
+    backend: checks.AnyBackend | None,
     process_group: ProcessGroup | None,
 ) -> Tensor:
     """MMD² between two samples, or between one and N(0, I)."""
@@ -202,7 +202,7 @@ def _options(
     kernel: Any,
     estimator: checks.MMDEstimator,
     precision: checks.Precision | None,
-    backend: checks.MMDBackend | None,
+    backend: checks.AnyBackend | None,
     bandwidth: Any,
     weights: Any,
     *more: Any,
@@ -509,7 +509,7 @@ def reparameterize_kl(
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
-    backend: checks.MMDBackend | None = None,
+    backend: checks.AnyBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A sample of N(μ, σ²) by the reparameterisation trick and its KL divergence to a prior, in one pass forward and one backward.
 
@@ -569,7 +569,7 @@ def reparameterize_kl_moments(
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
     prior: Tensor | None = None,
-    backend: checks.MMDBackend | None = None,
+    backend: checks.AnyBackend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reparameterize_kl` of an encoder's result that holds μ and log σ² one after the other along a dimension.
 
@@ -620,7 +620,7 @@ def gaussian_kl(
     scale_offset: float = 0.0,
     logvar_bounds: tuple[float, float] | None = None,
     soft_clamp: float | None = None,
-    backend: checks.MMDBackend | None = None,
+    backend: checks.AnyBackend | None = None,
 ) -> Tensor:
     """The KL divergence KL(N(μ, σ²) ‖ N(μ₀, σ₀²)) between Gaussians with diagonal covariances, in one pass forward and one backward.
 
@@ -671,7 +671,7 @@ class Posterior(NamedTuple):
         if s is not None:
             s = _autocast(checks.floating_tensor("logvar", s))
             checks.same_shape_and_kind("mu", mu, "logvar", s)
-        checks.usable_backend(backend, mu.device, checks.MMD_BACKENDS)
+        checks.usable_backend(backend, mu.device, checks.ALL_BACKENDS)
         scale, offset, bounds, soft_clamp = parametrisation
         prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)

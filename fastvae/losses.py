@@ -32,7 +32,7 @@ class MMDLoss(GroupModule):
         kernel: checks.KernelName | Kernel = "rbf",
         estimator: checks.MMDEstimator = "biased",
         precision: checks.Precision | None = None,
-        backend: checks.MMDBackend | None = None,
+        backend: checks.AnyBackend | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
