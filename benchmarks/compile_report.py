@@ -16,6 +16,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,10 @@ from fastvae.kernels.config import (
     difference_products,
     matmul_config,
     padded_dim,
-    row_config,
     sweep_config,
     terms_config,
 )
+from fastvae.parametrisation import Parametrisation
 from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
@@ -134,20 +135,54 @@ class Matmul:
 
 @dataclass(frozen=True)
 class Rows:
-    """One variant of a kernel of `reparameterize_kl`."""
+    """One variant of a kernel of `reparameterize_kl`: (B, R, D) with a KL summed over R, D or both."""
 
     direction: str
     dtype: str
     dim: int
     seeded: bool
+    form: str = ""  # what it is of; rows of `dim` features by default
+    rows: tuple[int, int] = (1, PREDICTED_ROWS)  # B and R
+    sum_r: bool = False
+    sum_d: bool = True
+    parametrisation: Parametrisation = Parametrisation()  # noqa: RUF009, a NamedTuple
+    prior: bool = False
+    halves: bool = True  # μ and s are halves of rows twice as long
 
     @property
     def name(self) -> str:
-        return f"{self.direction} {self.dtype} D{self.dim}{' seeded' if self.seeded else ''}"
+        return f"{self.direction} {self.dtype} {self.form or f'D{self.dim}'}{' seeded' if self.seeded else ''}"
 
     @property
     def itemsize(self) -> int:
         return {"bf16": 2, "fp32": 4, "fp64": 8}[self.dtype]
+
+    @property
+    def call(self) -> reparameterize_kl.Call:
+        (b, r), d, backward = self.rows, self.dim, self.direction == "backward"
+        dense, given = (r * d if b > 1 else 0, d), (2 * r * d if b > 1 else 0, 2 * d if self.halves else d)
+        eps, prior = None if self.seeded else dense, given if self.prior else None
+        kl = None if self.sum_d or (self.sum_r and not backward) else dense if not self.sum_r else (d if b > 1 else 0, 0)
+        strides = [given, given, eps, prior, prior, dense, kl] + [given, given, prior, prior] * backward
+        # The second of two halves starts `dim` elements after the first.
+        alignment = math.gcd(16 // self.itemsize, d)
+        sums = self.sum_r and not backward, self.sum_d
+        return reparameterize_kl.Call(
+            (b, r, d), tuple(strides), self.itemsize, alignment, self.parametrisation, self.seeded, *sums, not backward
+        )
+
+
+_DIFFUSERS = Parametrisation(bounds=(-30.0, 20.0))
+_FORMS: tuple[dict[str, Any], ...] = (
+    # The latents of a picture of 512², of which a sum takes several tiles; in the memory format that convolutions prefer.
+    {"form": "images", "dim": 4 * 64 * 64, "rows": (1, 64), "parametrisation": _DIFFUSERS},
+    {"form": "channels_last", "dim": 4, "rows": (64, 64 * 64), "sum_r": True, "parametrisation": _DIFFUSERS},
+    # Stable Audio
+    {"form": "audio", "dim": 1024, "rows": (16, 64), "sum_r": True, "sum_d": False, "parametrisation": Parametrisation("softplus", 1e-4)},
+    {"form": "prior", "dim": 64, "prior": True},
+    # NVAE
+    {"form": "elementwise", "dim": 4096, "sum_d": False, "parametrisation": Parametrisation("log_std", 0.01, None, 5.0), "prior": True},
+)
 
 
 @dataclass(frozen=True)
@@ -198,6 +233,9 @@ def variants(architecture: int) -> Iterator[Variant]:
         # No two elements move at once, and the widest numbers.
         for dtype in ("fp32", "fp64"):
             yield Rows(direction, dtype, 7, seeded=True)
+        for form in _FORMS:
+            for dtype in ("fp32", "bf16"):
+                yield Rows(direction, dtype, seeded=True, **form)
     for direction in ("marginal", "joint", "rows", "columns"):
         for stratified in (False, True):
             # As many dimensions as a block of gradients has.
@@ -262,7 +300,7 @@ def quick(variant: Variant, architecture: int) -> bool:
         worst = Sweep("highest", 64, True, True, 5), Sweep("high", 128, True, True, 5), Sweep("high", 64, False, True, 5, terms=True)
         return architecture != 86 and variant in worst
     if isinstance(variant, Rows):
-        return True
+        return variant.form in ("", "channels_last", "elementwise") and (not variant.form or variant.dtype == "fp32")
     if isinstance(variant, Density):
         return variant.dtype == "fp32" and variant.dim == 32
     counted = {
@@ -298,7 +336,7 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
     if isinstance(variant, Density):
         gradient = variant.direction in ("rows", "columns")
         return density_config(variant.dim, variant.dtype == "fp64", gradient, variant.stratified, architecture)
-    return row_config(variant.dim, variant.itemsize)
+    return reparameterize_kl.plan_of(variant.call).config
 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
@@ -470,20 +508,22 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
 
 
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:
-    fn = {"forward": reparameterize_kl.forward_kernel, "backward": reparameterize_kl.backward_kernel}[variant.direction]
-
-    def pick(name: str) -> str:
-        if name == "kl_ptr":
-            return "*fp64" if variant.dtype == "fp64" else "*fp32"
-        return "*i64" if name == "noise_ptr" and variant.seeded else f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
-
-    types = argument_types(fn, pick)
-    arrays = {"forward": 4, "backward": 6}[variant.direction] - variant.seeded
-    constants = {"SEEDED": variant.seeded, "PER_DIMENSION": False, **config.launch()}
-    binary = compile_kernel(fn, types, constants, architecture)
+    backward = variant.direction == "backward"
+    fn = reparameterize_kl.backward_kernel if backward else reparameterize_kl.forward_kernel
+    call = variant.call
+    spec = reparameterize_kl.plan_of(call).spec
+    kl_type = "*fp64" if variant.dtype == "fp64" else "*fp32"
+    kl, seed = reparameterize_kl.Array(kl_type, "i32", "i32"), reparameterize_kl.Array("*i64", "i32", "i32")
+    given: Any = [None if strides is None else reparameterize_kl.Array(f"*{variant.dtype}", "i32", "i32") for strides in call.strides]
+    mu, s, eps, prior_mu, prior_s, z, _, *grads = given
+    inputs = reparameterize_kl.Inputs(mu, s, seed if variant.seeded else eps, prior_mu, prior_s)
+    types: dict[str, Any] = {"inputs": inputs, "sizes": reparameterize_kl.Sizes("i32", "i32", "i32", "i32")}
+    types |= {"grads": reparameterize_kl.Gradients(z, kl, *grads)} if backward else {"z": z, "kl": kl}
+    binary = compile_kernel(fn, types, {"SPEC": spec, "num_warps": config.num_warps}, architecture)
     work = _per_unit(binary.code, config.block_n * config.block_d / (32 * config.num_warps))
     gpu = GPUS[architecture]
     units = _cycles(work, gpu.fp64)
+    arrays = sum(strides is not None for strides in call.strides)
     units["memory"] = arrays * variant.itemsize * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second
     return f"reparameterize_kl.{variant.direction}_kernel", binary, units, work
 

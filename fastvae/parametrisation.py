@@ -41,8 +41,10 @@ class Parametrisation(NamedTuple):
         """The gradients to the arguments of `bounded` from those to its results μ and s."""
         if self.soft_clamp is not None:
             return grad_mu * (1 - (mu / self.soft_clamp).square()), grad_s * (1 - (s / self.soft_clamp).square())
-        # As in torch.clamp, a value at a bound has its gradient.
-        return grad_mu, grad_s if self.bounds is None else grad_s.where(s == unbounded_s, 0)
+        if self.bounds is None:
+            return grad_mu, grad_s
+        # A value at a bound has its gradient, as in torch.clamp, and so has nan.
+        return grad_mu, grad_s.masked_fill((unbounded_s < self.bounds[0]) | (unbounded_s > self.bounds[1]), 0)
 
     def spread(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """σ and log σ² of a bounded s."""

@@ -307,14 +307,32 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
     return DensityConfig(128, block_m, block_d, 4, 1)
 
 
-def row_config(dim: int, itemsize: int, *strides: int) -> RowConfig:
-    """For rows of `dim` features that start `strides` elements apart: blocks of 2,048 elements, 16 a thread. Half as many where an element
-    takes twice the registers, for itself or, without vectors, for its address."""
-    vector = math.gcd(dim, *strides, 16 // itemsize)
-    elements = 2048 if itemsize < 8 and vector > 1 else 1024
+def row_config(
+    sizes: tuple[int, int, int], itemsize: int, vector: int, sum_r: bool = False, sum_d: bool = False, prior: bool = False
+) -> RowConfig:
+    """For (B, R, D) of which `vector` elements move at once, and a sum over R, D or both, which should fit a tile where it can: the sums of
+    several tiles need a second launch. None of this is measured but the tile of 2,048 elements, 16 a thread."""
+    b, r, d = sizes
+    # Half as many where an element takes twice the registers, for itself or, without vectors, for its address.
+    per_thread = 16 if itemsize < 8 and vector > 1 else 8
+    if prior:
+        # Two Gaussians and their gradients: with 16 elements a thread up to 197 registers, in float64 with 8 they spill.
+        per_thread //= 2
     # Noise is made four columns at a time.
-    block_d = min(max(4, _next_power_of_2(dim)), elements)
-    return RowConfig(elements // block_d, block_d, vector, 4)
+    rows, columns = _next_power_of_2(r), max(4, _next_power_of_2(d))
+    # For a sum over rows alone, lines of 128 bytes in float32.
+    line = min(columns, 32)
+    summed = (rows if sum_r else 1) * (columns if sum_d else line)
+    elements = 128 * per_thread
+    if (sum_r or sum_d) and summed == 2 * elements:
+        # Two tiles to a sum are one of eight warps.
+        elements *= 2
+    block_d = min(columns, max(line, elements // rows) if sum_r and not sum_d else elements)
+    block_n = elements // block_d
+    if b > 1 or sum_r:
+        # A tile is of one b. With b = 1 one compiled kernel is for every number of rows.
+        block_n = min(block_n, rows)
+    return RowConfig(block_n, block_d, vector, max(1, block_n * block_d // (32 * per_thread)))
 
 
 def _next_power_of_2(n: int) -> int:

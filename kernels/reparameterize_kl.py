@@ -1,153 +1,342 @@
-"""Reparameterise + KL on a GPU, row-wise: formulas (1) to (3) of `fastvae.reference.reparameterize_kl`, each array moved once.
+"""Reparameterise + KL on a GPU: formulas (1) to (4) of `fastvae.reference.reparameterize_kl`, each array moved once.
 
-The noise is read, or made from a seed wherever it is needed and then never stored.
+Arrays are (B, R, D) as in `fastvae.layouts`. A program owns a tile of rows and features of one b, and its sum of the KL. The noise is read,
+or generated from a seed wherever it is needed and then never stored.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvae.kernel_sums import LOG2_E
 from fastvae.kernels.config import RowConfig, row_config
-from fastvae.kernels.launch import integer_key, launch, tensor_key
+from fastvae.kernels.launch import launch, tensor_key
+from fastvae.parametrisation import Parametrisation
 
-# σ = exp2(_HALF_LOG2_E·logvar); exp takes three instructions more.
+# exp(x) = exp2(_LOG2_E·x); tl.exp takes three instructions more.
+_LOG2_E = tl.constexpr(LOG2_E)
 _HALF_LOG2_E = tl.constexpr(0.5 * LOG2_E)
 
 
+class Array(NamedTuple):
+    """(B, R, D) with contiguous features, and strides in units of VECTOR elements, so that the compiler knows them to be multiples."""
+
+    ptr: Any
+    stride_b: Any
+    stride_r: Any
+
+
+class Inputs(NamedTuple):
+    """μ and s; ε, a seed or None; and μ₀ and s₀, or None for N(0, I)."""
+
+    mu: Any
+    s: Any
+    noise: Any
+    prior_mu: Any
+    prior_s: Any
+
+
 class Gradients(NamedTuple):
-    """Contiguous: the gradients to z (N, D) and to KL, (N,) or (N, D), and those to μ and logvar (N, D)."""
+    """To z and KL; to μ, s, μ₀ and s₀. Those that are not there are None."""
 
-    z_ptr: Any
-    kl_ptr: Any
-    mu_ptr: Any
-    logvar_ptr: Any
+    z: Any
+    kl: Any
+    mu: Any
+    s: Any
+    prior_mu: Any
+    prior_s: Any
 
 
-@triton.jit(do_not_specialize=["N"])
+class Sizes(NamedTuple):
+    R: Any
+    D: Any  # in units of VECTOR elements
+    blocks_r: Any
+    blocks_d: Any
+
+
+class RowSpec(NamedTuple):
+    """What the compiler knows about a call."""
+
+    SCALE: str
+    OFFSET: float
+    LOG_OFFSET: float
+    BOUNDED: bool
+    LOW: float
+    HIGH: float
+    SOFT_CLAMP: float  # 0 for none
+    Z: bool
+    SEEDED: bool
+    PRIOR: bool
+    PRIOR_GRADIENT: bool
+    SUM_R: bool  # over which dimensions the KL is summed
+    SUM_D: bool  # backward: one gradient to the KL is for a whole row
+    BATCHED: bool  # more than one b
+    SPLIT_D: bool  # more than one block of features
+    MASK_KL: bool  # the KL of a padded element is not zero
+    VECTOR: int
+    BLOCK_N: int
+    BLOCK_D: int
+
+
+class Place(NamedTuple):
+    """Where a program's tile starts, and its rows and features from there on."""
+
+    block_r: Any  # its number among the blocks of rows of all b
+    block_d: Any
+    b: Any
+    block_of_b: Any  # its number among the blocks of rows of this b
+    first_r: Any
+    first_d: Any
+    offs_n: Any
+    offs_d: Any
+    mask_n: Any
+    mask_d: Any
+
+
+class Gaussian(NamedTuple):
+    """μ and s within their bounds, σ, log σ², and s before it was bounded."""
+
+    mu: Any
+    s: Any
+    std: Any
+    logvar: Any
+    unbounded_s: Any
+
+
+@triton.jit
 def forward_kernel(
-    mu_ptr,  # (N, D), features contiguous
-    logvar_ptr,  # (N, D), likewise
-    noise_ptr,  # (N, D), contiguous, as are all others; (1,) if SEEDED
-    z_ptr,
-    kl_ptr,  # (N,), or (N, D) if PER_DIMENSION
-    D,  # in units of VECTOR elements, as the strides, so that the compiler knows them to be multiples
-    stride_mu,
-    stride_logvar,
-    N,
-    SEEDED: tl.constexpr,
-    PER_DIMENSION: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    inputs: Inputs,
+    z: Array,
+    kl: Array,  # a sum for each tile, or the KL itself if there is only one tile to a sum
+    sizes: Sizes,
+    SPEC: tl.constexpr,
 ):
-    # where: 64 bits for the first row of a block, 32 within the block
-    first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N - first_n
-    D *= VECTOR
-    stride_mu *= VECTOR
-    stride_logvar *= VECTOR
-    mu_ptr += first_n * stride_mu
-    logvar_ptr += first_n * stride_logvar
-    z_ptr += first_n * D
-    kl_ptr += first_n * (D if PER_DIMENSION else 1)
-    dtype: tl.constexpr = kl_ptr.dtype.element_ty
-    twice_kl_row = tl.zeros([BLOCK_N], dtype=dtype)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
-        offs = offs_n[:, None] * D + offs_d[None, :]
-
-        # load
-        mu = tl.load(mu_ptr + offs_n[:, None].to(tl.int64) * stride_mu + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-        logvar = tl.load(logvar_ptr + offs_n[:, None].to(tl.int64) * stride_logvar + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-        if SEEDED:
-            eps = normal(tl.load(noise_ptr), first_n, start_d, BLOCK_N, BLOCK_D)
-        else:
-            eps = tl.load(noise_ptr + first_n * D + offs, mask=mask, other=0.0)
-
-        # compute
-        std = tl.exp2(logvar * _HALF_LOG2_E)
-        z = mu + std * eps.to(dtype)
-        twice_kl = mu * mu + (std * std - 1) - logvar
-
-        # store; a padded element has μ = logvar = 0 and so a KL of zero
-        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-        if PER_DIMENSION:
-            tl.store(kl_ptr + offs, 0.5 * twice_kl, mask=mask)
-        else:
-            twice_kl_row += tl.sum(twice_kl, 1)
-    if not PER_DIMENSION:
-        tl.store(kl_ptr + offs_n, 0.5 * twice_kl_row, mask=mask_n)
-
-
-@triton.jit(do_not_specialize=["N"])
-def backward_kernel(
-    grads: Gradients,
-    mu_ptr,
-    logvar_ptr,
-    noise_ptr,
-    D,
-    stride_mu,
-    stride_logvar,
-    N,
-    SEEDED: tl.constexpr,
-    PER_DIMENSION: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # where
-    first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
-    start_d = tl.program_id(1) * BLOCK_D
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = start_d + tl.arange(0, BLOCK_D)
-    mask_n = offs_n < N - first_n
-    D *= VECTOR
-    stride_mu *= VECTOR
-    stride_logvar *= VECTOR
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
-    offs = offs_n[:, None] * D + offs_d[None, :]
-    grad_z_ptr = grads.z_ptr + first_n * D
-    mu_ptr += first_n * stride_mu
-    logvar_ptr += first_n * stride_logvar
-    grad_mu_ptr = grads.mu_ptr + first_n * D
-    grad_logvar_ptr = grads.logvar_ptr + first_n * D
-    grad_kl_ptr = grads.kl_ptr + first_n * (D if PER_DIMENSION else 1)
-    dtype: tl.constexpr = grad_kl_ptr.dtype.element_ty
+    dtype: tl.constexpr = kl.ptr.dtype.element_ty
+    place = _place(sizes, SPEC)
+    mask = place.mask_n[:, None] & place.mask_d[None, :]
 
     # load
-    dz = tl.load(grad_z_ptr + offs, mask=mask, other=0.0).to(dtype)
-    mu = tl.load(mu_ptr + offs_n[:, None].to(tl.int64) * stride_mu + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-    logvar = tl.load(logvar_ptr + offs_n[:, None].to(tl.int64) * stride_logvar + offs_d[None, :], mask=mask, other=0.0).to(dtype)
-    if SEEDED:
-        eps = normal(tl.load(noise_ptr), first_n, start_d, BLOCK_N, BLOCK_D)
-    else:
-        eps = tl.load(noise_ptr + first_n * D + offs, mask=mask, other=0.0)
-    if PER_DIMENSION:
-        dkl = tl.load(grad_kl_ptr + offs, mask=mask, other=0.0)
-    else:
-        dkl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+    q = _load_gaussian(inputs.mu, inputs.s, place, dtype, SPEC)
 
-    # compute
-    std = tl.exp2(logvar * _HALF_LOG2_E)
-    grad_mu = dz + dkl * mu
-    grad_logvar = 0.5 * (dz * eps.to(dtype) * std + dkl * (std * std - 1))
+    # compute z by formula (1)
+    if SPEC.Z:
+        eps = _load_noise(inputs.noise, place, sizes, SPEC).to(dtype)
+        tl.store(_pointers(z, place, SPEC), (q.mu + q.std * eps).to(z.ptr.dtype.element_ty), mask=mask)
+
+    # compute the KL by formula (2)
+    if SPEC.PRIOR:
+        p = _load_gaussian(inputs.prior_mu, inputs.prior_s, place, dtype, SPEC)
+        t = (q.mu - p.mu) / p.std
+        ratio = q.std / p.std
+        twice_kl = t * t + (ratio * ratio - 1) - (q.logvar - p.logvar)
+    else:
+        twice_kl = q.mu * q.mu + (q.std * q.std - 1) - q.logvar
+    if SPEC.MASK_KL:
+        twice_kl = tl.where(mask, twice_kl, 0.0)
 
     # store
-    tl.store(grad_mu_ptr + offs, grad_mu.to(grad_mu_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_logvar_ptr + offs, grad_logvar.to(grad_logvar_ptr.dtype.element_ty), mask=mask)
+    if SPEC.SUM_R and SPEC.SUM_D:
+        tl.store(kl.ptr + tl.program_id(0), 0.5 * tl.sum(twice_kl))
+    elif SPEC.SUM_R:
+        row = kl.ptr + place.block_r.to(tl.int64) * sizes.D * SPEC.VECTOR + place.first_d
+        tl.store(row + place.offs_d, 0.5 * tl.sum(twice_kl, 0), mask=place.mask_d)
+    elif SPEC.SUM_D:
+        first = kl.ptr + (place.b * sizes.R + place.first_r) * sizes.blocks_d + place.block_d
+        tl.store(first + place.offs_n * sizes.blocks_d, 0.5 * tl.sum(twice_kl, 1), mask=place.mask_n)
+    else:
+        tl.store(_pointers(kl, place, SPEC), 0.5 * twice_kl, mask=mask)
+
+
+@triton.jit
+def backward_kernel(grads: Gradients, inputs: Inputs, sizes: Sizes, SPEC: tl.constexpr):
+    dtype: tl.constexpr = grads.kl.ptr.dtype.element_ty
+    place = _place(sizes, SPEC)
+    mask = place.mask_n[:, None] & place.mask_d[None, :]
+
+    # load
+    if SPEC.SUM_D:
+        rows = grads.kl.ptr + place.b * grads.kl.stride_b + (place.first_r + place.offs_n) * grads.kl.stride_r
+        dkl = tl.load(rows, mask=place.mask_n, other=0.0)[:, None]
+    else:
+        dkl = tl.load(_pointers(grads.kl, place, SPEC), mask=mask, other=0.0)
+    if SPEC.Z:
+        dz = tl.load(_pointers(grads.z, place, SPEC), mask=mask, other=0.0).to(dtype)
+        eps = _load_noise(inputs.noise, place, sizes, SPEC).to(dtype)
+    q = _load_gaussian(inputs.mu, inputs.s, place, dtype, SPEC)
+
+    # compute the gradients by formulas (3) and (4)
+    if SPEC.PRIOR:
+        p = _load_gaussian(inputs.prior_mu, inputs.prior_s, place, dtype, SPEC)
+        t = (q.mu - p.mu) / p.std
+        ratio = q.std / p.std
+        grad_mu = dkl * t / p.std
+        if SPEC.PRIOR_GRADIENT:
+            _store_gradients(grads.prior_mu, grads.prior_s, -grad_mu, dkl * (1 - t * t - ratio * ratio), p, place, SPEC)
+    else:
+        ratio = q.std
+        grad_mu = dkl * q.mu
+    grad_log_std = dkl * (ratio * ratio - 1)
+    if SPEC.Z:
+        grad_mu = dz + grad_mu
+        grad_log_std = dz * eps * q.std + grad_log_std
+
+    # store
+    _store_gradients(grads.mu, grads.s, grad_mu, grad_log_std, q, place, SPEC)
+
+
+@triton.jit
+def _place(sizes: Sizes, SPEC: tl.constexpr):
+    block_r = tl.program_id(0)
+    block_d = tl.cast(0, tl.int32)
+    if SPEC.SPLIT_D:
+        block_d = block_r % sizes.blocks_d
+        block_r = block_r // sizes.blocks_d
+    b = tl.cast(0, tl.int32)
+    block_of_b = block_r
+    if SPEC.BATCHED:
+        b = block_r // sizes.blocks_r
+        block_of_b = block_r % sizes.blocks_r
+    # 64 bits for where the tile starts, 32 within it
+    first_r = block_of_b.to(tl.int64) * SPEC.BLOCK_N
+    first_d = block_d.to(tl.int64) * SPEC.BLOCK_D
+    offs_n = tl.arange(0, SPEC.BLOCK_N)
+    offs_d = tl.arange(0, SPEC.BLOCK_D)
+    mask_n = offs_n < sizes.R - first_r
+    mask_d = offs_d < tl.cast(sizes.D, tl.int64) * SPEC.VECTOR - first_d
+    return Place(block_r, block_d, b.to(tl.int64), block_of_b.to(tl.int64), first_r, first_d, offs_n, offs_d, mask_n, mask_d)
+
+
+@triton.jit
+def _pointers(array: Array, place: Place, SPEC: tl.constexpr):
+    VECTOR: tl.constexpr = SPEC.VECTOR
+    BYTES: tl.constexpr = VECTOR * array.ptr.dtype.element_ty.primitive_bitwidth // 8
+    tl.assume(array.stride_r >= 0)  # then a product takes one instruction
+    first = array.ptr + place.b * array.stride_b * VECTOR + place.block_of_b * array.stride_r * (VECTOR * SPEC.BLOCK_N) + place.first_d
+    # Of halves of an array the second often starts at no multiple of 16 bytes, but always at one of a vector.
+    first = tl.multiple_of(first, BYTES)
+    return first + (place.offs_n * VECTOR)[:, None].to(tl.int64) * array.stride_r + place.offs_d[None, :]
+
+
+@triton.jit
+def _load_gaussian(mu_array: Array, s_array: Array, place: Place, dtype: tl.constexpr, SPEC: tl.constexpr):
+    """μ and σ of a tile. A padded element has μ = 0 and, but for an offset, σ = 1, as far as the bounds allow."""
+    mask = place.mask_n[:, None] & place.mask_d[None, :]
+    S: tl.constexpr = 1.0 if SPEC.SCALE == "std" or SPEC.SCALE == "variance" else 0.0
+    mu = tl.load(_pointers(mu_array, place, SPEC), mask=mask, other=0.0).to(dtype)
+    unbounded_s = tl.load(_pointers(s_array, place, SPEC), mask=mask, other=S).to(dtype)
+    s = unbounded_s
+    if SPEC.SOFT_CLAMP != 0:
+        mu = SPEC.SOFT_CLAMP * tanh(mu / SPEC.SOFT_CLAMP)
+        s = SPEC.SOFT_CLAMP * tanh(s / SPEC.SOFT_CLAMP)
+    if SPEC.BOUNDED:
+        # tl.clamp would lose nan.
+        s = tl.where(s < SPEC.LOW, SPEC.LOW, s)
+        s = tl.where(s > SPEC.HIGH, SPEC.HIGH, s)
+    std, logvar = _spread(s, SPEC)
+    return Gaussian(mu, s, std, logvar, unbounded_s)
+
+
+@triton.jit
+def _spread(s, SPEC: tl.constexpr):
+    """σ and log σ², as `fastvae.parametrisation` has them."""
+    if SPEC.SCALE == "logvar" and SPEC.OFFSET == 0:
+        std = tl.exp2(s * _HALF_LOG2_E)
+        logvar = s
+    elif SPEC.SCALE == "log_std" and SPEC.OFFSET == 0:
+        std = tl.exp2(s * _LOG2_E)
+        logvar = 2 * s
+    elif SPEC.SCALE == "logvar" or SPEC.SCALE == "variance":
+        var = (tl.exp2(s * _LOG2_E) if SPEC.SCALE == "logvar" else s) + SPEC.OFFSET
+        std = tl.sqrt(var)
+        logvar = tl.log(var)
+    else:
+        if SPEC.SCALE == "log_std":
+            std = tl.exp2(s * _LOG2_E) + SPEC.OFFSET
+        elif SPEC.SCALE == "softplus":
+            std = softplus(s) + SPEC.OFFSET
+        else:
+            std = s + SPEC.OFFSET
+        logvar = 2 * tl.log(std)
+    return std, logvar
+
+
+@triton.jit
+def _store_gradients(mu_array: Array, s_array: Array, grad_mu, grad_log_std, q: Gaussian, place: Place, SPEC: tl.constexpr):
+    """From the gradients to the bounded μ and to log σ, those to μ and s."""
+    if SPEC.SCALE == "variance":
+        grad_s = 0.5 * grad_log_std / (q.std * q.std)
+    elif SPEC.SCALE == "std":
+        grad_s = grad_log_std / q.std
+    elif SPEC.SCALE == "softplus":
+        grad_s = grad_log_std * sigmoid(q.s) / q.std
+    else:
+        FACTOR: tl.constexpr = 0.5 if SPEC.SCALE == "logvar" else 1.0
+        grad_s = FACTOR * grad_log_std
+        if SPEC.OFFSET != 0:
+            # exp(s)/(exp(s) + o), without overflow
+            grad_s *= sigmoid(q.s - SPEC.LOG_OFFSET)
+    if SPEC.SOFT_CLAMP != 0:
+        t = q.mu / SPEC.SOFT_CLAMP
+        grad_mu *= 1 - t * t
+        t = q.s / SPEC.SOFT_CLAMP
+        grad_s *= 1 - t * t
+    if SPEC.BOUNDED:
+        # As in torch.clamp, a value at a bound has its gradient.
+        grad_s = tl.where((q.unbounded_s < SPEC.LOW) | (q.unbounded_s > SPEC.HIGH), 0.0, grad_s)
+    mask = place.mask_n[:, None] & place.mask_d[None, :]
+    tl.store(_pointers(mu_array, place, SPEC), grad_mu.to(mu_array.ptr.dtype.element_ty), mask=mask)
+    tl.store(_pointers(s_array, place, SPEC), grad_s.to(s_array.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(x):
+    """Accurate near zero too, where 1 − exp(−2·|x|) would lose digits: there Lambert's continued fraction, to 1e-18 below ½."""
+    size = tl.abs(x)
+    e = tl.exp2(size * (-2 * _LOG2_E))
+    far = (1 - e) / (1 + e)
+    near_x = tl.where(size > 0.5, 0.0, x)
+    q = near_x * near_x
+    top = 34459425 + q * (4729725 + q * (135135 + q * (990 + q)))
+    bottom = 34459425 + q * (16216200 + q * (945945 + q * (13860 + q * 45)))
+    return tl.where(size > 0.5, tl.where(x < 0, -far, far), near_x * top / bottom)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), and x above 20, as in PyTorch. The last term restores the digits of exp(x) that 1 + exp(x) has lost."""
+    e = tl.exp2(tl.where(x > 20, 20.0, x) * _LOG2_E)
+    u = 1 + e
+    return tl.where(x > 20, x, tl.log(u) + (e - (u - 1)) / u)
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp2(-tl.abs(x) * _LOG2_E)
+    return tl.where(x < 0, e, 1.0) / (1 + e)
+
+
+@triton.jit
+def _load_noise(noise: Array, place: Place, sizes: Sizes, SPEC: tl.constexpr):
+    if SPEC.SEEDED:
+        eps = normal(tl.load(noise.ptr), place.b * sizes.R + place.first_r, place.first_d, SPEC.BLOCK_N, SPEC.BLOCK_D)
+    else:
+        eps = tl.load(_pointers(noise, place, SPEC), mask=place.mask_n[:, None] & place.mask_d[None, :], other=0.0)
+    return eps
 
 
 @triton.jit
 def normal(seed, first_n, start_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """ε of a block. Columns 4q to 4q + 3 of row n come from Philox's counter (q, n), so that they do not depend on the blocks."""
-    quad = start_d // 4 + tl.arange(0, BLOCK_D // 4)[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
+    first_quad = tl.cast(start_d // 4, tl.int32)
+    quad = first_quad + tl.arange(0, BLOCK_D // 4)[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
     row = first_n + tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)
     x0, x1, x2, x3 = tl.philox(seed, quad, row.to(tl.int32), (row >> 32).to(tl.int32), tl.zeros_like(quad))
     e0, e1 = normal_pair(x0, x1)
@@ -176,41 +365,136 @@ def normal_pair(x, y):
     return length * cos, length * sin
 
 
-def forward(inputs: Any, parametrisation: Any, z: Tensor | None, kl: Tensor) -> None:
-    """Fill z and kl, as in `fastvae.cpu.reparameterize_kl`."""
-    mu, logvar, noise = _rows(inputs, parametrisation, kl)
-    n, d = mu.shape
-    config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
-    per_dimension = kl.shape[2] == d
-    _launch(forward_kernel, (triton.cdiv(n, config.block_n), 1, 1), config, (mu, logvar, noise, z, kl), mu, logvar, noise, per_dimension)
+def forward(inputs: Any, parametrisation: Parametrisation, z: Tensor | None, kl: Tensor) -> None:
+    """Fills z, unless it is None, and KL, as in `fastvae.cpu.reparameterize_kl`. Both are contiguous."""
+    sum_r, sum_d = _sums(kl, inputs.mu)
+    seeded, tensors = _tensors(inputs, z, None if sum_r or sum_d else kl)
+    plan = _planned(tensors, seeded, parametrisation, sum_r, sum_d, whole_sums=True)
+    parts = kl if plan.parts == kl.shape else kl.new_empty(plan.parts)
+    mu, s, eps, prior_mu, prior_s, out, each_kl = plan.arrays(tensors)
+    noise = Array(inputs.eps, 0, 0) if seeded else eps
+    arguments = Inputs(mu, s, noise, prior_mu, prior_s), out, each_kl or Array(parts, 0, 0), plan.sizes
+    _launch(forward_kernel, plan, arguments, [*tensors, parts])
+    if parts is not kl:
+        torch.sum(parts, [dim for dim, size in enumerate(kl.shape) if size != parts.shape[dim]], keepdim=True, out=kl)
 
 
-def backward(grad_z: Tensor | None, grad_kl: Tensor, inputs: Any, parametrisation: Any, grads: list[Tensor | None]) -> None:
-    """Fill the gradients to μ and s, as in `fastvae.cpu.reparameterize_kl`."""
-    mu, logvar, noise = _rows(inputs, parametrisation, grad_kl)
-    n, d = mu.shape
-    config = row_config(d, mu.element_size(), mu.stride(0), logvar.stride(0))
-    grid = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d), 1
-    arguments = (Gradients(grad_z.contiguous(), grad_kl.contiguous(), *grads[:2]), mu, logvar, noise)
-    _launch(backward_kernel, grid, config, arguments, mu, logvar, noise, grad_kl.shape[2] == d)
+def backward(grad_z: Tensor | None, grad_kl: Tensor, inputs: Any, parametrisation: Parametrisation, grads: Sequence[Tensor | None]) -> None:
+    """Fills the gradients to μ, s, μ₀ and s₀, as in `fastvae.cpu.reparameterize_kl`."""
+    if grad_kl.stride(2) == 0:
+        grad_kl = grad_kl[:, :, :1]
+    sum_r, sum_d = _sums(grad_kl, inputs.mu)
+    if sum_r and not sum_d:
+        grad_kl = grad_kl.expand(inputs.mu.shape)
+    seeded, tensors = _tensors(inputs, grad_z, None if sum_d else grad_kl, *grads)
+    plan = _planned(tensors, seeded, parametrisation, False, sum_d)
+    mu, s, eps, prior_mu, prior_s, dz, each_dkl, *outs = plan.arrays(tensors)
+    row_dkl = Array(grad_kl, *_strides(grad_kl)[:2])
+    noise = Array(inputs.eps, 0, 0) if seeded else eps
+    arguments = Gradients(dz, each_dkl or row_dkl, *outs), Inputs(mu, s, noise, prior_mu, prior_s), plan.sizes
+    _launch(backward_kernel, plan, arguments, [*tensors, grad_kl], *row_dkl[1:])
 
 
-def _rows(inputs: Any, parametrisation: Any, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mu, s, noise, prior_mu, _ = inputs
-    if mu.shape[0] > 1 or prior_mu is not None or noise is None or parametrisation != type(parametrisation)() or kl.shape[1] != mu.shape[1]:
-        raise NotImplementedError("on a GPU this form of reparameterize_kl is not written yet")
-    rows = [t[0] if t.stride(2) == 1 else t[0].contiguous() for t in (mu, s)]
-    return *rows, noise[0].contiguous() if noise.is_floating_point() else noise
+def _sums(kl: Tensor, mu: Tensor) -> tuple[bool, bool]:
+    """Whether the KL is summed over R and over D."""
+    return kl.shape[1] != mu.shape[1], kl.shape[2] != mu.shape[2]
 
 
-def _launch(
-    fn: Any, grid: tuple[int, int, int], config: RowConfig, arguments: tuple[Tensor | Gradients, ...], mu: Tensor, logvar: Tensor,
-    noise: Tensor, per_dimension: bool,
-) -> None:  # fmt: skip
-    units = mu.shape[1] // config.vector, mu.stride(0) // config.vector, logvar.stride(0) // config.vector
-    tensors = [t for argument in arguments for t in (argument if isinstance(argument, tuple) else (argument,))]
-    key = config, per_dimension, tensor_key(*tensors), integer_key(*units), mu.shape[0] >= 1 << 31
+def _tensors(inputs: Any, *others: Tensor | None) -> tuple[bool, list[Tensor | None]]:
+    """Whether there is a seed, and all arrays (B, R, D), each with contiguous features."""
+    seeded = inputs.eps is not None and not inputs.eps.is_floating_point()
+    arrays = inputs._replace(eps=None) if seeded else inputs
+    return seeded, [t if t is None or t.stride(2) == 1 or t.size(2) == 1 else t.contiguous() for t in (*arrays, *others)]
+
+
+def _strides(t: Tensor) -> tuple[int, int]:
+    """Of B and R, 0 for those of size 1."""
+    (b, r, _), (stride_b, stride_r, _) = t.shape, t.stride()
+    return stride_b if b > 1 else 0, stride_r if r > 1 else 0
+
+
+class Call(NamedTuple):
+    """All that a launch depends on but the addresses."""
+
+    sizes: tuple[int, int, int]
+    strides: tuple[tuple[int, int] | None, ...]  # of each array
+    itemsize: int
+    alignment: int  # of all arrays, in elements
+    parametrisation: Parametrisation
+    seeded: bool
+    sum_r: bool
+    sum_d: bool
+    whole_sums: bool  # a sum of the KL should fit a tile: forward
+
+
+class Plan(NamedTuple):
+    spec: RowSpec
+    config: RowConfig
+    programs: int
+    sizes: Sizes
+    units: tuple[tuple[int, int] | None, ...]  # the strides of each array
+    parts: torch.Size  # of the sums of the tiles
+    long: tuple[bool, ...]  # integers that take 64 bits
+
+    def arrays(self, tensors: Sequence[Tensor | None]) -> list[Array | None]:
+        return [None if t is None or unit is None else Array(t, *unit) for t, unit in zip(tensors, self.units, strict=True)]
+
+
+def _planned(
+    tensors: Sequence[Tensor | None], seeded: bool, parametrisation: Parametrisation, sum_r: bool, sum_d: bool, whole_sums: bool = False
+) -> Plan:
+    mu = tensors[0]
+    assert mu is not None
+    given = [t for t in tensors if t is not None]
+    strides = tuple(None if t is None else _strides(t) for t in tensors)
+    itemsize = mu.element_size()
+    alignment = math.gcd(16 // itemsize, *(t.data_ptr() // t.element_size() for t in given))
+    b, r, d = mu.shape
+    return plan_of(Call((b, r, d), strides, itemsize, alignment, parametrisation, seeded, sum_r, sum_d, whole_sums))
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(call: Call) -> Plan:
+    b, r, d = call.sizes
+    vector = math.gcd(d, call.alignment, *(stride for strides in call.strides if strides for stride in strides))
+    sums = (call.sum_r and call.whole_sums, call.sum_d and call.whole_sums)
+    prior = call.strides[3] is not None
+    config = row_config(call.sizes, call.itemsize, vector, *sums, prior)
+    blocks_r, blocks_d = -(-r // config.block_n), -(-d // config.block_d)
+    p = call.parametrisation
+    low, high = p.bounds or (0.0, 0.0)
+    # Whether μ = 0 and the s that is loaded for a padded element give a KL of 0.
+    zero = p.offset == 0 and p.scale != "softplus" and low <= 0 <= high and (p.scale not in ("std", "variance") or p.soft_clamp is None)
+    spec = RowSpec(
+        SCALE=p.scale,
+        OFFSET=p.offset,
+        LOG_OFFSET=math.log(p.offset) if p.offset else 0.0,
+        BOUNDED=p.bounds is not None,
+        LOW=low,
+        HIGH=high,
+        SOFT_CLAMP=p.soft_clamp or 0.0,
+        Z=call.strides[5] is not None,
+        SEEDED=call.seeded,
+        PRIOR=prior,
+        PRIOR_GRADIENT=len(call.strides) > 9 and call.strides[9] is not None,
+        SUM_R=call.sum_r,
+        SUM_D=call.sum_d,
+        BATCHED=b > 1,
+        SPLIT_D=blocks_d > 1,
+        MASK_KL=not zero,
+        **config.launch("num_warps"),
+    )
+    units = tuple(None if strides is None else (strides[0] // vector, strides[1] // vector) for strides in call.strides)
+    sizes = Sizes(r, d // vector, blocks_r, blocks_d)
+    parts = torch.Size((b, blocks_r if call.sum_r else r, blocks_d if call.sum_d else d))
+    long = tuple(number >= 1 << 31 for number in (*sizes, *(n for unit in units if unit for n in unit)))
+    return Plan(spec, config, b * blocks_r * blocks_d, sizes, units, parts, long)
+
+
+def _launch(fn: Any, plan: Plan, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None], *strides: int) -> None:
+    given = [t for t in tensors if t is not None]
+    key = plan.spec, plan.config, plan.long, tensor_key(*given), tuple(stride >= 1 << 31 for stride in strides)
     launch(
-        fn, key, mu.device, grid, (*arguments, *units, mu.shape[0]),
-        lambda: {"SEEDED": not noise.is_floating_point(), "PER_DIMENSION": per_dimension, **config.launch()},
+        fn, key, given[0].device, (plan.programs, 1, 1), arguments,
+        lambda: {"SPEC": plan.spec, "num_warps": plan.config.num_warps},
     )  # fmt: skip

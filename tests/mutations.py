@@ -176,6 +176,20 @@ FAULTS = [
         ("tests/test_reparameterize_kl.py", "-k", "cpu and values"),
     ),
     Fault(
+        "reparameterize_kl: a block's KL replaces those before it",
+        "fastvae/cpu/reparameterize_kl.py",
+        "        if first:\n            sums.copy_(part)",
+        "        if True:\n            sums.copy_(part)",
+        ("tests/test_layouts.py", "-k", "every_layout and 40"),
+    ),
+    Fault(
+        "reparameterize_kl: a value outside of the bounds has a gradient",
+        "fastvae/cpu/reparameterize_kl.py",
+        "    if parametrisation.bounds is not None:\n        # A tenth",
+        "    if parametrisation.bounds is None:\n        # A tenth",
+        ("tests/test_layouts.py", "-k", "every_layout and 40"),
+    ),
+    Fault(
         "reparameterize_kl: the generator is ignored",
         "fastvae/functional.py",
         "    return torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)\n",
@@ -300,6 +314,41 @@ FAULTS = [
         "    row = first_n + tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)\n",
         "    row = first_n + 0 * tl.arange(0, BLOCK_N)[:, None] + tl.zeros_like(quad)\n",
         ("tests/test_reparameterize_kl.py", "-k", "noise_of_the_kernels"),
+    ),
+    Fault(
+        "Triton: noise of every image from the first image's counters",
+        "kernels/reparameterize_kl.py",
+        "normal(tl.load(noise.ptr), place.b * sizes.R + place.first_r, ",
+        "normal(tl.load(noise.ptr), place.first_r, ",
+        ("tests/test_reparameterize_kl_kernels.py", "-k", "noise_is"),
+    ),
+    Fault(
+        "Triton: a padded element has a KL",
+        "kernels/reparameterize_kl.py",
+        "        MASK_KL=not zero,\n",
+        "        MASK_KL=False,\n",
+        ("tests/test_reparameterize_kl_kernels.py", "-k", "values"),
+    ),
+    Fault(
+        "Triton: the logarithm of softplus loses the digits of small exponentials",
+        "kernels/reparameterize_kl.py",
+        "tl.log(u) + (e - (u - 1)) / u",
+        "tl.log(u)",
+        ("tests/test_reparameterize_kl_kernels.py", "-k", "accurate"),
+    ),
+    Fault(
+        "Triton: the gradient to a value at a bound is lost",
+        "kernels/reparameterize_kl.py",
+        "(q.unbounded_s > SPEC.HIGH)",
+        "(q.unbounded_s >= SPEC.HIGH)",
+        ("tests/test_reparameterize_kl_kernels.py", "-k", "bound"),
+    ),
+    Fault(
+        "reparameterize_kl: the second derivative takes the noise of rows without gaps",
+        "fastvae/ops/reparameterize_kl.py",
+        "_zeros_in_the_place_of(t) for t in (mu, s)",
+        "torch.zeros_like(t, dtype=accumulation_dtype(t.dtype)) for t in (mu, s)",
+        ("tests/test_reparameterize_kl_kernels.py", "-k", "gradcheck"),
     ),
 ]
 

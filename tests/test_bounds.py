@@ -142,6 +142,20 @@ CALLS = {
         rows(70, 5),
         rows(70, 5),
     ),
+    "reparameterize_kl, channels_last and a prior": (
+        lambda moments, prior: sum(
+            t.sum() for t in fastvae.reparameterize_kl_moments(moments.permute(0, 3, 1, 2), prior=prior, backend="triton")
+        ),
+        rows(2, 21, 30, 6),
+        rows(6, 21, 30),
+    ),
+    "reparameterize_kl, long rows": (
+        lambda moments: sum(t.sum() for t in fastvae.reparameterize_kl_moments(moments, backend="triton")), rows(2, 9000)
+    ),
+    "reparameterize_kl, audio": (
+        lambda moments: sum(t.sum() for t in fastvae.reparameterize_kl_moments(moments, kl_dims=1, scale="softplus", backend="triton")),
+        rows(2, 300, 35),
+    ),
 }  # fmt: skip
 
 

@@ -223,9 +223,49 @@ for kernel, count, columns, scalar, given, on_device, blocks in (
 """
 
 
+_OF_POSTERIORS = """
+from benchmarks.sass import compile_kernel
+from fastvae.kernels import reparameterize_kl as kernels
+from fastvae.parametrisation import Parametrisation
+
+def assert_fits(b, r, d, dtype, noise, prior, gradients, sum_r, sum_d, parametrisation, integer="i32"):
+    dense = (r * d * (b > 1), d)
+    eps, mu0, grad0 = dense if noise == "eps" else None, dense if prior else None, dense if gradients else None
+    sample, kl = dense if noise else None, None if sum_r or sum_d else dense
+    scalar, itemsize = "*fp64" if dtype == "*fp64" else "*fp32", {"*fp64": 8, "*fp32": 4, "*bf16": 2}[dtype]
+    array = kernels.Array(dtype, integer, integer)
+    seed, each = kernels.Array("*i64", "i32", "i32"), kernels.Array(scalar, integer, integer)
+
+    def types(strides):
+        return [array if s is not None else None for s in strides]
+
+    for kernel, others in ((kernels.forward_kernel, [sample, kl]), (kernels.backward_kernel, [sample, kl, dense, dense, grad0, grad0])):
+        forward = kernel is kernels.forward_kernel
+        strides = [dense, dense, eps, mu0, mu0, *others]
+        call = kernels.Call((b, r, d), tuple(strides), itemsize, 16 // itemsize, parametrisation, noise == "seed", sum_r and forward,
+                            sum_d or (sum_r and not forward), forward)
+        plan = kernels.plan_of(call)
+        own = types(strides)
+        inputs = kernels.Inputs(*own[:2], seed if noise == "seed" else own[2], *own[3:5])
+        signature = {"inputs": inputs, "sizes": kernels.Sizes(integer, integer, "i32", "i32")}
+        signature |= {"z": own[5], "kl": each} if forward else {"grads": kernels.Gradients(own[5], each, *own[7:])}
+        binary = compile_kernel(kernel, signature, {"SPEC": plan.spec, "num_warps": plan.config.num_warps}, 90)
+        assert binary.stack == binary.local == 0, (kernel, dtype, parametrisation, binary.registers)
+
+assert_fits(1, 4096, 64, "*fp32", None, True, True, False, True, Parametrisation("logvar", 1e-4))
+assert_fits(4, 300, 6, "*fp64", "eps", True, False, True, False, Parametrisation("variance", 1e-4))
+assert_fits(4, 300, 100, "*bf16", "seed", True, True, False, False, Parametrisation("std", 0.0, None, 5.0), "i64")
+assert_fits(1, 8, 65536, "*fp64", "seed", True, True, False, True, Parametrisation("log_std", 0.01, None, 5.0))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS], ids=["mmd", "total_correlation", "few_pairs"])
-def test_kernels_around_the_sweep_compile_without_spills(code):
+@pytest.mark.parametrize(
+    "code",
+    [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS, _OF_POSTERIORS],
+    ids=["mmd", "total_correlation", "few_pairs", "reparameterize_kl"],
+)
+def test_other_kernels_compile_without_spills(code):
     """The interpreter takes what the compiler refuses, such as a name of two types."""
     compile_by(code)
 

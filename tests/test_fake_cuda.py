@@ -77,6 +77,19 @@ def objective(loss):
     return Call(step, (X, X, (N, 784), (N, 784)), (0, 1, 2))
 
 
+IMAGES = 64, 8, 32, 32
+
+
+def moments(shape, *, channels_last=False, results=(((64, 4, 32, 32), f32), ((64,), f32)), dtype=f32, **options):
+    """A leaf in the channels_last format would be copied: here it is a view of one with the channels last."""
+
+    def function(x):
+        return fastvae.reparameterize_kl_moments(x.permute(0, 3, 1, 2) if channels_last else x, **options)
+
+    order = (0, 2, 3, 1) if channels_last else range(len(shape))
+    return Call(function, (tuple(shape[dim] for dim in order),), (0,), results, dtype)
+
+
 CALLS = {
     "mmd": Call(mmd()),
     "mmd, gradient to x": Call(mmd(), gradients=(0,)),
@@ -125,6 +138,16 @@ CALLS = {
     "reparameterize_kl, eps": Call(
         lambda mu, logvar, eps: fastvae.reparameterize_kl(mu, logvar, eps=eps), (X, X, X), (0, 1), ((X, f32), ((N,), f32))
     ),
+    "reparameterize_kl_moments": moments(IMAGES),
+    "reparameterize_kl_moments, large images": moments((8, 8, 128, 128), results=(((8, 4, 128, 128), f32), ((8,), f32))),
+    "reparameterize_kl_moments, channels_last": moments(IMAGES, channels_last=True),
+    "reparameterize_kl_moments, bfloat16": moments(
+        IMAGES, channels_last=True, results=(((64, 4, 32, 32), torch.bfloat16), ((64,), f32)), dtype=torch.bfloat16
+    ),
+    "reparameterize_kl_moments, audio": moments(
+        (16, 128, 1024), results=(((16, 64, 1024), f32), ((16, 1024), f32)), kl_dims=1, scale="softplus", scale_offset=1e-4
+    ),
+    "gaussian_kl, gradients": Call(fastvae.gaussian_kl, (X, X, X, X), (0, 1, 2, 3), (((N,), f32),)),
     "median_bandwidth": Call(fastvae.median_bandwidth, results=(((), f64),)),
     "mean_bandwidth": Call(fastvae.mean_bandwidth, results=(((), f64),)),
     "VAEObjective.vae": objective(VAEObjective.vae()),
@@ -264,6 +287,17 @@ MEMORY = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if "moments" in name])
+def test_moments_are_not_copied(name):
+    """A call needs memory for z and one gradient of the moments, and a thousandth for the KL."""
+    call = CALLS[name]
+    (shape,) = call.shapes
+    large = measure(call._replace(shapes=((64 * shape[0], *shape[1:]),)))
+    needed = large.results[0].nbytes + large.gradients[0][1].nbytes
+    upstream, kl = large.results[0].nbytes, 4 * large.results[1].nbytes
+    assert large.peak <= 1.001 * (needed + upstream + kl)
+
+
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory(name):
     rows, call = 10**6, CALLS[name]
@@ -313,13 +347,13 @@ def test_a_launch_on_another_device_is_seen():
 
     with fake_cuda() as recorder:
         mu, kl = torch.empty(8, 4, device="cuda:1"), torch.empty(8, device="cuda:1")
-        arguments = dict.fromkeys(kernels.forward_kernel.arg_names, 1) | {"mu_ptr": mu, "kl_ptr": kl}
+        arguments = dict.fromkeys(kernels.forward_kernel.arg_names, 1) | {"inputs": (mu, mu), "kl": (kl, 1, 1)}
         with pytest.raises(AssertionError, match="forward_kernel is launched on cuda:0 with a tensor on cuda:1"):
             kernels.forward_kernel[(1, 1, 1)](**arguments)
         with torch.cuda.device(1):
             kernels.forward_kernel[(1, 1, 1)](**arguments, num_warps=4)
-            del arguments["D"]
-            with pytest.raises(TypeError, match="missing a required argument: 'D'"):
+            del arguments["sizes"]
+            with pytest.raises(TypeError, match="missing a required argument: 'sizes'"):
                 kernels.forward_kernel[(1, 1, 1)](**arguments)
         assert recorder.triton == {"forward_kernel": 1}
 

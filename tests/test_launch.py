@@ -66,6 +66,10 @@ def calls(dtype, d, c):
         """Rows that start at no multiple of 16 bytes."""
         return torch.empty(2 * shape[0] * shape[1] + 1, dtype=dtype, device="cuda")[1 : shape[0] * shape[1] + 1].view(shape)
 
+    def image(*shape):
+        """In the channels_last format."""
+        return rows(*shape[:-3], *shape[-2:], shape[-3]).movedim(-1, -3)
+
     for kernel in (*KERNELS, RationalQuadratic(100.0)):
         yield lambda kernel=kernel: fastvae.mmd(rows(n, d), rows(m, d), kernel=kernel)
     for bandwidth, estimator in itertools.product(([1.0, 2.0], [1.0, 3.0, 5.0]), ("biased", "unbiased")):
@@ -86,6 +90,12 @@ def calls(dtype, d, c):
         yield lambda e=estimator: sum(fastvae.total_correlation(*(rows(n, d) for _ in range(3)), dataset_size=1000, estimator=e))
     yield lambda: sum(t.sum() for t in fastvae.reparameterize_kl(rows(n, d), rows(n, d)))
     yield lambda: sum(t.sum() for t in fastvae.reparameterize_kl(rows(n, d), aside(n, d), eps=rows(n, d).detach()))
+    for prior, options in ((False, {}), (True, {"scale": "softplus", "soft_clamp": 2.0}), (True, {"logvar_bounds": (-30, 20)})):
+        for dims in ("all", 1, ()):
+            given = {"kl_dims": dims, "prior": image(2 * c, d, 2) if prior else None, **options}
+            yield lambda given=given: sum(t.sum() for t in fastvae.reparameterize_kl_moments(image(3, 2 * c, d, 2), **given))
+    yield lambda: fastvae.gaussian_kl(rows(n, d), aside(n, d)).sum()
+    yield lambda: fastvae.gaussian_kl(rows(n, d), rows(n, d), rows(n, d), rows(n, d).detach(), kl_dims=()).sum()
     yield lambda: fastvae.median_bandwidth(rows(n, d).detach())
 
 

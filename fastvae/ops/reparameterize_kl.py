@@ -266,9 +266,15 @@ def epsilon(tensors: Tensors, options: Options) -> Tensor | None:
     mu, s, noise, _, _ = tensors
     if noise is None or noise.is_floating_point():
         return noise
-    zeros = [None if t is None else torch.zeros_like(t, dtype=accumulation_dtype(t.dtype)) for t in (mu, s)]
+    zeros = [None if t is None else _zeros_in_the_place_of(t) for t in (mu, s)]
     # z where μ = 0 and σ = 1
     return cast(Tensor, forward_op(*zeros, noise, None, None, *Options(options.dim, options.kl_dims, backend=options.backend))[0])
+
+
+def _zeros_in_the_place_of(t: Tensor) -> Tensor:
+    """Zeros with the strides of t, on which the noise of a seed depends; those of torch.zeros_like have no gaps."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.new_zeros(last + 1, dtype=accumulation_dtype(t.dtype)).as_strided(t.shape, t.stride())
 
 
 forward_op = custom_op("reparameterize_kl", FORWARD_SCHEMA, _op_evaluate, _fake)
