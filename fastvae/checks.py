@@ -638,10 +638,8 @@ def pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> tuple[
     return a, b
 
 
-def prior(value: Any, mu: Tensor, s: Tensor | None, dim: int) -> tuple[Tensor | None, Tensor | None]:
+def prior(value: Any, mu: Tensor, s: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """The parameters of a prior in the form of those of the posterior, moments if `s` is None; their shapes can be broadcast."""
-    if value is None:
-        return None, None
     if s is None:
         parts: Sequence[Any] = (value,)
     elif isinstance(value, (tuple, list)) and len(value) == 2:

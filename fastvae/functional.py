@@ -672,37 +672,41 @@ class Posterior(NamedTuple):
             s = _autocast(checks.floating_tensor("logvar", s))
             checks.same_shape_and_kind("mu", mu, "logvar", s)
         checks.usable_backend(backend, mu.device, checks.ALL_BACKENDS)
-        scale, offset, bounds, soft_clamp = parametrisation
-        prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
+        prior_mu = prior_s = None
+        if prior is not None:
+            prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)
+        scale, offset, bounds, soft_clamp = parametrisation
         options = PosteriorOptions(dim, dims, scale, offset, bounds or (), soft_clamp or 0.0, backend or "")
         return Posterior(PosteriorTensors(mu, s, None, prior_mu, prior_s), options)
 
     def sample_and_kl(self, eps: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        half = self.options.halves(self.tensors.mu.detach(), self.tensors.s)[0]
+        mu, s = self.tensors[:2]
+        half = mu if s is not None else self.options.halves(mu.detach(), None)[0]
         if eps is None:
-            noise = _noise(half, generator, self.options.backend or None)
-        else:
-            noise = _autocast(eps)
-            checks.noise(noise, generator, half)
-        return self._apply(self.tensors._replace(noise=noise))
+            return self._apply(_noise(half, generator, self.options.backend or None))
+        eps = _autocast(eps)
+        checks.noise(eps, generator, half)
+        return self._apply(eps)
 
     def kl(self) -> Tensor:
-        return self._apply(self.tensors)[1]
+        return self._apply(None)[1]
 
-    def _apply(self, tensors: PosteriorTensors) -> tuple[Tensor, Tensor]:
-        mu, backend = tensors.mu, self.options.backend
+    def _apply(self, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        mu, s, _, *prior = self.tensors
+        options, backend = self.options, self.options.backend
         # The plain formulas run on every device and under every transform of torch.func, and the compiler fuses them on a CPU with the code
         # around them, which an operation would prevent.
         if torch.compiler.is_compiling():
             inlined = mu.device.type != "cuda"
         else:
             inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
+        if backend in ("cpu", "triton") or not (backend or inlined):
+            return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(mu, s, noise, *prior, *options))
+        tensors = PosteriorTensors(mu, s, noise, *prior)
         if backend == "inductor" and not inlined:
-            return fused_formula(tensors, self.options)
-        if backend in ("reference", "inductor") or (not backend and inlined):
-            return formula(tensors._replace(noise=epsilon(tensors, self.options)), self.options)
-        return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(*tensors, *self.options))
+            return fused_formula(tensors, options)
+        return formula(tensors._replace(noise=epsilon(tensors, options)), options)
 
 
 def _small(

@@ -13,6 +13,20 @@ Sizes = tuple[int, ...]
 _IN_ORDER = tuple(range(64))
 
 
+class Rows(NamedTuple):
+    """An array as (B, R, D) with contiguous features, for a kernel: the tensor, of any shape, and two strides, 0 for a size of 1."""
+
+    tensor: Tensor
+    stride_b: int
+    stride_r: int
+
+    @staticmethod
+    def of(view: Tensor) -> Rows:
+        """Of a tensor (B, R, D)."""
+        (b, r, _), (stride_b, stride_r, _) = view.shape, view.stride()
+        return Rows(view, stride_b if b > 1 else 0, stride_r if r > 1 else 0)
+
+
 class Layout(NamedTuple):
     """How arrays of one shape are seen as (B, R, D), dimensions in the order of memory, and how sums over some dimensions are.
 
@@ -49,6 +63,10 @@ class Layout(NamedTuple):
             return self.view(t.expand(self.shape))
         in_order = self.sums_order == _IN_ORDER[: len(self.sums_order)]
         return (t if in_order else t.permute(self.sums_order)).reshape(self.sums_sizes)
+
+    def rows_of_sums(self, t: Tensor) -> Rows:
+        """Dense sums over no dimension, or over some that are summed later, for a kernel."""
+        return Rows(t, self.sizes[1] * self.sizes[2] if self.sizes[0] > 1 else 0, self.sizes[2] if self.sizes[1] > 1 else 0)
 
 
 def _layout(shape: Sizes, strides: tuple[Sizes, ...], dims: Sizes) -> Layout:

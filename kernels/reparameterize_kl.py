@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from fastvae.kernel_sums import LOG2_E
 from fastvae.kernels.config import RowConfig, row_config
 from fastvae.kernels.launch import launch, tensor_key
+from fastvae.layouts import Layout, Rows
 from fastvae.parametrisation import Parametrisation
 
 # exp(x) = exp2(_LOG2_E·x); tl.exp takes three instructions more.
@@ -276,7 +277,7 @@ def _store_gradients(mu_array: Array, s_array: Array, grad_mu, grad_log_std, q: 
     elif SPEC.SCALE == "std":
         grad_s = grad_log_std / q.std
     elif SPEC.SCALE == "softplus":
-        grad_s = grad_log_std * sigmoid(q.s) / q.std
+        grad_s = grad_log_std * tl.where(q.s > 20, 1.0, sigmoid(q.s)) / q.std
     else:
         FACTOR: tl.constexpr = 0.5 if SPEC.SCALE == "logvar" else 1.0
         grad_s = FACTOR * grad_log_std
@@ -365,52 +366,39 @@ def normal_pair(x, y):
     return length * cos, length * sin
 
 
-def forward(inputs: Any, parametrisation: Parametrisation, z: Tensor | None, kl: Tensor) -> None:
-    """Fills z, unless it is None, and KL, as in `fastvae.cpu.reparameterize_kl`. Both are contiguous."""
-    sum_r, sum_d = _sums(kl, inputs.mu)
-    seeded, tensors = _tensors(inputs, z, None if sum_r or sum_d else kl)
-    plan = _planned(tensors, seeded, parametrisation, sum_r, sum_d, whole_sums=True)
-    parts = kl if plan.parts == kl.shape else kl.new_empty(plan.parts)
-    mu, s, eps, prior_mu, prior_s, out, each_kl = plan.arrays(tensors)
-    noise = Array(inputs.eps, 0, 0) if seeded else eps
+def forward(layout: Layout, inputs: Any, parametrisation: Parametrisation, z: Rows | None, kl: Tensor) -> None:
+    """Fills z, unless it is None, and KL, whose features are in the order of the layout.
+
+    `inputs` are μ, s, ε, a seed or None, μ₀ and s₀, as `Rows`.
+    """
+    sum_r, sum_d = (layout.sums_sizes[n] != layout.sizes[n] for n in (1, 2))
+    arrays = [*inputs, z, None if sum_r or sum_d else layout.rows_of_sums(kl)]
+    plan = _planned(layout.sizes, arrays, parametrisation, sum_r, sum_d, whole_sums=True)
+    parts = kl if plan.parts.numel() == kl.numel() else kl.new_empty(plan.parts)
+    mu, s, noise, prior_mu, prior_s, out, each_kl = plan.arrays(arrays)
     arguments = Inputs(mu, s, noise, prior_mu, prior_s), out, each_kl or Array(parts, 0, 0), plan.sizes
-    _launch(forward_kernel, plan, arguments, [*tensors, parts])
+    _launch(forward_kernel, plan, arguments, [*arrays[:-1], Rows(parts, 0, 0)])
     if parts is not kl:
-        torch.sum(parts, [dim for dim, size in enumerate(kl.shape) if size != parts.shape[dim]], keepdim=True, out=kl)
+        sums = layout.view_sums(kl)
+        torch.sum(parts, [dim for dim, size in enumerate(sums.shape) if size != parts.shape[dim]], keepdim=True, out=sums)
 
 
-def backward(grad_z: Tensor | None, grad_kl: Tensor, inputs: Any, parametrisation: Parametrisation, grads: Sequence[Tensor | None]) -> None:
-    """Fills the gradients to μ, s, μ₀ and s₀, as in `fastvae.cpu.reparameterize_kl`."""
-    if grad_kl.stride(2) == 0:
-        grad_kl = grad_kl[:, :, :1]
-    sum_r, sum_d = _sums(grad_kl, inputs.mu)
-    if sum_r and not sum_d:
-        grad_kl = grad_kl.expand(inputs.mu.shape)
-    seeded, tensors = _tensors(inputs, grad_z, None if sum_d else grad_kl, *grads)
-    plan = _planned(tensors, seeded, parametrisation, False, sum_d)
-    mu, s, eps, prior_mu, prior_s, dz, each_dkl, *outs = plan.arrays(tensors)
-    row_dkl = Array(grad_kl, *_strides(grad_kl)[:2])
-    noise = Array(inputs.eps, 0, 0) if seeded else eps
-    arguments = Gradients(dz, each_dkl or row_dkl, *outs), Inputs(mu, s, noise, prior_mu, prior_s), plan.sizes
-    _launch(backward_kernel, plan, arguments, [*tensors, grad_kl], *row_dkl[1:])
-
-
-def _sums(kl: Tensor, mu: Tensor) -> tuple[bool, bool]:
-    """Whether the KL is summed over R and over D."""
-    return kl.shape[1] != mu.shape[1], kl.shape[2] != mu.shape[2]
-
-
-def _tensors(inputs: Any, *others: Tensor | None) -> tuple[bool, list[Tensor | None]]:
-    """Whether there is a seed, and all arrays (B, R, D), each with contiguous features."""
-    seeded = inputs.eps is not None and not inputs.eps.is_floating_point()
-    arrays = inputs._replace(eps=None) if seeded else inputs
-    return seeded, [t if t is None or t.stride(2) == 1 or t.size(2) == 1 else t.contiguous() for t in (*arrays, *others)]
-
-
-def _strides(t: Tensor) -> tuple[int, int]:
-    """Of B and R, 0 for those of size 1."""
-    (b, r, _), (stride_b, stride_r, _) = t.shape, t.stride()
-    return stride_b if b > 1 else 0, stride_r if r > 1 else 0
+def backward(
+    layout: Layout, grad_z: Rows | None, grad_kl: Tensor, inputs: Any, parametrisation: Parametrisation, grads: Sequence[Rows | None]
+) -> None:
+    """Fills the gradients to μ, s, μ₀ and s₀ from dKL (B, R, D), of size 1 where the KL was summed over."""
+    (b, r, d), (stride_b, stride_r, stride_d) = grad_kl.shape, grad_kl.stride()
+    # One number for each row if the KL was summed over D, or if the gradient is a number that was expanded.
+    sum_d = stride_d == 0 or layout.sums_sizes[2] != layout.sizes[2]
+    if stride_d != 1 and d > 1 and not sum_d:
+        grad_kl = grad_kl.contiguous()
+        stride_b, stride_r, _ = grad_kl.stride()
+    dkl = Rows(grad_kl, stride_b if b > 1 else 0, stride_r if r > 1 else 0)
+    arrays = [*inputs, grad_z, None if sum_d else dkl, *grads]
+    plan = _planned(layout.sizes, arrays, parametrisation, False, sum_d)
+    mu, s, noise, prior_mu, prior_s, dz, each_dkl, *outs = plan.arrays(arrays)
+    arguments = Gradients(dz, each_dkl or Array(*dkl), *outs), Inputs(mu, s, noise, prior_mu, prior_s), plan.sizes
+    _launch(backward_kernel, plan, arguments, [*arrays[:6], dkl, *grads], *dkl[1:])
 
 
 class Call(NamedTuple):
@@ -434,23 +422,34 @@ class Plan(NamedTuple):
     sizes: Sizes
     units: tuple[tuple[int, int] | None, ...]  # the strides of each array
     parts: torch.Size  # of the sums of the tiles
-    long: tuple[bool, ...]  # integers that take 64 bits
+    key: int  # a number for what is compiled: spec, config and which integers take 64 bits
 
-    def arrays(self, tensors: Sequence[Tensor | None]) -> list[Array | None]:
-        return [None if t is None or unit is None else Array(t, *unit) for t, unit in zip(tensors, self.units, strict=True)]
+    def arrays(self, arrays: Sequence[Rows | None]) -> list[Array | None]:
+        return [None if rows is None or unit is None else Array(rows.tensor, *unit) for rows, unit in zip(arrays, self.units, strict=True)]
 
 
 def _planned(
-    tensors: Sequence[Tensor | None], seeded: bool, parametrisation: Parametrisation, sum_r: bool, sum_d: bool, whole_sums: bool = False
+    sizes: tuple[int, int, int],
+    arrays: Sequence[Rows | None],
+    parametrisation: Parametrisation,
+    sum_r: bool,
+    sum_d: bool,
+    whole_sums: bool = False,
 ) -> Plan:
-    mu = tensors[0]
+    mu, noise = arrays[0], arrays[2]
     assert mu is not None
-    given = [t for t in tensors if t is not None]
-    strides = tuple(None if t is None else _strides(t) for t in tensors)
-    itemsize = mu.element_size()
-    alignment = math.gcd(16 // itemsize, *(t.data_ptr() // t.element_size() for t in given))
-    b, r, d = mu.shape
-    return plan_of(Call((b, r, d), strides, itemsize, alignment, parametrisation, seeded, sum_r, sum_d, whole_sums))
+    seeded = noise is not None and not noise.tensor.is_floating_point()
+    itemsize = mu.tensor.element_size()
+    addresses = [
+        rows.tensor.data_ptr() // rows.tensor.element_size() for rows in arrays if rows is not None and not (seeded and rows is noise)
+    ]
+    strides = tuple([None if rows is None else rows[1:] for rows in arrays])
+    alignment = math.gcd(16 // itemsize, *addresses)
+    return plan_of(Call(sizes, strides, itemsize, alignment, parametrisation, seeded, sum_r, sum_d, whole_sums))
+
+
+# A number is hashed faster than the options that it stands for.
+_keys: dict[Hashable, int] = {}
 
 
 @functools.lru_cache(maxsize=256)
@@ -488,13 +487,14 @@ def plan_of(call: Call) -> Plan:
     sizes = Sizes(r, d // vector, blocks_r, blocks_d)
     parts = torch.Size((b, blocks_r if call.sum_r else r, blocks_d if call.sum_d else d))
     long = tuple(number >= 1 << 31 for number in (*sizes, *(n for unit in units if unit for n in unit)))
-    return Plan(spec, config, b * blocks_r * blocks_d, sizes, units, parts, long)
+    key = _keys.setdefault((spec, config, long), len(_keys))
+    return Plan(spec, config, b * blocks_r * blocks_d, sizes, units, parts, key)
 
 
-def _launch(fn: Any, plan: Plan, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None], *strides: int) -> None:
-    given = [t for t in tensors if t is not None]
-    key = plan.spec, plan.config, plan.long, tensor_key(*given), tuple(stride >= 1 << 31 for stride in strides)
+def _launch(fn: Any, plan: Plan, arguments: tuple[Any, ...], arrays: Sequence[Rows | None], *strides: int) -> None:
+    tensors = [rows.tensor for rows in arrays if rows is not None]
+    key = plan.key, tensor_key(*tensors), tuple([stride >= 1 << 31 for stride in strides])
     launch(
-        fn, key, given[0].device, (plan.programs, 1, 1), arguments,
+        fn, key, tensors[0].device, (plan.programs, 1, 1), arguments,
         lambda: {"SPEC": plan.spec, "num_warps": plan.config.num_warps},
     )  # fmt: skip

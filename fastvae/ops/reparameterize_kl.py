@@ -13,7 +13,7 @@ from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.cpu.inductor import fused
 from fastvae.cpu.memory import new_empty
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
-from fastvae.layouts import Layout
+from fastvae.layouts import Layout, Rows
 from fastvae.ops.common import autograd_function, custom_op, differentiable, needs_grad
 from fastvae.parametrisation import Parametrisation
 
@@ -64,15 +64,33 @@ class Options(NamedTuple):
         return cast("tuple[Tensor, Tensor]", mu.chunk(2, self.dim)) if s is None else (mu, s)
 
 
-class _Plan(NamedTuple):
-    layout: Layout  # of μ, s, z and the gradients to μ and s
-    strides: tuple[int, ...]  # of the gradients to the op's `mu` and `s`
-    copy: bool = False  # whether `mu` has gaps such that its halves are not (B, R, D), as the Triton kernels take them
+class _Plan:
+    """How the backends see the arrays of a call."""
+
+    def __init__(self, layout: Layout, strides: tuple[int, ...], copy: bool = False) -> None:
+        self.layout = layout  # of μ, s, z and the gradients to μ and s
+        self.strides = strides  # of the gradients to the op's `mu` and `s`
+        self.copy = copy  # whether `mu` has gaps such that its halves are not (B, R, D), as the Triton kernels take them
+        self._known: dict[tuple[int, ...], tuple[int, int]] = {}
 
     @staticmethod
     def of(mu: Tensor, s: Tensor | None, options: Options) -> _Plan:
         plan = _plan if torch.compiler.is_compiling() or any(type(size) is not int for size in mu.shape) else _cached_plan
         return plan(mu.shape, mu.stride(), None if s is None else s.stride(), options.dim, tuple(options.kl_dims))
+
+    def rows(self, t: Tensor) -> Rows:
+        """t for the Triton kernels; a copy if its features are not contiguous."""
+        strides = t.stride()
+        known = self._known.get(strides)
+        if known is not None:
+            return Rows(t, *known)
+        view = self.layout.view(t)
+        if view.stride(2) != 1 and view.shape[2] > 1:
+            return Rows.of(view.contiguous())
+        rows = Rows.of(view)
+        if view.data_ptr() == t.data_ptr() and len(self._known) < 64:
+            self._known[strides] = rows[1:]
+        return rows
 
 
 def _plan(shape: tuple[int, ...], strides: tuple[int, ...], s_strides: tuple[int, ...] | None, dim: int, kl_dims: tuple[int, ...]) -> _Plan:
@@ -96,50 +114,46 @@ def _inputs(tensors: Tensors, options: Options) -> cpu.Inputs:
 
 
 def _rows(tensors: Tensors, options: Options, plan: _Plan) -> cpu.Inputs:
-    """The inputs as (B, R, D)."""
+    """The inputs for the Triton kernels."""
     if plan.copy:
         tensors = tensors._replace(mu=new_empty(tensors.mu, tensors.mu.shape, plan.strides).copy_(tensors.mu))
-    views = (t if t is None or not t.is_floating_point() else plan.layout.view(t) for t in _inputs(tensors, options))
-    return cpu.Inputs(*cast(Any, views))
+    rows = [None if t is None else plan.rows(t) if t.is_floating_point() else Rows(t, 0, 0) for t in _inputs(tensors, options)]
+    return cpu.Inputs(*cast(Any, rows))
 
 
-def _triton(tensors: Tensors, options: Options) -> Any:
-    """The Triton backend, or None for the CPU."""
-    if runs_on_triton(options.backend, tensors.mu):
-        import fastvae.kernels.reparameterize_kl as kernels
-
-        return kernels
+def _refuse_seed(tensors: Tensors) -> None:
     if tensors.noise is not None and not tensors.noise.is_floating_point():
         raise NotImplementedError(
             "a seed is for the Triton kernels only: pass the noise itself, which a CPU keeps faster than it draws it twice"
         )
-    return None
 
 
 def _evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
     """z, in the memory format of μ and empty without noise, and KL in the accumulation dtype."""
+    mu = arguments[0]
+    if runs_on_triton(arguments[-1], mu) or not cpu.is_block(mu):
+        return _op_evaluate(*arguments)
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    if _triton(tensors, options) is None and cpu.is_block(tensors.mu):
-        kl_dtype = accumulation_dtype(tensors.mu.dtype)
-        return cpu.forward_block(_inputs(tensors, options), options.parametrisation, options.kl_dims, kl_dtype)
-    return _op_evaluate(*arguments)
+    _refuse_seed(tensors)
+    return cpu.forward_block(_inputs(tensors, options), options.parametrisation, options.kl_dims, accumulation_dtype(mu.dtype))
 
 
 def _op_evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`_evaluate` with the memory formats of `_fake`."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:])
-    plan, triton = _Plan.of(tensors.mu, tensors.s, options), _triton(tensors, options)
+    plan = _Plan.of(tensors.mu, tensors.s, options)
     layout = plan.layout
     z, kl = _outputs(tensors, layout)
     out = None if tensors.noise is None else z
-    if triton is None:
-        dims = tuple(options.kl_dims)
-        cpu.forward(_inputs(tensors, options), options.parametrisation, dims, layout.order, out, kl)
+    if not runs_on_triton(options.backend, tensors.mu):
+        _refuse_seed(tensors)
+        cpu.forward(_inputs(tensors, options), options.parametrisation, tuple(options.kl_dims), layout.order, out, kl)
         return z, kl
-    sums = new_empty(tensors.mu, layout.shape, layout.strides, kl.dtype) if layout.late_dims else kl
-    rows = None if out is None else layout.view(out), layout.view(sums) if layout.late_dims else layout.view_sums(sums)
-    triton.forward(_rows(tensors, options, plan), options.parametrisation, *rows)
-    return z, torch.sum(sums, layout.late_dims, out=kl) if layout.late_dims else kl
+    import fastvae.kernels.reparameterize_kl as kernels
+
+    each = new_empty(tensors.mu, layout.shape, layout.strides, kl.dtype) if layout.late_dims else kl
+    kernels.forward(layout, _rows(tensors, options, plan), options.parametrisation, None if out is None else plan.rows(out), each)
+    return z, torch.sum(each, layout.late_dims, out=kl) if layout.late_dims else kl
 
 
 def _outputs(tensors: Tensors, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -157,21 +171,23 @@ def _gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any, as_op: bool = F
     """The gradients to `mu`, `s`, `prior_mu` and `prior_s`; None for one that is None, and for a prior that needs none."""
     tensors, options = Tensors(*arguments[:5]), Options(*arguments[5:-1])
     dz = None if tensors.noise is None else grad_z
-    triton, parametrisation = _triton(tensors, options), options.parametrisation
+    triton, parametrisation = runs_on_triton(options.backend, tensors.mu), options.parametrisation
     pairs = tensors.s is not None and tensors.prior_mu is None
-    if triton is None and pairs and not as_op and tensors.mu.dtype == grad_kl.dtype and cpu.is_block(tensors.mu):
+    if not triton and pairs and not as_op and tensors.mu.dtype == grad_kl.dtype and cpu.is_block(tensors.mu):
         return cpu.backward_block(dz, grad_kl, _inputs(tensors, options), parametrisation, options.kl_dims)
     plan = _Plan.of(tensors.mu, tensors.s, options)
     layout = plan.layout
     grads = _gradient_outputs(tensors, plan, arguments[-1])
     out: list[Tensor | None] = [*options.halves(cast(Tensor, grads[0]), grads[1])]
     out += [None, None] if grads[2] is None else options.halves(grads[2], grads[3])
-    if triton is None:
+    if not triton:
         cpu.backward(dz, grad_kl, _inputs(tensors, options), parametrisation, tuple(options.kl_dims), layout.order, out)
         return grads
-    upstream = None if dz is None else layout.view(dz), layout.view_sums(grad_kl)
-    rows = [None if half is None else layout.view(half) for half in out]
-    triton.backward(*upstream, _rows(tensors, options, plan), parametrisation, rows)
+    import fastvae.kernels.reparameterize_kl as kernels
+
+    rows = [None if half is None else plan.rows(half) for half in out]
+    inputs = _rows(tensors, options, plan)
+    kernels.backward(layout, None if dz is None else plan.rows(dz), layout.view_sums(grad_kl), inputs, parametrisation, rows)
     return grads
 
 
@@ -208,10 +224,11 @@ def _backward(ctx: Any, grad_z: Tensor, grad_kl: Tensor) -> tuple[Tensor | None,
         grads = _DifferentiableBackward.apply(*arguments)
     else:
         grads = backward_op(*arguments) if needs_dispatcher(*arguments[:7]) else _gradients(*arguments)
-    mu, s, prior_mu, prior_s = (
-        None if t is None or (n > 1 and not prior_grad) else grad
-        for n, (grad, t) in enumerate(zip(grads, tensors.parameters(), strict=True))
-    )
+    mu, s, prior_mu, prior_s = grads
+    if not prior_grad:
+        prior_mu = prior_s = None
+    # An op returns an empty tensor for None.
+    s, prior_s = None if tensors.s is None else s, None if tensors.prior_s is None else prior_s
     return mu, s, None, prior_mu, prior_s, *_NO_GRADIENT
 
 
