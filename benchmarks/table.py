@@ -158,7 +158,7 @@ def moments() -> str:
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows_of("moments_cpu", threads=1, status="ok"):
         found.setdefault((*row["shape"], row["layout"]), {})[row["provider"]] = row
-    names = ("fastvae", "fastvae, torch.compile", "eager", "torch.compile")
+    names = ("fastvae", "fastvae, inductor", "fastvae, torch.compile", "eager", "torch.compile")
     lines = [
         [
             " × ".join(map(str, shape)),
