@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastvae import checks
 
-# A file to load names the number of blocks: one with millions of them must not fill the memory.
-MOST_BLOCKS = 16
+# A file to load names the numbers of blocks and levels: one with millions of them must not fill the memory.
+MOST_BLOCKS = MOST_LEVELS = 16
 
 
 class ResidualBlock(nn.Module):
@@ -56,8 +56,8 @@ def latent_shape(shape: Sequence[int], latent_channels: int, channels: Sequence[
     checks.integer("latent_channels", latent_channels, at_least=1)
     if checks.integer("blocks", blocks, at_least=1) > MOST_BLOCKS:
         raise ValueError(f"blocks must be at most {MOST_BLOCKS}, got {blocks}")
-    if not channels:
-        raise ValueError("channels must hold at least one number, got none")
+    if not 0 < len(channels) <= MOST_LEVELS:
+        raise ValueError(f"channels must hold 1 to {MOST_LEVELS} numbers, got {len(channels)}")
     factor = 2 ** (len(channels) - 1)
     if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
         raise ValueError(

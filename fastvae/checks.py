@@ -553,11 +553,11 @@ def _is_batched(t: Tensor) -> bool:
     return False
 
 
-def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor) -> None:
+def noise(eps: Tensor, generator: torch.Generator | None, mu: Tensor, name: str = "mu") -> None:
     if generator is not None:
         raise ValueError("generator must be None where eps is given, got both: pass one of them")
     floating_tensor("eps", eps)
-    same_shape_and_kind("mu", mu, "eps", eps)
+    same_shape_and_kind(name, mu, "eps", eps)
     constant("eps", eps)
 
 
@@ -566,7 +566,8 @@ def moments(name: str, x: object, dim: object) -> None:
     x = floating_tensor(name, x)
     if x.ndim < 2:
         raise ValueError(f"{name} must have two dimensions or more, got shape {tuple(x.shape)}")
-    _not_empty(name, x)
+    if x.numel() == 0:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     size = x.shape[dimension("dim", dim, x.ndim)]
     if size % 2:
         raise ValueError(f"{name} must have an even size along dim={dim}, means followed by as many scales, got {size}")
@@ -582,11 +583,13 @@ def dimension(name: str, value: Any, ndim: int) -> int:
 
 def dims(name: str, value: Dims, ndim: int) -> tuple[int, ...]:
     """Several dimensions of a tensor, from 0, in order."""
-    if isinstance(value, str):
-        option(name, value, ("all",))
+    if value == "all":
         return tuple(range(1, ndim))
-    if not isinstance(value, Sequence):
+    if type(value) is int:
         return (dimension(name, value, ndim),)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        received = repr(value) if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"{name} must be an integer, a sequence of integers or 'all', got {received}")
     found = tuple(sorted(dimension(f"each of {name}", dim, ndim) for dim in value))
     if len(set(found)) != len(found):
         raise ValueError(f"{name} must name each dimension once, got {tuple(value)}")
@@ -604,15 +607,20 @@ def parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Pa
 
 
 def _parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> Parametrisation:
+    if not isinstance(scale, str):
+        raise TypeError(f"scale must be a name, got {type(scale).__name__}")
     option("scale", scale, get_args(ScaleKind))
     offset = real("scale_offset", offset, at_least=0)
     if bounds is not None:
         bounds = ordered("logvar_bounds", bounds)
+        if max(-bounds[0], bounds[1]) > 1e30:
+            raise ValueError(f"logvar_bounds must lie between -1e30 and 1e30, got ({bounds[0]:g}, {bounds[1]:g})")
         if scale != "logvar":
             raise ValueError(f"logvar_bounds must be None for scale={scale!r}, got {bounds}")
         if soft_clamp is not None:
             raise ValueError(f"soft_clamp must be None if logvar_bounds is given, got {soft_clamp}")
-    return Parametrisation(scale, offset, bounds, None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0))
+    clamp = None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0)
+    return Parametrisation(cast(ScaleKind, scale), offset, bounds, clamp)
 
 
 _cached_parametrisation = functools.lru_cache(maxsize=256, typed=True)(_parametrisation)
@@ -626,6 +634,16 @@ def ordered(name: str, value: Any) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"{name} must be (low, high) with low < high, got ({low:g}, {high:g})")
     return low, high
+
+
+def broadcast(name_a: str, a: Tensor, name_b: str, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, in the shape that they are broadcast to."""
+    try:
+        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"{name_a} and {name_b} must have shapes that can be broadcast, got {shapes}") from None
+    return a.expand(shape), b.expand(shape)
 
 
 def pair(name_a: str, a: Tensor | None, name_b: str, b: Tensor | None) -> tuple[Tensor, Tensor] | None:

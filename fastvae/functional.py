@@ -528,7 +528,7 @@ def reparameterize_kl(
         kl_dims: The dimensions that the KL is summed over: one, several, () for none, or "all" for all but the first. The last by default,
             with a warning for four dimensions or more, as images are often meant.
         scale: What s is, with o = scale_offset. "logvar": σ² = exp(s) + o. "log_std": σ = exp(s) + o. "std": σ = s + o. "variance":
-            σ² = s + o. "softplus": σ = softplus(s) + o.
+            σ² = s + o. "softplus": σ = softplus(s) + o. That σ is positive is not checked.
         scale_offset: o ≥ 0.
         logvar_bounds: (low, high), to which log σ² is clamped, for scale="logvar". Outside there is no gradient, as in `torch.clamp`.
         soft_clamp: c > 0 for c·tanh(μ/c) and c·tanh(s/c) in place of μ and s. Not together with logvar_bounds.
@@ -548,7 +548,8 @@ def reparameterize_kl(
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
     checks.rows("mu", mu)
-    if kl_dims == -1:
+    checks.floating_tensor("logvar", logvar)
+    if type(kl_dims) is int and kl_dims == -1:
         checks.images(mu)
     parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
     small = backend is None and prior is None and parametrisation.is_logvar and cpu.is_small(mu, logvar, eps)
@@ -650,7 +651,8 @@ def gaussian_kl(
     Source: Kingma and Welling 2014, appendix B.
     """
     checks.rows("mu", mu)
-    if kl_dims == -1:
+    checks.floating_tensor("logvar", logvar)
+    if type(kl_dims) is int and kl_dims == -1:
         checks.images(mu)
     prior = checks.pair("prior_mu", prior_mu, "prior_logvar", prior_logvar)
     parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
@@ -669,12 +671,13 @@ class Posterior(NamedTuple):
     ) -> Posterior:
         mu = _autocast(mu)
         if s is not None:
-            s = _autocast(checks.floating_tensor("logvar", s))
+            s = _autocast(s)
             checks.same_shape_and_kind("mu", mu, "logvar", s)
         checks.usable_backend(backend, mu.device, checks.ALL_BACKENDS)
         prior_mu = prior_s = None
         if prior is not None:
-            prior_mu, prior_s = (None if t is None else _autocast(t).expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
+            prior = tuple(map(_autocast, prior)) if isinstance(prior, (tuple, list)) else _autocast(prior)
+            prior_mu, prior_s = (None if t is None else t.expand(mu.shape) for t in checks.prior(prior, mu, s, dim))
         dims = checks.dims("kl_dims", kl_dims, mu.ndim)
         scale, offset, bounds, soft_clamp = parametrisation
         options = PosteriorOptions(dim, dims, scale, offset, bounds or (), soft_clamp or 0.0, backend or "")
@@ -686,7 +689,7 @@ class Posterior(NamedTuple):
         if eps is None:
             return self._apply(_noise(half, generator, self.options.backend or None))
         eps = _autocast(eps)
-        checks.noise(eps, generator, half)
+        checks.noise(eps, generator, half, "mu" if s is not None else "half of moments")
         return self._apply(eps)
 
     def kl(self) -> Tensor:
@@ -726,6 +729,8 @@ def _small(
 
 def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
     """ε as the operation takes it: a seed for the Triton kernels, which draw ε faster than they would read it; else ε itself."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
     if generator is None:

@@ -114,6 +114,8 @@ def _groups(shape: Sizes, strides: tuple[Sizes, ...], order: Iterable[int], dims
         else:
             groups.append((size, summed))
         inner = own
+    if inner and inner[0] != 1:
+        groups.append((1, False))  # features are contiguous
     return groups
 
 

@@ -336,6 +336,8 @@ class VAEObjective(GroupModule):
         self.dataset_size = None if dataset_size is None else checks.integer("dataset_size", dataset_size, at_least=1)
         checks.option("tc_estimator", tc_estimator, checks.DENSITY_ESTIMATORS)
         self.tc_estimator = tc_estimator
+        if not isinstance(dip, Sequence) or len(dip) != 3:
+            raise ValueError(f"dip must be (lambda_od, lambda_d, kind), got {dip!r}")
         lambda_od, lambda_d, self.dip_kind = dip
         self.dip_weights = checks.real("lambda_od", lambda_od, at_least=0), checks.real("lambda_d", lambda_d, at_least=0)
         checks.option("the kind of dip", self.dip_kind, get_args(DipKind))
@@ -553,7 +555,7 @@ class VAEObjective(GroupModule):
             covariance = centred.T @ centred / len(mu)
             if self.dip_kind == "ii":
                 if output.logvar is None:
-                    raise ValueError("dip_kind must be 'i' for a deterministic posterior, which has no variance, got 'ii'")
+                    raise ValueError("the kind of dip must be 'i' for a deterministic posterior, which has no variance, got 'ii'")
                 covariance = covariance + self._mean(output.logvar.flatten(1).to(mu.dtype).exp()).diag()
             diagonal = covariance.diagonal()
             lambda_od, lambda_d = self.dip_weights

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from fastvae.functional import Posterior, gaussian_kl
 from fastvae.parametrisation import ScaleKind
 
 LOGVAR_BOUNDS = (-30.0, 20.0)
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class DiagonalGaussianDistribution:
     """N(μ, σ²) with a diagonal covariance, from an encoder's result that holds μ and log σ² one after the other along a dimension.
 
     It has the attributes and methods of the class of this name in diffusers and in latent diffusion, and gives the same numbers and
-    gradients. Nothing is computed before it is asked for. `sample_and_kl` is faster than `sample` and `kl`.
+    gradients. In half precision `kl` and `nll` are float32, as their sums may overflow. Attributes are computed when they are read.
+    `sample_and_kl` is faster than `sample` and `kl`.
 
     Args:
         parameters: The means, followed along `dim` by as many log-variances, such as (B, 2·C, H, W).
@@ -60,55 +63,53 @@ class DiagonalGaussianDistribution:
         soft_clamp: float | None = None,
     ) -> None:
         checks.moments("parameters", parameters, dim)
-        if logvar_bounds is LOGVAR_BOUNDS and (scale != "logvar" or soft_clamp is not None):
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be a bool, got {type(deterministic).__name__}: parameters hold both halves")
+        if logvar_bounds == LOGVAR_BOUNDS and (scale != "logvar" or soft_clamp is not None):
             logvar_bounds = None
         self._parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
         self.parameters = parameters
         self.deterministic = deterministic
         self._dim = dim % parameters.ndim
 
-    @functools.cached_property
     def _halves(self) -> tuple[Tensor, Tensor]:
         """μ and s within their bounds."""
         mu, s = self.parameters.chunk(2, self._dim)
         return self._parametrisation.bounded(mu, s)
 
-    @functools.cached_property
-    def _spread(self) -> tuple[Tensor, Tensor]:
-        return self._parametrisation.spread(self._halves[1])
-
     @property
     def mean(self) -> Tensor:
-        return self._halves[0]
+        return self._halves()[0]
 
     @property
     def logvar(self) -> Tensor:
-        return self._halves[1] if self._parametrisation.is_logvar else self._spread[1]
+        s = self._halves()[1]
+        return s if self._parametrisation.is_logvar else self._parametrisation.spread(s)[1]
 
-    @functools.cached_property
+    @property
     def std(self) -> Tensor:
-        return torch.zeros_like(self.mean) if self.deterministic else self._spread[0]
+        s = self._halves()[1]
+        return torch.zeros_like(s) if self.deterministic else self._parametrisation.spread(s)[0]
 
-    @functools.cached_property
+    @property
     def var(self) -> Tensor:
-        if self.deterministic:
-            return self.std
-        return self.logvar.exp() if self._parametrisation.is_logvar else self.std.square()
+        return self.std.square() if self.deterministic or not self._parametrisation.is_logvar else self.logvar.exp()
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """μ + σ·ε, in the shape of one half."""
-        return self.mean if self.deterministic else self.mean + self.std * self._noise(generator)
+    def sample(self, generator: Generators = None) -> Tensor:
+        """μ + σ·ε, in the shape of one half. With a list of generators, one for each item of the first dimension."""
+        return self.mean.clone() if self.deterministic else self.mean + self.std * self._noise(generator)
 
-    def sample_and_kl(self, generator: torch.Generator | None = None, *, kl_dims: checks.Dims = "all") -> tuple[Tensor, Tensor]:
+    def sample_and_kl(self, generator: Generators = None, *, kl_dims: checks.Dims = "all") -> tuple[Tensor, Tensor]:
         """`sample(generator)` and `kl()` in one pass, with one array for the gradient.
 
-        A GPU draws ε inside its kernel, other numbers than those of `sample`, unless `generator` is on the CPU.
+        A GPU draws ε inside its kernel, other numbers than those of `sample`, unless the generator is on the CPU.
         """
         if self.deterministic:
-            return self.mean, self.kl()
-        on_cpu = generator is not None and generator.device.type == "cpu"
-        eps = self._noise(generator) if on_cpu else None
-        return self._posterior(None, kl_dims).sample_and_kl(eps, None if on_cpu else generator)
+            return self.mean.clone(), self.kl()
+        posterior = Posterior.of(self.parameters, None, None, self._dim, kl_dims, self._parametrisation, None)
+        if isinstance(generator, Sequence) or (generator is not None and generator.device.type == "cpu"):
+            return posterior.sample_and_kl(self._noise(generator), None)
+        return posterior.sample_and_kl(None, generator)
 
     def mode(self) -> Tensor:
         """μ."""
@@ -118,34 +119,38 @@ class DiagonalGaussianDistribution:
         """KL(self ‖ other), or KL(self ‖ N(0, I)) if other is None, in nats, summed over `kl_dims` as in `fastvae.reparameterize_kl`."""
         if self.deterministic:
             return self.parameters.new_zeros(1, dtype=torch.float32)
-        if other is None:
-            return self._posterior(None, kl_dims).kl()
-        if not isinstance(other, DiagonalGaussianDistribution):
-            raise TypeError(f"other must be a DiagonalGaussianDistribution, got {type(other).__name__}")
-        if (other._parametrisation, other._dim, other.deterministic) == (self._parametrisation, self._dim, False):
-            return self._posterior(other.parameters, kl_dims).kl()
-        return gaussian_kl(self.mean, self.std, other.mean, other.std, scale="std", kl_dims=kl_dims)
+        parameters, prior = self.parameters, None
+        if other is not None:
+            if not isinstance(other, DiagonalGaussianDistribution):
+                kind = f"{type(other).__module__}.{type(other).__name__}"
+                raise TypeError(f"other must be a fastvae.DiagonalGaussianDistribution, got {kind}")
+            if (other._parametrisation, other._dim, other.deterministic) != (self._parametrisation, self._dim, False):
+                return gaussian_kl(self.mean, self.std, other.mean, other.std, scale="std", kl_dims=kl_dims)
+            parameters, prior = checks.broadcast("parameters of self", parameters, "those of other", other.parameters)
+        return Posterior.of(parameters, None, prior, self._dim, kl_dims, self._parametrisation, None).kl()
 
     def nll(self, sample: Tensor, dims: checks.Dims = "all") -> Tensor:
         """−log N(sample; μ, σ²) in nats, summed over `dims`, of a sample in the shape of one half."""
         if self.deterministic:
             return self.parameters.new_zeros(1, dtype=torch.float32)
         checks.floating_tensor("sample", sample)
-        if sample.shape != self.mean.shape:
-            raise ValueError(f"sample must have the shape of the mean, {tuple(self.mean.shape)}, got {tuple(sample.shape)}")
-        over = checks.dims("dims", dims, self.mean.ndim)
-        dtype = accumulation_dtype(self.mean.dtype)
-        squares = (sample.to(dtype) - self.mean.to(dtype)).square()
+        mean = self.mean
+        checks.broadcast("sample", sample, "the mean", mean)
+        over = checks.dims("dims", dims, mean.ndim)
+        dtype = accumulation_dtype(mean.dtype)
+        squares = (sample.to(dtype) - mean.to(dtype)).square()
         nll = 0.5 * (math.log(2 * math.pi) + self.logvar + squares / self.var.to(dtype))
         return nll.sum(over) if over else nll
 
-    def _posterior(self, prior: Tensor | None, kl_dims: checks.Dims) -> Posterior:
-        return Posterior.of(self.parameters, None, prior, self._dim, kl_dims, self._parametrisation, None)
-
-    def _noise(self, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, generator: Generators) -> Tensor:
         """ε, drawn where the generator is."""
-        device = self.parameters.device if generator is None else generator.device
-        return torch.randn(self.mean.shape, dtype=self.parameters.dtype, device=device, generator=generator).to(self.parameters.device)
+        shape = torch.Size(size // 2 if dim == self._dim else size for dim, size in enumerate(self.parameters.shape))
+        if isinstance(generator, Sequence) and len(generator) != shape[0]:
+            raise ValueError(f"generator must be one for each of {shape[0]} items, got {len(generator)}")
+        each: Any = [(generator, shape)] if not isinstance(generator, Sequence) else [(own, (1, *shape[1:])) for own in generator]
+        dtype, device = self.parameters.dtype, self.parameters.device
+        draws = [torch.randn(size, dtype=dtype, device=device if own is None else own.device, generator=own) for own, size in each]
+        return (draws[0] if len(draws) == 1 else torch.cat(draws)).to(device)
 
 
 # For torch.distributions.kl_divergence.

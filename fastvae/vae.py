@@ -495,10 +495,12 @@ def _repeated(t: Tensor, samples: int) -> Tensor:
 def _made(cls: type[VAE], networks: dict[str, Any], options: dict[str, Any]) -> VAE:
     """The VAE with these networks, which name the constructor and its own arguments."""
     networks = dict(networks)
-    name = networks.pop("architecture")
-    if name == "autoencoder_kl":  # whose other arguments give it the shape of a latent
-        options = {option: value for option, value in options.items() if option != "latent_dim"}
+    name, options = networks.pop("architecture"), dict(options)
+    # The other arguments of autoencoder_kl give the shape of a latent.
+    latent_dim = options.pop("latent_dim") if name == "autoencoder_kl" else None
     vae: VAE = getattr(cls, name)(**networks, **options)
+    if latent_dim is not None and _latent_shape(latent_dim) not in (vae.latent_shape, (vae.latent_dim,)):
+        raise ValueError(f"latent_dim must be {vae.latent_shape} for these networks, got {latent_dim}")
     return vae
 
 

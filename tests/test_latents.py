@@ -244,7 +244,7 @@ def test_laplace_is_that_of_torch():
         ),
         (lambda: VAE.autoencoder_kl((3, 6, 8)), ValueError, r"H and W multiples of 4 for 3 numbers of channels, got \(3, 6, 8\)"),
         (lambda: VAE.autoencoder_kl((64, 64)), ValueError, r"shape must be \(C, H, W\) with H and W multiples of 4"),
-        (lambda: VAE.autoencoder_kl((3, 8, 8), channels=()), ValueError, "channels must hold at least one number, got none"),
+        (lambda: VAE.autoencoder_kl((3, 8, 8), channels=()), ValueError, "channels must hold 1 to 16 numbers, got 0"),
         (lambda: VAE.autoencoder_kl((3, 8, 8), blocks=10**9), ValueError, "blocks must be at most 16, got 1000000000"),
         (lambda: VAE.autoencoder_kl((3, 8, 8), latent_channels=0), ValueError, "latent_channels must be at least 1, got 0"),
         (

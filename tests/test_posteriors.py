@@ -535,12 +535,24 @@ BAD = [
     (r"prior\w*", partial(PAIR, prior=(X.double(), X.double()))),
     (r"prior\w*", partial(KL, X[:2], X[:2])),
     (r"prior_\w+", partial(KL, X)),
+    ("logvar", partial(fastvae.gaussian_kl, X, None)),
+    ("logvar", partial(fastvae.reparameterize_kl, X, None)),
+    ("kl_dims", partial(MOMENTS, M, kl_dims=torch.tensor([0, 1]))),
+    ("kl_dims", partial(MOMENTS, M, kl_dims=None)),
+    ("half of moments", partial(MOMENTS, M, eps=M)),
+    ("generator", partial(MOMENTS, M, generator=3)),
+    ("deterministic", partial(CLASS, M, M)),
+    ("other", partial(CLASS(M).kl, 3)),
+    ("parameters of self", partial(CLASS(M).kl, CLASS(M[..., :2]))),
+    ("sample", partial(CLASS(M).nll, M)),
+    ("generator", partial(CLASS(M).sample, [torch.Generator()])),
 ]
 for call in (partial(MOMENTS, M), PAIR, KL, partial(CLASS, M)):
     BAD += [
         ("logvar_bounds", partial(call, logvar_bounds=(20.0, -30.0))),
         ("logvar_bounds", partial(call, logvar_bounds=(1.0,))),
-        ("logvar_bounds", partial(call, logvar_bounds=(-30.0, 20.0), scale="softplus")),
+        ("logvar_bounds", partial(call, logvar_bounds=(-30.0, 10.0), scale="softplus")),
+        ("logvar_bounds", partial(call, logvar_bounds=(-1e40, 1e40))),
         ("scale", partial(call, scale="sigma", logvar_bounds=None)),
         ("soft_clamp", partial(call, soft_clamp=0.0)),
     ]
@@ -551,3 +563,53 @@ def test_a_bad_call_gets_one_sentence(name, call):
     with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.* must .*, got .+$") as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_an_attribute_read_without_gradients_does_not_cut_them():
+    parameters = M.clone().requires_grad_()
+    posterior = CLASS(parameters)
+    with torch.no_grad():
+        assert posterior.mean.isfinite().all()
+        assert posterior.std.isfinite().all()
+    assert torch.autograd.grad(posterior.sample().sum() + posterior.var.sum(), parameters)[0].any()
+
+
+def test_the_class_compiles_whole():
+    def loss(m):
+        posterior = CLASS(m)
+        z, kl = posterior.sample_and_kl()
+        return posterior.mode().sum() + posterior.std.sum() + kl.sum() + 0 * z.sum() + CLASS(m, scale="softplus").kl().sum()
+
+    parameters = torch.rand_like(M)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(parameters), loss(parameters))
+
+
+def test_a_deterministic_sample_is_no_view():
+    parameters = torch.ones(2, 4, 3, 3)
+    for z in (CLASS(parameters, True).sample(), CLASS(parameters, True).sample_and_kl()[0]):
+        z.zero_()
+    assert parameters.all()
+
+
+def test_generators_of_each_item():
+    def generators():
+        return [torch.Generator().manual_seed(n) for n in range(len(M))]
+
+    posterior = CLASS(M)
+    each = torch.cat([CLASS(m[None]).sample(generator=g) for m, g in zip(M, generators(), strict=True)])
+    torch.testing.assert_close(posterior.sample(generators()), each)
+    torch.testing.assert_close(posterior.sample_and_kl(generators())[0], each)
+
+
+def test_posteriors_are_broadcast_to_one_another():
+    one, all_ = CLASS(torch.randn(1, 4, 2, 2)), CLASS(torch.randn(3, 4, 2, 2))
+    torch.testing.assert_close(one.kl(all_), CLASS(one.parameters.expand(3, -1, -1, -1)).kl(all_))
+    torch.testing.assert_close(all_.kl(one), all_.kl(CLASS(one.parameters.expand(3, -1, -1, -1))))
+
+
+def test_priors_under_autocast():
+    mu, logvar, prior_mu, prior_logvar = (torch.randn(4, 6).bfloat16() for _ in range(4))
+    expected = fastvae.gaussian_kl(*(t.float() for t in (mu, logvar, prior_mu, prior_logvar)))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fastvae.gaussian_kl(mu, logvar, prior_mu, prior_logvar), expected)
+        torch.testing.assert_close(fastvae.gaussian_kl(mu.float(), logvar.float(), prior_mu, prior_logvar), expected)

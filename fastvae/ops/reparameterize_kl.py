@@ -78,17 +78,20 @@ class _Plan:
         plan = _plan if torch.compiler.is_compiling() or any(type(size) is not int for size in mu.shape) else _cached_plan
         return plan(mu.shape, mu.stride(), None if s is None else s.stride(), options.dim, tuple(options.kl_dims))
 
-    def rows(self, t: Tensor) -> Rows:
-        """t for the Triton kernels; a copy if its features are not contiguous."""
+    def rows(self, t: Tensor, output: bool = False) -> Rows:
+        """t for the Triton kernels; a copy of an input whose features are not contiguous."""
         strides = t.stride()
         known = self._known.get(strides)
         if known is not None:
             return Rows(t, *known)
         view = self.layout.view(t)
-        if view.stride(2) != 1 and view.shape[2] > 1:
+        is_view = view.data_ptr() == t.data_ptr() and (view.stride(2) == 1 or view.shape[2] == 1)
+        if output and not is_view:
+            raise RuntimeError(f"a result of strides {strides} must be written in place, got a copy for the layout {self.layout}")
+        if not is_view:
             return Rows.of(view.contiguous())
         rows = Rows.of(view)
-        if view.data_ptr() == t.data_ptr() and len(self._known) < 64:
+        if len(self._known) < 64:
             self._known[strides] = rows[1:]
         return rows
 
@@ -152,7 +155,9 @@ def _op_evaluate(*arguments: Any) -> tuple[Tensor, Tensor]:
     import fastvae.kernels.reparameterize_kl as kernels
 
     each = new_empty(tensors.mu, layout.shape, layout.strides, kl.dtype) if layout.late_dims else kl
-    kernels.forward(layout, _rows(tensors, options, plan), options.parametrisation, None if out is None else plan.rows(out), each)
+    kernels.forward(
+        layout, _rows(tensors, options, plan), options.parametrisation, None if out is None else plan.rows(out, output=True), each
+    )
     return z, torch.sum(each, layout.late_dims, out=kl) if layout.late_dims else kl
 
 
@@ -185,7 +190,7 @@ def _gradients(grad_z: Tensor, grad_kl: Tensor, *arguments: Any, as_op: bool = F
         return grads
     import fastvae.kernels.reparameterize_kl as kernels
 
-    rows = [None if half is None else plan.rows(half) for half in out]
+    rows = [None if half is None else plan.rows(half, output=True) for half in out]
     inputs = _rows(tensors, options, plan)
     kernels.backward(layout, None if dz is None else plan.rows(dz), layout.view_sums(grad_kl), inputs, parametrisation, rows)
     return grads

@@ -71,8 +71,11 @@ def reconstruct(
         x = x[:SHOWN]
     x_hat = torch.cat([module.vae.reconstruct(part) for part in chunks(x)])
     if not _saved_as_array(x_hat, output):
-        picture = pictures.reconstructions if x.ndim == 4 else pictures.table_reconstructions
-        picture(x, x_hat.reshape(x.shape), Path(output))
+        if x.ndim == 4:
+            images = "Held-out images" if path is None else "Images"
+            pictures.reconstructions(x, x_hat.reshape(x.shape), Path(output), images=images)
+        else:
+            pictures.table_reconstructions(x, x_hat.reshape(x.shape), Path(output))
     _print_path(output)
 
 
@@ -232,7 +235,9 @@ class _Decoder(nn.Module):
 
 def load(ckpt_path: str, runs: str) -> ImageVAE:
     """The module of a checkpoint, on the CPU, in evaluation mode."""
-    saved = read_checkpoint(checkpoint_file(ckpt_path, Path(runs, "*")))
+    file = checkpoint_file(ckpt_path, Path(runs, "*"))
+    saved = read_checkpoint(file)
+    sys.stdout.write(f"Checkpoint: {file}\n")
     # `load_from_checkpoint` is unsafe: it calls the function that the file names as "_instantiator".
     try:
         options = {name: value for name, value in saved.get("hyper_parameters", {}).items() if not name.startswith("_")}

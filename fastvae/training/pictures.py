@@ -45,9 +45,9 @@ def grid(
     _save(sheet(images, columns), file, title, row_labels, column_labels)
 
 
-def reconstructions(x: Tensor, x_hat: Tensor, file: Path, *, columns: int = 8) -> None:
+def reconstructions(x: Tensor, x_hat: Tensor, file: Path, *, columns: int = 8, images: str = "Held-out images") -> None:
     """Draws each original with its reconstruction to the right, in this number of columns of pairs."""
-    _save(sheet(pairs(x, x_hat), 2 * min(columns, len(x)), paired=True), file, "Held-out images, the reconstruction to the right of each")
+    _save(sheet(pairs(x, x_hat), 2 * min(columns, len(x)), paired=True), file, f"{images}, the reconstruction to the right of each")
 
 
 def pairs(x: Tensor, x_hat: Tensor) -> Tensor:
