@@ -38,7 +38,8 @@ def main() -> tuple[float, float]:
     objective = fastvae.VAEObjective.beta_vae(1e-6)
     if args.lambda_ is not None:
         objective = fastvae.VAEObjective.mmd_vae(args.lambda_, mmd_rows="location")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.8, 0.95))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps + 1)
     errors = []
     for step in range(args.steps + 1):
         if step in (0, args.steps) or step % 100 == 0:
@@ -50,6 +51,7 @@ def main() -> tuple[float, float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        scheduler.step()
     return errors[0], errors[-1]
 
 

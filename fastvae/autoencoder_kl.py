@@ -29,14 +29,29 @@ class ResidualBlock(nn.Module):
         return y
 
 
+class Affine(nn.Module):
+    """scale·x + offset, two constants."""
+
+    def __init__(self, scale: float, offset: float) -> None:
+        super().__init__()
+        self.scale, self.offset = scale, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.offset
+
+    def extra_repr(self) -> str:
+        return f"{self.scale:g}, {self.offset:g}"
+
+
 def encoder(channels_in: int, channels: Sequence[int], channels_out: int, *, blocks: int) -> nn.Sequential:
     """(N, channels_in, H, W) → (N, channels_out, H/f, W/f) with f = 2^(len(channels) − 1)."""
-    layers: list[nn.Module] = [_conv(channels_in, channels[0])]
+    layers: list[nn.Module] = [Affine(2.0, -1.0), _conv(channels_in, channels[0])]
     for level, (before, width) in enumerate(itertools.pairwise([channels[0], *channels])):
         if level:
             layers.append(_conv(before, before, stride=2))
         layers += _blocks(before, width, blocks)
-    return nn.Sequential(*layers, *_blocks(channels[-1], channels[-1], 2), *_head(channels[-1], channels_out))
+    # A group norm here, or at the decoder's end, would take brightness and contrast away from each picture.
+    return nn.Sequential(*layers, *_blocks(channels[-1], channels[-1], 2), _conv(channels[-1], channels_out))
 
 
 def decoder(channels_in: int, channels: Sequence[int], channels_out: int, *, blocks: int) -> nn.Sequential:
@@ -44,9 +59,9 @@ def decoder(channels_in: int, channels: Sequence[int], channels_out: int, *, blo
     layers: list[nn.Module] = [_conv(channels_in, channels[0]), *_blocks(channels[0], channels[0], 2)]
     for level, (before, width) in enumerate(itertools.pairwise([channels[0], *channels])):
         if level:
-            layers += [nn.Upsample(scale_factor=2, mode="nearest"), _conv(before, before)]
-        layers += _blocks(before, width, blocks)
-    return nn.Sequential(*layers, *_head(channels[-1], channels_out))
+            layers += [nn.Upsample(scale_factor=2, mode="nearest"), _conv(before, width)]
+        layers += _blocks(width, width, blocks)
+    return nn.Sequential(*layers, _conv(channels[-1], channels_out), Affine(0.5, 0.5))
 
 
 def latent_shape(shape: Sequence[int], latent_channels: int, channels: Sequence[int], blocks: int) -> tuple[int, int, int]:
@@ -83,7 +98,3 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _blocks(channels_in: int, channels_out: int, count: int) -> list[nn.Module]:
     return [ResidualBlock(before, after) for before, after in itertools.pairwise([channels_in, *[channels_out] * count])]
-
-
-def _head(channels_in: int, channels_out: int) -> list[nn.Module]:
-    return [_norm(channels_in), nn.SiLU(), _conv(channels_in, channels_out)]

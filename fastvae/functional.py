@@ -554,7 +554,7 @@ def reparameterize_kl(
     parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
     small = backend is None and prior is None and parametrisation.is_logvar and cpu.is_small(mu, logvar, eps)
     if small and mu.shape == logvar.shape:
-        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim))
+        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim), "mu")
     return Posterior.of(mu, logvar, prior, 0, kl_dims, parametrisation, backend).sample_and_kl(eps, generator)
 
 
@@ -606,7 +606,7 @@ def reparameterize_kl_moments(
     parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
     if backend is None and prior is None and parametrisation.is_logvar and cpu.is_small(moments, None, eps):
         mu, logvar = moments.chunk(2, dim)
-        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim))
+        return _small(mu, logvar, eps, generator, parametrisation.bounds, checks.dims("kl_dims", kl_dims, mu.ndim), "half of moments")
     return Posterior.of(moments, None, prior, dim, kl_dims, parametrisation, backend).sample_and_kl(eps, generator)
 
 
@@ -719,11 +719,12 @@ def _small(
     generator: torch.Generator | None,
     bounds: tuple[float, float] | None,
     dims: tuple[int, ...],
+    name: str,
 ) -> tuple[Tensor, Tensor]:
     if eps is None:
         eps = _noise(mu, generator, None)
     else:
-        checks.noise(eps, generator, mu)
+        checks.noise(eps, generator, mu, name)
     return cpu.differentiable(mu, logvar, eps, bounds, dims)
 
 

@@ -170,8 +170,10 @@ class VAE(nn.Module):
 
         The networks are those of latent diffusion's AutoencoderKL without attention: residual blocks of GroupNorm, SiLU and 3×3
         convolutions, a strided convolution between two resolutions, and in the decoder a nearest-neighbour upsampling and a convolution.
-        They take pictures of any size that f divides. `likelihood` and the arguments after it are those of `VAE`; latent diffusion has
-        the loss `VAEObjective.beta_vae(1e-6)`, the likelihood "laplace", and hard bounds of logvar where these are soft.
+        Unlike latent diffusion's, that convolution changes the number of channels, and no GroupNorm and SiLU precede the last convolution
+        of each network. Pixels between 0 and 1 become −1 to 1 inside the networks. They take pictures of any size that f divides.
+        `likelihood` and the arguments after it are those of `VAE`; latent diffusion has the loss `VAEObjective.beta_vae(1e-6)`, the
+        likelihood "laplace", and hard bounds of logvar where these are soft.
 
         Args:
             shape: The shape of one picture, (C, H, W), with H and W multiples of f.

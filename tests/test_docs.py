@@ -198,7 +198,7 @@ EXAMPLES = {
     "train_mmd_vae": "--epochs 2",
     "two_sample_test": "--n 400",
     "domain_adaptation": "--steps 60",
-    "train_autoencoder": "--steps 6",
+    "train_autoencoder": "--steps 25",
 }
 
 

@@ -99,6 +99,22 @@ def test_a_residual_block_adds_to_its_shortcut():
         assert all(layer.kernel_size == (3, 3) for layer in (conv, conv2))
 
 
+def test_pixels_of_autoencoder_kl_lie_between_minus_one_and_one_inside():
+    model = VAE.autoencoder_kl((1, 4, 4), channels=(4,))
+    inputs = []
+    model.encoder[1].register_forward_hook(lambda layer, args, result: inputs.append(args[0]))
+    x = torch.rand(2, 1, 4, 4)
+    z, _ = model.encode(x)
+    assert torch.equal(inputs[0], 2 * x - 1)
+    last = model.decoder[-2]
+    assert isinstance(last, nn.Conv2d)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, -1.0)
+    assert not model.decode(z).any()
+    nn.init.constant_(last.bias, 1.0)
+    assert (model.decode(z) == 1).all()
+
+
 def outputs(samples=1):
     """An output with latents (N, C, H, W), and the same with (N, C·H·W)."""
     mu, logvar, eps = noise(N, *SHAPE), noise(N, *SHAPE, seed=1), noise(N * samples, *SHAPE, seed=2)
@@ -270,7 +286,7 @@ def test_a_pretrained_autoencoder_kl(tmp_path):
     assert repr(again.likelihood) == "Laplace(scale=0.3)"
     assert torch.equal(again.sample(2, generator=generator()), model.sample(2, generator=generator()))
     changed = copy.deepcopy(model)
-    changed.encoder[1].residual[1] = nn.ReLU()
+    changed.encoder[2].residual[1] = nn.ReLU()
     with pytest.raises(ValueError, match=r"encoder must be the one that VAE.autoencoder_kl made"):
         changed.save_pretrained(tmp_path)
     changed.networks = None
