@@ -13,9 +13,9 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 
 # In the order of the table in CONTRIBUTING.md: a module imports from its own row and from the rows above it.
 LAYERS = [
-    ["version", "radial", "kernel_sums", "parametrisation"],
+    ["version", "radial", "kernel_sums", "parametrisation", "layouts"],
     ["kernels"],
-    ["devices", "dispatch", "checks", "layouts", "reference", "bandwidths", "distributed"],
+    ["devices", "dispatch", "checks", "reference", "bandwidths", "distributed"],
     ["cpu"],
     ["ops"],
     ["functional", "two_sample"],
