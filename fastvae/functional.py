@@ -497,6 +497,9 @@ def _constant_pairs(pairs: tuple[tuple[int, int], ...], device: torch.device) ->
         return torch.tensor(pairs, device=device)
 
 
+_DEFAULTS = (-1, "logvar", 0.0)
+
+
 def reparameterize_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -547,6 +550,19 @@ def reparameterize_kl(
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 2.4 and appendix B.
     """
+    if (
+        type(kl_dims) is int
+        and type(scale) is str
+        and (kl_dims, scale, scale_offset) == _DEFAULTS
+        and (eps is None and backend is None and prior is None and logvar_bounds is None and soft_clamp is None)
+        and isinstance(mu, Tensor)
+        and isinstance(logvar, Tensor)
+        and mu.ndim == 2
+        and mu.shape == logvar.shape
+        and cpu.is_small(mu, logvar, None)
+    ):
+        # The usual call, without the checks: for a few numbers they take a twentieth of a training step.
+        return cpu.differentiable(mu, logvar, _noise(mu, generator, None))
     checks.rows("mu", mu)
     checks.floating_tensor("logvar", logvar)
     if type(kl_dims) is int and kl_dims == -1:

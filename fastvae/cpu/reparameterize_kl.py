@@ -46,7 +46,11 @@ def is_small(mu: Tensor, logvar: Tensor | None, eps: Tensor | None) -> bool:
     # First, as the compiler adds a guard for each attribute of a tensor that is read.
     if needs_dispatcher(mu) or not 0 < (mu.numel() if logvar is None else 2 * mu.numel()) <= _SMALL:
         return False
-    return all(t is None or (type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu) for t in (mu, logvar, eps))
+    return _is_plain_float32(mu) and (logvar is None or _is_plain_float32(logvar)) and (eps is None or _is_plain_float32(eps))
+
+
+def _is_plain_float32(t: Tensor) -> bool:
+    return type(t) is Tensor and t.dtype is torch.float32 and t.is_cpu
 
 
 def differentiable(
