@@ -118,6 +118,7 @@ def test_gradcheck_of_gaussian_kl():
 
 
 @needs_cpu
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("memory_format", "kl_dims"), [(torch.contiguous_format, (1, 2, 3)), (torch.contiguous_format, (2,)), (torch.channels_last, (1,))]
 )
@@ -137,6 +138,7 @@ def loss(moments, eps, prior):
     return z.sin().sum() + kl.square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_transforms_and_compiler(memory_format):
     moments = torch.randn(3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format)
