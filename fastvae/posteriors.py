@@ -124,7 +124,8 @@ class DiagonalGaussianDistribution:
             if not isinstance(other, DiagonalGaussianDistribution):
                 kind = f"{type(other).__module__}.{type(other).__name__}"
                 raise TypeError(f"other must be a fastvae.DiagonalGaussianDistribution, got {kind}")
-            if (other._parametrisation, other._dim, other.deterministic) != (self._parametrisation, self._dim, False):
+            form = self._parametrisation, self._dim, self.parameters.ndim, False
+            if (other._parametrisation, other._dim, other.parameters.ndim, other.deterministic) != form:
                 return gaussian_kl(self.mean, self.std, other.mean, other.std, scale="std", kl_dims=kl_dims)
             parameters, prior = checks.broadcast("parameters of self", parameters, "those of other", other.parameters)
         return Posterior.of(parameters, None, prior, self._dim, kl_dims, self._parametrisation, None).kl()

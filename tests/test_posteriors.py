@@ -607,6 +607,12 @@ def test_posteriors_are_broadcast_to_one_another():
     torch.testing.assert_close(all_.kl(one), all_.kl(CLASS(one.parameters.expand(3, -1, -1, -1))))
 
 
+def test_a_posterior_of_fewer_dimensions():
+    p, q = CLASS(torch.randn(5, 4, 6, 2)), CLASS(torch.randn(6, 2))
+    expected = 0.5 * ((p.mean - q.mean).square() / q.var + p.var / q.var - 1 - p.logvar + q.logvar).sum((1, 2, 3))
+    torch.testing.assert_close(p.kl(q), expected)
+
+
 def test_priors_under_autocast():
     mu, logvar, prior_mu, prior_logvar = (torch.randn(4, 6).bfloat16() for _ in range(4))
     expected = fastvae.gaussian_kl(*(t.float() for t in (mu, logvar, prior_mu, prior_logvar)))

@@ -292,3 +292,12 @@ def test_tiles(sizes, sums, tiles, block):
     assert (config.block_n, config.block_d) == block
     assert b * -(-r // config.block_n) * -(-d // config.block_d) == tiles
     assert config.block_n * config.block_d <= 512 * config.num_warps
+
+
+def test_gradient_of_an_expanded_channel():
+    moments = torch.randn(4, 1, 5, 3, dtype=torch.float64, device=DEVICE).mT.expand(-1, 2, -1, -1).requires_grad_()
+    eps, found = torch.randn(4, 1, 3, 5, dtype=torch.float64, device=DEVICE), []
+    for backend in ("triton", "reference"):
+        z, kl = fastvae.reparameterize_kl_moments(moments, eps=eps, backend=backend)
+        found.append(torch.autograd.grad(z.sum() + kl.sum(), moments)[0])
+    torch.testing.assert_close(*found)

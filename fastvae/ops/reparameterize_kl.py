@@ -101,7 +101,8 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], s_strides: tuple[int
         layout = Layout.of(shape, (strides, s_strides), kl_dims)
         return _Plan(layout, layout.strides)
     dense, half = Layout.of(shape, (strides,), ()).strides, (*shape[:dim], shape[dim] // 2, *shape[dim + 1 :])
-    layout = Layout.of(half, (strides, dense), kl_dims)
+    # The order is that of the gradient, which is written in place.
+    layout = Layout.of(half, (dense, strides), kl_dims)
     return _Plan(layout, dense) if layout.views else _Plan(Layout.of(half, (dense,), kl_dims), dense, copy=True)
 
 
