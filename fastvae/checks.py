@@ -583,9 +583,9 @@ def dimension(name: str, value: Any, ndim: int) -> int:
 
 def dims(name: str, value: Dims, ndim: int) -> tuple[int, ...]:
     """Several dimensions of a tensor, from 0, in order."""
-    if value == "all":
+    if isinstance(value, str) and value == "all":
         return tuple(range(1, ndim))
-    if type(value) is int:
+    if isinstance(value, numbers.Integral):
         return (dimension(name, value, ndim),)
     if isinstance(value, str) or not isinstance(value, Sequence):
         received = repr(value) if isinstance(value, str) else type(value).__name__

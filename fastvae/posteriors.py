@@ -107,7 +107,7 @@ class DiagonalGaussianDistribution:
         if self.deterministic:
             return self.mean.clone(), self.kl()
         posterior = Posterior.of(self.parameters, None, None, self._dim, kl_dims, self._parametrisation, None)
-        if isinstance(generator, Sequence) or (generator is not None and generator.device.type == "cpu"):
+        if generator is not None and (not isinstance(generator, torch.Generator) or generator.device.type == "cpu"):
             return posterior.sample_and_kl(self._noise(generator), None)
         return posterior.sample_and_kl(None, generator)
 
@@ -135,17 +135,25 @@ class DiagonalGaussianDistribution:
         if self.deterministic:
             return self.parameters.new_zeros(1, dtype=torch.float32)
         checks.floating_tensor("sample", sample)
-        mean = self.mean
+        dtype = accumulation_dtype(self.parameters.dtype)
+        mean, s = self._parametrisation.bounded(*self.parameters.to(dtype).chunk(2, self._dim))
+        std, logvar = self._parametrisation.spread(s)
+        if sample.ndim != mean.ndim:
+            raise ValueError(f"sample must have as many dimensions as the mean, {mean.ndim}, got {sample.ndim}")
         checks.broadcast("sample", sample, "the mean", mean)
         over = checks.dims("dims", dims, mean.ndim)
-        dtype = accumulation_dtype(mean.dtype)
-        squares = (sample.to(dtype) - mean.to(dtype)).square()
-        nll = 0.5 * (math.log(2 * math.pi) + self.logvar + squares / self.var.to(dtype))
+        var = logvar.exp() if self._parametrisation.is_logvar else std.square()
+        nll = 0.5 * (math.log(2 * math.pi) + logvar + (sample.to(dtype) - mean).square() / var)
         return nll.sum(over) if over else nll
 
     def _noise(self, generator: Generators) -> Tensor:
         """ε, drawn where the generator is."""
         shape = torch.Size(size // 2 if dim == self._dim else size for dim, size in enumerate(self.parameters.shape))
+        if isinstance(generator, Sequence) and len(generator) == 1:
+            generator = generator[0]
+        for own in generator if isinstance(generator, Sequence) else [generator]:
+            if own is not None and not isinstance(own, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator, got {type(own).__name__}")
         if isinstance(generator, Sequence) and len(generator) != shape[0]:
             raise ValueError(f"generator must be one for each of {shape[0]} items, got {len(generator)}")
         each: Any = [(generator, shape)] if not isinstance(generator, Sequence) else [(own, (1, *shape[1:])) for own in generator]

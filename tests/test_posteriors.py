@@ -545,7 +545,9 @@ BAD = [
     ("other", partial(CLASS(M).kl, 3)),
     ("parameters of self", partial(CLASS(M).kl, CLASS(M[..., :2]))),
     ("sample", partial(CLASS(M).nll, M)),
-    ("generator", partial(CLASS(M).sample, [torch.Generator()])),
+    ("generator", partial(CLASS(M).sample, [torch.Generator(), torch.Generator()])),
+    ("generator", partial(CLASS(M).sample_and_kl, 3)),
+    ("sample", partial(CLASS(M).nll, M[:, :3][None])),
 ]
 for call in (partial(MOMENTS, M), PAIR, KL, partial(CLASS, M)):
     BAD += [
@@ -605,6 +607,14 @@ def test_posteriors_are_broadcast_to_one_another():
     one, all_ = CLASS(torch.randn(1, 4, 2, 2)), CLASS(torch.randn(3, 4, 2, 2))
     torch.testing.assert_close(one.kl(all_), CLASS(one.parameters.expand(3, -1, -1, -1)).kl(all_))
     torch.testing.assert_close(all_.kl(one), all_.kl(CLASS(one.parameters.expand(3, -1, -1, -1))))
+
+
+def test_nll_in_half_precision():
+    parameters = torch.zeros(2, 2, 3, dtype=torch.float16)
+    parameters[:, 1] = -20
+    nll = CLASS(parameters).nll(torch.full((2, 1, 3), 0.001, dtype=torch.float16))
+    exact = CLASS(parameters.double()).nll(torch.full((2, 1, 3), 0.001, dtype=torch.float16).double())
+    torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_a_posterior_of_fewer_dimensions():
