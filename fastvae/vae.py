@@ -67,12 +67,7 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         checks.option("posterior", posterior, get_args(Posterior))
-        if logvar_bounds is not None:
-            low, high = (checks.real("each of logvar_bounds", bound) for bound in logvar_bounds)
-            if not low < high:
-                raise ValueError(f"logvar_bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
-            logvar_bounds = low, high
-        self.logvar_bounds = logvar_bounds
+        self.logvar_bounds = None if logvar_bounds is None else checks.ordered("logvar_bounds", logvar_bounds)
         self.encoder = encoder
         self.decoder = decoder
         self.latent_shape = _latent_shape(latent_dim)
