@@ -5,9 +5,9 @@
     python -m benchmarks.compile_report --quick                         the rows that the tests compile again
 
 A row holds registers, spills and shared memory; the instructions in the inner loop for a pair of points (for an element, in row-wise
-kernels; for a pair and a dimension, in those of total correlation), by unit; the cycles that each unit needs for them on one
-multiprocessor; and the time of one sweep over N = 65,536 rows against as many columns (half of the pairs where the sweep is symmetric) on
-the GPU named, were its slowest unit always busy.
+kernels; for a pair and a dimension, in those of total correlation and of few rows), by unit; the cycles that each unit needs for them on
+one multiprocessor; and the time of one sweep over N = 65,536 rows against as many columns (half of the pairs where the sweep is
+symmetric), or of 1,024 problems of few rows, on the GPU named, were its slowest unit always busy.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, argument_types, compile_kernel, is_matrix
-from fastvae.kernels import families, kernel_matmul, mmd, plan, prepare, products, reparameterize_kl, sums, total_correlation
+from fastvae.kernels import families, few_rows, kernel_matmul, mmd, plan, prepare, products, reparameterize_kl, sums, total_correlation
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
+    FewRowsConfig,
     MatmulConfig,
     RowConfig,
     SweepConfig,
     TermsConfig,
     density_config,
     difference_products,
+    few_rows_config,
     matmul_config,
     padded_dim,
     sweep_config,
@@ -47,6 +49,7 @@ from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Polynomial, Ra
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS = 65_536
+PREDICTED_PROBLEMS = 1024  # of few rows
 ARCHITECTURES = tuple(GPUS)
 PRECISIONS = ("highest", "high", "medium", "ieee", "float64")
 # Fewer than 16 features are padded to 16; the kernels for 256 features are those for all more.
@@ -199,7 +202,22 @@ class Density:
         return f"{self.direction} {self.dtype} D{self.dim} {'stratified' if self.stratified else 'weighted'}"
 
 
-Variant = Sweep | Differences | Matmul | Rows | Density
+@dataclass(frozen=True)
+class FewRows:
+    """One variant of `few_rows.few_rows_kernel`, value and gradients."""
+
+    rows: int  # of both samples together
+    dim: int
+    bandwidths: int = 1
+    kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    dtype: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return " ".join([f"{self.rows} rows", self.dtype, f"D{self.dim}", f"bandwidths{self.bandwidths}", *kernel_words(self.kernel)])
+
+
+Variant = Sweep | Differences | Matmul | Rows | Density | FewRows
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -226,6 +244,7 @@ def variants(architecture: int) -> Iterator[Variant]:
         yield from _family(architecture, gradient)
     yield from _terms(architecture)
     yield from _matmuls(architecture)
+    yield from _few_rows(architecture)
     for direction in ("forward", "backward"):
         for seeded in (False, True):
             for dtype in ("fp32", "bf16"):
@@ -294,6 +313,18 @@ def _matmuls(architecture: int) -> Iterator[Variant]:
                 yield Matmul(direction, precision, 16, 16, 5, differences=True)
 
 
+def _few_rows(architecture: int) -> Iterator[Variant]:
+    """Groups of four against four, as in inductive moment matching, and the most rows and bandwidths."""
+    yield FewRows(8, 4096)
+    yield FewRows(8, 4096, kernel=Laplace(), dtype="bf16")
+    yield FewRows(128, 16, 6, RationalQuadratic(2.3))
+    if architecture == 90:
+        for rows, dim in ((16, 512), (32, 128), (64, 64), (128, 16)):
+            yield FewRows(rows, dim)
+        for kernel in (RBF(), Laplace(), Energy()):
+            yield FewRows(128, 16, 6, kernel)
+
+
 def quick(variant: Variant, architecture: int) -> bool:
     """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
     if architecture != 90:
@@ -303,6 +334,8 @@ def quick(variant: Variant, architecture: int) -> bool:
         return variant.form in ("", "channels_last", "elementwise") and (not variant.form or variant.dtype == "fp32")
     if isinstance(variant, Density):
         return variant.dtype == "fp32" and variant.dim == 32
+    if isinstance(variant, FewRows):
+        return variant.kernel == RationalQuadratic(2.3) or variant.dtype == "bf16"
     counted = {
         *(Sweep("highest", 16, False, within, bandwidths) for within in (False, True) for bandwidths in (1, 5)),
         *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
@@ -315,7 +348,7 @@ def quick(variant: Variant, architecture: int) -> bool:
     return variant in counted
 
 
-def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig:
+def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | DensityConfig | FewRowsConfig:
     if isinstance(variant, Sweep):
         products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
         if variant.terms:
@@ -333,6 +366,8 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         if variant.terms:
             return terms_config(variant.dim, products, variant.bandwidths, architecture, _steep(variant.kernel))
         return sweep_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture)
+    if isinstance(variant, FewRows):
+        return few_rows_config(variant.rows, variant.dim)
     if isinstance(variant, Density):
         gradient = variant.direction in ("rows", "columns")
         return density_config(variant.dim, variant.dtype == "fp64", gradient, variant.stratified, architecture)
@@ -341,12 +376,12 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
-    describe: Any = {Sweep: _sweep, Differences: _differences, Matmul: _matmul, Rows: _rows, Density: _density}[type(variant)]
+    describe: Any = {Sweep: _sweep, Differences: _differences, Matmul: _matmul, Rows: _rows, Density: _density, FewRows: _few}
     config = config_of(variant, architecture)
-    kernel, binary, units, work = describe(variant, config, architecture)
+    kernel, binary, units, work = describe[type(variant)](variant, config, architecture)
     gpu = GPUS[architecture]
     bound = max(units, key=lambda unit: units[unit])
-    per = "element" if isinstance(variant, Rows) else "pair and dimension" if isinstance(variant, Density) else "pair"
+    per = "element" if isinstance(variant, Rows) else "pair and dimension" if isinstance(variant, (Density, FewRows)) else "pair"
     return {
         "kernel": kernel,
         "variant": variant.name,
@@ -382,6 +417,8 @@ def _count(variant: Variant) -> float:
         return PREDICTED_ROWS * variant.dim
     if isinstance(variant, Density):
         return PREDICTED_ROWS**2 * variant.dim
+    if isinstance(variant, FewRows):
+        return PREDICTED_PROBLEMS * variant.rows**2 * variant.dim
     symmetric = isinstance(variant, Sweep) and variant.symmetric
     return PREDICTED_ROWS**2 / (2 if symmetric else 1)
 
@@ -553,6 +590,25 @@ def _density(variant: Density, config: DensityConfig, architecture: int) -> Desc
     turns = 1 if variant.direction == "marginal" else variant.dim if variant.direction == "joint" else config.block_d
     work = _per_unit(_inner_loop(binary, turns), turns * config.block_n * config.block_m / (32 * config.num_warps))
     return f"total_correlation.{variant.direction}_kernel", binary, _cycles(work, GPUS[architecture].fp64), work
+
+
+def _few(variant: FewRows, config: FewRowsConfig, architecture: int) -> Described:
+    family, fn = families.family_of(variant.kernel), few_rows.few_rows_kernel
+    numbers = 2 * variant.bandwidths + family.parameters
+    types = argument_types(fn, lambda name: "*fp32" if name.endswith("_ptr") else "i32")
+    types |= {"numbers": ("fp32",) * (3 * numbers), "x_ptr": f"*{variant.dtype}", "y_ptr": f"*{variant.dtype}"}
+    evaluated = 1 if family.homogeneous else variant.bandwidths
+    spec = few_rows.FewRowsSpec(numbers, False, family, evaluated, variant.bandwidths, 0, False, True, True)
+    binary = compile_kernel(fn, types, {"SPEC": spec} | config.launch(), architecture)
+    # The loop over columns, with one over features for the distances and one for the gradients.
+    steps = -(-variant.dim // config.block_d)
+    ops = max((loop.weighed(steps) for loop in binary.loops), key=lambda loop: loop.total())
+    work = _per_unit(ops, config.block_n * config.block_m * variant.dim / (32 * config.num_warps))
+    units = _cycles(work, GPUS[architecture].fp64)
+    gpu = GPUS[architecture]
+    width = (4 if variant.dtype == "fp32" else 2) + 4
+    units["memory"] = width * gpu.multiprocessors * gpu.ghz * 1e9 / gpu.bytes_per_second / variant.rows
+    return "few_rows.few_rows_kernel", binary, units, work
 
 
 def _inner_loop(binary: Binary, trips: int = 1) -> collections.Counter[str]:

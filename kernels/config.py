@@ -50,6 +50,17 @@ class DensityConfig(_Config):
 
 
 @dataclass(frozen=True)
+class FewRowsConfig(_Config):
+    """How a program goes through the pairs of one problem of few rows."""
+
+    block_n: int  # all rows of both samples
+    block_m: int  # rows of a step, each of which meets all rows
+    block_d: int  # features of a step
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class MatmulConfig(SweepConfig):
     """`SweepConfig` for the product K·v and its gradient."""
 
@@ -291,6 +302,14 @@ def matmul_config(
         return MatmulConfig(128, 64, min(block_d, 32), min(block_d, 32), 8, 2, block_c=block_c)
     limit = None if several_powers else limit
     return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, limit, block_c=min(block_c, 32))
+
+
+def few_rows_config(rows: int, features: int) -> FewRowsConfig:
+    """For problems of so many rows of both samples together. A thread keeps up to 16 sums of squares, or 32 for more than 16 rows: with
+    more the kernel spills. Not measured."""
+    block_n = max(8, _next_power_of_2(rows))
+    num_warps, most = (4, 16) if block_n <= 16 else (8, 1024 // block_n)
+    return FewRowsConfig(block_n, 8, min(max(8, _next_power_of_2(features)), most), num_warps)
 
 
 def density_config(dim: int, double: bool, gradient: bool, stratified: bool, architecture: int) -> DensityConfig:

@@ -106,11 +106,24 @@ def _on_triton(problem: Problem) -> Found:
     with without_autocast(problem.x.device):
         if problem.x.ndim == 2:
             return _triton_sweep(problem, precision)
+        if (result := _few_rows(problem)) is not None:
+            return result
         # As many problems of a batch as one launch takes. Each is padded to whole tiles, which is much for a small one.
         rows = max(t.shape[1] for t in problem[:2] if isinstance(t, Tensor))
         step = max(1, _MOST_PADDED // ((rows + -rows % 128) * (problem.x.shape[2] + -problem.x.shape[2] % 16)))
         parts = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
         return _joined([_triton_sweep(_of_tensors(problem, part), precision) for part in parts])
+
+
+def _few_rows(problem: Problem) -> Found | None:
+    """A batch of problems of few rows, in one launch; None if sweeps should take them."""
+    x, y, weights = problem.x, problem.y, (problem.x_weights, problem.y_weights)
+    if y is None or problem.bandwidth_grad or any(p is not None for p in weights):
+        return None
+    from fastvae.kernels.few_rows import mmd_if_few_rows
+
+    result = mmd_if_few_rows(x, y, problem.kernel.numbers(x), problem.unbiased, problem.x_grad, problem.y_grad)
+    return None if result is None else (*result, None, None)
 
 
 def _triton_sweep(problem: Problem, precision: str) -> Found:
