@@ -175,21 +175,39 @@ def large() -> str:
         ("`mmd`, 7,207 × 79 against 93,070 × 79, value", "large_mmd", "value_", "relative_error", ""),
         ("the same with both gradients", "large_mmd", "value_and_gradients_", "gradient_relative_error", " (gradient)"),
         (
+            "`mmd`, 5,120 × 768 to a `KernelMean` of 4,096 points, with gradient",
+            "large_kernel_mean",
+            "kernel_mean_",
+            "gradient_difference",
+            " (gradient, to the usual float32); {over_mmd:.2f} of `mmd`'s time, {over_usual:.2f} of the usual code's",
+        ),
+        (
             "`two_sample_test`, 20,000 × 32 each, 500 permutations",
             "large_two_sample_test",
             "",
             "error_in_null_deviations",
             " null deviations",
         ),
+        *(
+            (
+                f"the same by `{method}`, 100,000 × 32 each",
+                f"approximate_two_sample_test of {method.partition('(')[0]}",
+                "",
+                "error_in_null_deviations",
+                " null deviations",
+            )
+            for method in ("RandomFeatures(512)", "NystromFeatures(512)")
+        ),
         ("`recipes.cmmd`, 30,000 × 768 against 30,000 × 768", "large_cmmd", "", "relative_error", "; the usual float32: {usual:.0e}"),
         ("`total_correlation`, 16,384 × 32, with gradient", "total_correlation_cpu", "", "gradient_relative_error", " (gradient)"),
     )
     lines = []
     for title, name, prefix, error, words in cases:
-        row = rows_of(name)[-1]
+        name, _, part = name.partition(" of ")
+        row = [row for row in rows_of(name) if part in row.get("case", "")][-1]
         seconds = row.get(f"{prefix}seconds", row.get("processor_ms", 0) / 1000)
-        text = f"{row[error]:.0e}{words.format(usual=row.get('usual_float32_relative_error'))}"
-        script = name.replace("total_correlation_cpu", "bench_total_correlation")
+        text = f"{row[error]:.0e}{words.format(usual=row.get('usual_float32_relative_error'), **row)}"
+        script = name.replace("total_correlation_cpu", "bench_total_correlation").replace("approximate", "large")
         lines.append([title, memory(row[f"{prefix}extra_mib"]), f"{seconds:.2g} s", text, f"`{script}`, {row['date']}"])
     return markdown(["", "extra memory", "time", "relative error", "script and date"], lines)
 

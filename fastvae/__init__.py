@@ -2,6 +2,7 @@
 
 from fastvae import recipes, reference, schedules
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth
+from fastvae.features import NystromFeatures, RandomFeatures
 from fastvae.functional import (
     GroupMMD,
     gaussian_kl,
@@ -14,6 +15,7 @@ from fastvae.functional import (
     total_correlation,
     witness,
 )
+from fastvae.kernel_mean import KernelMean
 from fastvae.losses import MMDLoss
 from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Laplace, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.posteriors import DiagonalGaussianDistribution
@@ -33,11 +35,14 @@ __all__ = [
     "ImportanceWeighted",
     "KLDecomposition",
     "Kernel",
+    "KernelMean",
     "KernelTest",
     "Laplace",
     "Likelihood",
     "MMDLoss",
+    "NystromFeatures",
     "ObjectiveTerms",
+    "RandomFeatures",
     "Standardise",
     "TwoSampleTest",
     "VAEObjective",

@@ -184,9 +184,13 @@ def floating_tensor(name: str, x: object) -> Tensor:
 
 def same_kind(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """The same dtype and device."""
+    same_device(name_a, a, name_b, b)
+    same_dtype(name_a, a, name_b, b)
+
+
+def same_device(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}")
-    same_dtype(name_a, a, name_b, b)
 
 
 def same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
@@ -228,6 +232,12 @@ def real(name: str, value: Any, *, above: float | None = None, at_least: float |
     if at_least is not None and not number >= at_least:
         raise ValueError(f"{name} must be at least {at_least:g}, got {number:g}")
     return number
+
+
+def number(name: str, value: object) -> None:
+    """A real number, nan included."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:
@@ -387,6 +397,88 @@ def distributed(x: Tensor, estimator: str, backend: str | None, group: object) -
         raise ValueError(f"process_group must be None for {option}, got a process group")
 
 
+def own_kernel(bandwidth: object, bandwidth_weights: object, kernel: object, y_weights: object) -> None:
+    """The arguments of `mmd` that a KernelMean brings with it, at their defaults."""
+    given = {"bandwidth": bandwidth, "bandwidth_weights": bandwidth_weights, "kernel": kernel, "y_weights": y_weights}
+    defaults = {"bandwidth": 1.0, "kernel": "rbf"}
+    for name, value in given.items():
+        if value is not defaults.get(name) and not (type(value) is float and value == 1.0):
+            raise ValueError(f"{name} must be left out where y is a KernelMean, which has its own, got {value!r}")
+
+
+def has_spectral_density(family: Kernel, holds: bool, weights: Sequence[float]) -> None:
+    if not holds:
+        raise ValueError(f"kernel must have a spectral density for random features, got {family.name!r}: use NystromFeatures or all pairs")
+    if min(weights) < 0:
+        raise ValueError(f"bandwidth_weights must be at least 0 for random features, got {min(weights):g}")
+
+
+def without_features(features: object, aggregate: object, backend: object, precision: object) -> None:
+    """Options that features do not go with."""
+    for name, value in (("aggregate", aggregate), ("backend", backend), ("precision", precision)):
+        if value is not None:
+            raise ValueError(f"{name} must be None for method={features!r}, got {value!r}")
+
+
+def positive_definite_kernel(family: Kernel) -> None:
+    if family.homogeneous:
+        raise ValueError(f"kernel must be positive definite for the Nyström approximation, got {family.name!r}: use all rows")
+
+
+def positive_definite(holds: bool, ridge: float) -> None:
+    if not holds:
+        raise ValueError(f"ridge must make the kernel matrix of the landmarks positive definite, got {ridge:g}: pass a larger one")
+
+
+def instance(name: str, value: object, kind: type, more: str = "") -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}{more}, got {type(value).__name__}")
+
+
+def no_rule(bandwidth: object, why: str) -> None:
+    if isinstance(bandwidth, str):
+        raise ValueError(f"bandwidth must be a number or several {why}, got {bandwidth!r}")
+
+
+def as_many(name: str, found: int, of: str, expected: int) -> None:
+    if found != expected:
+        raise ValueError(f"{name} must be as many as {of}, {expected}, got {found}")
+
+
+def iterable(name: str, value: object) -> None:
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a torch.Tensor or an iterable of tensors, got {type(value).__name__}")
+
+
+def has_batches(name: str, first: object) -> None:
+    if first is None:
+        raise ValueError(f"{name} must hold at least one batch, got none")
+
+
+def iterated_twice(seen: int, kept: int) -> None:
+    if seen > kept:
+        raise ValueError(
+            f"pool must be iterable twice, as a list or a DataLoader is, if it has more rows than are drawn, {kept}, got an iterator over "
+            f"{seen} rows: pass landmarks as points and a number for the bandwidth"
+        )
+
+
+def finite(name: str, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got a nan or an infinity")
+
+
+def installed(module: str, package: str, caller: str, extra: str, otherwise: str = "") -> None:
+    if importlib.util.find_spec(module) is None:
+        way = f" {otherwise}" if otherwise else ""
+        raise ImportError(f"{package} must be installed for {caller}: pip install 'fastvae-mmd[{extra}]'{',' * bool(way)}{way}")
+
+
+def file_format(path: object, found: object, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{path} must be a file that {expected.partition('.')[2]}.save wrote, got {found or 'a file of another kind'}")
+
+
 def known_groups(num_groups: int | None) -> None:
     if num_groups is None:
         raise ValueError("num_groups must be given with a process_group, as a rank may lack some groups, got None")
@@ -421,6 +513,11 @@ def sum_of_weights(name: str, weights: Tensor, estimator: str = "biased") -> Non
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:
     if estimator != "biased" and x.shape[-2] < 2:
         raise ValueError(f"{name} must have at least two rows for estimator={estimator!r}, got {x.shape[-2]}: use estimator='biased'")
+
+
+def two_embeddings(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"embeddings of each kind must be at least two for estimator='unbiased', got {count}: use estimator='biased'")
 
 
 def two_rows(name: str, x: Tensor) -> None:

@@ -15,6 +15,7 @@ from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
+from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @float64_on_cpu
 def mmd(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | KernelMean,
     *,
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
@@ -58,7 +59,8 @@ def mmd(
     Args:
         x: (..., N, D), floating point. More than one batch dimension raises a warning, as images are often meant: x.flatten(1) makes one
             sample of them, and x.flatten(0, -3) makes one batch dimension.
-        y: (..., M, D), same batch dimensions, dtype and device as x.
+        y: (..., M, D), same batch dimensions, dtype and device as x. Or a `KernelMean`, a fixed sample with its own kernel and bandwidths,
+            which are then left out here; x is (N, D), and `estimator`, "biased" or "unbiased", is that of the pairs of x.
         bandwidth: h, a length in the units of the data (not h², γ or 2h²), as a number, a sequence or a tensor. A tensor may require grad.
             Each h lies between 1e-30 and 1e30; several lie within a factor of 1e15 of one another. Or the name of a rule: "median" for
             `fastvae.median_bandwidth(x, y)`, which takes the time of one more sweep (of three on a GPU), or "mean" for
@@ -96,6 +98,10 @@ def mmd(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", lemmas 6 and 14.
     """
+    if isinstance(y, KernelMean):
+        with propagate_errors(process_group):
+            checks.own_kernel(bandwidth, bandwidth_weights, kernel, y_weights)
+        return mmd_to_mean(_autocast(x), y, x_weights, estimator, precision, backend, process_group)
     return _mmd([x, y], [x_weights, y_weights], bandwidth, bandwidth_weights, kernel, estimator, precision, backend, process_group)
 
 
@@ -184,7 +190,7 @@ def _mmd(
     missing = [] if others else [None]
     gathered = [None] * 4 if process_group is None else [*whole, *missing, *whole_weights, *missing]
     value = apply_mmd(
-        [*samples, *missing, *weights, *missing, *gathered, *starts],
+        [*samples, *missing, *weights, *missing, *gathered, *starts, None],
         arguments or kernel_arguments(family, h, a),
         estimator == "unbiased",
         precision or "",

@@ -24,11 +24,13 @@ from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype
 from fastvae.functional import group_mmd, kernel_matmul, mmd
+from fastvae.kernel_mean import KernelMean
 from fastvae.objectives import IMQ_SCALES
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 from fastvae.two_sample import squared
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "deepda",
     "geomloss",
     "info_vae",
+    "irdm",
     "kid",
     "mmd_gan",
     "mmdagg",
@@ -407,6 +410,41 @@ def kid(
     stacked = torch.stack([mmd(x[of_x], y[of_y], bandwidth=h, kernel=kernel, estimator="unbiased", **options) for of_x, of_y in rows])
     stacked = stacked + (0 * x).sum() + (0 * y).sum()  # nan if any row is not finite, also one that no subset contains
     return KID(stacked.mean(), stacked.std(unbiased=False))
+
+
+def irdm(
+    x: Tensor | Sequence[Tensor],
+    reference: KernelMean | Sequence[KernelMean],
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: Literal["stop_gradient"] | None = "stop_gradient",
+    process_group: ProcessGroup | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """The loss of iRDM (representation distribution matching), for embeddings x of generated data by one encoder or by each of several.
+
+        Σ over encoders of weight·L/(stop|L| + 1e-7),   L = mean k(x, x') − 2·mean_i Σ_m α_m·k(x_i, z_m) + mean k(r, r')
+
+    stop is without a gradient. The α_m and landmarks z_m of each encoder compress its embeddings r of real data once: a `KernelMean` from
+    `KernelMean.fit(r, bandwidth=h)`, whose defaults are those of iRDM but for h = √(median d²) of 2,000 rows, which is
+    2**0.5·`median_bandwidth(r[:2000])`. `weights` are 1 by default. With normalize=None each term is L itself. The value of a normalised
+    term is its weight up to rounding; the terms themselves are `fastvae.mmd(x, reference)`. `process_group` is that of `fastvae.mmd`.
+
+    Source: github.com/vita-epfl/RDM, rdm/compare; arXiv 2607.02375.
+    """
+    checks.option("normalize", normalize, ("stop_gradient", None))
+    samples = [x] if isinstance(x, Tensor) else list(x)
+    means = list(reference) if isinstance(reference, Sequence) else [reference]
+    factors = [1.0] * len(samples) if weights is None else [checks.real("every one of weights", weight) for weight in weights]
+    for mean in means:
+        checks.instance("reference", mean, KernelMean, " or several")
+    checks.as_many("reference", len(means), "x", len(samples))
+    checks.as_many("weights", len(factors), "x", len(samples))
+    terms = []
+    for sample, mean, factor in zip(samples, means, factors, strict=True):
+        value = mmd(sample, mean, process_group=process_group, **options)
+        terms.append(factor * (value / (value.detach().abs() + 1e-7) if normalize else value))
+    return torch.stack(terms).sum()
 
 
 @float64_on_cpu

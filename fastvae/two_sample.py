@@ -18,8 +18,9 @@ from fastvae import checks, reference
 from fastvae.bandwidths import median_bandwidth, pooled, ranked_squared_distance, resolve
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype
+from fastvae.features import FeatureMap, NystromFeatures, RandomFeatures
 from fastvae.kernel_sums import Numbers, as_vector
-from fastvae.ops.common import kernel_arguments
+from fastvae.ops.common import kernel_arguments, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.quadratic_form import quadratic_form_diagonal
 from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
@@ -30,6 +31,8 @@ _BISECTIONS = 50
 # The default bandwidths of MMD-FUSE and MMDAgg.
 _FUSE_BANDWIDTHS = 10
 _AGG_POWERS = range(-3, 4)
+# Random rows of which a rule takes the bandwidth, for an approximation.
+_ROWS_OF_A_RULE = 4096
 # Random numbers in one draw: more would need fresh memory for each draw, which takes longer than the draw. And the fewest permutations in
 # one draw: with fewer, the part of a row of v is shorter than a cache line.
 _NUMBERS_PER_DRAW, _MIN_PERMUTATIONS_PER_DRAW = 1 << 13, 16
@@ -93,7 +96,7 @@ def two_sample_test(
     kernel: checks.KernelName | Kernel | Sequence[checks.KernelName | Kernel] = "rbf",
     estimator: checks.Estimator = "unbiased",
     permutations: int = 500,
-    method: Literal["permutation", "wild_bootstrap"] = "permutation",
+    method: Literal["permutation", "wild_bootstrap"] | RandomFeatures | NystromFeatures = "permutation",
     aggregate: Literal["fuse", "agg"] | None = None,
     level: float = 0.05,
     seed: int | torch.Generator | None = None,
@@ -118,7 +121,10 @@ def two_sample_test(
         permutations: B, the number of permutations; the smallest possible p-value is 1/(1 + B).
         method: "permutation" of all rows; or, for N = M, "wild_bootstrap": each x_i and y_i swap places with probability ½. The unbiased
             statistic of the wild bootstrap leaves out the pairs of x_i and y_i, as in lemma 6 of Gretton et al. 2012; that of `mmd` does
-            not.
+            not. For samples of 10⁵ rows and more, permutations of an approximation, `fastvae.RandomFeatures(count)` or
+            `fastvae.NystromFeatures(landmarks)`, in time linear in the number of rows. `statistic` is then that of the approximate kernel,
+            with an error that their docstrings state. The level stays exact; the power is that of the approximate kernel. A rule for the
+            bandwidth takes 4,096 random rows.
         aggregate: None for a test with one kernel; "fuse" or "agg" for one test with a set of kernels, in a sweep or two for each kernel
             and bandwidth. "fuse" is MMD-FUSE: (1/λ)·log mean exp(λ·MMD²/√(mean k²)) over the kernels, λ = √(n(n − 1)) and n = min(N, M),
             for "rbf", "imq", "rational_quadratic" and "laplace". Its default bandwidths are 10, evenly spaced from half the 5 % quantile to
@@ -138,15 +144,21 @@ def two_sample_test(
 
     Raises:
         TypeError: As in `fastvae.mmd`.
-        ValueError: As in `fastvae.mmd`; also N ≠ M with method="wild_bootstrap", or an option that breaks a rule above.
+        ValueError: As in `fastvae.mmd`; also N ≠ M with method="wild_bootstrap", a kernel that the features do not approximate, or an
+            option that breaks a rule above.
 
     Source: Gretton et al. 2012, "A kernel two-sample test"; Phipson and Smyth 2010 for the p-value; Chwialkowski et al. 2014, "A wild
     bootstrap for degenerate kernel tests"; Biggs, Schrab and Gretton 2023, "MMD-FUSE: learning and combining kernels for two-sample testing
-    without data splitting"; Schrab et al. 2023, "MMD aggregated two-sample test".
+    without data splitting"; Schrab et al. 2023, "MMD aggregated two-sample test"; Choi and Kim 2025 (arXiv 2502.20755) for random features;
+    Chatalic et al. 2025 (arXiv 2502.13570) for the Nyström approximation.
     """
     checks.samples(x, y)
     checks.option("estimator", estimator, checks.ESTIMATORS)
-    checks.option("method", method, ("permutation", "wild_bootstrap"))
+    features = method if isinstance(method, (RandomFeatures, NystromFeatures)) else None
+    if features is None:
+        checks.option("method", method, ("permutation", "wild_bootstrap"))
+    else:
+        checks.without_features(features, aggregate, backend, precision)
     checks.option("aggregate", aggregate, (None, "fuse", "agg"))
     checks.option("precision", precision, checks.PRECISIONS)
     checks.usable_backend(backend, x.device)
@@ -168,14 +180,18 @@ def two_sample_test(
     if aggregate is None:
         h, a = checks.bandwidths("median" if bandwidth is None else bandwidth, bandwidth_weights, x.device)
         if bandwidth is None or isinstance(bandwidth, str):
-            h = resolve(bandwidth or "median", x, y)
+            h = resolve(bandwidth or "median", x, y) if features is None else resolve(bandwidth or "median", _some_rows(data.z, generator))
         h, a = _constant(h), _constant(a)
         members = [(families[0], h, a)]
     else:
         members = [(family, h, torch.ones_like(h)) for family in families for h in _collection(aggregate, bandwidth, x, y).reshape(-1, 1)]
     v = data.columns(2 * count if aggregate == "agg" else count, generator)
+    if features is not None:
+        # After the permutations, which are then those of the exact test.
+        ((family, h, a),) = members
+        data = data._replace(map=features.of(data.z, family, tuple(h.tolist()), tuple(a.tolist()), generator))
     values, ties = [], []
-    with torch.no_grad(), _reporting(progress) as report:
+    with torch.no_grad(), without_autocast(x.device), _reporting(progress) as report:
         for n, (family, h, a) in enumerate(members):
             part = None if report is None else _part_of(report, n, len(members))
             value, tied = data.statistics(v, family, h, a, part)
@@ -206,6 +222,7 @@ class _Samples(NamedTuple):
     swaps: bool
     precision: str
     backend: str
+    map: FeatureMap | None = None  # of an approximation of the kernel
 
     @property
     def m(self) -> int:
@@ -276,6 +293,8 @@ class _Samples(NamedTuple):
 
     def form(self, v: Tensor, family: Kernel, h: Tensor, a: Tensor, progress: Callable[[float], None] | None = None) -> Tensor:
         """Σ_{i≠j} v_i·k(z_i, z_j)·v_j of each column, float64. v with half of the rows means [v, −v]."""
+        if self.map is not None:
+            return self.map.form(v, progress)
         if self.backend == "reference":
             z = self.z.to(v)
             v = v if len(v) == len(z) else torch.cat([v, -v])
@@ -285,10 +304,14 @@ class _Samples(NamedTuple):
 
     def diagonal(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """k(z_i, z_i), float64; a scalar if it is the same for all rows."""
+        if self.map is not None:
+            return self.map.squares
         return family.value_at_zero * a.sum() if family.radial else _pointwise(family, h, a, self.z, self.z)
 
     def row_sums(self, family: Kernel, h: Tensor, a: Tensor) -> Tensor:
         """Σ_j k(z_i, z_j), float64."""
+        if self.map is not None:
+            return self.map.row_sums()
         z = self.z.to(accumulation_dtype(self.z.dtype))
         if self.backend == "reference":
             ones = torch.ones_like(z[:, :1])
@@ -310,6 +333,13 @@ class _Samples(NamedTuple):
         scale = pairs**0.5
         fused = ((scale * values / norm).logsumexp(0) - math.log(len(members))) / scale
         return fused, (ties / norm[:, 0]).max()
+
+
+def _some_rows(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Those that a rule takes."""
+    if len(z) <= _ROWS_OF_A_RULE:
+        return z
+    return z[torch.randperm(len(z), generator=generator, device="cpu")[:_ROWS_OF_A_RULE].to(z.device)]
 
 
 def _subsets(count: int, rows: int, size: int, source: np.random.PCG64) -> Tensor:

@@ -39,6 +39,7 @@ from fastvae.kernels.families import (
 )
 from fastvae.kernels.launch import launch
 from fastvae.kernels.plan import (
+    CONSTANT,
     DIAGONAL,
     GRADIENT_SCALE,
     OTHER_GRADIENT,
@@ -619,9 +620,10 @@ def _flags(sample: Sample, gradient: bool, cross: bool) -> int:
 
 def mmd(
     x: Sample, y: Sample | None, kernel: KernelNumbers, unbiased: bool, bandwidth_grad: bool, precision: str
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
     """MMD² () or (batch,), against N(0, I) without y; its gradients to x and y; and with `bandwidth_grad` the sums of `bandwidth_terms`
-    over the pairs (B, terms), and which constants were subtracted of the bandwidths (B, bandwidths), widest first."""
+    over the pairs (B, terms), and which constants were subtracted of the bandwidths (B, bandwidths), widest first. Where no row of y is
+    swept, the last is what each pair lacks of the kernel, () or (batch,), which then does not cancel."""
     samples = [x] if y is None else [x, y]
     batch, shape, (n, dim) = x.problems, x.points.shape[:-2], x.points.shape[-2:]
     m, two, device = samples[-1].points.shape[-2], len(samples) == 2, x.points.device
@@ -713,4 +715,7 @@ def mmd(
         ),
         lambda: prepared.specs() | {"GRADIENT": gradient, "TERMS": terms, "BLOCK_R": 1024},
     )  # fmt: skip
-    return result, grads[0], grads[1] if two else None, sums, subtracted
+    constant = result
+    if two and not y.rows:
+        constant = prepared.tables.plan_ptr.view(batch, PLAN.value)[:, CONSTANT.value].reshape(shape)
+    return result, grads[0], grads[1] if two else None, sums, subtracted, constant

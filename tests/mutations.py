@@ -364,6 +364,34 @@ FAULTS = [
         "torch.zeros_like(t, dtype=accumulation_dtype(t.dtype)) for t in (mu, s)",
         ("tests/test_reparameterize_kl_kernels.py", "-k", "gradcheck"),
     ),
+    Fault(
+        "CPU: a fixed sample keeps the constants of its pairs",
+        "fastvae/cpu/mmd.py",
+        "(y_norm - kernels.value_constant)",
+        "y_norm",
+        ("tests/test_kernel_mean.py", "-k", "dense_formula"),
+    ),
+    Fault(
+        "Triton: a fixed sample keeps the constants of its pairs",
+        "fastvae/ops/mmd_problem.py",
+        "(problem.y_norm - constant)",
+        "problem.y_norm",
+        ("tests/test_kernel_mean.py", "-k", "test_triton"),
+    ),
+    Fault(
+        "KernelMean: what weights lack of one is not taken back",
+        "fastvae/kernel_mean.py",
+        "(2 * rest).to(z.dtype)",
+        "(0 * rest).to(z.dtype)",
+        ("tests/test_kernel_mean.py", "-k", "own_weights"),
+    ),
+    Fault(
+        "KernelMean: rows drawn from a stream are its first ones",
+        "fastvae/kernel_mean.py",
+        "rows[order[: self.size]]",
+        "rows[: self.size]",
+        ("tests/test_kernel_mean.py", "-k", "drawn_from"),
+    ),
 ]
 
 

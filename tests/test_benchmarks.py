@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import fastvae
-from benchmarks import bench_reparameterize_kl, large_two_sample_test, plot, providers, rows, run, small, table, tensor_core
+from benchmarks import (
+    bench_reparameterize_kl,
+    large_kernel_mean,
+    large_two_sample_test,
+    plot,
+    providers,
+    rows,
+    run,
+    small,
+    table,
+    tensor_core,
+)
 from benchmarks.machine import Ceilings
 from benchmarks.measure import Time, interleaved, peak_extra_mib, run_once, summaries, summary
 from fastvae import reference
@@ -114,6 +125,14 @@ def test_the_large_two_sample_test_checks_the_permutations_that_were_drawn():
     result = fastvae.two_sample_test(x, y, bandwidth=1.5, permutations=20, seed=3)
     expected = large_two_sample_test.exact_statistics(torch.cat([x, y]).double(), 1.5, large_two_sample_test.first_splits(50, 4, 3))
     torch.testing.assert_close(torch.cat([torch.tensor([result.statistic]), result.null[:4]]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_approximations_and_of_a_kernel_mean(monkeypatch):
+    monkeypatch.setattr(large_two_sample_test, "PERMUTATIONS", 20)
+    found = large_two_sample_test.approximations(600)
+    assert [row["case"].split("(")[0] for row in found] == [f"two_sample_test by {name}" for name in ("RandomFeatures", "NystromFeatures")]
+    assert all(row["error_in_null_deviations"] < 3 for row in found)
+    assert large_kernel_mean.measure(300, 200, 5, 1)["gradient_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("variant", ["500 permutations", "agg"])

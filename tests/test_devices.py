@@ -27,6 +27,8 @@ CALLS = {
     "mmd, linear": functools.partial(fastvae.mmd, estimator="linear"),
     "mmd of a rule": functools.partial(fastvae.mmd, bandwidth="median"),
     "mmd of tensors": lambda x, y: fastvae.mmd(x, y, bandwidth=x[0].exp(), bandwidth_weights=y[0], x_weights=x.detach()[:, 0].softmax(0)),
+    "mmd of a mean": lambda x, y: fastvae.mmd(x + y, fastvae.KernelMean(torch.eye(3), torch.ones(3), norm=1.0, bandwidth=2.0)),
+    "mmd of a mean on the device": lambda x, y: fastvae.mmd(x + y, fastvae.KernelMean(torch.eye(3), norm=1.0, bandwidth=2.0).to(x.device)),
     "mmd by name": lambda x, y: fastvae.mmd(y=y, x=x),
     "mmd_to_normal": lambda x, y: fastvae.mmd_to_normal(x + y),
     "MMDLoss": lambda x, y: MMDLoss(bandwidth=x.detach()[0].exp())(x, y),

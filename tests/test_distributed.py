@@ -129,6 +129,47 @@ def gradients_that_average_to_the_whole(rank, world):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def matching_a_fixed_sample(rank, world):
+    """Twenty steps of a generator under DistributedDataParallel against one process: the same losses and the same parameters."""
+    torch.manual_seed(0)
+    n = sum(ROWS[world])
+    pool = torch.randn(60, 3, dtype=torch.float64) + 0.5
+    weights = torch.rand(n, dtype=torch.float64)
+    weights /= weights.sum()
+    for options in ({"landmarks": pool[:9]}, {"method": "all"}):
+        for kernel, h in (("rbf", [0.9, 1.8]), ("rbf", [300.0]), ("laplace", [2.0])):
+            mean = fastvae.KernelMean.fit(pool, bandwidth=h, kernel=kernel, **options)
+            x = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
+            for estimator in ("biased", "unbiased"):
+                more = {"estimator": estimator}
+                assert_is_global(rank, world, lambda x, g, m=mean, o=more: fastvae.mmd(x, m, process_group=g, **o), x)
+                assert_is_global(
+                    rank,
+                    world,
+                    lambda x, g, m=mean, o=more: fastvae.mmd(
+                        x, m, x_weights=weights if g is None else own(rank, world, weights)[0], process_group=g, **o
+                    ),
+                    x,
+                )
+        mean = fastvae.KernelMean.fit(pool.float(), bandwidth=1.5, **options)
+        alone = torch.nn.Linear(2, 3)
+        models = alone, torch.nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+        for noise in torch.randn(20, n, 2):
+            values = []
+            for model, optimizer, part, group in zip(
+                models, optimizers, (noise, own(rank, world, noise)[0]), (None, dist.group.WORLD), strict=True
+            ):
+                optimizer.zero_grad()
+                rows = model(part)
+                fastvae.recipes.irdm(rows, mean, process_group=group).backward()
+                optimizer.step()
+                values.append(fastvae.mmd(rows.detach(), mean, process_group=group))
+            torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def latents_with_locations(rank, world):
     """Each term of the whole batch, and gradients that average to its own, for latents (N, C, H, W)."""
     g = torch.Generator().manual_seed(0)
@@ -316,6 +357,7 @@ def gathering(rank, world):
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
     checks = gathering, gathering_is_one_write, losses, gradients_that_average_to_the_whole, latents_with_locations, fully_sharded
+    checks += (matching_a_fixed_sample,)
     run_on_ranks(checks, world, tmp_path)
 
 

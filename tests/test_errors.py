@@ -14,6 +14,7 @@ from fastvae.radial import KERNEL_NAMES
 
 X, Y = torch.zeros(4, 3), torch.zeros(5, 3)
 HALF = torch.full((4,), 0.25)
+MEAN = fastvae.KernelMean(Y, norm=1.0, bandwidth=1.0)
 
 BAD_MMD = [
     ((None, Y), {}, TypeError, "x must be a torch.Tensor, got NoneType"),
@@ -89,7 +90,71 @@ BAD_MMD = [
     ((X, Y), {"x_weights": [0.25] * 4}, TypeError, "x_weights must be a torch.Tensor, got list"),
     ((X, Y), {"x_weights": HALF.to("meta")}, ValueError, "x_weights and x must be on the same device, got meta and cpu"),
     ((X, Y), {"x_weights": HALF.clone().requires_grad_()}, ValueError, "x_weights must be constant, got a tensor that requires grad"),
+    ((X, MEAN), {"bandwidth": 2.0}, ValueError, "bandwidth must be left out where y is a KernelMean, which has its own, got 2.0"),
+    ((X, MEAN), {"bandwidth_weights": [1.0]}, ValueError, "bandwidth_weights must be left out where y is a KernelMean"),
+    ((X, MEAN), {"kernel": "imq"}, ValueError, "kernel must be left out where y is a KernelMean, which has its own, got 'imq'"),
+    ((X, MEAN), {"y_weights": HALF}, ValueError, "y_weights must be left out where y is a KernelMean"),
+    ((X[:, :2], MEAN), {}, ValueError, "x and the KernelMean must have the same number of features, got shapes (4, 2) and (5, 3)"),
+    ((X.expand(2, 4, 3), MEAN), {}, ValueError, "x must have shape (rows, features), got (2, 4, 3)"),
+    ((X.to("meta"), MEAN), {}, ValueError, "x and the KernelMean must be on the same device, got meta and cpu"),
+    ((X, MEAN), {"estimator": "linear"}, ValueError, "estimator must be one of 'biased', 'unbiased', got 'linear'"),
+    ((X[:1], MEAN), {"estimator": "unbiased"}, ValueError, "x must have at least two rows for estimator='unbiased', got 1"),
+    ((X, MEAN), {"x_weights": 2 * HALF}, ValueError, "x_weights must sum to one, got a sum of 2"),
 ]
+# (arguments of KernelMean.fit, its options, error, start of the message)
+BAD_FIT = [
+    ((3,), {}, TypeError, "pool must be a torch.Tensor or an iterable of tensors, got int"),
+    (([],), {}, ValueError, "pool must hold at least one batch, got none"),
+    (([X, Y.double()],), {}, TypeError, "a batch of pool and the one before must have the same dtype, got torch.float64 and torch.float32"),
+    (([X, Y[:, :2]],), {}, ValueError, "a batch of pool and the one before must have the same number of features"),
+    (([3],), {}, TypeError, "a batch of pool must be a torch.Tensor, got int"),
+    ((X[0],), {}, ValueError, "pool must have shape (rows, features), got (3,)"),
+    ((X / 0,), {}, ValueError, "pool must be finite, got a nan or an infinity"),
+    ((X,), {"landmarks": 0}, ValueError, "landmarks must be at least 1, got 0"),
+    ((X,), {"landmarks": Y[:, :2], "bandwidth": 1.0}, ValueError, "pool and landmarks must have the same number of features"),
+    ((X,), {"method": "random"}, ValueError, "method must be one of 'nystrom', 'all', got 'random'"),
+    ((X,), {"kernel": "energy"}, ValueError, "kernel must be positive definite for the Nyström approximation, got 'energy'"),
+    ((X,), {"ridge": 0}, ValueError, "ridge must be greater than 0, got 0"),
+    (
+        (X,),
+        {"ridge": 1e-300, "landmarks": X[[0, 0]], "bandwidth": 1.0},
+        ValueError,
+        "ridge must make the kernel matrix of the landmarks positive definite, got 1e-300: pass a larger one",
+    ),
+    ((X,), {"norm_rows": 1}, ValueError, "norm_rows must be at least 2, got 1"),
+    ((X,), {"kmeans_iterations": 0}, ValueError, "kmeans_iterations must be at least 1, got 0"),
+    (
+        (iter([X, Y]),),
+        {"norm_rows": 2, "kmeans_rows": 5, "landmarks": 2, "bandwidth": 1.0},
+        ValueError,
+        "pool must be iterable twice, as a list or a DataLoader is, if it has more rows than are drawn, 5, got an iterator over 9 rows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("pool", "options", "error", "sentence"), BAD_FIT, ids=[case[3][:60] for case in BAD_FIT])
+def test_fit_of_a_kernel_mean(pool, options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.KernelMean.fit(*pool, **options)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_kernel_mean():
+    for arguments, options, error, sentence in (
+        ((X[0],), {}, ValueError, "points must have shape (rows, features), got (3,)"),
+        ((X, HALF[:2]), {}, ValueError, "weights must have shape (4,) or (4, columns), the rows of points, got (2,)"),
+        ((X,), {"norm": "1"}, TypeError, "norm must be a number, got str"),
+        (
+            (X,),
+            {"bandwidth": "median"},
+            ValueError,
+            "bandwidth must be a number or several for a KernelMean that is not fitted",
+        ),
+    ):
+        with pytest.raises(error) as caught:
+            fastvae.KernelMean(*arguments, **{"norm": 1.0, "bandwidth": 1.0, **options})
+        assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(("points", "options", "error", "sentence"), BAD_MMD, ids=[case[3][:60] for case in BAD_MMD])
@@ -225,7 +290,8 @@ def test_types_list_the_options():
     assert found["mmd, mmd(estimator)"] == "checks.MMDEstimator"
     assert found["VAE, __init__(posterior)"] == "Posterior"
     free = {where for where, annotation in found.items() if re.search(r"(?<!dict\[)\bstr\b", annotation)}
-    assert free == {"VAE, save_pretrained(folder)", "VAE, from_pretrained(folder)"}
+    paths = {"VAE, save_pretrained(folder)", "VAE, from_pretrained(folder)", "KernelMean, save(path)", "KernelMean, load(path)"}
+    assert free == paths
 
 
 def test_names_of_kernels():

@@ -54,6 +54,11 @@ def weighted_mmd(x, y):
     return fastvae.mmd(x, y, bandwidth=8.0, x_weights=x.new_empty(len(x)), y_weights=y.new_empty(len(y)))
 
 
+def mmd_to_mean(x, y):
+    mean = fastvae.KernelMean(y, y.new_empty(len(y), dtype=f64), norm=y.new_empty((), dtype=f64), bandwidth=8.0)
+    return fastvae.mmd(x, mean)
+
+
 mmd_to_normal = functools.partial(fastvae.mmd_to_normal, bandwidth=8.0)
 kernel_matmul = functools.partial(fastvae.kernel_matmul, bandwidth=8.0)
 
@@ -113,6 +118,8 @@ CALLS = {
     "mmd, laplace": Call(mmd(kernel="laplace"), gradients=(0,)),
     "mmd, energy": Call(mmd(kernel="energy"), gradients=(0,)),
     "mmd, polynomial": Call(mmd(kernel="polynomial"), gradients=(0,)),
+    "mmd of a mean": Call(mmd_to_mean),
+    "mmd of a mean, gradient": Call(mmd_to_mean, gradients=(0,)),
     "mmd_to_normal": Call(mmd_to_normal, (X,)),
     "mmd_to_normal, gradient": Call(mmd_to_normal, (X,), (0,)),
     "mmd_to_normal, gradient to the bandwidth": Call(lambda x, h: fastvae.mmd_to_normal(x, bandwidth=h), (X, (1,)), (0, 1)),
@@ -279,6 +286,7 @@ MEMORY = {
     "mmd, gradients to x and y": 12,
     "mmd, five bandwidths, gradient to x": 9,
     "mmd, polynomial": 9,
+    "mmd of a mean, gradient": 12,
     "mmd_to_normal, gradient": 5,
     "kernel_matmul": 10,
     "kernel_matmul, gradients": 15,

@@ -528,7 +528,7 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
     total, gradients, to_kernel = 0.0, [], 0.0
     for rows_x, rows_y in ((slice(0, 33), slice(0, 70)), (slice(33, 150), slice(70, 101))):
         own = (whole[0][rows_x], whole[1][rows_y]) if weighted else (None, None)
-        arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, None, None, [bandwidth], [1.0])
+        arguments = (x[rows_x], y[rows_y], *own, x, y, *whole, rows_x.start, rows_y.start, None, None, None, [bandwidth], [1.0])
         value, *grads, grad_h, grad_a = torch.ops.fastvae.mmd(*arguments, kernel, parameters, True, "", "triton", True, True, True)
         total, gradients = total + value, [*gradients, grads]
         to_kernel = to_kernel + torch.cat([grad_h, grad_a])
@@ -598,13 +598,13 @@ def test_opcheck(y):
     h = torch.tensor([1.0, 2.0], dtype=torch.float64)
     for kernel in ((h, h, [], []), (None, None, [1.0, 2.0], [0.5, 1.0])):
         for bandwidth_grad in (False, True):
-            arguments = (x, y, *[None] * 6, 0, 0, *kernel, "rbf", [], False, "", "", True, y is not None, bandwidth_grad)
+            arguments = (x, y, *[None] * 6, 0, 0, None, *kernel, "rbf", [], False, "", "", True, y is not None, bandwidth_grad)
             torch.library.opcheck(torch.ops.fastvae.mmd.default, arguments)
 
 
 def test_op_called_without_its_gradient_says_so():
     x = torch.randn(5, 2, requires_grad=True)
-    value, *_ = torch.ops.fastvae.mmd(x, *[None] * 7, 0, 0, None, None, [1.0], [1.0], "rbf", [], False, "", "", False, False, False)
+    value, *_ = torch.ops.fastvae.mmd(x, *[None] * 7, 0, 0, None, None, None, [1.0], [1.0], "rbf", [], False, "", "", False, False, False)
     with pytest.raises(RuntimeError, match="without the gradient that backward needs"):
         value.backward()
 
@@ -717,7 +717,7 @@ def test_forward_mode_is_refused_and_not_zero():
 def test_gradients_are_contiguous():
     """As the fake says: the compiler builds on it."""
     x, y = torch.randn(3, 20).T, torch.randn(3, 9).T
-    arguments = (*[None] * 6, 0, 0, None, None, [1.0], [1.0], "rbf", [], False, "", "", True, True, False)
+    arguments = (*[None] * 6, 0, 0, None, None, None, [1.0], [1.0], "rbf", [], False, "", "", True, True, False)
     _, grad_x, grad_y, *_ = torch.ops.fastvae.mmd(x, y, *arguments)
     assert grad_x.is_contiguous()
     assert grad_y.is_contiguous()

@@ -474,7 +474,7 @@ def test_errors(call, sentence):
 
 
 @pytest.mark.parametrize("rows", [(1, 9), (9, 1), (1, 1), (9, 8)])
-@pytest.mark.parametrize("name", sorted({*recipes.__all__} - {"KID", "trvae"}))
+@pytest.mark.parametrize("name", sorted({*recipes.__all__} - {"KID", "irdm", "trvae"}))
 def test_a_sentence_names_no_argument_that_is_not_there(name, rows):
     recipe = getattr(recipes, name)
     arguments = inspect.signature(recipe).parameters
@@ -484,6 +484,54 @@ def test_a_sentence_names_no_argument_that_is_not_there(name, rows):
         recipe(x, y, **options)
     except ValueError as error:
         assert set(re.findall(r"(\w+)\s?=", str(error))) <= arguments.keys(), error  # noqa: PT017
+
+
+@pytest.mark.parametrize("normalize", ["stop_gradient", None])
+def test_irdm(normalize):
+    """Two encoders. The fit in numpy, as rdm/compare writes it, and the gradient of a generator through both."""
+    h, ridge = 1.4, 1e-6
+    embeddings = [samples(n=12, m=60, d=d) for d in (3, 5)]
+    means, bundles = [], []
+
+    def k(a, b):
+        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2.0 * a @ b.T
+        return np.exp(-np.maximum(squares, 0.0) / (2.0 * h * h))
+
+    for _, pool in embeddings:
+        landmarks = pool[:7] + 0.1
+        means.append(fastvae.KernelMean.fit(pool, landmarks=landmarks, bandwidth=h))
+        z, r = landmarks.cpu().numpy(), pool.cpu().numpy()
+        alpha = np.linalg.solve(k(z, z) + ridge * np.eye(len(z)), k(z, r).mean(1))
+        bundles.append((z, alpha, k(r, r).mean()))
+    weights = (1.0, 2.5)
+    value, gradient, scales = 0.0, [], []
+    for (x, _), (z, alpha, k_rr), weight in zip(embeddings, bundles, weights, strict=True):
+        g = x.cpu().numpy()
+        raw = k(g, g).mean() - 2.0 * (k(g, z) @ alpha).mean() + k_rr
+        scales.append(weight / (abs(raw) + 1e-7) if normalize else weight)
+        value += scales[-1] * raw
+        own, other = k(g, g)[:, :, None] * (g[:, None] - g), k(g, z)[:, :, None] * (g[:, None] - z) * alpha[:, None]
+        gradient.append(scales[-1] * 2.0 / h**2 * (other.sum(1) / len(g) - own.sum(1) / len(g) ** 2))
+    xs = [x.requires_grad_() for x, _ in embeddings]
+    actual = recipes.irdm(xs, means, weights=weights, normalize=normalize)
+    torch.testing.assert_close(actual.detach().cpu(), torch.tensor(value), rtol=1e-9, atol=0)
+    for found, exact in zip(torch.autograd.grad(actual, xs), gradient, strict=True):
+        torch.testing.assert_close(found.cpu(), torch.from_numpy(exact), rtol=1e-8, atol=1e-12)
+    one = recipes.irdm(xs[0].detach(), means[0], normalize=None)
+    assert one == fastvae.mmd(xs[0].detach(), means[0])
+
+
+def test_errors_of_irdm():
+    x, y = samples()
+    mean = fastvae.KernelMean.fit(y, landmarks=y[:3], bandwidth=1.0)
+    with pytest.raises(ValueError, match="reference must be as many as x, 2, got 1"):
+        recipes.irdm([x, x], mean)
+    with pytest.raises(ValueError, match="weights must be as many as x, 1, got 2"):
+        recipes.irdm(x, mean, weights=[1.0, 1.0])
+    with pytest.raises(ValueError, match="normalize must be one of 'stop_gradient', None, got True"):
+        recipes.irdm(x, mean, normalize=True)
+    with pytest.raises(TypeError, match="reference must be a KernelMean or several, got Tensor"):
+        recipes.irdm(x, y)
 
 
 def test_errors_of_types():

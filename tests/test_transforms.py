@@ -15,12 +15,15 @@ generator = torch.Generator().manual_seed(0)
 y, v, eps, logvar = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (5, 2), (6, 3), (6, 3)))
 labels = torch.tensor([0, 0, 1, 1, 0, 1])
 
+mean = fastvae.KernelMean.fit(y.double(), landmarks=y[:3] + 0.1, bandwidth=[1.0, 2.0])
+
 # Each a function of x (6, 3) to a scalar, and of the options of a call.
 OPERATIONS = {
     "mmd": lambda x, **options: fastvae.mmd(x, y, bandwidth=[1.0, 2.0], **options),
     "mmd of several": lambda x, **options: fastvae.mmd(torch.stack([x, 2 * x]), y.expand(2, 5, 3), **options).sum(),
     "mmd of a rule": lambda x, **options: fastvae.mmd(x, y, bandwidth="median", **options),
     "mmd of a bandwidth": lambda x, **options: fastvae.mmd(y, y + 1, bandwidth=x.exp()[0], **options),
+    "mmd of a mean": lambda x, **options: fastvae.mmd(x, mean, **options),
     "mmd, linear": lambda x, **options: fastvae.mmd(x, logvar, estimator="linear", **options),
     "mmd_to_normal": lambda x, **options: fastvae.mmd_to_normal(x, estimator="unbiased", **options),
     "kernel_matmul": lambda x, **options: fastvae.kernel_matmul(x, y, v, **options).square().sum(),

@@ -110,10 +110,16 @@ def _quadratic_form(k: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slic
 
 
 def mmd(
-    sweep_type: type[CPUSweep], samples: Sequence[Sample], kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, unbiased: bool
+    sweep_type: type[CPUSweep],
+    samples: Sequence[Sample],
+    kernel: Kernel,
+    bandwidth: Numbers,
+    bandwidth_weights: Numbers,
+    unbiased: bool,
+    y_norm: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None], KernelSum, Tensor]:
     """MMD² of two samples, or of one against N(0, I), in float64; the gradients to the rows of each, or None; the sum of kernels; and the
-    other sums of the sweep."""
+    other sums of the sweep. `y_norm` replaces the mean over the pairs of the second sample."""
     mean = torch.stack([stable_mean(sample.whole) / len(samples) for sample in samples]).sum(0)
     # MMD² of a radial kernel does not change when both samples are shifted, and float32 loses its digits far from the origin.
     centre = mean if kernel.radial else torch.zeros_like(mean)
@@ -128,7 +134,8 @@ def mmd(
     # A sample that is not finite gives nan, which sums of kernels alone may not show.
     zero = zero_if_finite(*(sample.whole for sample in samples))
     sums: Any = zero
-    for sample, rows in zip(samples, tiled, strict=True):
+    own = samples if y_norm is None else samples[:1]
+    for sample, rows in zip(own, tiled, strict=False):
         scale = float(sample.scale)
         sums = sums + scale * sample.share**2 * sweep.within(rows, scale * sample.share)
         for other, weights, share in sample.others:
@@ -148,8 +155,11 @@ def mmd(
     sums = sums.reshape(-1)
     value = sums[0]
     if not unbiased:
-        for sample, gradient in zip(samples, gradients, strict=True):
+        for sample, gradient in zip(own, gradients, strict=False):
             value = value + diagonal(sample, kernels, gradient)[0] @ kernels.weights
+    if y_norm is not None:
+        # The sums lack the constant of the pairs of x and twice that of the pairs of both.
+        value = value + samples[0].exact_row_weights().sum() * (y_norm - kernels.value_constant)
     if len(samples) == 1:
         value = value + prior(samples[0], kernels, gradients[0])[0] @ kernels.weights
     return value, gradients, kernels, sums[1:]

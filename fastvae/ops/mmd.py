@@ -25,7 +25,7 @@ from fastvae.ops.mmd_problem import KERNEL, Problem, evaluate
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
-    f"Tensor? all_y_weights, SymInt x_start, SymInt y_start, {KERNEL_SCHEMA}, "
+    f"Tensor? all_y_weights, SymInt x_start, SymInt y_start, Tensor? y_norm, {KERNEL_SCHEMA}, "
     "bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )

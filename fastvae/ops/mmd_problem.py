@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
@@ -24,6 +25,8 @@ class Problem(NamedTuple):
 
     With `all_x` and `all_y`, x and y are their rows from `x_start` and `y_start` on. The value is then the share of these rows in the MMD²
     of the whole samples, and the gradients to them are those of the whole MMD².
+
+    With `y_norm`, y is fixed: no pair within y is taken, as their mean is `y_norm`, and `all_y` is None.
     """
 
     x: Tensor
@@ -36,6 +39,7 @@ class Problem(NamedTuple):
     all_y_weights: Tensor | None
     x_start: int
     y_start: int
+    y_norm: Tensor | None
     kernel: KernelArguments
     unbiased: bool
     precision: str
@@ -94,7 +98,7 @@ def _streaming(problem: Problem) -> Found:
     sweep = cpu.CPUBandwidthSweep if problem.bandwidth_grad else InductorSweep if problem.backend == "inductor" else cpu.CPUSweep
     dtype = accumulation_dtype(problem.x.dtype)
     samples = _prepared_samples(problem, torch.float64 if problem.bandwidth_grad else dtype)
-    value, gradients, kernel, sums = cpu.mmd(sweep, samples, family, h, a, problem.unbiased)
+    value, gradients, kernel, sums = cpu.mmd(sweep, samples, family, h, a, problem.unbiased, problem.y_norm)
     grad_x, grad_y = (None if g is None else g.to(dtype) for g in [*gradients, None][:2])
     if not problem.bandwidth_grad:
         return value.to(dtype), grad_x, grad_y, None, None
@@ -138,9 +142,17 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
         tolerance = 0.0 if p is None else max(rounding_of_sum(p.dtype), rounding_of_sum(dtype))
         p = None if p is None else p.to(dtype).contiguous()
         samples.append(kernels.Sample(entire.contiguous(), p, tolerance, start, z.shape[-2], grad))
+    if problem.y_norm is not None:
+        # No row of y is swept: its pairs with x are counted from x.
+        samples[1] = samples[1]._replace(tolerance=math.inf, rows=0)
     x, y = [*samples, None][:2]
     numbers = problem.kernel.numbers(problem.x, prior=y is None)
-    value, grad_x, grad_y, sums, subtracted = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
+    value, grad_x, grad_y, sums, subtracted, constant = kernels.mmd(x, y, numbers, problem.unbiased, problem.bandwidth_grad, precision)
+    if problem.y_norm is not None:
+        share: Any = problem.x.shape[-2] / x.points.shape[-2]
+        if problem.x_weights is not None:
+            share = problem.x_weights.double().sum(-1) / x.weights.double().sum(-1)
+        value = (value.double() + share * (problem.y_norm - constant)).to(dtype)
     if not problem.bandwidth_grad:
         return value, grad_x, grad_y, None, None
     kernel = problem.kernel.sum(problem.x.shape[-1], problem.x.device, None)
@@ -161,7 +173,7 @@ def _joined(parts: list[Found]) -> Found:
 
 def _small_problems(problem: Problem) -> int:
     """How many problems of a batch `cpu.small` takes at once; 0 if it does not take them."""
-    if problem.all_x is not None or problem.all_y is not None or problem.bandwidth_grad:
+    if problem.all_x is not None or problem.all_y is not None or problem.y_norm is not None or problem.bandwidth_grad:
         return 0
     rows = problem.x.shape[-2] + (0 if problem.y is None else problem.y.shape[-2])
     return small.problems_at_once(rows, problem.x.shape[-1])
@@ -192,9 +204,13 @@ def _samples(problem: Problem) -> list[tuple[Tensor, Tensor | None, Tensor | Non
 
 def _prepared_samples(problem: Problem, dtype: torch.dtype) -> list[Sample]:
     """The samples in this dtype, with normalised weights."""
-    prepared = []
+    prepared: list[Sample] = []
     for z, weights, whole, whole_weights, start, grad in _samples(problem):
-        p, whole_p = (None if given is None else unit_weights(given, whole_weights, dtype) for given in (weights, whole_weights))
+        if prepared and problem.y_norm is not None:
+            # These sum to one as far as large weights of both signs can.
+            p, whole_p = (None if weights is None else weights.to(dtype)), None
+        else:
+            p, whole_p = (None if given is None else unit_weights(given, whole_weights, dtype) for given in (weights, whole_weights))
         whole = None if whole is None else whole.to(dtype)
         prepared.append(Sample.of(z.to(dtype), p, whole, whole_p, start, problem.unbiased, grad))
     return prepared

@@ -1,6 +1,7 @@
 """The textbook formulas, dense, in any floating dtype, differentiable any number of times. Every test compares with them."""
 
 from fastvae.reference.kernel_matmul import kernel_matmul
+from fastvae.reference.kernel_mean import mmd_to_mean
 from fastvae.reference.mmd import mmd, mmd_to_normal
 from fastvae.reference.quadratic_form import quadratic_form
 from fastvae.reference.reparameterize_kl import gaussian_kl, reparameterize_kl
@@ -11,6 +12,7 @@ __all__ = [
     "gaussian_kl",
     "kernel_matmul",
     "mmd",
+    "mmd_to_mean",
     "mmd_to_normal",
     "quadratic_form",
     "reparameterize_kl",
