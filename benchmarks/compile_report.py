@@ -27,7 +27,19 @@ import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, argument_types, compile_kernel, is_matrix
-from fastvae.kernels import families, few_rows, kernel_matmul, mmd, plan, prepare, products, reparameterize_kl, sums, total_correlation
+from fastvae.kernels import (
+    families,
+    few_rows,
+    kernel_matmul,
+    ksd_to_normal,
+    mmd,
+    plan,
+    prepare,
+    products,
+    reparameterize_kl,
+    sums,
+    total_correlation,
+)
 from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
@@ -41,6 +53,7 @@ from fastvae.kernels.config import (
     few_rows_config,
     matmul_config,
     padded_dim,
+    stein_config,
     sweep_config,
     terms_config,
 )
@@ -137,6 +150,26 @@ class Matmul:
 
 
 @dataclass(frozen=True)
+class Stein:
+    """One variant of `ksd_to_normal.ksd_kernel`."""
+
+    precision: str
+    dim: int
+    gradient: bool
+    bandwidths: int = 1
+    kernel: Kernel = RationalQuadratic(1.0)  # noqa: RUF009, frozen
+    second_pass: bool = False
+    differences: bool = False
+    batched: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = ["stein", "value+gradient" if self.gradient else "value", self.precision, f"D{self.dim}", f"bandwidths{self.bandwidths}"]
+        parts += ["finer"] * self.second_pass + ["differences"] * self.differences + ["batched"] * self.batched
+        return " ".join(parts + kernel_words(self.kernel))
+
+
+@dataclass(frozen=True)
 class Rows:
     """One variant of a kernel of `reparameterize_kl`: (B, R, D) with a KL summed over R, D or both."""
 
@@ -217,7 +250,7 @@ class FewRows:
         return " ".join([f"{self.rows} rows", self.dtype, f"D{self.dim}", f"bandwidths{self.bandwidths}", *kernel_words(self.kernel)])
 
 
-Variant = Sweep | Differences | Matmul | Rows | Density | FewRows
+Variant = Sweep | Differences | Matmul | Stein | Rows | Density | FewRows
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -245,6 +278,7 @@ def variants(architecture: int) -> Iterator[Variant]:
     yield from _terms(architecture)
     yield from _matmuls(architecture)
     yield from _few_rows(architecture)
+    yield from _steins(architecture)
     for direction in ("forward", "backward"):
         for seeded in (False, True):
             for dtype in ("fp32", "bf16"):
@@ -325,6 +359,23 @@ def _few_rows(architecture: int) -> Iterator[Variant]:
             yield FewRows(128, 16, 6, kernel)
 
 
+def _steins(architecture: int) -> Iterator[Variant]:
+    for gradient in (False, True):
+        yield Stein("highest", 64, gradient)
+        yield Stein("highest", 64, gradient, 5, RationalQuadratic(2.3))
+        if architecture == 90:
+            for dim in (16, 256):
+                yield Stein("highest", dim, gradient, 5, RationalQuadratic(2.3))
+            for precision in ("high", "medium", "ieee", "float64"):
+                yield Stein(precision, 64, gradient, 5)
+            for kernel in (RBF(), RationalQuadratic(0.5), RationalQuadratic(50.0)):
+                yield Stein("highest", 64, gradient, kernel=kernel)
+            yield Stein("highest", 64, gradient, 5, RBF(), second_pass=True)
+            yield Stein("highest", 64, gradient, batched=True)
+            for precision in ("highest", "float64"):
+                yield Stein(precision, 16, gradient, 5, RationalQuadratic(2.3), differences=True)
+
+
 def quick(variant: Variant, architecture: int) -> bool:
     """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
     if architecture != 90:
@@ -344,6 +395,8 @@ def quick(variant: Variant, architecture: int) -> bool:
         Sweep("highest", 64, False, True, 5, terms=True),
         *(Sweep("highest", 64, True, True, 5, squared=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
         *(Matmul(direction, "highest", 64, 64) for direction in ("forward", "backward")),
+        Stein("highest", 64, True),
+        Stein("highest", 64, True, 5, RationalQuadratic(2.3)),
     }
     return variant in counted
 
@@ -361,6 +414,12 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
             products = difference_products(8 if variant.precision == "float64" else 4)
         backward = variant.direction == "backward"
         return matmul_config(variant.dim, variant.columns, products, backward, variant.bandwidths, architecture, _powers(variant.kernel))
+    if isinstance(variant, Stein):
+        products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
+        if variant.differences:
+            products = difference_products(8 if variant.precision == "float64" else 4)
+        power = ksd_to_normal.is_power(families.family_of(variant.kernel))
+        return stein_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, power)
     if isinstance(variant, Differences):
         products = difference_products(8 if variant.dtype == "fp64" else 4)
         if variant.terms:
@@ -376,7 +435,9 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
-    describe: Any = {Sweep: _sweep, Differences: _differences, Matmul: _matmul, Rows: _rows, Density: _density, FewRows: _few}
+    describe: Any = {
+        Sweep: _sweep, Differences: _differences, Matmul: _matmul, Stein: _stein, Rows: _rows, Density: _density, FewRows: _few
+    }  # fmt: skip
     config = config_of(variant, architecture)
     kernel, binary, units, work = describe[type(variant)](variant, config, architecture)
     gpu = GPUS[architecture]
@@ -542,6 +603,35 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
     units["products"] = _PRODUCTS[kind] * ((0 if variant.differences else dim) + kept) / _rate(kind, gpu)
     repeats = dim // config.block_d if backward else columns // config.block_c
     return f"kernel_matmul.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+
+
+def _stein(variant: Stein, config: SweepConfig, architecture: int) -> Described:
+    dim = padded_dim(variant.dim, config)
+    product, kind = products_of(variant.kernel, variant.precision, variant.second_pass)
+    if variant.differences:
+        product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
+    scalar, family = "*fp64" if variant.precision == "float64" else "*fp32", families.family_of(variant.kernel)
+    types = {
+        "operands": prepare.Operands(*[scalar] * 4, "i32", "i32"),
+        "tables": prepare.PlanTables("*fp64", scalar, "*fp64"),
+        "stein": ksd_to_normal.Stein(scalar, scalar),
+        "part_sums": ksd_to_normal.PartSums(*[scalar] * 4, "i32", "i32"),
+        "swept": prepare.SweptRows(*["i32"] * len(prepare.SweptRows._fields)),
+        "n": "i32",
+    }
+    spec = ksd_to_normal.spec_of(
+        config, int(variant.second_pass or variant.differences), variant.batched, variant.gradient, product, dim, family, variant.bandwidths
+    )
+    options = config.launch("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D")
+    binary = compile_kernel(ksd_to_normal.ksd_kernel, types, {"SPEC": spec} | options, architecture)
+    steps = dim if variant.differences else dim // config.block_k
+    work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    units = _cycles(work, gpu.fp64)
+    if not variant.differences:
+        units["products"] = _PRODUCTS[kind] * (dim + (config.block_d if variant.gradient else 0)) / _rate(kind, gpu)
+    repeats = dim // config.block_d if variant.gradient else 1
+    return "ksd_to_normal.ksd_kernel", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:

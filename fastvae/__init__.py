@@ -22,6 +22,7 @@ from fastvae.posteriors import DiagonalGaussianDistribution
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
 from fastvae.reference import KLDecomposition
+from fastvae.stein import ksd_to_normal
 from fastvae.two_sample import KernelTest, TwoSampleTest, two_sample_test
 from fastvae.vae import VAE
 from fastvae.version import __version__
@@ -51,6 +52,7 @@ __all__ = [
     "gaussian_kl",
     "group_mmd",
     "kernel_matmul",
+    "ksd_to_normal",
     "mean_bandwidth",
     "median_bandwidth",
     "mmd",

@@ -23,6 +23,8 @@ from fastvae.radial import KERNEL_NAMES, RBF, Kernel
 
 RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"]
 KernelName = Literal[RadialKernelName, "polynomial"]
+# Those with three derivatives at distance zero.
+SteinKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic"]
 Backend = Literal["cpu", "triton", "reference"]
 AnyBackend = Literal["cpu", "triton", "reference", "inductor"]
 Estimator = Literal["biased", "unbiased"]
@@ -36,6 +38,7 @@ Dims = int | Sequence[int] | Literal["all"]
 BACKENDS = (None, *get_args(Backend))
 ALL_BACKENDS = (None, *get_args(AnyBackend))
 ESTIMATORS = get_args(Estimator)
+STEIN_KERNELS = get_args(SteinKernelName)
 MMD_ESTIMATORS = get_args(MMDEstimator)
 DENSITY_ESTIMATORS = get_args(DensityEstimator)
 BANDWIDTH_RULES = get_args(BandwidthRule)
@@ -124,6 +127,35 @@ def closed_form(family: Kernel, bandwidth: object) -> None:
             f"bandwidth must be a number or several for the closed form against N(0, I), got {bandwidth!r}: "
             f"pass fastvae.{bandwidth}_bandwidth(x), or a sample of the prior, mmd(x, torch.randn_like(x), ...)"
         )
+
+
+def stein_options(
+    value: object,
+    estimator: str,
+    precision: str | None,
+    backend: str | None,
+    bandwidth: object,
+    bandwidth_weights: object,
+    device: torch.device | None = None,
+) -> tuple[Kernel, Numbers, Numbers]:
+    """The kernel, the constant bandwidths and their weights of a kernel Stein discrepancy on `device` (any device if None)."""
+    family = kernel_options(value, precision, backend, device)
+    if family.name not in STEIN_KERNELS:
+        *first, last = map(repr, STEIN_KERNELS)
+        rule = f"kernel must be {', '.join(first)} or {last} for a Stein discrepancy, which takes derivatives at distance zero"
+        raise ValueError(f"{rule}, got {family.name!r}")
+    option("estimator", estimator, ESTIMATORS)
+    if isinstance(bandwidth, str):
+        bandwidth_rule(bandwidth)
+        raise ValueError(f"bandwidth must be a number or several, got {bandwidth!r}: pass fastvae.{bandwidth}_bandwidth(z)")
+    h, a = bandwidths(bandwidth, bandwidth_weights, device)
+    constant("bandwidth", h)
+    constant("bandwidth_weights", a)
+    if not isinstance(h, Tensor) or _readable(h):
+        for number in h:
+            if not 1e-8 <= number <= 1e8:
+                raise ValueError(f"bandwidth must be between 1e-8 and 1e8 for a Stein discrepancy, got {float(number):g}")
+    return family, h, a
 
 
 def points(name: str, x: object, *, batched: bool = False) -> None:
@@ -387,11 +419,11 @@ def process_group(group: object) -> None:
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}")
 
 
-def distributed(x: Tensor, estimator: str, backend: str | None, group: object) -> None:
+def distributed(x: Tensor, estimator: str, backend: str | None, group: object, name: str = "x") -> None:
     """The arguments that a process group can be combined with."""
     process_group(group)
     if x.ndim > 2:
-        raise ValueError(f"x must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
     if estimator == "linear" or backend == "reference":
         option = f"estimator={estimator!r}" if estimator == "linear" else f"backend={backend!r}"
         raise ValueError(f"process_group must be None for {option}, got a process group")

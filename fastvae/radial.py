@@ -48,6 +48,10 @@ class Kernel:
         """φ'(t), elementwise. Only kernels of x·y need it."""
         raise NotImplementedError(f"{self.name} must define dphi")
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """φ'(t) and φ''(t), elementwise. Only kernel Stein discrepancies need them."""
+        raise NotImplementedError(f"{self.name} must define derivatives")
+
     def gamma(self, bandwidth: Tensor, dim: int) -> Tensor:
         """γ of bandwidths h for rows of `dim` features."""
         return (0.5 if self.radial else 1 / dim) / bandwidth.square()
@@ -86,6 +90,9 @@ class RBF(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         return (-t).exp()
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -(-t).exp(), (-t).exp()
+
 
 @dataclass(frozen=True)
 class RationalQuadratic(Kernel):
@@ -104,6 +111,10 @@ class RationalQuadratic(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         return (1 + t / self.alpha) ** -self.alpha
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        base = 1 + t / self.alpha
+        return -(base ** (-self.alpha - 1)), (1 + 1 / self.alpha) * base ** (-self.alpha - 2)
+
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         return [torch.full_like(bandwidth[:1], float(self.alpha))]
 
@@ -116,6 +127,9 @@ class IMQ(Kernel):
 
     def phi(self, t: Tensor) -> Tensor:
         return 1 / (1 + 2 * t)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -2 / (1 + 2 * t) ** 2, 8 / (1 + 2 * t) ** 3
 
     def canonical(self) -> tuple[Kernel, float]:
         return RationalQuadratic(1.0), 0.5**0.5

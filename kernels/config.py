@@ -250,6 +250,20 @@ def sweep_config(
     return replace(config, block_k=config.block_k or whole, block_d=config.block_d or whole)
 
 
+def stein_config(dim: int, precision: str, gradient: bool, bandwidths: int, architecture: int, power: bool) -> SweepConfig:
+    """For a kernel Stein discrepancy, of which more than one number a pair is kept; `power` says that φ takes a logarithm."""
+    config = sweep_config(dim, precision, gradient, bandwidths, architecture, powers=True, gaussian_pair=False)
+    double, several = precision in ("float64", difference_products(8)), bandwidths > 1
+    most = 16 if several and (double or (gradient and dim > 16)) else 32 if several or double else 64 if power or gradient else 128
+    config = replace(config, block_m=min(config.block_m, most), registers=None)
+    if double and several:
+        return replace(config, block_n=32, **({} if precision == "float64" else {"block_m": 8, "block_d": 4}))
+    if gradient and architecture in _TCGEN05:
+        # Results of products pass through registers there.
+        return replace(config, block_m=min(config.block_m, 32), block_d=min(config.block_d, 32) if several else config.block_d)
+    return replace(config, block_k=min(config.block_k, 32)) if several and gradient and precision == "tf32x3" else config
+
+
 def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, steep: bool) -> TermsConfig:
     """`precision` may also be that of `difference_products`; `steep` says that φ is a power with an exponent so large that its logarithm is
     corrected by a quotient."""

@@ -531,7 +531,7 @@ def _finish_gradient(
         moments = add_shares(tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype), moments_ptrs, part_size * SPEC.D, part_sums.parts, mask)
         row_gradient = moments
         if FAMILY.radial:
-            rounded = _load_rounded(operands, plan_ptr, source + local, offs_d, mask, dtype, SPEC, SUM)
+            rounded = load_rounded(operands, plan_ptr, source + local, offs_d, mask, dtype, SPEC, SUM)
             row_gradient = slope[:, None] * rounded - moments
         gradient = p.to(dtype)[:, None] * (scale * row_gradient)
         if FAMILY.number == GAUSSIAN:
@@ -542,7 +542,7 @@ def _finish_gradient(
 
 
 @triton.jit
-def _load_rounded(operands, plan_ptr, row, offs_d, mask, dtype: tl.constexpr, SPEC: tl.constexpr, SUM: tl.constexpr):
+def load_rounded(operands, plan_ptr, row, offs_d, mask, dtype: tl.constexpr, SPEC: tl.constexpr, SUM: tl.constexpr):
     """The rows as the products of the pass that has run saw them. Sums of differences need none: they get zeros."""
     precision_pass = tl.load(plan_ptr + PRECISION_PASS).to(tl.int32)
     offs = row.to(tl.int64)[:, None] * SPEC.D + offs_d[None, :]

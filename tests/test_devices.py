@@ -31,6 +31,7 @@ CALLS = {
     "mmd of a mean on the device": lambda x, y: fastvae.mmd(x + y, fastvae.KernelMean(torch.eye(3), norm=1.0, bandwidth=2.0).to(x.device)),
     "mmd by name": lambda x, y: fastvae.mmd(y=y, x=x),
     "mmd_to_normal": lambda x, y: fastvae.mmd_to_normal(x + y),
+    "ksd_to_normal": lambda x, y: fastvae.ksd_to_normal(x + y, bandwidth=y.detach()[0].exp()),
     "MMDLoss": lambda x, y: MMDLoss(bandwidth=x.detach()[0].exp())(x, y),
     "kernel_matmul": lambda x, y: fastvae.kernel_matmul(x, y, y),
     "witness": lambda x, y: fastvae.witness(x, y, x + 1),

@@ -77,6 +77,9 @@ def losses(rank, world):
         )
         if kernel == "rbf":
             assert_is_global(rank, world, lambda x, g, o=options: fastvae.mmd_to_normal(x, process_group=g, **o), x)
+        if kernel in ("rbf", "imq"):
+            options = {"kernel": kernel, "estimator": estimator, "bandwidth": [1.0, 2.0]}
+            assert_is_global(rank, world, lambda x, g, o=options: fastvae.ksd_to_normal(x, process_group=g, **o), x)
     h = torch.tensor([0.9, 1.8, 0.4], dtype=torch.float64, requires_grad=True)
     gradients = []
     for points, group in (((x, y), None), (own(rank, world, x, y), dist.group.WORLD)):

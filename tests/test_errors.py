@@ -221,6 +221,50 @@ def test_total_correlation(options, error, sentence):
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"z": [[1.0]]}, TypeError, "z must be a torch.Tensor, got list"),
+        ({"z": X[0]}, ValueError, "z must have shape (..., rows, features), got (3,)"),
+        (
+            {"z": X[:1], "estimator": "unbiased"},
+            ValueError,
+            "z must have at least two rows for estimator='unbiased', got 1: use estimator='biased'",
+        ),
+        ({"estimator": "linear"}, ValueError, "estimator must be one of 'biased', 'unbiased', got 'linear'"),
+        (
+            {"kernel": "laplace"},
+            ValueError,
+            "kernel must be 'rbf', 'gaussian', 'imq' or 'rational_quadratic' for a Stein discrepancy, which takes derivatives at distance "
+            "zero, got 'laplace'",
+        ),
+        ({"bandwidth": "median"}, ValueError, "bandwidth must be a number or several, got 'median': pass fastvae.median_bandwidth(z)"),
+        ({"bandwidth": 1e-9}, ValueError, "bandwidth must be between 1e-8 and 1e8 for a Stein discrepancy, got 1e-09"),
+        (
+            {"bandwidth": torch.ones(1, requires_grad=True)},
+            ValueError,
+            "bandwidth must be constant, got a tensor that requires grad: pass bandwidth.detach()",
+        ),
+        (
+            {"bandwidth_weights": torch.ones(1, requires_grad=True)},
+            ValueError,
+            "bandwidth_weights must be constant, got a tensor that requires grad: pass bandwidth_weights.detach()",
+        ),
+        ({"backend": "inductor"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'inductor'"),
+        (
+            {"process_group": "all"},
+            TypeError,
+            "process_group must be a torch.distributed.ProcessGroup that this process is in, got str",
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_ksd_to_normal(options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.ksd_to_normal(**{"z": X} | options)
+    assert str(caught.value) == sentence
+
+
 def test_a_sentence_asks_whether_images_were_meant():
     x = torch.randn(4, 3, 8, 8)
     sample = r"x of shape \(4, 3, 8, 8\) is treated as a batch of 12 samples, each with 8 rows and 8 features: pass x.flatten"

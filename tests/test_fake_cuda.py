@@ -60,6 +60,7 @@ def mmd_to_mean(x, y):
 
 
 mmd_to_normal = functools.partial(fastvae.mmd_to_normal, bandwidth=8.0)
+ksd_to_normal = functools.partial(fastvae.ksd_to_normal, bandwidth=8.0)
 kernel_matmul = functools.partial(fastvae.kernel_matmul, bandwidth=8.0)
 
 
@@ -123,6 +124,10 @@ CALLS = {
     "mmd_to_normal": Call(mmd_to_normal, (X,)),
     "mmd_to_normal, gradient": Call(mmd_to_normal, (X,), (0,)),
     "mmd_to_normal, gradient to the bandwidth": Call(lambda x, h: fastvae.mmd_to_normal(x, bandwidth=h), (X, (1,)), (0, 1)),
+    "ksd_to_normal": Call(ksd_to_normal, (X,)),
+    "ksd_to_normal, gradient": Call(ksd_to_normal, (X,), (0,)),
+    "ksd_to_normal, batch": Call(ksd_to_normal, ((8, N, D),), (0,), (((8,), f32),)),
+    "ksd_to_normal, bandwidths on the device": Call(lambda z, h: fastvae.ksd_to_normal(z, bandwidth=h), (X, (3,)), (0,)),
     "MMDLoss": Call(fastvae.MMDLoss(bandwidth=8.0), gradients=(0,)),
     "kernel_matmul": Call(kernel_matmul, (X, X, (N, 8)), (), (((N, 8), f32),)),
     "kernel_matmul, gradient to x": Call(kernel_matmul, (X, X, (N, 8)), (0,), (((N, 8), f32),)),
@@ -288,6 +293,7 @@ MEMORY = {
     "mmd, polynomial": 9,
     "mmd of a mean, gradient": 12,
     "mmd_to_normal, gradient": 5,
+    "ksd_to_normal, gradient": 5,
     "kernel_matmul": 10,
     "kernel_matmul, gradients": 15,
     "group_mmd, labels": 12,

@@ -26,6 +26,8 @@ OPERATIONS = {
     "mmd of a mean": lambda x, **options: fastvae.mmd(x, mean, **options),
     "mmd, linear": lambda x, **options: fastvae.mmd(x, logvar, estimator="linear", **options),
     "mmd_to_normal": lambda x, **options: fastvae.mmd_to_normal(x, estimator="unbiased", **options),
+    "ksd_to_normal": lambda x, **options: fastvae.ksd_to_normal(x, bandwidth=[1.0, 2.0], **options),
+    "ksd_to_normal of several": lambda x, **options: fastvae.ksd_to_normal(torch.stack([x, 2 * x]), **options).sum(),
     "kernel_matmul": lambda x, **options: fastvae.kernel_matmul(x, y, v, **options).square().sum(),
     "kernel_matmul of v": lambda x, **options: fastvae.kernel_matmul(y, 2 * x, x, **options).square().sum(),
     "kernel_matmul of a bandwidth": lambda x, **options: fastvae.kernel_matmul(y, y, v, bandwidth=x.exp()[0], **options).square().sum(),

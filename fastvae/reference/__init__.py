@@ -2,6 +2,7 @@
 
 from fastvae.reference.kernel_matmul import kernel_matmul
 from fastvae.reference.kernel_mean import mmd_to_mean
+from fastvae.reference.ksd_to_normal import ksd_to_normal
 from fastvae.reference.mmd import mmd, mmd_to_normal
 from fastvae.reference.quadratic_form import quadratic_form
 from fastvae.reference.reparameterize_kl import gaussian_kl, reparameterize_kl
@@ -11,6 +12,7 @@ __all__ = [
     "KLDecomposition",
     "gaussian_kl",
     "kernel_matmul",
+    "ksd_to_normal",
     "mmd",
     "mmd_to_mean",
     "mmd_to_normal",

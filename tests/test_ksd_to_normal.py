@@ -1,0 +1,279 @@
+"""The kernel Stein discrepancy to N(0, I) against its definition by autograd, the dense reference, and a transcription in numpy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import func
+
+import fastvae
+from fastvae import reference
+from fastvae.cpu import ksd_to_normal as cpu
+from fastvae.ops.common import kernel_arguments
+from fastvae.ops.ksd_to_normal import ksd_op
+from fastvae.radial import IMQ, RBF, RationalQuadratic
+from fastvae.reference.ksd_to_normal import stein_kernel
+from fastvae.reference.mmd import bandwidths
+from tests.cases import DEVICE, evaluate, gradcheck, needs_cpu, needs_triton, peak_bytes
+
+# Of PyTorch's own, on the first forward-mode call.
+pytestmark = [pytest.mark.usefixtures("interpreter_warnings"), pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")]
+
+BACKENDS = [pytest.param(None, marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
+# 50 is evaluated from 1 − q.
+KERNELS = [RBF(), IMQ(), RationalQuadratic(0.5), RationalQuadratic(2.3), RationalQuadratic(50.0)]
+LADDER = {"bandwidth": (0.3, 1.7, 40.0), "bandwidth_weights": (0.5, 2.0, -0.3)}
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_estimator = pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+
+
+def sample(n=70, d=5, dtype=torch.float64, offset=0.0, scale=0.9):
+    generator = torch.Generator().manual_seed(4)
+    return (scale * torch.randn(n, d, dtype=torch.float64, generator=generator) + offset).to(DEVICE, dtype)
+
+
+def assert_as_reference(z, value_rtol, grad_rtol, backend=None, **options):
+    """The values of pairs cancel in their mean, so that its error is relative to the mean of their sizes too."""
+    value, gradient = evaluate(lambda z: fastvae.ksd_to_normal(z, backend=backend, **options), z)
+    exact, exact_gradient = evaluate(lambda z: reference.ksd_to_normal(z, **options), z.double())
+    u = stein_kernel(z.double(), *bandwidths(z.double(), options["bandwidth"], options.get("bandwidth_weights")), options["kernel"])
+    error = value_rtol * (exact.abs() + 0.1 * u.abs().mean())
+    assert value.dtype == z.dtype == gradient.dtype
+    assert abs(value.double() - exact) <= error
+    assert (gradient.double() - exact_gradient).norm() <= grad_rtol * exact_gradient.norm()
+    # Without a gradient.
+    assert abs(fastvae.ksd_to_normal(z, backend=backend, **options).double() - exact) <= error
+
+
+@each_kernel
+def test_the_reference_is_the_stein_kernel_of_autograd(kernel):
+    """u = trace of ∂x∂y k + score(x)·∂y k + score(y)·∂x k + score(x)·score(y)·k, with the score −x of N(0, I)."""
+    z = sample(4, 3)
+
+    def k(x, y):
+        return kernel.phi((x - y).square().sum() * kernel.gamma(torch.tensor(1.3, dtype=x.dtype), 3))
+
+    def u(x, y):
+        mixed = func.jacfwd(func.grad(k, 1), 0)(x, y)
+        return mixed.trace() - x @ func.grad(k, 1)(x, y) - y @ func.grad(k)(x, y) + (x @ y) * k(x, y)
+
+    expected = torch.stack([torch.stack([u(x, y) for y in z]) for x in z])
+    one = torch.ones(1, dtype=z.dtype, device=DEVICE)
+    torch.testing.assert_close(stein_kernel(z, 1.3 * one, one, kernel), expected)
+    torch.testing.assert_close(fastvae.ksd_to_normal(z, bandwidth=1.3, kernel=kernel), expected.mean())
+
+
+def test_the_inverse_multiquadric_of_the_literature():
+    """(c² + d²)^−½ with c = 1.5, in numpy, by its own derivatives. Source: Gorham and Mackey 2017, section 3."""
+    z, c, beta = sample(20, 3).cpu().numpy(), 1.5, -0.5
+    total = 0.0
+    for x in z:
+        for y in z:
+            r = x - y
+            base = c**2 + r @ r
+            k, to_x = base**beta, 2 * beta * base ** (beta - 1) * r
+            trace = -2 * beta * (base ** (beta - 1) * len(x) + 2 * (beta - 1) * base ** (beta - 2) * (r @ r))
+            total += trace - x @ -to_x - y @ to_x + (x @ y) * k
+    value = fastvae.ksd_to_normal(torch.tensor(z), kernel=RationalQuadratic(0.5), bandwidth=c, bandwidth_weights=[1 / c])
+    assert value.item() == pytest.approx(total / len(z) ** 2, rel=1e-12)
+
+
+@each_backend
+@each_kernel
+@pytest.mark.parametrize("options", [{"bandwidth": 1.2}, {"estimator": "unbiased", **LADDER}], ids=["one", "ladder"])
+def test_float64(options, kernel, backend):
+    assert_as_reference(sample(40), 1e-12, 1e-11, kernel=kernel, backend=backend, **options)
+
+
+@each_kernel
+@needs_cpu
+@pytest.mark.parametrize(
+    ("n", "d", "offset", "bandwidth"),
+    [
+        (1, 3, 0.0, 1.0),
+        (70, 1, 0.0, 2.0),
+        (70, 5, 0.0, 0.3),
+        (70, 5, 0.0, 1000.0),
+        (70, 5, 1000.0, 1.5),
+        pytest.param(530, 4, 0.0, 2.0, marks=pytest.mark.slow),
+        pytest.param(530, 4, 1000.0, 100.0, marks=pytest.mark.slow),
+    ],
+)
+def test_float32(kernel, n, d, offset, bandwidth):
+    z = sample(n, d, torch.float32, offset)
+    assert_as_reference(z, 1e-5, 2e-5, kernel=kernel, bandwidth=bandwidth)
+    if n == 70:
+        assert_as_reference(z, 1e-5, 2e-5, kernel=kernel, bandwidth=(bandwidth, 3 * bandwidth), estimator="unbiased")
+
+
+@needs_triton
+@pytest.mark.interpreter
+@each_kernel
+@pytest.mark.parametrize(
+    ("n", "d", "offset", "options"),
+    [
+        (1, 3, 0.0, {"bandwidth": 1.0}),
+        (70, 17, 0.0, {"bandwidth": 4.0}),
+        (40, 5, 1000.0, {"bandwidth": 300.0, "estimator": "unbiased"}),
+        (40, 5, 0.0, {"bandwidth": (0.1, 2.0, 9.0), "estimator": "unbiased"}),
+    ],
+)
+def test_triton_in_float32(kernel, n, d, offset, options):
+    assert_as_reference(sample(n, d, torch.float32, offset), 3e-5, 1e-4, kernel=kernel, backend="triton", **options)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("precision", "value_rtol", "grad_rtol"), [("ieee", 1e-5, 2e-5), ("high", 1e-3, 5e-3), ("medium", 2e-2, 5e-2)])
+def test_precision(precision, value_rtol, grad_rtol):
+    value, gradient = evaluate(
+        lambda z: fastvae.ksd_to_normal(z, bandwidth=3.0, precision=precision, backend="triton"), sample(80, 8, torch.float32)
+    )
+    exact, exact_gradient = evaluate(lambda z: reference.ksd_to_normal(z, bandwidth=3.0), sample(80, 8, torch.float32).double())
+    assert abs(value - exact) <= value_rtol * exact
+    assert (gradient - exact_gradient).norm() <= grad_rtol * exact_gradient.norm()
+
+
+@each_backend
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+def test_clusters_far_apart_and_duplicates(kernel, backend):
+    """Products of rows would lose the distances within a cluster; a row's duplicates are pairs like others."""
+    z = sample(60, 4, torch.float32)
+    z[:30] += 3000
+    z[10:20] = z[0]
+    z[40:50] = z[35]
+    assert_as_reference(z, 1e-5, 1e-4, kernel=kernel, bandwidth=0.5, estimator="unbiased", backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_half_precision(dtype, backend):
+    z = sample(60, 4).to(dtype)
+    value, gradient = evaluate(lambda z: fastvae.ksd_to_normal(z, backend=backend), z)
+    exact, exact_gradient = evaluate(reference.ksd_to_normal, z.double())
+    assert value.dtype == torch.float32
+    assert gradient.dtype == dtype
+    assert value.item() == pytest.approx(exact.item(), rel=3e-5)
+    assert (gradient.double() - exact_gradient).norm() < 1e-2 * exact_gradient.norm()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.testing.assert_close(fastvae.ksd_to_normal(z, backend=backend), value)
+
+
+@each_backend
+@each_estimator
+@pytest.mark.parametrize("rows", [6, pytest.param(520, marks=pytest.mark.slow)])
+def test_batches(rows, estimator, backend):
+    if backend == "triton" and rows > 6:
+        pytest.skip("takes the same launches as few rows")
+    z = torch.stack([sample(rows, 3), 2 * sample(rows, 3) + 1, sample(rows, 3, offset=3e4)])
+    options = {"estimator": estimator, "bandwidth": 1.4, "backend": backend}
+    weights = torch.tensor([1.0, -2.0, 3.0], dtype=z.dtype, device=DEVICE)
+    values, gradient = evaluate(lambda z: fastvae.ksd_to_normal(z, **options) @ weights, z)
+    singles = [evaluate(lambda z: fastvae.ksd_to_normal(z, **options), one) for one in z]
+    torch.testing.assert_close(values, sum(w * value for w, (value, _) in zip(weights, singles, strict=True)))
+    torch.testing.assert_close(gradient, torch.stack([w * g for w, (_, g) in zip(weights, singles, strict=True)]))
+    if backend is None:
+        with pytest.warns(UserWarning, match="is treated as a batch of 3 samples"):
+            assert fastvae.ksd_to_normal(z[None], **options).shape == (1, 3)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [8, 600])
+def test_numbers_that_are_not_finite(bad, rows, backend):
+    if backend == "triton" and rows > 8:
+        pytest.skip("the interpreter is slow")
+    z = sample(rows, 3, torch.float32)
+    z[3, 1] = bad
+    value, gradient = evaluate(lambda z: fastvae.ksd_to_normal(z, bandwidth=0.1, kernel="rbf", backend=backend), z)
+    assert value.isnan()
+    assert gradient.isnan().any()
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+def test_several_tiles_are_one_array(kernel, monkeypatch):
+    z = sample(530, 6, torch.float32)
+    options = {"kernel": kernel, **LADDER}
+    streamed = evaluate(lambda z: fastvae.ksd_to_normal(z, **options), z)
+    monkeypatch.setattr(cpu, "_PAIRS", 1 << 20)
+    for a, b in zip(streamed, evaluate(lambda z: fastvae.ksd_to_normal(z, **options), z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@each_backend
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+def test_gradcheck(kernel, backend):
+    assert gradcheck(lambda z: fastvae.ksd_to_normal(z, kernel=kernel, backend=backend), (sample(7, 2).requires_grad_(),), backend)
+
+
+@each_backend
+def test_opcheck(backend):
+    arguments = kernel_arguments(RationalQuadratic(1.0), [1.5, 2.0], [1.0, 1.0])
+    for z, whole, start in ((sample(6, 2), None, 0), (torch.stack([sample(6, 2)] * 2), None, 0), (sample(9, 2)[2:8], sample(9, 2), 2)):
+        torch.library.opcheck(ksd_op, (z, whole, *arguments, start, True, "", backend or "", True))
+    with pytest.raises(RuntimeError, match="was called without the gradient that backward needs"):
+        ksd_op(sample(6, 2).requires_grad_(), None, *arguments, 0, True, "", backend or "", False)[0].backward()
+
+
+@each_backend
+@each_estimator
+def test_shares_of_rows_sum_to_the_whole(estimator, backend):
+    """What ranks compute: sums of their rows over all rows, the first of which is inside of a tile."""
+    z, arguments = sample(100, 3), kernel_arguments(RBF(), [1.5], [1.0])
+    options = estimator == "unbiased", "", backend or "", True
+    parts = [ksd_op(z[rows], z, *arguments, rows.start, *options) for rows in (slice(0, 70), slice(70, 71), slice(71, 100))]
+    value, gradient = evaluate(lambda z: reference.ksd_to_normal(z, kernel="rbf", bandwidth=1.5, estimator=estimator), z)
+    torch.testing.assert_close(sum(part[0] for part in parts), value)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient)
+
+
+@pytest.mark.slow
+def test_compile():
+    z = sample(40, 3, torch.float32)
+    compiled = torch.compile(lambda z, h: fastvae.ksd_to_normal(2 * z, bandwidth=[h, 3.0]), fullgraph=True, backend="aot_eager")
+    for h in (1.0, 2.0):
+        for actual, expected in zip(
+            evaluate(lambda z, h=h: compiled(z, h), z),
+            evaluate(lambda z, h=h: fastvae.ksd_to_normal(2 * z, bandwidth=[h, 3.0]), z),
+            strict=True,
+        ):
+            torch.testing.assert_close(actual, expected)
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_memory():
+    """Beyond what it needs for rows, tiles; not an array of all pairs, which would be 256 MiB."""
+    small, large = (peak_bytes(lambda z: fastvae.ksd_to_normal(z, bandwidth=4.0), [torch.randn(n, 16)]) for n in (2048, 8192))
+    assert large < 40 << 20
+    assert large - small < 40 * (8192 - 2048) * 16
+
+
+@needs_cpu
+def test_rounding_of_coefficients_is_no_bias():
+    """x·y follows from d² times a number: rounded, it would be wrong by the same share in all pairs, whose mean is near zero."""
+    z = sample(500, 16, torch.float32)
+    for kernel in KERNELS[:3]:
+        value = fastvae.ksd_to_normal(z, bandwidth=1234.567, kernel=kernel, estimator="unbiased").double()
+        exact = reference.ksd_to_normal(z.double(), bandwidth=1234.567, kernel=kernel, estimator="unbiased")
+        # Rounding errors of float32 for d² = 26 in 500 rows.
+        assert abs(value - exact) < 2e-7
+
+
+def test_normal_rows_have_none_and_others_have_some():
+    z = torch.randn(1000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for kernel in ("rbf", "imq"):
+        none, some = (fastvae.ksd_to_normal(t, kernel=kernel, bandwidth=2.0, estimator="unbiased").item() for t in (z, 1.3 * z))
+        assert abs(none) < 0.03
+        assert some > 0.05
+
+
+def test_a_bandwidth_on_the_device_gives_the_same():
+    z = sample(20, 3)
+    for actual, expected in zip(
+        evaluate(lambda z: fastvae.ksd_to_normal(z, bandwidth=torch.tensor([1.5, 2.5], device=DEVICE)), z),
+        evaluate(lambda z: fastvae.ksd_to_normal(z, bandwidth=np.array([1.5, 2.5])), z),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
