@@ -5,9 +5,10 @@
     python -m benchmarks.compile_report --quick                         the rows that the tests compile again
 
 A row holds registers, spills and shared memory; the instructions in the inner loop for a pair of points (for an element, in row-wise
-kernels; for a pair and a dimension, in those of total correlation and of few rows), by unit; the cycles that each unit needs for them on
-one multiprocessor; and the time of one sweep over N = 65,536 rows against as many columns (half of the pairs where the sweep is
-symmetric), or of 1,024 problems of few rows, on the GPU named, were its slowest unit always busy.
+kernels; for a pair and a dimension, in those of total correlation and of few rows; for a row, a slice and a point, in those of SIGReg), by
+unit; the cycles that each unit needs for them on one multiprocessor; and the time of one sweep over N = 65,536 rows against as many columns
+(half of the pairs where the sweep is symmetric) or 1,024 slices, or of 1,024 problems of few rows, on the GPU named, were its slowest unit
+always busy.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import triton
 
 from benchmarks.gpus import CACHE_BYTES, EXPONENTIALS, GPU, GPUS, ISSUE
 from benchmarks.sass import Binary, argument_types, compile_kernel, is_matrix
+from fastvae.cpu.sigreg import Points
 from fastvae.kernels import (
     families,
     few_rows,
@@ -37,6 +39,7 @@ from fastvae.kernels import (
     prepare,
     products,
     reparameterize_kl,
+    sigreg,
     sums,
     total_correlation,
 )
@@ -53,6 +56,7 @@ from fastvae.kernels.config import (
     few_rows_config,
     matmul_config,
     padded_dim,
+    slice_config,
     stein_config,
     sweep_config,
     terms_config,
@@ -61,7 +65,7 @@ from fastvae.parametrisation import Parametrisation
 from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
-PREDICTED_ROWS = 65_536
+PREDICTED_ROWS, PREDICTED_SLICES = 65_536, 1024
 PREDICTED_PROBLEMS = 1024  # of few rows
 ARCHITECTURES = tuple(GPUS)
 PRECISIONS = ("highest", "high", "medium", "ieee", "float64")
@@ -250,7 +254,26 @@ class FewRows:
         return " ".join([f"{self.rows} rows", self.dtype, f"D{self.dim}", f"bandwidths{self.bandwidths}", *kernel_words(self.kernel)])
 
 
-Variant = Sweep | Differences | Matmul | Stein | Rows | Density | FewRows
+@dataclass(frozen=True)
+class Slices:
+    """One variant of a kernel of `sigreg`, with 16 points in two chains, or 5 in one."""
+
+    direction: str  # forward or backward
+    precision: str
+    dim: int
+    odd: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.precision} D{self.dim} {'odd' if self.odd else 'all'}"
+
+    @property
+    def points(self) -> tuple[int, int]:
+        """Steps and chains."""
+        return (5, 1) if self.odd else (8, 2)
+
+
+Variant = Sweep | Differences | Matmul | Stein | Rows | Density | FewRows | Slices
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -296,6 +319,15 @@ def variants(architecture: int) -> Iterator[Variant]:
                 yield Density(direction, "fp32", dim, stratified)
             if architecture == 90:
                 yield Density(direction, "fp64", 8, stratified)
+
+    for direction in ("forward", "backward"):
+        yield Slices(direction, "highest", 64)
+        if architecture == 90:
+            for dim in (16, 256):
+                yield Slices(direction, "highest", dim)
+            for precision in ("high", "medium", "ieee", "float64"):
+                yield Slices(direction, precision, 64)
+            yield Slices(direction, "highest", 64, odd=True)
 
 
 def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
@@ -387,6 +419,8 @@ def quick(variant: Variant, architecture: int) -> bool:
         return variant.dtype == "fp32" and variant.dim == 32
     if isinstance(variant, FewRows):
         return variant.kernel == RationalQuadratic(2.3) or variant.dtype == "bf16"
+    if isinstance(variant, Slices):
+        return variant == Slices(variant.direction, "highest", 64)
     counted = {
         *(Sweep("highest", 16, False, within, bandwidths) for within in (False, True) for bandwidths in (1, 5)),
         *(Sweep(precision, 64, True, False) for precision in PRECISIONS),
@@ -430,19 +464,23 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
     if isinstance(variant, Density):
         gradient = variant.direction in ("rows", "columns")
         return density_config(variant.dim, variant.dtype == "fp64", gradient, variant.stratified, architecture)
+    if isinstance(variant, Slices):
+        return slice_config(variant.dim, variant.precision, variant.direction == "backward", architecture)
     return reparameterize_kl.plan_of(variant.call).config
 
 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
     describe: Any = {
-        Sweep: _sweep, Differences: _differences, Matmul: _matmul, Stein: _stein, Rows: _rows, Density: _density, FewRows: _few
+        Sweep: _sweep, Differences: _differences, Matmul: _matmul, Stein: _stein, Rows: _rows, Density: _density, FewRows: _few,
+        Slices: _slices,
     }  # fmt: skip
     config = config_of(variant, architecture)
     kernel, binary, units, work = describe[type(variant)](variant, config, architecture)
     gpu = GPUS[architecture]
     bound = max(units, key=lambda unit: units[unit])
-    per = "element" if isinstance(variant, Rows) else "pair and dimension" if isinstance(variant, (Density, FewRows)) else "pair"
+    pair_and_dimension = dict.fromkeys((Density, FewRows), "pair and dimension")
+    per = ({Rows: "element", Slices: "row, slice and point"} | pair_and_dimension).get(type(variant), "pair")
     return {
         "kernel": kernel,
         "variant": variant.name,
@@ -480,6 +518,8 @@ def _count(variant: Variant) -> float:
         return PREDICTED_ROWS**2 * variant.dim
     if isinstance(variant, FewRows):
         return PREDICTED_PROBLEMS * variant.rows**2 * variant.dim
+    if isinstance(variant, Slices):
+        return PREDICTED_ROWS * PREDICTED_SLICES * math.prod(variant.points)
     symmetric = isinstance(variant, Sweep) and variant.symmetric
     return PREDICTED_ROWS**2 / (2 if symmetric else 1)
 
@@ -701,10 +741,39 @@ def _few(variant: FewRows, config: FewRowsConfig, architecture: int) -> Describe
     return "few_rows.few_rows_kernel", binary, units, work
 
 
-def _inner_loop(binary: Binary, trips: int = 1) -> collections.Counter[str]:
+def _slices(variant: Slices, config: SweepConfig, architecture: int) -> Described:
+    backward = variant.direction == "backward"
+    fn = sigreg.gradient_kernel if backward else sigreg.sums_kernel
+    double = variant.precision == "float64"
+    scalar = "fp64" if double else "fp32"
+    types = argument_types(fn, lambda name: f"*{scalar}" if name.endswith("_ptr") else "i32")
+    steps, chains = variant.points
+    z = torch.empty(1, 0, variant.dim, dtype=torch.float64 if double else torch.float32)
+    spec = sigreg.spec_of(z, Points(0.1, steps, variant.odd), variant.precision)
+    if double and not backward:
+        # A launch for each chain.
+        spec, chains = spec._replace(LAST=1), 1
+    constants = {"SPEC": spec} | config.launch(*(() if backward else ("BLOCK_D",)))
+    binary = compile_kernel(fn, types, constants, architecture)
+    loop = _inner_loop(binary, math.ceil(variant.dim / config.block_k), ("FFMA", "DFMA"))
+    work = _per_unit(loop, steps * chains * config.block_n * config.block_m / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    units = _cycles(work, gpu.fp64)
+    precision = "tf32x3" if variant.precision == "highest" else variant.precision
+    multiplied = _PRODUCTS[precision] * variant.dim / _rate(precision, gpu)
+    if backward:
+        precision = "highest" if variant.precision == "high" else variant.precision
+        multiplied += _PRODUCTS[precision] * config.block_d / _rate(precision, gpu)
+    units["products"] = multiplied / (steps * chains)
+    # Each block of features of the gradient takes a sweep of its own.
+    repeats = math.ceil(variant.dim / config.block_d) if backward else 1
+    return f"sigreg.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+
+
+def _inner_loop(binary: Binary, trips: int = 1, arithmetic_ops: tuple[str, ...] = ("MUFU", "DFMA")) -> collections.Counter[str]:
     """The first of the longest kind: the loop that masks the tiles on the diagonal comes after the one over all other tiles."""
     loops = [loop.weighed(trips) for loop in binary.loops]
-    arithmetic = [sum(n for op, n in loop.items() if op.startswith(("MUFU", "DFMA"))) for loop in loops]
+    arithmetic = [sum(n for op, n in loop.items() if op.startswith(arithmetic_ops)) for loop in loops]
     return next(loop for loop, n in zip(loops, arithmetic, strict=True) if 2 * n >= max(arithmetic))
 
 

@@ -16,12 +16,13 @@ from fastvae.functional import (
     witness,
 )
 from fastvae.kernel_mean import KernelMean
-from fastvae.losses import MMDLoss
+from fastvae.losses import MMDLoss, SIGReg
 from fastvae.objectives import Bernoulli, Gaussian, ImportanceWeighted, Laplace, Likelihood, ObjectiveTerms, VAEObjective, VAEOutput
 from fastvae.posteriors import DiagonalGaussianDistribution
 from fastvae.preparation import Standardise
 from fastvae.radial import Kernel
 from fastvae.reference import KLDecomposition
+from fastvae.sliced import sigreg
 from fastvae.stein import ksd_to_normal
 from fastvae.two_sample import KernelTest, TwoSampleTest, two_sample_test
 from fastvae.vae import VAE
@@ -44,6 +45,7 @@ __all__ = [
     "NystromFeatures",
     "ObjectiveTerms",
     "RandomFeatures",
+    "SIGReg",
     "Standardise",
     "TwoSampleTest",
     "VAEObjective",
@@ -62,6 +64,7 @@ __all__ = [
     "reparameterize_kl",
     "reparameterize_kl_moments",
     "schedules",
+    "sigreg",
     "total_correlation",
     "two_sample_test",
     "witness",

@@ -172,6 +172,45 @@ def points(name: str, x: object, *, batched: bool = False) -> None:
         )
 
 
+def sample_of_slices(name: str, z: object) -> None:
+    """Rows (rows ≥ 1, features ≥ 1) after any batch dimensions."""
+    z = floating_tensor(name, z)
+    if z.ndim < 2:
+        raise ValueError(f"{name} must have shape (..., rows, features), got {tuple(z.shape)}")
+    _not_empty(name, z)
+
+
+def views(name: str, z: object) -> None:
+    """(views, rows, features)."""
+    z = floating_tensor(name, z)
+    if z.ndim != 3:
+        raise ValueError(f"{name} must have shape (views, rows, features), got {tuple(z.shape)}")
+
+
+def directions(value: object, z: Tensor) -> None:
+    """The columns of a matrix with as many rows as z has features."""
+    value = floating_tensor("directions", value)
+    if value.ndim != 2 or value.shape[0] != z.shape[-1] or value.shape[1] == 0:
+        raise ValueError(f"directions must have shape ({z.shape[-1]}, slices), one row for each feature of z, got {tuple(value.shape)}")
+    if value.device != z.device:
+        raise ValueError(f"directions must be on the device of z, {z.device}, got {value.device}")
+    constant("directions", value)
+
+
+def quadrature(num_points: Any, t_max: Any, t_min: Any) -> tuple[int, float, float]:
+    """The points of an integral of an even function from 0 or from −t_max to t_max."""
+    num_points = integer("num_points", num_points, at_least=2)
+    t_max, t_min = real("t_max", t_max, above=0), real("t_min", t_min)
+    if t_min not in (0, -t_max):
+        raise ValueError(f"t_min must be 0 or -t_max, here {-t_max:g}, got {t_min:g}")
+    return num_points, t_max, t_min
+
+
+def generator(value: object) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
+
+
 def samples(x: Tensor, *others: Tensor, batched: bool = False) -> None:
     """A sample x of rows, or x and y with the same features, batch dimensions, dtype and device."""
     points("x", x, batched=batched)
@@ -407,6 +446,17 @@ def same_on_ranks(name: str, kinds: Sequence[Sequence[tuple[int, torch.dtype]]])
         raise ValueError(f"{name} must have the same features and dtype, and weights or none, on all ranks of the group, got {received}")
 
 
+def same_slices_on_ranks(sizes: Sequence[Sequence[int]]) -> None:
+    """The same numbers of samples, features, slices and points, and dtype, on each rank."""
+    if any(own != sizes[0] for own in sizes):
+        names = "samples", "features", "slices", "points"
+        received = "; ".join(
+            ", ".join(f"{size} {name}" for size, name in zip(own, names, strict=False)) + f" of {FLOAT_DTYPES[own[4]]} on rank {rank}"
+            for rank, own in enumerate(sizes)
+        )
+        raise ValueError(f"z must have the same batch dimensions, features, slices, points and dtype on all ranks, got {received}")
+
+
 def no_rank_failed(ranks: Sequence[int]) -> None:
     if ranks:
         several = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
@@ -424,9 +474,14 @@ def distributed(x: Tensor, estimator: str, backend: str | None, group: object, n
     process_group(group)
     if x.ndim > 2:
         raise ValueError(f"{name} must have shape (rows, features) with a process_group, got {tuple(x.shape)}")
-    if estimator == "linear" or backend == "reference":
-        option = f"estimator={estimator!r}" if estimator == "linear" else f"backend={backend!r}"
-        raise ValueError(f"process_group must be None for {option}, got a process group")
+    not_dense(backend)
+    if estimator == "linear":
+        raise ValueError(f"process_group must be None for estimator={estimator!r}, got a process group")
+
+
+def not_dense(backend: str | None) -> None:
+    if backend == "reference":
+        raise ValueError(f"process_group must be None for backend={backend!r}, got a process group")
 
 
 def own_kernel(bandwidth: object, bandwidth_weights: object, kernel: object, y_weights: object) -> None:

@@ -1,4 +1,4 @@
-"""Gathers the rows of all ranks of a process group, for losses of the global batch whose gradients need no communication.
+"""Gathers rows or sums of all ranks of a process group, for losses of the global batch whose gradients need no communication.
 
 Each rank computes the gradient of the global loss with respect to its own rows. These gradients should be summed, but data parallelism
 averages them. Each is therefore multiplied by the number of ranks: the average is then the gradient of one process with the whole batch.
@@ -71,6 +71,14 @@ def global_mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return (total[:-1] / total[-1].detach()).reshape(x.shape[1:]).to(x.dtype)
 
 
+def of_first_rank(directions: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """`directions` (D, K) of the first rank, without gradient, on each rank.
+
+    If ranks differ in D, K, the dtype or the two `sizes`, the numbers of samples and of points, all raise the same error.
+    """
+    return cast(Tensor, torch.ops.fastvae.of_first_rank(directions, list(sizes), group.group_name))
+
+
 class GroupModule(nn.Module):
     """A module with a process group. Deep copies share the group, which cannot be copied."""
 
@@ -114,6 +122,22 @@ def _backward(ctx: Any, grads: list[Tensor], _: None) -> tuple[None, list[Tensor
 
 
 _gather_op.register_autograd(_backward, setup_context=_save_own_rows)
+
+
+@torch.library.custom_op("fastvae::of_first_rank", mutates_args=(), schema="(Tensor directions, SymInt[] sizes, str group) -> Tensor")
+def _first_rank_op(directions: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    process_group = _named(group)
+    samples, points = sizes
+    own = [samples, *directions.shape, points, DTYPES.index(directions.dtype)]
+    checks.same_slices_on_ranks(_exchange(own, process_group))
+    first = directions.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(first, dist.get_global_rank(process_group, 0), group=process_group)
+    return first
+
+
+@_first_rank_op.register_fake
+def _fake_first_rank(directions: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    return directions.new_empty(directions.shape)
 
 
 def _named(group: str) -> dist.ProcessGroup:

@@ -752,8 +752,7 @@ def _small(
 
 def _noise(mu: Tensor, generator: torch.Generator | None, backend: str | None) -> Tensor:
     """ε as the operation takes it: a seed for the Triton kernels, which draw ε faster than they would read it; else ε itself."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    checks.generator(generator)
     if backend == "triton" or (backend is None and mu.device.type == "cuda"):
         return torch.randint(2**63 - 1, (1,), device=mu.device, generator=generator)
     if generator is None:

@@ -27,6 +27,7 @@ from fastvae.functional import group_mmd, kernel_matmul, mmd
 from fastvae.kernel_mean import KernelMean
 from fastvae.objectives import IMQ_SCALES
 from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.sliced import sigreg
 from fastvae.two_sample import squared
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ __all__ = [
     "cmmd",
     "dan",
     "deepda",
+    "eb_jepa",
     "geomloss",
     "info_vae",
     "irdm",
     "kid",
+    "lejepa",
     "mmd_gan",
     "mmdagg",
     "mmdfuse",
@@ -61,6 +64,15 @@ class Options(TypedDict, total=False):
 
     precision: checks.Precision | None
     backend: checks.Backend | None
+
+
+class SliceOptions(Options, total=False):
+    """The options that `lejepa` and `eb_jepa` pass on to `fastvae.sigreg`."""
+
+    directions: Tensor | None
+    num_slices: int
+    generator: torch.Generator | None
+    process_group: ProcessGroup | None
 
 
 @float64_on_cpu
@@ -533,6 +545,42 @@ _MMDAGG: dict[str, tuple[Kernel, float]] = {
     "matern_0.5_l2": (Laplace(), 1.0),
 }
 _MMDFUSE: dict[str, tuple[Kernel, float]] = {**_MMDAGG, "gaussian": (RBF(), 1.0), "rq": (RationalQuadratic(0.5), 1.0)}
+
+
+def lejepa(views: Tensor, *, lamb: float = 0.02, **options: Unpack[SliceOptions]) -> Tensor:
+    """The loss of LeJEPA for projected views of each image, (V, N, D): an invariance term and SIGReg of each view.
+
+        (1 − lamb)·mean (z_v − mean_v z_v)² + lamb·SIGReg,   SIGReg with 17 points from 0 to 3 and the factor N
+
+    Options are those of `fastvae.sigreg`: directions, num_slices (1,024; 256 in the minimal example), generator, precision, backend and
+    process_group. With a process group SIGReg is that of all ranks' rows; the invariance term is a mean over the rank's own rows, which
+    data parallelism averages.
+
+    Source: github.com/rbalestr-lab/lejepa, MINIMAL.md; Balestriero and LeCun 2025, "LeJEPA".
+    """
+    checks.views("views", views)
+    lamb = checks.real("lamb", lamb, at_least=0)
+    z = views.to(accumulation_dtype(views.dtype))
+    return (1 - lamb) * (z - z.mean(0)).square().mean() + lamb * sigreg(views, **options)
+
+
+def eb_jepa(z1: Tensor, z2: Tensor, *, lmbd: float = 10.0, **options: Unpack[SliceOptions]) -> Tensor:
+    """The loss of eb_jepa's BCS for two views of the same images, (N, D): their mean squared difference and SIGReg of each.
+
+        mean (z1 − z2)² + lmbd·SIGReg,   SIGReg with 10 points from −3 to 3, without the factor N
+
+    Options as in `lejepa`; num_slices is 256 there.
+
+    Source: github.com/facebookresearch/eb_jepa, eb_jepa/losses.py.
+    """
+    checks.points("z1", z1)
+    checks.floating_tensor("z2", z2)
+    checks.same_shape_and_kind("z1", z1, "z2", z2)
+    lmbd = checks.real("lmbd", lmbd, at_least=0)
+    views = torch.stack([z1, z2])
+    a, b = views.to(accumulation_dtype(views.dtype)).unbind()
+    invariance: Tensor = (a - b).square().mean()
+    return invariance + lmbd * sigreg(views, num_points=10, t_min=-3.0, scale_by_n=False, **options)
 
 
 def _schrab_kernel(name: str, known: dict[str, tuple[Kernel, float]]) -> tuple[Kernel, float]:

@@ -340,6 +340,19 @@ def density_config(dim: int, double: bool, gradient: bool, stratified: bool, arc
     return DensityConfig(128, block_m, block_d, 4, 1)
 
 
+def slice_config(dim: int, precision: str, gradient: bool, architecture: int) -> SweepConfig:
+    """For projections of rows of `dim` features on slices, the columns of the tile; `precision` is one of `fastvae.mmd` or "float64".
+
+    As many rows as registers allow: a thread sums over its own rows before it exchanges sums with others. None of this is measured.
+    """
+    if precision in ("ieee", "float64"):
+        return SweepConfig(16 if precision == "float64" else 32, 32, 16, 16, 4, 1)
+    block_d = min(max(16, _next_power_of_2(dim)), 64)
+    if gradient:
+        return SweepConfig(32, 64, min(block_d, 32), block_d, 4, 1)
+    return SweepConfig(64 if architecture in WGMMA + _TCGEN05 else 32, 64, block_d, block_d, 4, 1)
+
+
 def row_config(
     sizes: tuple[int, int, int], itemsize: int, vector: int, sum_r: bool = False, sum_d: bool = False, prior: bool = False
 ) -> RowConfig:

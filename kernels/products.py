@@ -90,7 +90,7 @@ def load_parts(hi_ptrs, lo_ptrs, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _round_tf32(z):
+def round_tf32(z):
     # Tensor cores truncate. The sum of bits would carry out of a nan.
     rounded = ((z.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(z * 0.0 == 0.0, rounded, z)
@@ -116,10 +116,10 @@ def store_parts(scaled, points, hi_ptr, lo_ptr, offs, mask, PRODUCT: tl.constexp
             rounded += lo
         return rounded
     elif PRODUCT == TF32 or PRODUCT == TF32X3:  # noqa: SIM109
-        hi = _round_tf32(scaled)
+        hi = round_tf32(scaled)
         tl.store(hi_ptr + offs, hi, mask=mask)
         if PRODUCT == TF32X3:
-            lo = _round_tf32(scaled - hi)
+            lo = round_tf32(scaled - hi)
             tl.store(lo_ptr + offs, lo, mask=mask)
             hi += lo
         return hi

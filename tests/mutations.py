@@ -260,6 +260,27 @@ FAULTS = [
         ("tests/test_properties.py", "-k", "no_posterior"),
     ),
     Fault(
+        "sigreg: 2·cos(2θ) from the cosine, which loses digits at small θ",
+        "fastvae/cpu/sigreg.py",
+        "torch.mul(current[0, 1], current[0, 1], out=current[1, 0]).mul_(-2).add_(1)",
+        "torch.mul(current[0, 0], current[0, 0], out=current[1, 0]).mul_(2).sub_(1)",
+        ("tests/test_sigreg.py", "-k", "cpu and float32_is"),
+    ),
+    Fault(
+        "sigreg: each rank's mean in the place of the global one",
+        "fastvae/sliced.py",
+        "sums, n = total[:-1].view_as(sums), total[-1].detach()",
+        "n = total[-1].detach() / torch.distributed.get_world_size(process_group)",
+        ("tests/test_sigreg.py", "-k", "on_ranks and 2"),
+    ),
+    Fault(
+        "Triton: sigreg counts the rows that fill its last tile",
+        "kernels/sigreg.py",
+        "        one = tl.where(mask_n, 1.0, 0.0)",
+        "        one = tl.where(mask_n, 1.0, 1.0)",
+        ("tests/test_sigreg.py", "-k", "triton and values"),
+    ),
+    Fault(
         "median: near pairs far from the others by products",
         "fastvae/bandwidths.py",
         "            if float(d2.amin()) < _CANCELLED * (most + more):\n",
@@ -332,7 +353,7 @@ FAULTS = [
     Fault(
         "Triton: tf32 products of points that are not rounded, as their norms are not",
         "kernels/products.py",
-        "        hi = _round_tf32(scaled)\n",
+        "        hi = round_tf32(scaled)\n",
         "        hi = scaled\n",
         ("tests/test_mmd.py", "-k", "equal_rows"),
     ),

@@ -137,6 +137,8 @@ CALLS = {
         lambda z, mu, logvar: sum(fastvae.total_correlation(z, mu, logvar, dataset_size=300, backend="triton")),
         *(rows(70, 5) for _ in range(3)),
     ),
+    "sigreg": (lambda z: fastvae.sigreg(z, num_slices=70, num_points=5, backend="triton"), rows(2, 70, 5)),
+    "sigreg, wide rows": (lambda z: fastvae.sigreg(z, num_slices=3, num_points=3, backend="triton"), rows(33, 70)),
     "reparameterize_kl": (
         lambda mu, logvar: sum(t.sum() for t in fastvae.reparameterize_kl(mu, logvar, backend="triton")),
         rows(70, 5),

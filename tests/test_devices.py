@@ -39,6 +39,8 @@ CALLS = {
     "group_mmd of weights": lambda x, y: fastvae.group_mmd(x, y.detach().exp()).mean(),
     "reparameterize_kl": lambda x, y: fastvae.reparameterize_kl(x, y, eps=torch.ones_like(x))[1],
     "total_correlation": lambda x, y: sum(fastvae.total_correlation(x, y, x, dataset_size=9)),
+    "sigreg": lambda x, y: fastvae.sigreg(x, directions=y.detach().T / y.detach().norm(dim=1)),
+    "SIGReg": lambda x, y: fastvae.SIGReg(5)(x * y, generator=torch.Generator().manual_seed(0)),
     "median_bandwidth": lambda x, y: x.sum() * fastvae.median_bandwidth(x, y),
     "mean_bandwidth": lambda x, y: y.sum() * fastvae.mean_bandwidth(x),
     **{f"recipes.{name}": getattr(recipes, name) for name in RECIPES},

@@ -265,6 +265,40 @@ def test_ksd_to_normal(options, error, sentence):
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"z": [1.0]}, TypeError, "z must be a torch.Tensor, got list"),
+        ({"z": X[0]}, ValueError, "z must have shape (..., rows, features), got (3,)"),
+        ({"z": X[:0]}, ValueError, "z must have at least one row and one feature, got shape (0, 3)"),
+        ({"directions": X}, ValueError, "directions must have shape (3, slices), one row for each feature of z, got (4, 3)"),
+        (
+            {"directions": X[:3].clone().requires_grad_()},
+            ValueError,
+            "directions must be constant, got a tensor that requires grad: pass directions.detach()",
+        ),
+        ({"directions": X[:3].to("meta")}, ValueError, "directions must be on the device of z, cpu, got meta"),
+        ({"num_slices": 0}, ValueError, "num_slices must be at least 1, got 0"),
+        ({"num_points": 1}, ValueError, "num_points must be at least 2, got 1"),
+        ({"num_points": 9.0}, TypeError, "num_points must be an integer, got float"),
+        ({"t_max": 0}, ValueError, "t_max must be greater than 0, got 0"),
+        ({"t_min": -2}, ValueError, "t_min must be 0 or -t_max, here -3, got -2"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"precision": "low"}, ValueError, "precision must be one of None, 'highest', 'high', 'medium', 'ieee', got 'low'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
+        ({"process_group": 3}, TypeError, "process_group must be a torch.distributed.ProcessGroup that this process is in, got int"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_sigreg(options, error, sentence):
+    with pytest.raises(error) as caught:
+        fastvae.sigreg(**{"z": X} | options)
+    assert str(caught.value) == sentence
+    if "num_slices" in options:
+        with pytest.raises(error, match="num_slices must be at least 1, got 0"):
+            fastvae.SIGReg(0)
+
+
 def test_a_sentence_asks_whether_images_were_meant():
     x = torch.randn(4, 3, 8, 8)
     sample = r"x of shape \(4, 3, 8, 8\) is treated as a batch of 12 samples, each with 8 rows and 8 features: pass x.flatten"

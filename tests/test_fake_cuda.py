@@ -69,6 +69,10 @@ def group_mmd(z, *weights, **options):
     return fastvae.group_mmd(z, groups, num_groups=10, bandwidth=8.0, **options).mean()
 
 
+def sigreg(z, directions):
+    return fastvae.sigreg(z, directions=directions)
+
+
 def total_correlation(*codes, **options):
     return tuple(fastvae.total_correlation(*codes, dataset_size=2 * len(codes[0]), **options))
 
@@ -147,6 +151,9 @@ CALLS = {
     "total_correlation, stratified": Call(
         functools.partial(total_correlation, estimator="minibatch_stratified"), (X, X, X), (0, 1, 2), (((), f32),) * 3
     ),
+    "sigreg": Call(sigreg, (X, (D, 1024))),
+    "sigreg, gradient": Call(fastvae.sigreg, (X,), (0,)),
+    "sigreg, views of few rows, gradient": Call(functools.partial(fastvae.sigreg, num_slices=256), ((8, 32, D),), (0,)),
     "reparameterize_kl": Call(fastvae.reparameterize_kl, (X, X), (0, 1), ((X, f32), ((N,), f32))),
     "reparameterize_kl, eps": Call(
         lambda mu, logvar, eps: fastvae.reparameterize_kl(mu, logvar, eps=eps), (X, X, X), (0, 1), ((X, f32), ((N,), f32))
@@ -297,6 +304,7 @@ MEMORY = {
     "kernel_matmul": 10,
     "kernel_matmul, gradients": 15,
     "group_mmd, labels": 12,
+    "sigreg, gradient": 3,
     "total_correlation, gradients": 17,
     "reparameterize_kl": 5,
 }

@@ -157,6 +157,7 @@ def test_activation_checkpointing():
         lambda x: fastvae.kernel_matmul(x, y, y).sum(),
         lambda x: fastvae.group_mmd(x, torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)).mean(),
         lambda x: fastvae.total_correlation(x, x + 1, 0.1 * x, dataset_size=9).total_correlation,
+        lambda x: fastvae.sigreg(x, directions=torch.eye(2, device=DEVICE)),
         lambda x: fastvae.reparameterize_kl(x, 0.1 * x, eps=torch.ones_like(x))[1].sum(),
     ):
         (grad,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)

@@ -14,7 +14,16 @@ from tests.fake_cuda import fake_cuda, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
-MODULES = ("prepare", "mmd", "kernel_matmul", "quadratic_form", "total_correlation", "reparameterize_kl", "ranked_squared_distance")
+MODULES = (
+    "prepare",
+    "mmd",
+    "kernel_matmul",
+    "quadratic_form",
+    "sigreg",
+    "total_correlation",
+    "reparameterize_kl",
+    "ranked_squared_distance",
+)
 SIZES = [(1, 1), (5, 2), (7, 1), (8, 16), (20, 17), (33, 100), (64, 7), (300, 64)]  # features and columns
 
 
@@ -88,6 +97,9 @@ def calls(dtype, d, c):
         yield lambda e=estimator: fastvae.group_mmd(rows(n, d), torch.zeros(n, dtype=int, device="cuda"), num_groups=c, estimator=e).mean()
     for estimator in ("minibatch_weighted", "minibatch_stratified"):
         yield lambda e=estimator: sum(fastvae.total_correlation(*(rows(n, d) for _ in range(3)), dataset_size=1000, estimator=e))
+    for precision, points in (("highest", 9), ("high", 9), ("medium", 7), ("ieee", 7)):
+        yield lambda p=precision, k=points: fastvae.sigreg(rows(n, d), num_slices=c, num_points=k, precision=p)
+    yield lambda: fastvae.sigreg(aside(n, d), num_slices=c, num_points=10, t_min=-3.0, scale_by_n=False)
     yield lambda: sum(t.sum() for t in fastvae.reparameterize_kl(rows(n, d), rows(n, d)))
     yield lambda: sum(t.sum() for t in fastvae.reparameterize_kl(rows(n, d), aside(n, d), eps=rows(n, d).detach()))
     for prior, options in ((False, {}), (True, {"scale": "softplus", "soft_clamp": 2.0}), (True, {"logvar_bounds": (-30, 20)})):

@@ -18,7 +18,7 @@ LAYERS = [
     ["devices", "dispatch", "checks", "reference", "bandwidths", "distributed"],
     ["cpu"],
     ["ops"],
-    ["features", "kernel_mean", "functional", "stein", "two_sample"],
+    ["features", "kernel_mean", "functional", "sliced", "stein", "two_sample"],
     ["preparation", "posteriors", "losses", "objectives", "schedules", "recipes", "metrics"],
     ["autoencoder_kl", "vae"],
     ["training"],

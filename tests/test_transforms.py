@@ -36,6 +36,7 @@ OPERATIONS = {
     "group_mmd of weights": lambda x, **options: fastvae.group_mmd(x, logvar.exp(), **options).mean(),
     "reparameterize_kl": lambda x, **options: sum(t.square().sum() for t in fastvae.reparameterize_kl(x, 0.5 * x, eps=eps, **options)),
     "reparameterize_kl, forced": lambda x, backend="cpu": OPERATIONS["reparameterize_kl"](x, backend=backend),
+    "sigreg": lambda x, **options: fastvae.sigreg(x, directions=y[:4].T / y[:4].norm(dim=1), **options),
     "total_correlation": lambda x, **options: fastvae.total_correlation(x, 0.9 * x, logvar, dataset_size=9, **options)[1],
 }
 # Those made of PyTorch's own operations.

@@ -196,7 +196,7 @@ class _ForbidSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which has one, in O(N·M·D) memory")
+        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which is dense and has one")
 
 
 def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from fastvae.reference.ksd_to_normal import ksd_to_normal
 from fastvae.reference.mmd import mmd, mmd_to_normal
 from fastvae.reference.quadratic_form import quadratic_form
 from fastvae.reference.reparameterize_kl import gaussian_kl, reparameterize_kl
+from fastvae.reference.sigreg import sigreg
 from fastvae.reference.total_correlation import KLDecomposition, total_correlation
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "mmd_to_normal",
     "quadratic_form",
     "reparameterize_kl",
+    "sigreg",
     "total_correlation",
 ]
