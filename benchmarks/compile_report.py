@@ -34,6 +34,7 @@ from fastvae.kernels import (
     few_rows,
     kernel_matmul,
     ksd_to_normal,
+    log_kernel_density,
     mmd,
     plan,
     prepare,
@@ -137,20 +138,21 @@ class Differences:
 
 @dataclass(frozen=True)
 class Matmul:
-    """One variant of a kernel of `kernel_matmul`."""
+    """One variant of a kernel of `kernel_matmul`, or of `log_kernel_density`, which biases of rows and columns belong to."""
 
-    direction: str  # forward or backward
+    direction: str  # forward, backward or log sums
     precision: str
     dim: int
     columns: int
     bandwidths: int = 1
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
     differences: bool = False
+    biased: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.direction, self.precision, f"D{self.dim}", f"C{self.columns}", f"bandwidths{self.bandwidths}"]
-        return " ".join(parts + ["differences"] * self.differences + kernel_words(self.kernel))
+        return " ".join(parts + ["differences"] * self.differences + ["biased"] * self.biased + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ def variants(architecture: int) -> Iterator[Variant]:
     yield from _matmuls(architecture)
     yield from _few_rows(architecture)
     yield from _steins(architecture)
+    yield from _biased_matmuls(architecture)
     for direction in ("forward", "backward"):
         for seeded in (False, True):
             for dtype in ("fp32", "bf16"):
@@ -408,6 +411,20 @@ def _steins(architecture: int) -> Iterator[Variant]:
                 yield Stein(precision, 16, gradient, 5, RationalQuadratic(2.3), differences=True)
 
 
+def _biased_matmuls(architecture: int) -> Iterator[Variant]:
+    for direction, columns in (("log sums", 1), ("forward", 64), ("backward", 64)):
+        yield Matmul(direction, "highest", 64, columns, biased=True)
+        yield Matmul(direction, "highest", 64, columns, kernel=RationalQuadratic(2.3), biased=True)
+        if architecture == 90:
+            for dim in (16, 256):
+                yield Matmul(direction, "highest", dim, columns, biased=True)
+            for precision in ("medium", "ieee", "float64"):
+                yield Matmul(direction, precision, 64, columns, biased=True)
+            yield Matmul(direction, "highest", 64, columns, kernel=Laplace(), biased=True)
+            for precision in ("highest", "float64"):
+                yield Matmul(direction, precision, 16, min(columns, 16), differences=True, biased=True)
+
+
 def quick(variant: Variant, architecture: int) -> bool:
     """Whether the tests compile it: what the issue counts, and what takes most registers or shared memory."""
     if architecture != 90:
@@ -447,7 +464,9 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         if variant.differences:
             products = difference_products(8 if variant.precision == "float64" else 4)
         backward = variant.direction == "backward"
-        return matmul_config(variant.dim, variant.columns, products, backward, variant.bandwidths, architecture, _powers(variant.kernel))
+        powers = _powers(variant.kernel)
+        sizes = variant.dim, variant.columns
+        return matmul_config(*sizes, products, backward, variant.bandwidths, architecture, powers, variant.biased)
     if isinstance(variant, Stein):
         products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
         if variant.differences:
@@ -611,6 +630,8 @@ def _differences(variant: Differences, config: SweepConfig, architecture: int) -
 def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Described:
     backward = variant.direction == "backward"
     fn = kernel_matmul.gradient_kernel if backward else kernel_matmul.matmul_kernel
+    if variant.direction == "log sums":
+        fn = log_kernel_density.log_sum_kernel
     dim = padded_dim(variant.dim, config)
     columns = prepare.padded(variant.columns, config.block_c)
     product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
@@ -632,6 +653,7 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
         SQUARINGS=sums.pack_squarings((0, *[int(variant.kernel == RBF())] * (variant.bandwidths - 1))),
         D=dim,
         C=columns,
+        BIASED=variant.biased,
         **blocks,
     )
     binary = compile_kernel(fn, argument_types(fn, pick), {"SPEC": spec} | options, architecture)
@@ -639,10 +661,11 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
     work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
     units = _cycles(work, gpu.fp64)
-    kept = columns + config.block_d if backward else config.block_c
+    kept = columns + config.block_d if backward else 0 if variant.direction == "log sums" else config.block_c
     units["products"] = _PRODUCTS[kind] * ((0 if variant.differences else dim) + kept) / _rate(kind, gpu)
     repeats = dim // config.block_d if backward else columns // config.block_c
-    return f"kernel_matmul.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+    module = "log_kernel_density" if variant.direction == "log sums" else "kernel_matmul"
+    return f"{module}.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _stein(variant: Stein, config: SweepConfig, architecture: int) -> Described:

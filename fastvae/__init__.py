@@ -2,6 +2,7 @@
 
 from fastvae import recipes, reference, schedules
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth
+from fastvae.densities import log_kernel_density
 from fastvae.features import NystromFeatures, RandomFeatures
 from fastvae.functional import (
     GroupMMD,
@@ -55,6 +56,7 @@ __all__ = [
     "group_mmd",
     "kernel_matmul",
     "ksd_to_normal",
+    "log_kernel_density",
     "mean_bandwidth",
     "median_bandwidth",
     "mmd",

@@ -32,6 +32,7 @@ MMDEstimator = Literal["biased", "unbiased", "linear"]
 DensityEstimator = Literal["minibatch_weighted", "minibatch_stratified"]
 BandwidthRule = Literal["median", "mean"]
 Precision = Literal["highest", "high", "medium", "ieee"]
+Normalization = Literal["rows", "columns", "both"]
 # Dimensions of a tensor; "all" is all but the first.
 Dims = int | Sequence[int] | Literal["all"]
 
@@ -42,6 +43,7 @@ STEIN_KERNELS = get_args(SteinKernelName)
 MMD_ESTIMATORS = get_args(MMDEstimator)
 DENSITY_ESTIMATORS = get_args(DensityEstimator)
 BANDWIDTH_RULES = get_args(BandwidthRule)
+NORMALIZATIONS = get_args(Normalization)
 PRECISIONS = (None, *get_args(Precision))
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,6 +96,21 @@ def kernel_options(
     option("precision", precision, PRECISIONS)
     usable_backend(backend, device, backends)
     return kernel(value)
+
+
+def positive_kernel(family: Kernel, needed_for: str) -> None:
+    """A kernel whose logarithm has a closed form."""
+    if not family.positive:
+        known = ", ".join(repr(name) for name, other in KERNEL_NAMES.items() if other.positive)
+        raise ValueError(f"kernel must be positive, one of {known}, for {needed_for}, got {family.name!r}, which has no logarithm")
+
+
+def row_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
+    """One weight for each row of x, of the same kind."""
+    weights = floating_tensor(name, weights)
+    if weights.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
+    same_kind(x_name, x, name, weights)
 
 
 def mmd_options(
@@ -647,6 +664,11 @@ def rows(name: str, x: object) -> None:
 def columns(name: str, v: object, y_name: str, y: Tensor) -> None:
     """A floating-point vector or matrix with as many rows as y."""
     v = floating_tensor(name, v)
+    if y.ndim > 2:
+        if v.ndim != y.ndim or v.shape[:-1] != y.shape[:-1] or v.numel() == 0:
+            shape = ", ".join(map(str, y.shape[:-1]))
+            raise ValueError(f"{name} must have shape ({shape}, columns), the rows of {y_name}, got {tuple(v.shape)}")
+        return
     if v.ndim not in (1, 2) or v.shape[0] != y.shape[0] or v.numel() == 0:
         raise ValueError(f"{name} must have shape ({y.shape[0]},) or ({y.shape[0]}, columns), the rows of {y_name}, got {tuple(v.shape)}")
 

@@ -19,6 +19,7 @@ from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
+from fastvae.ops.log_kernel_density import apply_normalized_matmul
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
@@ -261,6 +262,7 @@ def kernel_matmul(
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
     kernel: checks.KernelName | Kernel = "rbf",
+    normalize: checks.Normalization | None = None,
     precision: checks.Precision | None = None,
     backend: checks.Backend | None = None,
 ) -> Tensor:
@@ -271,18 +273,25 @@ def kernel_matmul(
     This evaluates at x the mean embedding of y weighted by v. Differentiable once, with respect to x, y, v, the bandwidths and their
     weights. Gradients of B > 1 bandwidths take B sweeps.
 
+    With `normalize`, K is divided by its sums over rows or columns, which are computed as logarithms: right also where every k underflows.
+    With "rows" it is attention: for the RBF kernel `scaled_dot_product_attention(x, y, v)` with scale 1/h² and the bias −‖y_j‖²/(2h²).
+
     Args:
-        x: (N, D), floating point.
-        y: (M, D), same dtype and device as x.
-        v: (M,) or (M, C), same dtype and device as x.
+        x: (N, D), floating point, or (..., N, D).
+        y: (M, D), or (..., M, D) with the same batch dimensions, same dtype and device as x. Without `normalize` a loop takes one problem
+            of a batch after the other.
+        v: (M,) or (M, C), or (..., M, C) with the same batch dimensions, same dtype and device as x.
         bandwidth: h, as in `mmd`.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
         kernel: As in `mmd`.
+        normalize: "rows" divides K by the sum of each of its rows, "columns" by that of each of its columns, "both" by the root of the
+            product of these two. The kernel must then be "rbf", "imq", "rational_quadratic" or "laplace", the weights a_b at least 0, and
+            the bandwidths and weights get no gradient.
         precision: As in `mmd`.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 
     Returns:
-        K·v, shape (N,) or (N, C); float64 for float64 inputs, else float32. An element is nan if a number that it depends on is nan or
+        K·v, shape (N,) or (..., N, C); float64 for float64 inputs, else float32. An element is nan if a number that it depends on is nan or
         infinite.
 
     Raises:
@@ -292,24 +301,44 @@ def kernel_matmul(
     Source: Gretton et al. 2012, "A kernel two-sample test", section 2.3.
     """
     x, y, v = _autocast(x), _autocast(y), _autocast(v)
-    checks.samples(x, y)
+    checks.samples(x, y, batched=True)
     checks.columns("v", v, "y", y)
     checks.same_kind("x", x, "v", v)
     family = checks.kernel_options(kernel, precision, backend, x.device)
     h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    if normalize is not None:
+        checks.option("normalize", normalize, checks.NORMALIZATIONS)
+        checks.positive_kernel(family, "normalize")
+        checks.constant("bandwidth", h)
+        checks.constant("bandwidth_weights", a)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, x, y)
-    columns = v if v.ndim == 2 else v[:, None]
+    batch, columns = x.shape[:-2], v if v.ndim > 1 else v[:, None]
+    options = (precision or "", backend or "")
     if backend == "reference":
         dtype = accumulation_dtype(x.dtype)
         x, y, columns = (t.to(dtype) for t in (x, y, columns))
         with torch.autocast(x.device.type, enabled=False):
-            out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
+            if normalize is None:
+                out = reference.kernel_matmul(x, y, columns, bandwidth=h, bandwidth_weights=a, kernel=family)
+            else:
+                out = reference.normalized_matmul(x, y, columns, normalize=normalize, bandwidth=h, bandwidth_weights=a, kernel=family)
             out = out + zero_if_finite(x, y, columns).to(dtype)
+    elif normalize is not None:
+        flat = [t.reshape(-1, *t.shape[-2:]) for t in (x, y, columns)]
+        out = apply_normalized_matmul(*flat, *kernel_arguments(family, h, a), normalize, *options)[0]
+        out = out.reshape(*batch, *out.shape[-2:])
+    elif batch:
+        problems = zip(*(t.flatten(0, -3).unbind() for t in (x, y, columns)), strict=True)
+        out = torch.stack([_kernel_matmul(problem, family, h, a, options) for problem in problems])
+        out = out.reshape(*batch, *out.shape[-2:])
     else:
-        options = (precision or "", backend or "")
-        out = _over_bandwidths(lambda h, a: apply_kernel_matmul(x, y, columns, *kernel_arguments(family, h, a), *options), h, a)
-    return out if v.ndim == 2 else out[:, 0]
+        out = _kernel_matmul((x, y, columns), family, h, a, options)
+    return out if v.ndim > 1 else out[:, 0]
+
+
+def _kernel_matmul(problem: Sequence[Tensor], family: Kernel, h: Numbers, a: Numbers, options: tuple[str, str]) -> Tensor:
+    return _over_bandwidths(lambda h, a: apply_kernel_matmul(*problem, *kernel_arguments(family, h, a), *options), h, a)
 
 
 @float64_on_cpu

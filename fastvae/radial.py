@@ -26,6 +26,7 @@ class Kernel:
         takes_distance: φ is a function of the distance √t, in which a small error of a small t becomes a large one.
         unbounded_slope: φ' goes to infinity as t goes to 0.
         homogeneous: φ(c·t) is a multiple of φ(t), so that a bandwidth only multiplies φ by a number.
+        positive: φ is positive everywhere, and `log_phi` is its logarithm in closed form.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Kernel:
     takes_distance: ClassVar[bool] = False
     unbounded_slope: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
+    positive: ClassVar[bool] = False
 
     @property
     def value_at_zero(self) -> float:
@@ -43,6 +45,10 @@ class Kernel:
     def phi(self, t: Tensor) -> Tensor:
         """φ(t), elementwise."""
         raise NotImplementedError(f"{self.name} must define phi")
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        """log φ(t), elementwise, finite where φ(t) underflows."""
+        raise NotImplementedError(f"{self.name} must define log_phi")
 
     def dphi(self, t: Tensor) -> Tensor:
         """φ'(t), elementwise. Only kernels of x·y need it."""
@@ -86,9 +92,13 @@ class RBF(Kernel):
 
     name = "rbf"
     is_exponential = True
+    positive = True
 
     def phi(self, t: Tensor) -> Tensor:
         return (-t).exp()
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        return -t
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -(-t).exp(), (-t).exp()
@@ -103,6 +113,7 @@ class RationalQuadratic(Kernel):
 
     alpha: float = 1.0
     name = "rational_quadratic"
+    positive = True
 
     def __post_init__(self) -> None:
         # A larger α differs from the RBF kernel by rounding alone.
@@ -110,6 +121,9 @@ class RationalQuadratic(Kernel):
 
     def phi(self, t: Tensor) -> Tensor:
         return (1 + t / self.alpha) ** -self.alpha
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        return -self.alpha * (t / self.alpha).log1p()
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         base = 1 + t / self.alpha
@@ -124,9 +138,13 @@ class IMQ(Kernel):
     """h²/(h² + d²), the inverse multiquadric of Wasserstein autoencoders, C = h². Source: Tolstikhin et al. 2018, section 4."""
 
     name = "imq"
+    positive = True
 
     def phi(self, t: Tensor) -> Tensor:
         return 1 / (1 + 2 * t)
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        return -(2 * t).log1p()
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -2 / (1 + 2 * t) ** 2, 8 / (1 + 2 * t) ** 3
@@ -142,9 +160,13 @@ class Laplace(Kernel):
     name = "laplace"
     takes_distance = True
     unbounded_slope = True
+    positive = True
 
     def phi(self, t: Tensor) -> Tensor:
         return (-_root(2 * t)).exp()
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        return -_root(2 * t)
 
 
 @dataclass(frozen=True)

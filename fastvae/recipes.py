@@ -23,6 +23,7 @@ from fastvae import checks
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth, ranked_squared_distance
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype
+from fastvae.drifting import drifting
 from fastvae.functional import group_mmd, kernel_matmul, mmd
 from fastvae.kernel_mean import KernelMean
 from fastvae.objectives import IMQ_SCALES
@@ -40,6 +41,7 @@ __all__ = [
     "cmmd",
     "dan",
     "deepda",
+    "drifting",
     "eb_jepa",
     "geomloss",
     "info_vae",

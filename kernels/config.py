@@ -291,9 +291,13 @@ def difference_products(itemsize: int) -> str:
 
 
 def matmul_config(
-    dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False
+    dim: int, columns: int, precision: str, gradient: bool, bandwidths: int, architecture: int, powers: bool = False, biased: bool = False
 ) -> MatmulConfig:
-    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be that of `difference_products`."""
+    """For K·v of rows of `dim` features and v of `columns` columns; `precision` may also be that of `difference_products`. `biased` says
+    that rows and columns have biases."""
+    if biased and precision == difference_products(8):
+        # Larger tiles of float64 spill with the biases.
+        return MatmulConfig(32, 32, 16, 4 if gradient else 16, 4, 1, block_c=16)
     if precision in (difference_products(4), difference_products(8)):
         block_d = 8 if precision == difference_products(4) else 4
         return MatmulConfig(32, 64, 16, block_d, 4, 1, block_c=16) if gradient else MatmulConfig(64, 64, 16, 16, 4, 1, block_c=16)

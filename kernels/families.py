@@ -139,6 +139,23 @@ def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
 
 
 @triton.jit
+def log2_phi(t, parameters, FAMILY: tl.constexpr):
+    """log₂ φ, finite where φ underflows, and −φ'/φ up to the factors of `Family.neg_dphi_factor`."""
+    value = t
+    ratio = tl.zeros_like(t) + 1.0
+    if FAMILY.number != GAUSSIAN and FAMILY.number != LAPLACE:
+        value = -_log2_of_one_minus(t, FAMILY)
+        ratio = 1.0 / (1.0 - t)
+        if FAMILY.number == RATIONAL_QUADRATIC_HALF:
+            value = 0.5 * value
+        elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
+            value = parameters[0] * value
+        else:
+            tl.static_assert(FAMILY.number == RATIONAL_QUADRATIC_ONE, "log2_phi has no branch for this family")
+    return value, ratio
+
+
+@triton.jit
 def squared_scale(gamma, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
     """The square of the scale of the rows."""
     if FAMILY.takes_distance:

@@ -48,7 +48,7 @@ from fastvae.kernels.products import (
     tile_exponent,
 )
 from fastvae.kernels.reductions import add_shares, share_of, total
-from fastvae.kernels.sums import evaluate_sum, load_parameters, load_table
+from fastvae.kernels.sums import evaluate_log2, evaluate_sum, load_parameters, load_table
 
 # Tuples hold pointers in a kernel and tensors on the host. C and D are columns of v and features with their padding.
 
@@ -112,6 +112,7 @@ class MatmulSpec(NamedTuple):
     BLOCK_K: int  # features of a step of the exponent's product
     BLOCK_C: int  # columns of v of a program of the product, or of a step of g·v
     BLOCK_D: int = 0  # features of a block of moments
+    BIASED: bool = False  # k of one bandwidth is multiplied by 2^−bias of the row and of the column
 
 
 @triton.jit(do_not_specialize=["first_row", "first_column", "columns"])
@@ -120,6 +121,7 @@ def matmul_kernel(
     v: FactorOperands,  # of the columns
     plan_ptr,  # (PLAN,), of `fastvae.kernels.prepare`, as the table
     table_ptr,
+    bias_ptr,  # (rows,), to base 2, +∞ in the padding; not read unless BIASED
     out_ptr,  # (splits, N, C), Σ_j (k − value_constant)·v_j
     first_row,  # of the operands
     first_column,
@@ -152,13 +154,21 @@ def matmul_kernel(
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     table = load_table(table_ptr, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, SPEC.PRODUCT)
+    if SPEC.BIASED:
+        row_bias = tl.load(bias_ptr + first_row + rows.offs_n)
 
     # compute
     out = tl.zeros([BLOCK_N, BLOCK_C], dtype=dtype)
     first, last = share_of(columns, share, tl.num_programs(2), BLOCK_M)
     for start_m in range(first, last, BLOCK_M):
         exponent, _, _ = tile_exponent(rows, y, start_m, scale, FAMILY, SPEC.PRODUCT, SPEC.D, BLOCK_M, SPEC.BLOCK_K)
-        value, _ = evaluate_sum(exponent, table, table_ptr, parameters, value_constant, 0.0, FAMILY, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
+        if SPEC.BIASED:
+            column_bias = tl.load(bias_ptr + first_column + start_m + tl.arange(0, BLOCK_M))
+            value, _ = _biased(exponent, row_bias, column_bias, parameters, FAMILY)
+        else:
+            value, _ = evaluate_sum(
+                exponent, table, table_ptr, parameters, value_constant, 0.0, FAMILY, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS
+            )
         if SPEC.WITHIN:
             offs_m = start_m + tl.arange(0, BLOCK_M)
             value = tl.where(rows.offs_n[:, None] != offs_m[None, :], value, 0.0)
@@ -179,6 +189,7 @@ def gradient_kernel(
     factors: FactorOperands,  # g for the rows of x, then v for those of y
     plan_ptr,
     table_ptr,
+    bias_ptr,  # as that of `matmul_kernel`
     sums: GradientSums,
     first_block,  # of the rows that are swept
     SPEC: tl.constexpr,
@@ -213,6 +224,8 @@ def gradient_kernel(
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     table = load_table(table_ptr, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, SPEC.PRODUCT)
+    if SPEC.BIASED:
+        row_bias = tl.load(bias_ptr + rows.offs_n)
     if SPEC.PRODUCT == DIFFERENCES:
         row = tl.load(points.hi_ptr + tl.cast(start_n, tl.int64) * D + (local_n + offs_d[None, :]))
 
@@ -223,7 +236,11 @@ def gradient_kernel(
     for start_m in range(first_m + first, first_m + last, BLOCK_M):
         start_m = tl.multiple_of(start_m, BLOCK_M)
         exponent, col_hi, col_lo = tile_exponent(rows, points, start_m, scale, FAMILY, SPEC.PRODUCT, D, BLOCK_M, SPEC.BLOCK_K)
-        _, neg_dphi = evaluate_sum(exponent, table, table_ptr, parameters, 0.0, 0.0, FAMILY, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
+        if SPEC.BIASED:
+            column_bias = tl.load(bias_ptr + start_m + tl.arange(0, BLOCK_M))
+            _, neg_dphi = _biased(exponent, row_bias, column_bias, parameters, FAMILY)
+        else:
+            _, neg_dphi = evaluate_sum(exponent, table, table_ptr, parameters, 0.0, 0.0, FAMILY, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
         start_v = start_m + points.first_y if SPEC.WITHIN else start_m
         weight = neg_dphi * _factor_products(g_hi_ptr, g_lo_ptr, g_hi, g_lo, offs_g, start_v, dtype, SPEC)
         if SPEC.WITHIN:
@@ -244,6 +261,15 @@ def gradient_kernel(
     if d_out == 0:
         tl.store(sums.weight_ptr + out * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(weight_sums, 1))
     tl.store(sums.moment_ptr + out * BLOCK_N * D + (local_n + offs_d[None, :]), moments)
+
+
+@triton.jit
+def _biased(exponent, row_bias, column_bias, parameters, FAMILY: tl.constexpr):
+    """k·2^(−biases) of a tile, and −φ' times the same."""
+    value, ratio = evaluate_log2(exponent, parameters, FAMILY)
+    # In the order of `log_kernel_density.log_sum_kernel`: what rounding does there cancels.
+    value = tl.exp2((value - column_bias[None, :]) - row_bias[:, None])
+    return value, value * ratio
 
 
 @triton.jit
@@ -343,6 +369,7 @@ def matmul_finish_kernel(
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
     WITHIN: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -358,7 +385,9 @@ def matmul_finish_kernel(
     if WITHIN:
         v_sum -= tl.load(v_ptr + offs_out, mask=mask, other=0.0).to(tl.float64)
     out = sum_of_shares(sums, offs_n, offs_c, mask, C, BLOCK_N, BLOCK_C) * tl.load(plan_ptr + VALUE_SCALE)
-    out = out + v_sum * tl.load(plan_ptr + CONSTANT) + total(factors.not_finite_ptr, factors.blocks, 1, 1024)
+    if not BIASED:
+        out += v_sum * tl.load(plan_ptr + CONSTANT)
+    out += total(factors.not_finite_ptr, factors.blocks, 1, 1024)
 
     # store
     tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -419,11 +448,11 @@ class _LaunchChoice:
 
 
 @functools.lru_cache(maxsize=256)
-def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> _LaunchChoice:
+def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.dtype, device: torch.device, biased: bool) -> _LaunchChoice:
     architecture, powers = device_limits(device).architecture, plan.powers
     names = [product_name(product, dtype) for product in plan.precision_passes]
     configs = {
-        gradient: tuple(matmul_config(dim, columns, name, gradient, plan.bandwidths, architecture, powers) for name in names)
+        gradient: tuple(matmul_config(dim, columns, name, gradient, plan.bandwidths, architecture, powers, biased) for name in names)
         for gradient in (False, True)
     }
     every = [*configs[False], *configs[True]]
@@ -446,11 +475,11 @@ class PreparedFactors(NamedTuple):
 class Product:
     """Sums over the columns of K(x, y), or of K(x, x) if one sample is given."""
 
-    def __init__(self, kernel: KernelNumbers, samples: Sequence[Tensor], columns: int, precision: str) -> None:
+    def __init__(self, kernel: KernelNumbers, samples: Sequence[Tensor], columns: int, precision: str, biased: bool = False) -> None:
         self.device, self.columns, self.dim = samples[0].device, columns, samples[0].shape[1]
         self.dtype = torch.float64 if samples[0].dtype == torch.float64 else torch.float32
         plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, self.dtype, precision, self_pairs=True)
-        self.choice = _launch_choice(plan, self.dim, columns, self.dtype, self.device)
+        self.choice = _launch_choice(plan, self.dim, columns, self.dtype, self.device, biased)
         self.plan, self.sizes = plan, [z.shape[0] for z in samples]
         self.prepared = prepare([Sample.of(z) for z in samples], kernel, plan, self.choice.features, self.choice.block)
         self.first_y, self.rows = self.prepared.operands.first_y, self.prepared.operands.rows
@@ -479,14 +508,21 @@ class Product:
         )  # fmt: skip
         return PreparedFactors(operands, sums, chunks)
 
-    def _sweep_constants(self, number: int, config: MatmulConfig, within: bool, gradient: bool) -> dict[str, Any]:
+    def sweep_constants(self, number: int, config: MatmulConfig, within: bool, gradient: bool, biased: bool) -> dict[str, Any]:
         """Constexprs and options of the sweep of pass `number`."""
         options = config.launch() if gradient else config.launch("BLOCK_D")
         blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
-        sizes = {"D": self.choice.features, "C": self.choice.columns}
+        sizes = {"D": self.choice.features, "C": self.choice.columns, "BIASED": biased}
         return {"SPEC": MatmulSpec(number, within, self.plan.precision_passes[number], **self.plan.constants, **sizes, **blocks)} | options
 
-    def sweep(self, factors: PreparedFactors, *, transposed: bool = False, within: bool = False) -> ValueSums:
+    def biases(self, *given: Tensor | None) -> Tensor:
+        """Of the rows of x and of y, None for 0, as `matmul_kernel` takes them."""
+        out = torch.full((self.rows,), torch.inf, dtype=self.dtype, device=self.device)
+        for start, size, bias in zip((0, self.first_y), self.sizes, given, strict=True):
+            out[start : start + size] = 0 if bias is None else bias
+        return out
+
+    def sweep(self, factors: PreparedFactors, *, transposed: bool = False, within: bool = False, biases: Tensor | None = None) -> ValueSums:
         c, configs = self.choice.columns, self.choice.configs[False]
         # The first row and the number of rows; factors belong to the columns.
         x, y = (0, self.first_y), (self.first_y, self.rows - self.first_y)
@@ -501,31 +537,42 @@ class Product:
         plan, table, _ = self.prepared.tables
         for number, config in enumerate(configs):
             launch(
-                matmul_kernel, (self.prepared.key, self.columns, within, number), self.device,
+                matmul_kernel, (self.prepared.key, self.columns, within, number, biases is not None), self.device,
                 (n // config.block_n, c // config.block_c, splits),
-                (self.prepared.operands, factors.operands, plan, table, sums, first_row, first_column, m),
-                functools.partial(self._sweep_constants, number, config, within, gradient=False),
+                (self.prepared.operands, factors.operands, plan, table, table if biases is None else biases, sums,
+                 first_row, first_column, m),
+                functools.partial(self.sweep_constants, number, config, within, gradient=False, biased=biases is not None),
             )  # fmt: skip
         return ValueSums(sums, n, splits)
 
-    def matmul(self, factors: PreparedFactors, dtype: torch.dtype, *, transposed: bool = False, within: Tensor | None = None) -> Tensor:
+    def matmul(
+        self,
+        factors: PreparedFactors,
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+        within: Tensor | None = None,
+        biases: Tensor | None = None,
+    ) -> Tensor:
         """K·v (N, C), or Kᵀ·g if `transposed`. `within` is v if a sample is multiplied with itself, without the pairs i = i."""
-        sums = self.sweep(factors, transposed=transposed, within=within is not None)
+        sums = self.sweep(factors, transposed=transposed, within=within is not None, biases=biases)
         size, c = self.sizes[-1] if transposed else self.sizes[0], self.choice.columns
         out = torch.empty((size, self.columns), dtype=dtype, device=self.device)
         own, block_c = out if within is None else within, block_of(c)
-        key = self.prepared.key, self.columns, within is not None, dtype, factors.chunks, tensor_key(own)
+        key = self.prepared.key, self.columns, within is not None, biases is not None, dtype, factors.chunks, tensor_key(own)
         launch(
             matmul_finish_kernel, key, self.device,
             (triton.cdiv(size, ROW_BLOCK), c // block_c, 1), (sums, own, factors.sums, self.prepared.tables.plan_ptr, out, size),
             lambda: {
                 "CHUNKS": factors.chunks, "COLUMNS": self.columns, "C": c, "WITHIN": within is not None,
-                "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
+                "BIASED": biases is not None, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
             },
         )  # fmt: skip
         return out
 
-    def gradients(self, factors: PreparedFactors, *, x: bool, y: bool, within: bool = False) -> list[Tensor | None]:
+    def gradients(
+        self, factors: PreparedFactors, *, x: bool, y: bool, within: bool = False, biases: Tensor | None = None
+    ) -> list[Tensor | None]:
         """The gradients Σ_j g_i·v_j·∂k_ij/∂x_i (N, D) and to y (M, D) that are wanted; with `within` x against itself, without j = i."""
         d, configs, operands = self.choice.features, self.choice.configs[True], self.prepared.operands
         first_row, swept = 0 if x else self.first_y, (self.first_y if x else 0) + (self.rows - self.first_y if y else 0)
@@ -534,12 +581,12 @@ class Product:
         splits = column_splits(programs, columns // configs[0].block_m, device_limits(self.device).multiprocessors)
         sizes = splits * swept, splits * swept * d
         sums = GradientSums(*torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes), swept, splits)
-        key, (plan, table, _) = (self.prepared.key, self.columns, within), self.prepared.tables
+        key, (plan, table, _) = (self.prepared.key, self.columns, within, biases is not None), self.prepared.tables
         for number, config in enumerate(configs):
             launch(
                 gradient_kernel, (key, number), self.device, (swept // config.block_n, d // config.block_d, splits),
-                (operands, factors.operands, plan, table, sums, first_row // config.block_n),
-                functools.partial(self._sweep_constants, number, config, within, gradient=True),
+                (operands, factors.operands, plan, table, table if biases is None else biases, sums, first_row // config.block_n),
+                functools.partial(self.sweep_constants, number, config, within, gradient=True, biased=biases is not None),
             )  # fmt: skip
         grads = [
             torch.empty((size, self.dim), dtype=self.dtype, device=self.device) if wanted else None

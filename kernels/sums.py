@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae import kernel_sums
-from fastvae.kernels.families import GAUSSIAN, Family, family_of, inverse_distance, phi
+from fastvae.kernels.families import GAUSSIAN, Family, family_of, inverse_distance, log2_phi, phi
 from fastvae.kernels.products import DIFFERENCES
 from fastvae.radial import Kernel, Polynomial, RationalQuadratic
 
@@ -153,6 +153,19 @@ def evaluate_sum(
         if FAMILY.radial and not FAMILY.homogeneous:
             value = value - value_constant
         return value, neg_dphi
+
+
+@triton.jit
+def evaluate_log2(exponent, parameters, FAMILY: tl.constexpr):
+    """log₂ k of one bandwidth without its weight, and −φ'(t)/φ(t) as that of `evaluate_sum`."""
+    t = exponent
+    if FAMILY.takes_distance:
+        inverse = inverse_distance(exponent, parameters)
+        t = exponent * inverse
+    value, ratio = log2_phi(t, parameters, FAMILY)
+    if FAMILY.unbounded_slope:
+        ratio = ratio * inverse
+    return value, ratio
 
 
 def term_count(family: Family, bandwidths: int) -> int:

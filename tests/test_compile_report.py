@@ -140,7 +140,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     constants = {
         "CHUNKS": 64, "FEATURES": 60, "D": 64, "BLOCK_N": 64, "BLOCK_D": 32, "RADIAL": family.radial, "COLUMNS": 5, "C": 16, "BLOCK_C": 16,
         "WITHIN": samples == 1, "PRODUCT": first, "FORM": not x_weighted, "SIZE": 10, "DIAGONAL": not x_weighted, "BLOCK": 32,
-        "OWN": closed_form, "UNBIASED": x_weighted,
+        "OWN": closed_form, "UNBIASED": x_weighted, "BIASED": x_weighted,
     }
     for kernel, warps in (
         (kernel_matmul.factors_kernel, 8), (kernel_matmul.matmul_finish_kernel, 4), (kernel_matmul.gradient_finish_kernel, 4),

@@ -34,6 +34,8 @@ CALLS = {
     "ksd_to_normal": lambda x, y: fastvae.ksd_to_normal(x + y, bandwidth=y.detach()[0].exp()),
     "MMDLoss": lambda x, y: MMDLoss(bandwidth=x.detach()[0].exp())(x, y),
     "kernel_matmul": lambda x, y: fastvae.kernel_matmul(x, y, y),
+    "kernel_matmul, normalised": lambda x, y: fastvae.kernel_matmul(x, y, y, normalize="rows"),
+    "log_kernel_density": lambda x, y: fastvae.log_kernel_density(x, y, normalized=True),
     "witness": lambda x, y: fastvae.witness(x, y, x + 1),
     "group_mmd": lambda x, y: fastvae.group_mmd(x + y, labels.to(x.device), pairs=torch.tensor([[0, 1]]).to(x.device)).values,
     "group_mmd of weights": lambda x, y: fastvae.group_mmd(x, y.detach().exp()).mean(),

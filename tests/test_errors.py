@@ -165,6 +165,60 @@ def test_mmd(points, options, error, sentence):
     assert "\n" not in str(caught.value)
 
 
+POSITIVE = "one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'gaussian',"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda: fastvae.log_kernel_density(X, Y, kernel="energy"),
+            ValueError,
+            f"kernel must be positive, {POSITIVE} for log_kernel_density, got 'energy', which has no logarithm",
+        ),
+        (
+            lambda: fastvae.kernel_matmul(X, Y, Y, kernel="polynomial", normalize="rows"),
+            ValueError,
+            f"kernel must be positive, {POSITIVE} for normalize, got 'polynomial', which has no logarithm",
+        ),
+        (
+            lambda: fastvae.log_kernel_density(X, Y, kernel="laplace", normalized=True),
+            ValueError,
+            "kernel with normalized=True must be one of 'rbf', got 'laplace'",
+        ),
+        (
+            lambda: fastvae.log_kernel_density(X, Y, y_weights=HALF),
+            ValueError,
+            "y_weights must have one value for each row of y, shape (5,), got (4,)",
+        ),
+        (
+            lambda: fastvae.log_kernel_density(X, Y, y_weights=Y[:, 0].double()),
+            TypeError,
+            "y and y_weights must have the same dtype, got torch.float32 and torch.float64",
+        ),
+        (
+            lambda: fastvae.kernel_matmul(X, Y, Y, normalize="row"),
+            ValueError,
+            "normalize must be one of 'rows', 'columns', 'both', got 'row'",
+        ),
+        (
+            lambda: fastvae.kernel_matmul(X, Y, Y, bandwidth=torch.ones(1, requires_grad=True), normalize="rows"),
+            ValueError,
+            "bandwidth must be constant, got a tensor that requires grad: pass bandwidth.detach()",
+        ),
+        (
+            lambda: fastvae.kernel_matmul(X[None], Y[None], Y),
+            ValueError,
+            "v must have shape (1, 5, columns), the rows of y, got (5, 3)",
+        ),
+    ],
+)
+def test_normalised_kernels(call, error, sentence):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == sentence
+
+
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [

@@ -138,6 +138,12 @@ CALLS = {
     "kernel_matmul, gradients": Call(kernel_matmul, (X, X, (N, 8)), (0, 1, 2), (((N, 8), f32),)),
     "kernel_matmul, few rows, gradients": Call(kernel_matmul, ((512, D), (512, D), (512, 8)), (0, 1, 2), (((512, 8), f32),)),
     "kernel_matmul, laplace": Call(functools.partial(kernel_matmul, kernel="laplace"), (X, X, (N,)), (0, 1, 2), (((N,), f32),)),
+    "kernel_matmul, rows normalised": Call(functools.partial(kernel_matmul, normalize="rows"), (X, X, (N, 8)), (), (((N, 8), f32),)),
+    "kernel_matmul, both normalised, gradients": Call(
+        functools.partial(kernel_matmul, normalize="both"), (X, X, (N, 8)), (0, 1, 2), (((N, 8), f32),)
+    ),
+    "log_kernel_density": Call(functools.partial(fastvae.log_kernel_density, bandwidth=8.0), (X, X), (), (((N,), f32),)),
+    "log_kernel_density, gradients": Call(functools.partial(fastvae.log_kernel_density, bandwidth=8.0), (X, X), (0, 1), (((N,), f32),)),
     "kernel_matmul, gradient to the bandwidth": Call(
         lambda x, y, v, h: fastvae.kernel_matmul(x, y, v, bandwidth=h), (X, X, (N, 8), (1,)), (0, 3), (((N, 8), f32),)
     ),
@@ -303,6 +309,7 @@ MEMORY = {
     "ksd_to_normal, gradient": 5,
     "kernel_matmul": 10,
     "kernel_matmul, gradients": 15,
+    "log_kernel_density, gradients": 15,
     "group_mmd, labels": 12,
     "sigreg, gradient": 3,
     "total_correlation, gradients": 17,

@@ -155,6 +155,8 @@ def test_activation_checkpointing():
     for loss in (
         lambda x: fastvae.mmd(x, y),
         lambda x: fastvae.kernel_matmul(x, y, y).sum(),
+        lambda x: fastvae.kernel_matmul(x, y, y, normalize="both").square().sum(),
+        lambda x: fastvae.log_kernel_density(x, y).sum(),
         lambda x: fastvae.group_mmd(x, torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)).mean(),
         lambda x: fastvae.total_correlation(x, x + 1, 0.1 * x, dataset_size=9).total_correlation,
         lambda x: fastvae.sigreg(x, directions=torch.eye(2, device=DEVICE)),
@@ -171,6 +173,8 @@ def test_compiles_without_gradients_and_with_one_tensor_twice(gradient):
     for function in (
         lambda x: fastvae.mmd(x, x, bandwidth=2.0),
         lambda x: fastvae.kernel_matmul(x, x, x),
+        lambda x: fastvae.kernel_matmul(x, x, x, normalize="rows"),
+        lambda x: fastvae.log_kernel_density(x, x),
         lambda x: fastvae.witness(x, x, x + 1),
         lambda x: fastvae.group_mmd(x, labels, num_groups=2).values,
     ):

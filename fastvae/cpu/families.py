@@ -67,6 +67,10 @@ class TileEvaluator:
         """
         raise NotImplementedError
 
+    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+        """Overwrites the tile with log₂ k of its single bandwidth. Returns −φ'/φ, in `slope`; None if it is 1 or not wanted."""
+        raise NotImplementedError
+
 
 class _RBFEvaluator(TileEvaluator):
     neg_dphi_is_value = True
@@ -83,6 +87,9 @@ class _RBFEvaluator(TileEvaluator):
         if out is not exponent:
             torch.mul(exponent, ratio if subtract == self.subtract_constant[0] else ratio * LOG2_E, out=out)
         return functions.expm1_(out) if subtract else functions.exp2_(out)
+
+    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+        return None
 
 
 class _RationalQuadraticEvaluator(TileEvaluator):
@@ -102,6 +109,13 @@ class _RationalQuadraticEvaluator(TileEvaluator):
             out.add_(1).mul_(neg_dphi)
         return neg_dphi
 
+    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+        exponent.mul_(-1 / self.kernel.alpha)
+        if slope is not None:
+            torch.add(exponent, 1, out=slope).reciprocal_()
+        exponent.log1p_().mul_(-self.kernel.alpha * LOG2_E)
+        return slope
+
 
 class _LaplaceEvaluator(TileEvaluator):
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
@@ -109,6 +123,12 @@ class _LaplaceEvaluator(TileEvaluator):
         functions.exp2_(neg_dphi.copy_(out)).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
         functions.expm1_(out.div_(LOG2_E)) if self.subtract_constant[n] else functions.exp2_(out)
         return neg_dphi
+
+    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+        if slope is not None:
+            torch.reciprocal(exponent, out=slope).masked_fill_(exponent == 0, 0)
+        exponent.mul_(-LOG2_E)
+        return slope
 
 
 class _EnergyEvaluator(TileEvaluator):

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastvae.cpu.families import TileEvaluator, exponentials, tile_evaluator
 from fastvae.cpu.products import is_faster_by_onednn, multiply, onednn_product
 from fastvae.cpu.quadratic_form import pair_weights
+from fastvae.cpu.tiles import LEAST_EXPONENT
 from fastvae.kernel_sums import (
     EXPONENT_ERROR,
     LOG2_E,
@@ -289,6 +290,62 @@ class SmallKernelMatmul(NamedTuple):
         return sums + (constant + 0 * constant.sum())
 
 
+class SmallLogKernel(NamedTuple):
+    """Sums of k = 2^log2 of one bandwidth between few rows of x and y, of one problem or of each of a batch: see `Streaming`."""
+
+    x: _Rows
+    y: _Rows
+    log2: Tensor  # (..., N, M)
+    ratio: Tensor | None  # −φ'/φ, or None for 1
+
+    @staticmethod
+    def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, slope: bool) -> SmallLogKernel | None:
+        """None where there are too many rows, and as from `mmd`. For gradients `slope` must be set."""
+        sizes = x.shape[-2], y.shape[-2]
+        if not problems_at_once(sum(sizes), x.shape[-1]) or (kernel.takes_distance and x.dtype == torch.float64):
+            return None
+        z = torch.cat([x, y], -2)
+        z = _centred(kernel, z.double() if kernel.takes_distance else z, sizes[0])
+        if (prepared := _prepare(kernel, bandwidth, [1.0], z, False, subtract=False)) is None:
+            return None
+        plan, farthest, scaled, neg_half_norm2 = prepared
+        parts = zip(scaled.split_with_sizes(sizes, -2), neg_half_norm2.split_with_sizes(sizes, -2), strict=True)
+        rows, columns = (_Rows(plan, farthest, *part) for part in parts)
+        log2 = _exponents(kernel, rows, columns)
+        return SmallLogKernel(rows, columns, log2, plan.evaluator.log2_(log2, torch.empty_like(log2) if slope else None))
+
+    def log2_sums(self, bias: Tensor | None, transposed: bool = False) -> Tensor:
+        log2 = self.log2.mT if transposed else self.log2
+        log2 = log2.clone() if bias is None else log2 - bias[..., None, :].to(log2.dtype)
+        highest = log2.amax(-1, keepdim=True)
+        # −∞ where all weights are zero, from which nothing can be subtracted.
+        finite = highest.clamp(min=torch.finfo(highest.dtype).min)
+        return log2.sub_(finite).clamp_(min=LEAST_EXPONENT[log2.dtype]).exp2_().sum(-1).log2_().add_(highest[..., 0])
+
+    def matmul(self, v: Tensor, row: Tensor, column: Tensor, transposed: bool = False) -> Tensor:
+        powers = self._powers(row, column)
+        return (powers.mT if transposed else powers) @ v.to(powers.dtype)
+
+    def gradients(
+        self, v: Tensor, grad: Tensor, row: Tensor, column: Tensor, x_grad: bool, y_grad: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        powers = self._powers(row, column)
+        if self.ratio is not None:
+            powers.mul_(self.ratio)
+        weights = powers.mul_(grad.to(powers.dtype) @ v.to(powers.dtype).mT)
+        gradients: list[Tensor | None] = [None, None]
+        for n, (wanted, rows, others, w) in enumerate(((x_grad, self.x, self.y, weights), (y_grad, self.y, self.x, weights.mT))):
+            if wanted:
+                gradient = (rows.scaled * w.sum(-1, keepdim=True)).sub_(w @ others.scaled)
+                gradients[n] = gradient * self.x.plan.gradient_scale
+        return gradients[0], gradients[1]
+
+    def _powers(self, row: Tensor, column: Tensor) -> Tensor:
+        # In the order of `log2_sums`: what rounding does there cancels.
+        log2 = self.log2 - column[..., None, :].to(self.log2.dtype)
+        return log2.sub_(row[..., :, None].to(log2.dtype)).clamp_(min=LEAST_EXPONENT[log2.dtype]).exp2_()
+
+
 def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
     """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
     u, v = left.scaled, right.scaled
@@ -303,10 +360,10 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
     return product(u_half, u, v.mT).add_(v_half.mT)
 
 
-def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool) -> _Rows | None:
+def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool, subtract: bool = True) -> _Rows | None:
     """Centred rows z (..., N, D), scaled, with their plan. None if products of them are not accurate enough.
 
-    `prior` says that they are compared with N(0, I).
+    `prior` says that they are compared with N(0, I), `subtract` that sums may be of k − φ(0).
     """
     h, a = read(bandwidth), read(bandwidth_weights)
     assert not isinstance(h, Tensor)
@@ -334,7 +391,7 @@ def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: 
         return None
     # The problem whose rows are closest decides for a batch: sums of k − φ(0) are as accurate where sums of k would do.
     distance = scale * 2 * mean if not prior else scale * mean + plan.host_sum.gamma * dim
-    if subtracted := sum(is_nearly_constant(kernel, ratio * distance) for ratio in ratios):
+    if subtract and (subtracted := sum(is_nearly_constant(kernel, ratio * distance) for ratio in ratios)):
         plan = _plan(kernel, h, a, dim, dtype, subtracted)
         scaled = z * plan.scale
         neg_half_norm2 = _neg_half_norm2(scaled)
@@ -354,8 +411,10 @@ def _centred(kernel: Kernel, z: Tensor, x_rows: int | None = None) -> Tensor:
     if not kernel.radial:
         return z
     # First less one row: far from the origin the mean is rounded, even where all rows are equal.
-    z = z - z[0]
-    return z.sub_(z.mean(0) if x_rows is None else z[:x_rows].mean(0).add_(z[x_rows:].mean(0)).mul_(0.5))
+    z = z - z[..., :1, :]
+    if x_rows is None:
+        return z.sub_(z.mean(-2, keepdim=True))
+    return z.sub_(z[..., :x_rows, :].mean(-2, keepdim=True).add_(z[..., x_rows:, :].mean(-2, keepdim=True)).mul_(0.5))
 
 
 def _neg_half_norm2(scaled: Tensor) -> Tensor:

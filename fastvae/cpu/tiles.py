@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ _LARGEST_TILE = 2048
 # A gradient from moments loses digits where rows are far from the centre relative to the bandwidth. From this many times the largest
 # squared distance at which products are used, at least 3e5 bandwidths, it is computed from differences.
 _FAR = 1e6
+
+# Of powers of two relative to the sum of a row or a column: smaller ones add nothing, and denormal numbers are a hundred times slower.
+LEAST_EXPONENT = {torch.float32: -100.0, torch.float64: -1000.0}
 
 # Used in place of infinity, for differences of float64 and their squares.
 _LARGEST = 1e270
@@ -47,6 +50,7 @@ class TiledSample:
     far_row_gradient: Tensor | None  # (N, D): Σ_j w_j·W_ij·(z_i − z_j) over the far tiles
     tiles: list[slice]
     radius2: dict[int, float]  # the largest ‖z‖² in each tile of rows, centred; keyed by the tile's first row
+    bias: Tensor | None = field(default=None, kw_only=True)  # (N,), see `Tiles.sums`
 
     def __len__(self) -> int:
         return self.z.shape[0]
@@ -161,7 +165,15 @@ class Tiles:
             yield BandwidthTile(weight, weight * ratio, value, neg_dphi)
 
     def sums(self, a: TiledSample, i: slice, b: TiledSample, j: slice, slope: bool) -> tuple[Tensor, Tensor]:
-        """Σ_b a_b·k_b and, if `slope`, W of `row_gradient` over a tile, each without the constants that are subtracted."""
+        """Σ_b a_b·k_b and, if `slope`, W of `row_gradient` over a tile, each without the constants that are subtracted.
+
+        With biases both are of one bandwidth, and multiplied by 2^(−a.bias_i − b.bias_j).
+        """
+        if a.bias is not None and b.bias is not None:
+            value, ratio = self.logarithms(a, i, b, j, slope)
+            # In this order: what rounding does to k·2^−b.bias cancels in a bias of a that is the logarithm of its sums.
+            value.sub_(b.bias[j]).sub_(a.bias[i, None]).clamp_(min=LEAST_EXPONENT[self.dtype]).exp2_()
+            return value, value if ratio is None else ratio.mul_(value)
         if self.single:
             weight, slope_weight, value, neg_dphi = next(self.evaluate_bandwidths(a, i, b, j))
             if weight != 1:
@@ -177,6 +189,11 @@ class Tiles:
             if slope:
                 slope_total.add_(neg_dphi, alpha=slope_weight)
         return total, slope_total
+
+    def logarithms(self, a: TiledSample, i: slice, b: TiledSample, j: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """log₂ k of one bandwidth over a tile, without its weight, and if `slope` −φ'/φ, or None for 1."""
+        exponent = self._exponent(a, i, b, j)
+        return exponent, self.evaluator.log2_(exponent, self.buffer("neg_dphi", i, j) if slope else None)
 
     def add_moments(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
         """Adds a tile's share to the moments of a, and of b unless the tile is on the diagonal of one sample."""

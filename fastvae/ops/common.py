@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae.checks import requires_grad
 from fastvae.dispatch import needs_dispatcher
-from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, rounding_of_sum
+from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, as_vector, rounding_of_sum
 from fastvae.radial import Kernel, kernel_of
 
 # A kernel in the schema of an op. Bandwidths and weights are a tensor, or numbers, which are not part of a graph.
@@ -50,6 +50,19 @@ def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Ke
     h, h_numbers = (factor * bandwidth, []) if isinstance(bandwidth, Tensor) else (None, [factor * number for number in bandwidth])
     a, a_numbers = (weights, []) if isinstance(weights, Tensor) else (None, list(weights))
     return KernelArguments(h, a, h_numbers, a_numbers, kernel.name, kernel.parameters)
+
+
+def bandwidth_gradient(kernel: KernelArguments, samples: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
+    """The gradient to the first bandwidth, (1,) in float64, of a function of x/h and y/h, from its gradients to both.
+
+    By Euler's theorem. Their rounding errors are multiplied by distances to a centre: the median is close to most rows even if a few are
+    far. It is taken from a sort, as PyTorch has no deterministic median on a GPU.
+    """
+    family, bandwidth, _ = kernel.unpack()
+    rows = torch.cat(list(samples), -2)
+    centre = rows.sort(-2).values[..., rows.shape[-2] // 2, None, :].double() if family.radial else 0.0
+    radial = [((z.double() - centre) * g).sum() for z, g in zip(samples, grads, strict=False) if g is not None]
+    return -torch.stack(radial).sum() / as_vector(bandwidth, rows.device)[:1]
 
 
 NO_CONTEXT: AbstractContextManager[None] = nullcontext()

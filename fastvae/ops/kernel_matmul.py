@@ -11,10 +11,11 @@ from torch import Tensor
 from fastvae.cpu import kernel_matmul as cpu
 from fastvae.cpu.small import SmallKernelMatmul
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
-from fastvae.kernel_sums import KernelSum, as_vector, stable_mean
+from fastvae.kernel_sums import KernelSum, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    bandwidth_gradient,
     custom_op,
     differentiable,
     forbid_second_derivative,
@@ -120,13 +121,7 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], wanted: tuple[bool
     empty = problem.x.new_empty(0, dtype=accumulation_dtype(problem.x.dtype))
     grad_bandwidth = empty.new_empty(0, dtype=torch.float64)
     if wanted[3]:
-        # By Euler's theorem, from the gradients to rows. Their rounding errors are multiplied by distances to a centre: the median is close
-        # to most rows even if a few are far. It is taken from a sort, as PyTorch has no deterministic median on a GPU.
-        family, bandwidth, _ = problem.kernel.unpack()
-        rows = problem.x.shape[0] + problem.y.shape[0]
-        centre = torch.cat([problem.x, problem.y]).sort(0).values[rows // 2].double() if family.radial else 0.0
-        radial = [((z.double() - centre) * g).sum() for z, g in zip((problem.x, problem.y), grads, strict=False) if g is not None]
-        grad_bandwidth = -torch.stack(radial).sum() / as_vector(bandwidth, empty.device)[:1]
+        grad_bandwidth = bandwidth_gradient(problem.kernel, problem[:2], grads)
     found = (empty.new_empty(0) if g is None or not want else g for g, want in zip(grads, wanted, strict=False))
     return cast(Gradients, (*found, grad_bandwidth))
 

@@ -1,0 +1,170 @@
+"""The loss of drifting models, which `fastvae.recipes` exports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvae import checks
+from fastvae.dispatch import accumulation_dtype
+from fastvae.ops.common import forbid_second_derivative, without_autocast, without_grad
+
+# Numbers of the rows of the problems that a CPU takes together, which then fit its second-level cache.
+_NUMBERS_AT_ONCE = 1 << 18
+# Lower bounds of the published code: of squared distances, of both scales, of a², and of the mean square of a field.
+_LEAST_SQUARE, _LEAST_SCALE, _LEAST_PRODUCT, _LEAST_MEAN = 1e-8, 1e-3, 1e-6, 1e-8
+_SELF = 100.0
+
+
+def drifting(
+    generated: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    generated_weights: Tensor | None = None,
+    positives_weights: Tensor | None = None,
+    negatives_weights: Tensor | None = None,
+    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+) -> Tensor:
+    """The loss of drifting models for each class: how far the field of attraction and repulsion moves the generated rows.
+
+        loss = mean (ĝ − stop(ĝ + F))²,   F = Σ_R F_R/√mean F_R²,   F_R,i = Σ_j c_ij·(t̂_j − ĝ_i)
+        a_ij = w_j·√max(softmax_j(l)·softmax_i(l), 1e-6),   l_ij = −(d_ij/s + 100·[same row])/R
+        c_ij = a_ij·Σ a_i over the generated rows and the negatives, for a positive j;   −a_ij·Σ a_i over the positives, for the others
+
+    with the rows t of [generated, negatives, positives], d = ‖g_i − t_j‖ and s the weighted mean of all d of the batch; ĝ and t̂ are divided
+    by s/√S, S the number of features. Only `generated` gets a gradient, once: s and F are constants, as in the original. The gradient is
+    −2·F over the scale; loss and mean F_R² are computed from products of rows, without the three fields.
+
+    Its quirks: s and mean F_R² are those of the whole batch, so that a class depends on the others. √mean F_R² divides each field, so that
+    the loss does not go to 0 as the samples approach each other. For classifier-free guidance with weight w the authors give each of C_n
+    unconditional negatives the weight (w − 1)·(C_g − 1)/C_n.
+
+    Args:
+        generated: (..., C_g, S), floating point; every problem is a class.
+        positives: (..., C_p, S), same batch dimensions, dtype and device.
+        negatives: (..., C_n, S), likewise; none by default.
+        generated_weights: (..., C_g), w of each row; 1 by default. The same for positives_weights and negatives_weights.
+        temperatures: R, each above 0.
+
+    Returns:
+        The loss of each class, shape (...); float64 for float64 inputs, else float32.
+
+    Source: github.com/lambertae/drifting, torch/drift_loss.py; Deng et al. 2026, "Generative modeling via drifting".
+    """
+    samples, weights = [("generated", generated), ("positives", positives)], [generated_weights, positives_weights]
+    if negatives is not None:
+        samples.insert(1, ("negatives", negatives))
+        weights.insert(1, negatives_weights)
+    elif negatives_weights is not None:
+        raise ValueError("negatives_weights must be None without negatives, got weights")
+    for name, z in samples:
+        checks.rows(name, z)
+        checks.same_features("generated", generated, name, z)
+        checks.same_kind("generated", generated, name, z)
+        if z.shape[:-2] != generated.shape[:-2]:
+            raise ValueError(f"{name} must have the batch dimensions of generated, {tuple(generated.shape[:-2])}, got {tuple(z.shape)}")
+    for (name, z), w in zip(samples, weights, strict=True):
+        if w is not None:
+            checks.row_weights(f"{name}_weights", w, name, z)
+    radii = tuple(checks.real("every one of temperatures", radius, above=0) for radius in temperatures)
+    if not radii:
+        raise ValueError("temperatures must hold at least one value, got none")
+    dtype, batch = accumulation_dtype(generated.dtype), generated.shape[:-2]
+    with without_autocast(generated.device):
+        parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
+        w = torch.cat(
+            [z.new_ones(z.shape[:-1]) if w is None else w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, weights, strict=True)], 1
+        )
+        others = [z.detach() for z in parts[1:]]
+        return _Drifting.apply(radii, w.detach(), parts[0], *others)[0].reshape(batch)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Drifting(torch.autograd.Function):
+    @staticmethod
+    def forward(temperatures: tuple[float, ...], weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_coefficients(temperatures, weights, parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        coefficients, *parts = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (2 + len(parts))
+        gradient = without_grad(_field, coefficients * grad[:, None, None], parts)
+        return None, None, forbid_second_derivative("drifting", gradient, grad, parts[0]), *[None] * (len(parts) - 1)
+
+
+def _chunks(parts: Sequence[Tensor]) -> list[slice]:
+    """Problems that are taken together: all of them on a GPU, and for the compiler, which would unroll the loop."""
+    count, numbers = len(parts[0]), sum(z[0].numel() for z in parts)
+    if not parts[0].is_cpu or torch.compiler.is_compiling():
+        return [slice(0, count)]
+    step = max(1, _NUMBERS_AT_ONCE // numbers)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _centred(parts: Sequence[Tensor], chunk: slice) -> Tensor:
+    """The rows of some problems, less the first of each."""
+    first = parts[0][chunk, :1]
+    return torch.cat([z[chunk] - first for z in parts], 1)
+
+
+def _loss_and_coefficients(temperatures: tuple[float, ...], weights: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss (B,) and E (B, C_g, rows), of which E·t is its gradient."""
+    (count, own, features), rows = parts[0].shape, weights.shape[1]
+    first_positive, chunks = rows - parts[-1].shape[1], _chunks(parts)
+    products = weights.new_empty(count, rows, rows)
+    for chunk in chunks:
+        z = _centred(parts, chunk)
+        out = products[chunk]
+        out[:, :own] = z[:, :own] @ z.mT
+        out[:, own:, :own] = out[:, :own, own:].mT
+        out[:, own:, own:] = z[:, own:] @ z[:, own:].mT
+    norms = products.diagonal(dim1=1, dim2=2)
+    distances = torch.add(norms[:, :own, None], products[:, :own], alpha=-2).add_(norms[:, None])
+    distances = distances.clamp_(min=_LEAST_SQUARE).sqrt_()
+    # Each row counts as often as it has a distance.
+    scale = (distances.sum(1) * weights).sum() / (own * weights.sum())
+    input_scale = (scale / math.sqrt(features)).clamp(min=_LEAST_SCALE)
+    distances = distances.div_(scale.clamp(min=_LEAST_SCALE))
+    distances.diagonal(dim1=1, dim2=2).add_(_SELF)
+    coefficients = weights.new_empty(count, len(temperatures), own, rows)
+    inner = weights.new_empty(count, len(temperatures), len(temperatures))
+    for chunk in chunks:
+        of_chunk, w = coefficients[chunk], weights[chunk, None]
+        for n, temperature in enumerate(temperatures):
+            logits = distances[chunk] * (-1 / temperature)
+            a = logits.softmax(2).mul_(logits.softmax(1))
+            a.clamp_(min=_LEAST_PRODUCT).sqrt_().mul_(w)
+            repelled, attracted = a[..., :first_positive], a[..., first_positive:]
+            of_positives, of_others = attracted.sum(2, keepdim=True), repelled.sum(2, keepdim=True)
+            # They sum to zero over j, so that Σ_j c_ij·(t_j − g_i) is c·t.
+            repelled.mul_(-of_positives)
+            attracted.mul_(of_others)
+            of_chunk[:, n] = a
+        # ⟨F_R, F_R'⟩ from the products of rows, without F.
+        flat = of_chunk.flatten(1, 2)
+        inner[chunk] = of_chunk.flatten(2) @ (flat @ products[chunk]).view_as(of_chunk).flatten(2).mT
+    numbers = own * features
+    inner = inner / input_scale.square()
+    factors = (inner.diagonal(dim1=1, dim2=2).sum(0) / (count * numbers)).clamp(min=_LEAST_MEAN).rsqrt()
+    loss = (inner * factors[:, None] * factors).sum((1, 2)) / numbers
+    combined = (-2 / numbers / input_scale.square()) * factors
+    return loss, torch.einsum("bnij,n->bij", coefficients, combined)
+
+
+def _field(coefficients: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    out = torch.empty_like(parts[0])
+    for chunk in _chunks(parts):
+        out[chunk] = coefficients[chunk] @ _centred(parts, chunk)
+    return out
