@@ -335,9 +335,9 @@ def variants(architecture: int) -> Iterator[Variant]:
 
 def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
     """Every kernel, and the second pass of the RBF; a sum of energy or polynomial kernels is one of them."""
-    kernels = *(kernel for kernel in KERNELS.values() if kernel.canonical()[0] == kernel), RationalQuadratic(2.3), RationalQuadratic(0.5)
-    for kernel in kernels:
-        second_pass, many = isinstance(kernel, RBF), not isinstance(kernel, (Energy, Polynomial))
+    kernels = (kernel for kernel in KERNELS.values() if kernel.canonical()[0] == kernel)
+    for kernel in (*kernels, Energy(), RationalQuadratic(2.3), RationalQuadratic(0.5)):
+        second_pass, many = isinstance(kernel, RBF), not (kernel.homogeneous or isinstance(kernel, Polynomial))
         if architecture == 90:
             for dim in (16, 64, 256):
                 yield Sweep("highest", dim, gradient, True, 5 if many else 1, squared=False, kernel=kernel, second_pass=second_pass)
@@ -550,7 +550,7 @@ def _rate(products: str, gpu: GPU) -> float:
 
 
 def _powers(kernel: Kernel) -> bool:
-    return isinstance(kernel, RationalQuadratic)
+    return isinstance(kernel, plan.MANY_REGISTERS)
 
 
 def _steep(kernel: Kernel) -> bool:

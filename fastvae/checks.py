@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import numbers
+import operator
 import os
 import sys
 import warnings
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from fastvae.devices import lacks_float64
+from fastvae.dispatch import runs_on_triton
 from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
 from fastvae.parametrisation import Parametrisation, ScaleKind
-from fastvae.radial import KERNEL_NAMES, RBF, Kernel
+from fastvae.radial import KERNEL_NAMES, RBF, Kernel, Linear, Sum, terms_of
 
-RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "energy"]
+RadialKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic", "laplace", "matern32", "matern52", "energy", "riesz"]
 KernelName = Literal[RadialKernelName, "polynomial"]
+# A kernel, or several that are added.
+AnyKernel = KernelName | Kernel | Sequence[KernelName | Kernel]
 # Those with three derivatives at distance zero.
 SteinKernelName = Literal["rbf", "gaussian", "imq", "rational_quadratic"]
 Backend = Literal["cpu", "triton", "reference"]
@@ -56,14 +60,31 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
 
 def kernel(value: object) -> Kernel:
     """The kernel of this name, or the kernel itself."""
+    if isinstance(value, (list, tuple)) and value:
+        return functools.reduce(operator.add, map(kernel, value))
     if isinstance(value, Kernel):
-        if type(value) not in map(type, KERNEL_NAMES.values()):
-            raise ValueError(f"kernel must be one of the classes of fastvae.radial, which the backends know, got {type(value).__name__}")
+        for term in terms_of(value):
+            if type(term.kernel) not in (Linear, *map(type, KERNEL_NAMES.values())):
+                name = type(term.kernel).__name__
+                raise ValueError(f"kernel must be one of the classes of fastvae.radial, which the backends know, got {name}")
         return value
     if not isinstance(value, str):
         raise TypeError(f"kernel must be a name or a fastvae.radial.Kernel, got {type(value).__name__}")
     option("kernel", value, KERNEL_NAMES)
     return KERNEL_NAMES[value]
+
+
+def one_process(family: Kernel, process_group: object) -> None:
+    if process_group is not None:
+        raise ValueError(f"process_group must be None for kernels of x·y in a sum, got kernel {family.name!r}")
+
+
+def one_sweep(family: Kernel, z: Tensor, backend: str | None) -> None:
+    """A kernel that one sweep evaluates: no kernel of x·y in a sum, and no sum on Triton."""
+    if isinstance(family, Sum) and runs_on_triton(backend or "", z):
+        raise ValueError(f"kernel must be a single kernel on a GPU, got {family.name!r}: use mmd or kernel_matmul")
+    if not family.radial and isinstance(family, (Sum, Linear)):
+        raise ValueError(f"kernel must hold functions of the distance alone, got {family.name!r}: use mmd or kernel_matmul")
 
 
 def kernels(value: object, aggregate: str | None) -> list[Kernel]:
@@ -114,7 +135,7 @@ def row_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
 
 
 def mmd_options(
-    value: KernelName | Kernel,
+    value: AnyKernel,
     estimator: MMDEstimator,
     precision: Precision | None,
     backend: AnyBackend | None,

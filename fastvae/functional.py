@@ -13,10 +13,11 @@ from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
-from fastvae.dispatch import accumulation_dtype, zero_if_finite
+from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
+from fastvae.linear import linear_mmd
 from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.log_kernel_density import apply_normalized_matmul
@@ -27,7 +28,7 @@ from fastvae.ops.reparameterize_kl import Tensors as PosteriorTensors
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula, fused_formula
 from fastvae.ops.total_correlation import apply_total_correlation
 from fastvae.parametrisation import Parametrisation, ScaleKind
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, Linear, separate_terms
 from fastvae.reference.quadratic_form import GroupWeights, pair_values, pairs_with_self
 from fastvae.reference.total_correlation import KLDecomposition
 
@@ -42,7 +43,7 @@ def mmd(
     *,
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: checks.KernelName | Kernel = "rbf",
+    kernel: checks.AnyKernel = "rbf",
     estimator: checks.MMDEstimator = "biased",
     x_weights: Tensor | None = None,
     y_weights: Tensor | None = None,
@@ -67,8 +68,10 @@ def mmd(
             `fastvae.median_bandwidth(x, y)`, which takes the time of one more sweep (of three on a GPU), or "mean" for
             `fastvae.mean_bandwidth(x, y)`. A rule gives one constant for all batch dimensions.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
-        kernel: "rbf" (or "gaussian") exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "energy" −d/h
-            or "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖. Or a `fastvae.Kernel` from `fastvae.radial`, with other parameters.
+        kernel: "rbf" (or "gaussian") exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "matern32" or
+            "matern52" (1 + u)·exp(−u) of u = √3·d/h or (1 + u + u²/3)·exp(−u) of u = √5·d/h, "energy" −d/h, "riesz" −(d/h)^1.5
+            or "polynomial" (x·y/(D·h²) + 1)³, with d = ‖x − y‖. Or a `fastvae.Kernel` from `fastvae.radial`, with other
+            parameters, or a sum such as RBF() + 0.5 * Laplace().scaled(2), whose Laplace kernel has bandwidth 2h. A sequence is added up.
         estimator: "biased" (V-statistic, means over all pairs), "unbiased" (U-statistic, without the pairs i = j) or "linear" (for N = M,
             the mean over ⌊N/2⌋ pairs of neighbours, in O(N·D); differentiable any number of times).
         x_weights: (..., N), summing to one; 1/N each by default. They get no gradient. Not for estimator="linear".
@@ -153,7 +156,7 @@ def _mmd(
     weights: list[Tensor | None],
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor,
     bandwidth_weights: Sequence[float] | Tensor | None,
-    kernel: checks.KernelName | Kernel,
+    kernel: checks.AnyKernel,
     estimator: checks.MMDEstimator,
     precision: checks.Precision | None,
     backend: checks.AnyBackend | None,
@@ -188,12 +191,23 @@ def _mmd(
     batch = x.shape[:-2]
     if len(batch) > 1:
         samples, weights = [sample.flatten(0, -3) for sample in samples], [None if p is None else p.flatten(0, -2) for p in weights]
+    unbiased = estimator == "unbiased"
+    if terms := separate_terms(family, runs_on_triton(backend or "", x)):
+        parts = []
+        for weight, part, scale in terms:
+            if isinstance(part, Linear):
+                checks.one_process(family, process_group)
+                p, q = (None if p is None else unit_weights(p, None, torch.float64) for p in weights)
+                parts.append(weight * linear_mmd(samples[0], samples[1], p, q, unbiased) * _inverse_square(h, a, scale, x))
+            else:
+                parts.append(weight * _mmd(samples, weights, _scaled(h, scale), a, part, estimator, precision, backend, process_group))
+        return torch.stack([part.double() for part in parts]).sum(0).to(accumulation_dtype(x.dtype)).reshape(batch)
     missing = [] if others else [None]
     gathered = [None] * 4 if process_group is None else [*whole, *missing, *whole_weights, *missing]
     value = apply_mmd(
         [*samples, *missing, *weights, *missing, *gathered, *starts, None],
         arguments or kernel_arguments(family, h, a),
-        estimator == "unbiased",
+        unbiased,
         precision or "",
         backend or "",
     )
@@ -231,6 +245,15 @@ def _cached_options(*options: Any) -> Options:
     return checked, kernel_arguments(*checked)
 
 
+def _scaled(h: Numbers, factor: float) -> Numbers:
+    return factor * h if isinstance(h, Tensor) else [factor * number for number in h]
+
+
+def _inverse_square(h: Numbers, a: Numbers, scale: float, x: Tensor) -> Tensor:
+    """Σ_b a_b/(scale·h_b)², float64: the factor of x·y."""
+    return (as_vector(a, x.device).double() / (scale * as_vector(h, x.device).double()).square()).sum()
+
+
 def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:
     """`apply` of all bandwidths at once, or of one at a time if the bandwidths or their weights require grad."""
     if not torch.is_grad_enabled() or not (checks.requires_grad(h) or checks.requires_grad(a)):
@@ -250,7 +273,11 @@ def _dense_mmd(samples: list[Tensor], weights: list[Tensor | None], kernel: Kern
             return reference.mmd_to_normal(*rows, estimator=estimator, **options)
         if estimator == "linear":
             checks.same_rows("x", rows[0], "y", rows[1], "estimator='linear'")
-        return reference.mmd(*rows, kernel=kernel, estimator=estimator, **options)
+        value = reference.mmd(*rows, kernel=kernel, estimator=estimator, **options)
+        if estimator == "linear":
+            return value
+        # The value of a polynomial may be infinite.
+        return value + sum((0 * z.detach()).sum((-2, -1)) for z in rows)
 
 
 @float64_on_cpu
@@ -261,7 +288,7 @@ def kernel_matmul(
     *,
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: checks.KernelName | Kernel = "rbf",
+    kernel: checks.AnyKernel = "rbf",
     normalize: checks.Normalization | None = None,
     precision: checks.Precision | None = None,
     backend: checks.Backend | None = None,
@@ -328,6 +355,17 @@ def kernel_matmul(
         flat = [t.reshape(-1, *t.shape[-2:]) for t in (x, y, columns)]
         out = apply_normalized_matmul(*flat, *kernel_arguments(family, h, a), normalize, *options)[0]
         out = out.reshape(*batch, *out.shape[-2:])
+    elif terms := separate_terms(family, runs_on_triton(backend or "", x)):
+        parts = []
+        for weight, part, scale in terms:
+            if isinstance(part, Linear):
+                dtype = accumulation_dtype(x.dtype)
+                with without_autocast(x.device):
+                    parts.append(weight * _inverse_square(h, a, scale, x).to(dtype) * (x.to(dtype) @ (y.to(dtype).mT @ columns.to(dtype))))
+            else:
+                term_options: Any = {"bandwidth": _scaled(h, scale), "bandwidth_weights": a, "precision": precision, "backend": backend}
+                parts.append(weight * kernel_matmul(x, y, columns, kernel=part, **term_options))
+        out = torch.stack(parts).sum(0)
     elif batch:
         problems = zip(*(t.flatten(0, -3).unbind() for t in (x, y, columns)), strict=True)
         out = torch.stack([_kernel_matmul(problem, family, h, a, options) for problem in problems])
@@ -349,7 +387,7 @@ def witness(
     *,
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: checks.KernelName | Kernel = "rbf",
+    kernel: checks.AnyKernel = "rbf",
     precision: checks.Precision | None = None,
     backend: checks.Backend | None = None,
 ) -> Tensor:
@@ -417,7 +455,7 @@ def group_mmd(
     pairs: Sequence[tuple[int, int]] | Tensor | None = None,
     bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
     bandwidth_weights: Sequence[float] | Tensor | None = None,
-    kernel: checks.KernelName | Kernel = "rbf",
+    kernel: checks.AnyKernel = "rbf",
     estimator: checks.Estimator = "biased",
     precision: checks.Precision | None = None,
     backend: checks.Backend | None = None,
@@ -460,6 +498,7 @@ def group_mmd(
         z = _autocast(z)
         checks.option("estimator", estimator, checks.ESTIMATORS)
         family = checks.kernel_options(kernel, precision, backend, z.device)
+        checks.one_sweep(family, z, backend)
         h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
         checks.constant("bandwidth", h)
         checks.constant("bandwidth_weights", a)

@@ -49,7 +49,8 @@ def stable_mean(z: Tensor) -> Tensor:
 
 def is_nearly_constant(kernel: Kernel, t: Any) -> Any:
     """Whether k is so close to φ(0), for pairs whose mean t this is, that sums are taken of k − φ(0)."""
-    return ((2 * t) ** 0.5 if kernel.takes_distance else t) < SHIFT_BELOW
+    steep = kernel.steepness * t
+    return ((2 * steep) ** 0.5 if kernel.takes_distance else steep) < SHIFT_BELOW
 
 
 def rbf_normal_mean_exponent(x: Tensor, bandwidth: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastvae import checks
 from fastvae.distributed import GroupModule
 from fastvae.functional import mmd, mmd_to_normal
-from fastvae.radial import Kernel
 from fastvae.sliced import sigreg
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class MMDLoss(GroupModule):
         bandwidth: float | checks.BandwidthRule | Sequence[float] | Tensor = 1.0,
         *,
         bandwidth_weights: Sequence[float] | Tensor | None = None,
-        kernel: checks.KernelName | Kernel = "rbf",
+        kernel: checks.AnyKernel = "rbf",
         estimator: checks.MMDEstimator = "biased",
         precision: checks.Precision | None = None,
         backend: checks.AnyBackend | None = None,

@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Kernel:
         """φ(0), which is subtracted from each k where k is close to it."""
         return 1.0
 
+    @property
+    def steepness(self) -> float:
+        """The largest −φ'(t) of a bounded slope: by what factor an error of t becomes one of k."""
+        return 1.0
+
     def phi(self, t: Tensor) -> Tensor:
         """φ(t), elementwise."""
         raise NotImplementedError(f"{self.name} must define phi")
@@ -70,9 +75,36 @@ class Kernel:
     def parameters(self) -> list[float]:
         return [float(getattr(self, field.name)) for field in fields(self)]
 
+    def __add__(self, other: Any) -> Sum:
+        return Sum(terms_of(self) + terms_of(other)) if isinstance(other, Kernel) else NotImplemented
+
+    def __mul__(self, weight: Any) -> Sum:
+        _check_parameter("the weight of a kernel", weight, "a finite number", lambda weight: True)
+        return Sum(tuple(term._replace(weight=weight * term.weight) for term in terms_of(self)))
+
+    __rmul__ = __mul__
+
+    def scaled(self, factor: float) -> Sum:
+        """This kernel with bandwidth `factor`·h: RBF() + Laplace().scaled(2) is exp(−d²/(2h²)) + exp(−d/(2h))."""
+        _check_parameter("factor", factor, "between 1e-6 and 1e6", lambda factor: 1e-6 <= factor <= 1e6)
+        return Sum(tuple(term._replace(scale=factor * term.scale) for term in terms_of(self)))
+
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         """The family's numbers among the arguments of a Triton kernel, from bandwidths and weights (B,), widest first."""
         return []
+
+
+class Term(NamedTuple):
+    """A kernel in a sum: weight·k with bandwidth scale·h."""
+
+    weight: float
+    kernel: Kernel
+    scale: float
+
+
+def terms_of(kernel: Kernel) -> tuple[Term, ...]:
+    """The kernels that this one is a sum of."""
+    return kernel.terms if isinstance(kernel, Sum) else (Term(1.0, kernel, 1.0),)
 
 
 def _check_parameter(name: str, value: Any, rule: str, holds: Any) -> None:
@@ -84,6 +116,20 @@ def _root(t: Tensor) -> Tensor:
     """√t, with derivative 0 at 0."""
     zero = t <= 0
     return torch.where(zero, 0, torch.where(zero, 1, t).sqrt())
+
+
+# The c_n of 1 − φ = u²·Σ_n c_n·(−u)^n with u = √(2ν)·d/h, to rounding for small u, where the formulas of φ and φ' lose digits.
+MATERN_32 = tuple(1 / (math.factorial(n) * (n + 2)) for n in range(9))
+MATERN_52 = tuple((1 - n) / (3 * math.factorial(n) * (n + 2)) for n in range(9))
+_NEAR_ZERO = 0.1
+
+
+def _series(u: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Σ_n c_n·(−u)^n"""
+    total = torch.full_like(u, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = coefficient - u * total
+    return total
 
 
 @dataclass(frozen=True)
@@ -170,6 +216,42 @@ class Laplace(Kernel):
 
 
 @dataclass(frozen=True)
+class Matern32(Kernel):
+    """(1 + √3·d/h)·exp(−√3·d/h), between Laplace and RBF: once differentiable.
+
+    Source: Rasmussen and Williams 2006, "Gaussian processes for machine learning", equation 4.17.
+    """
+
+    name = "matern32"
+
+    @property
+    def steepness(self) -> float:
+        return 3.0
+
+    def phi(self, t: Tensor) -> Tensor:
+        u = _root(6 * t)
+        return torch.where(u < _NEAR_ZERO, 1 - 6 * t * _series(u, MATERN_32), (1 + u) * (-u).exp())
+
+
+@dataclass(frozen=True)
+class Matern52(Kernel):
+    """(1 + √5·d/h + 5d²/(3h²))·exp(−√5·d/h), twice differentiable.
+
+    Source: Rasmussen and Williams 2006, "Gaussian processes for machine learning", equation 4.17.
+    """
+
+    name = "matern52"
+
+    @property
+    def steepness(self) -> float:
+        return 5 / 3
+
+    def phi(self, t: Tensor) -> Tensor:
+        u = _root(10 * t)
+        return torch.where(u < _NEAR_ZERO, 1 - 10 * t * _series(u, MATERN_52), (1 + u + u * u / 3) * (-u).exp())
+
+
+@dataclass(frozen=True)
 class Energy(Kernel):
     """−d/h; with h = 1, MMD² is the energy distance. It has no gradient at d = 0; 0 is returned there.
 
@@ -187,6 +269,37 @@ class Energy(Kernel):
 
     def phi(self, t: Tensor) -> Tensor:
         return -_root(2 * t)
+
+    def canonical(self) -> tuple[Kernel, float]:
+        return Riesz(1.0), 1.0
+
+
+@dataclass(frozen=True)
+class Riesz(Kernel):
+    """−(d/h)^r with 0 < r < 2; r = 1 is `Energy`. Up to r = 1 it has no gradient at d = 0; 0 is returned there.
+
+    Source: Sejdinovic et al. 2013, as above; Hertrich et al. 2024, "Generative sliced MMD flows with Riesz kernels".
+    """
+
+    r: float = 1.5
+    name = "riesz"
+    takes_distance = True
+    unbounded_slope = True
+    homogeneous = True
+
+    def __post_init__(self) -> None:
+        _check_parameter("r", self.r, "greater than 0 and less than 2", lambda r: 0 < r < 2)
+
+    @property
+    def value_at_zero(self) -> float:
+        return 0.0
+
+    def phi(self, t: Tensor) -> Tensor:
+        zero = t <= 0
+        return torch.where(zero, 0, -(torch.where(zero, 1, 2 * t) ** (0.5 * self.r)))
+
+    def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
+        return [] if self.r == 1 else [torch.full_like(bandwidth[:1], float(self.r))]
 
 
 @dataclass(frozen=True)
@@ -226,12 +339,101 @@ class Polynomial(Kernel):
         return [c * (weights * (bandwidth[0] / bandwidth) ** (2 * n)).sum().reshape(1) for n, c in coefficients]
 
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Energy(), Polynomial())}
+@dataclass(frozen=True)
+class Linear(Kernel):
+    """x·y/h², whose MMD² is the squared distance of the means over h². It is evaluated in closed form, without a sweep over pairs."""
+
+    name = "linear"
+    radial = False
+
+    @property
+    def value_at_zero(self) -> float:
+        return 0.0
+
+    def phi(self, t: Tensor) -> Tensor:
+        return t
+
+    def gamma(self, bandwidth: Tensor, dim: int) -> Tensor:
+        return 1 / bandwidth.square()
+
+
+@dataclass(frozen=True)
+class Sum(Kernel):
+    """Σ_f weight_f·k_f of bandwidth scale_f·h, made by `RBF() + 0.5 * Laplace().scaled(2)`.
+
+    On a CPU its radial kernels take one sweep together, on a GPU one each. A polynomial takes its own, the linear kernel none.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "sum:" + "+".join(term.kernel.name for term in self.terms)
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(number) for weight, kernel, scale in self.terms for number in (weight, scale, *kernel.parameters)]
+
+    @staticmethod
+    def of_parameters(name: str, parameters: Sequence[float]) -> Sum:
+        """The sum with this `name` and these `parameters`."""
+        terms, numbers = [], iter(parameters)
+        for part in name.removeprefix("sum:").split("+"):
+            weight, scale = next(numbers), next(numbers)
+            terms.append(Term(weight, kernel_of(part, [next(numbers) for _ in fields(KERNELS[part])]), scale))
+        return Sum(tuple(terms))
+
+    @property
+    def radial(self) -> bool:  # type: ignore[override]
+        return all(term.kernel.radial for term in self.terms)
+
+    @property
+    def takes_distance(self) -> bool:  # type: ignore[override]
+        return any(term.kernel.takes_distance for term in self.terms)
+
+    @property
+    def unbounded_slope(self) -> bool:  # type: ignore[override]
+        return any(term.kernel.unbounded_slope for term in self.terms)
+
+    @property
+    def value_at_zero(self) -> float:
+        return math.fsum(term.weight * term.kernel.value_at_zero for term in self.terms)
+
+    @property
+    def steepness(self) -> float:
+        return max(term.kernel.steepness / term.scale**2 for term in self.terms)
+
+    def phi(self, t: Tensor) -> Tensor:
+        return torch.stack([weight * kernel.phi(t / scale**2) for weight, kernel, scale in self.terms]).sum(0)
+
+    def canonical(self) -> tuple[Kernel, float]:
+        terms = []
+        for weight, kernel, scale in self.terms:
+            kernel, factor = kernel.canonical()
+            terms.append(Term(weight, kernel, factor * scale))
+        return Sum(tuple(terms)), 1.0
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (RBF(), IMQ(), RationalQuadratic(), Laplace(), Matern32(), Matern52(), Energy(), Riesz(), Polynomial())
+}
 # Every name that the public functions accept.
 KERNEL_NAMES: dict[str, Kernel] = {**KERNELS, "gaussian": KERNELS["rbf"]}
 
 
+def separate_terms(kernel: Kernel, on_triton: bool) -> list[Term]:
+    """The terms that take a sweep each: on a CPU all radial ones together, on Triton each one. None if one sweep takes the kernel."""
+    if not isinstance(kernel, (Sum, Linear)) or (kernel.radial and not on_triton):
+        return []
+    terms = terms_of(kernel)
+    together = () if on_triton else tuple(term for term in terms if term.kernel.radial)
+    return [*([Term(1.0, Sum(together), 1.0)] if together else []), *(term for term in terms if term not in together)]
+
+
 def kernel_of(name: str, parameters: Sequence[float]) -> Kernel:
     """The kernel with this name and these parameters."""
+    if name.startswith("sum:"):
+        return Sum.of_parameters(name, parameters)
     # The default object itself, not an equal one: caches find it faster.
     return type(KERNELS[name])(*parameters) if parameters else KERNELS[name]

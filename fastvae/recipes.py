@@ -27,7 +27,7 @@ from fastvae.drifting import drifting
 from fastvae.functional import group_mmd, kernel_matmul, mmd
 from fastvae.kernel_mean import KernelMean
 from fastvae.objectives import IMQ_SCALES
-from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import IMQ, RBF, Energy, Kernel, Laplace, Linear, Polynomial, RationalQuadratic
 from fastvae.sliced import sigreg
 from fastvae.two_sample import squared
 
@@ -49,15 +49,18 @@ __all__ = [
     "kid",
     "lejepa",
     "mmd_gan",
+    "mmd_gan_mix",
     "mmdagg",
     "mmdfuse",
     "pythae",
     "pytorch_adapt",
     "pytorch_vae",
+    "stable_audio",
     "trvae",
     "wae",
 ]
 
+STABLE_AUDIO_SCALES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TRVAE_ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 5, 10, 15, 20, 25, 30, 35, 100, 1e3, 1e4, 1e5, 1e6)
 
 
@@ -132,6 +135,28 @@ def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     """
     x, y = _samples(x, y, biased=True)
     return mmd(x, y, bandwidth=x.shape[1] / math.sqrt(2), **options)
+
+
+@float64_on_cpu
+def stable_audio(
+    x: Tensor, y: Tensor, *, kernel: Literal["gaussian", "rational_quadratic"] = "gaussian", **options: Unpack[Options]
+) -> Tensor:
+    """The MMD of stable-audio-tools between latents x (B, C, T) and noise y of this form. Each frame is a row of C features.
+
+        V of k = exp(−d²/C²), of its Wasserstein bottleneck ("gaussian"), or of k = ⅕·Σ_b 1/(1 + d²/(2bC)) with b = 10⁻⁴, 10⁻³, …, 1, of its
+        latent MMD loss ("rational_quadratic")
+
+    Either may also be rows, (N, C). Its quirk: As in `info_vae`, k of the first is near 1 everywhere for 20 channels or more.
+
+    Source: github.com/Stability-AI/stable-audio-tools, models/bottleneck.py and training/losses.
+    """
+    x, y = (t.movedim(1, 2).flatten(0, 1) if isinstance(t, Tensor) and t.ndim == 3 else t for t in (x, y))
+    x, y = _samples(x, y, biased=True)
+    checks.option("kernel", kernel, ("gaussian", "rational_quadratic"))
+    if kernel == "gaussian":
+        return info_vae(x, y, **options)
+    h = [math.sqrt(b * x.shape[1]) for b in STABLE_AUDIO_SCALES]
+    return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h) for _ in h], kernel="rational_quadratic", **options)
 
 
 @float64_on_cpu
@@ -353,6 +378,23 @@ def mmd_gan(
     value = mmd(x, y, bandwidth=_positive("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
     # The derivative of the root at 0 is infinite, but relu's backward pass masks it and does not multiply.
     return value.relu().sqrt()
+
+
+@float64_on_cpu
+def mmd_gan_mix(
+    x: Tensor, y: Tensor, *, alphas: Sequence[float] = (0.1, 1.0, 10.0), dot: float = 1.0, biased: bool = False, **options: Unpack[Options]
+) -> Tensor:
+    """The MMD² of the MMD-GAN of Bińkowski et al., whose kernels are rational quadratic and linear.
+
+        U, or V if `biased`;   k = Σ_α (1 + d²/(2α))^−α + dot·x·y
+
+    Source: github.com/mbinkowski/MMD-GAN, gan/core/mmd.py; Bińkowski et al. 2018, "Demystifying MMD GANs".
+    """
+    x, y = _samples(x, y, biased=biased)
+    kernels: list[Kernel] = [RationalQuadratic(alpha) for alpha in _positive("alphas", alphas)]
+    if checks.real("dot", dot, at_least=0):
+        kernels.append(dot * Linear())
+    return mmd(x, y, kernel=kernels, estimator="biased" if biased else "unbiased", **options)
 
 
 @float64_on_cpu

@@ -18,7 +18,7 @@ from triton.language.extra import libdevice
 
 from fastvae import kernel_sums
 from fastvae.kernels.products import INTERPRETED
-from fastvae.radial import RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import RBF, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz
 
 LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
 
@@ -31,6 +31,9 @@ RATIONAL_QUADRATIC_LARGE = tl.constexpr(4)
 LAPLACE = tl.constexpr(5)
 ENERGY = tl.constexpr(6)
 POLYNOMIAL = tl.constexpr(7)
+MATERN_32 = tl.constexpr(8)
+MATERN_52 = tl.constexpr(9)
+RIESZ = tl.constexpr(10)
 
 
 class Family(NamedTuple):
@@ -53,6 +56,7 @@ _LARGEST_FAST_ALPHA = 16.0
 
 def family_of(kernel: Kernel) -> Family:
     """The constexpr FAMILY."""
+    kernel, _ = kernel.canonical()
     if type(kernel) is RBF:
         return Family(GAUSSIAN.value, scale=LOG2_E.value)
     if type(kernel) is RationalQuadratic:
@@ -66,9 +70,14 @@ def family_of(kernel: Kernel) -> Family:
             takes_distance=True,
             unbounded_slope=True,
         )
-    if type(kernel) is Energy:
+    if type(kernel) in (Matern32, Matern52):
+        # φ' at 0 is −steepness; t' = −u², with u = √(2ν)·d/h times log₂e.
+        number, two_nu = (MATERN_32, 3) if type(kernel) is Matern32 else (MATERN_52, 5)
+        return Family(number.value, scale=2 * two_nu * LOG2_E.value**2, neg_dphi_factor=kernel.steepness, padding=-1e30)
+    if type(kernel) is Riesz:
         # A positive exponent is that of an identical pair.
-        return Family(ENERGY.value, scale=1.0, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
+        number, parameters = (ENERGY, 0) if kernel.r == 1 else (RIESZ, 1)
+        return Family(number.value, 1.0, parameters, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
     if type(kernel) is Polynomial:
         return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
     raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to kernels/families.py")
@@ -87,6 +96,15 @@ _PLAIN_LOG = tl.constexpr(INTERPRETED.value or torch.version.hip is not None)
 
 
 @triton.jit
+def _log2(t):
+    if t.dtype == tl.float64 or _PLAIN_LOG:
+        return tl.log2(t)
+    else:
+        # The compiler's own is exact for denormal numbers too, for thirty instructions.
+        return libdevice.fast_log2f(t)
+
+
+@triton.jit
 def _log2_of_one_minus(t, FAMILY: tl.constexpr):
     """log₂(1 − t) for t ≤ 0."""
     if t.dtype == tl.float64:
@@ -96,11 +114,8 @@ def _log2_of_one_minus(t, FAMILY: tl.constexpr):
         t = tl.where(t < -1e30, -1e30, t)
         base = 1.0 - t
         return tl.log2(base) + ((1.0 - base) - t) * LOG2_E / base
-    elif _PLAIN_LOG:
-        return tl.log2(1.0 - t)
     else:
-        # The compiler's own is exact for denormal numbers too, for thirty instructions.
-        return libdevice.fast_log2f(1.0 - t)
+        return _log2(1.0 - t)
 
 
 @triton.jit
@@ -124,8 +139,25 @@ def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
         value = tl.exp2(-parameters[0] * log)
         if GRADIENT:
             neg_dphi = tl.exp2((-1.0 - parameters[0]) * log)
+    elif FAMILY.number == MATERN_32 or FAMILY.number == MATERN_52:
+        # Rounding may make t' of near rows positive. A comparison with nan is false: nan stays nan.
+        root = tl.sqrt(tl.where(t > 0.0, 0.0, -t))
+        power = tl.exp2(-root)
+        u = root * (1.0 / LOG2_E)
+        if FAMILY.number == MATERN_32:
+            neg_dphi = power
+            value = power + power * u
+        else:
+            neg_dphi = power + power * u
+            value = neg_dphi + power * u * u * (1.0 / 3.0)
     elif FAMILY.number == ENERGY:
         neg_dphi = tl.zeros_like(t) + 1.0
+    elif FAMILY.number == RIESZ:
+        # t' is 0 for a pair that counts as identical. The parameters begin with its least exponent.
+        log = _log2(tl.where(t == 0.0, 1.0, -t))
+        value = tl.where(t == 0.0, 0.0, -tl.exp2(parameters[1] * log))
+        if GRADIENT:
+            neg_dphi = tl.where(t == 0.0, 0.0, parameters[1] * tl.exp2((parameters[1] - 1.0) * log))
     elif FAMILY.number == POLYNOMIAL:
         value = t * parameters[0]
         neg_dphi = 0.0 * t + parameters[0] * PARAMETERS
@@ -190,12 +222,14 @@ def representable_gamma(gamma, furthest, dtype: tl.constexpr, FAMILY: tl.constex
 
 
 @triton.jit
-def ratios_to(gamma, gamma_b, FAMILY: tl.constexpr):
-    """By what factor t' and −φ'(t)·γ of the bandwidth with `gamma_b` exceed those of `gamma`."""
+def ratios_to(gamma, gamma_b, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
+    """By what factor t', or φ of a homogeneous kernel, and −φ'(t)·γ of the bandwidth with `gamma_b` exceed those of `gamma`."""
     ratio = gamma_b / gamma
     slope_ratio = ratio
     if FAMILY.takes_distance:
         ratio = tl.sqrt(ratio)
+        if FAMILY.number == RIESZ:
+            ratio = tl.exp2(values[2 * KERNELS] * tl.log2(ratio))
         if FAMILY.unbounded_slope:
             slope_ratio = ratio
     return ratio, slope_ratio

@@ -96,21 +96,21 @@ def _kernel_sum(numbers, furthest, SPEC: tl.constexpr):
     if FAMILY.homogeneous:
         value_scale *= 0.0
         for b in tl.static_range(KERNELS):
-            ratio, _ = ratios_to(gamma, gammas[b], FAMILY)
+            ratio, _ = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
             value_scale += values[KERNELS + b] * ratio
         slope_scale = value_scale
     elif BANDWIDTHS > 1:
         value_scale = value_scale * 0.0 + 1.0
         slope_scale = value_scale
     elif FAMILY.takes_distance:
-        _, slope_ratio = ratios_to(gamma, gammas[0], FAMILY)
+        _, slope_ratio = ratios_to(gamma, gammas[0], values, FAMILY, KERNELS)
         slope_scale *= slope_ratio
     ratios = ()
     weights = ()
     slopes = ()
     if BANDWIDTHS > 1:
         for b in tl.static_range(BANDWIDTHS):
-            ratio, slope_ratio = ratios_to(gamma, gammas[b], FAMILY)
+            ratio, slope_ratio = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
             ratios += (ratio.to(tl.float32),)
             weights += (values[KERNELS + b].to(tl.float32),)
             slopes += ((values[KERNELS + b] * slope_ratio).to(tl.float32),)

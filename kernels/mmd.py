@@ -34,6 +34,7 @@ from fastvae.kernels.families import (
     NORMAL_PRIOR,
     POLYNOMIAL_DIAGONAL,
     RATIONAL_QUADRATIC_LARGE,
+    RIESZ,
     Family,
     closed_form_term,
 )
@@ -445,9 +446,12 @@ def _finish_value(
             term = tl.program_id(0) - 1
             sum_of_terms = tl.sum(value)
             if FAMILY.takes_distance:
-                # From the exponent's units to √(2t) of the widest bandwidth: that of a homogeneous kernel, and t' of each other one.
-                gammas = gammas_of(load_numbers(numbers, SUM.NUMBERS, SUM.ON_DEVICE), FAMILY, SUM.KERNELS, SPEC.FEATURES)
+                # From the exponent's units to √(2t) of the widest bandwidth: φ of a homogeneous kernel, and t' of each other one.
+                values = load_numbers(numbers, SUM.NUMBERS, SUM.ON_DEVICE)
+                gammas = gammas_of(values, FAMILY, SUM.KERNELS, SPEC.FEATURES)
                 factor = 2.0 * tl.sqrt(gammas[0]) / tl.load(plan_ptr + SCALE)
+                if FAMILY.number == RIESZ:
+                    factor = tl.exp2(values[2 * SUM.KERNELS] * tl.log2(factor))
                 if not FAMILY.homogeneous:
                     factor *= FAMILY.scale
                     if not FAMILY.unbounded_slope:

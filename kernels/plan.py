@@ -13,7 +13,7 @@ from fastvae.kernel_sums import EXPONENT_ERROR
 from fastvae.kernels.families import Family, family_of
 from fastvae.kernels.products import BF16X3, DIFFERENCES, IEEE, PRODUCT_OF_PRECISION, TF32X3
 from fastvae.kernels.sums import pack_squarings
-from fastvae.radial import Kernel, RationalQuadratic
+from fastvae.radial import Kernel, Matern32, Matern52, RationalQuadratic, Riesz
 
 # Entries of the plan of a problem, float64. A pair of entries is that of x, then that of y.
 PRECISION_PASS = tl.constexpr(0)  # the number of the pass that runs
@@ -43,6 +43,9 @@ ROUNDING, ROUNDING_DOUBLE = tl.constexpr(2.0**-20), tl.constexpr(2.0**-49)
 _NEAR, _NEAR_DOUBLE, NEAR_SHARE = 2.0**10, 2.0**24, tl.constexpr(2.0**-8)
 
 
+MANY_REGISTERS = (RationalQuadratic, Matern32, Matern52)
+
+
 @dataclass(frozen=True, eq=False)
 class DeviceKernelPlan:
     """How the GPU evaluates a sum of kernels. It follows from the kernels, the dtype and the precision alone."""
@@ -57,8 +60,8 @@ class DeviceKernelPlan:
 
     @property
     def powers(self) -> bool:
-        """Whether φ is a power of 1 + t, which takes more registers than an exponential."""
-        return isinstance(self.kernel, RationalQuadratic)
+        """Whether φ is a power of 1 + t, or has a polynomial factor, which takes more registers than an exponential."""
+        return isinstance(self.kernel, MANY_REGISTERS)
 
     @property
     def constants(self) -> dict[str, object]:
@@ -72,7 +75,9 @@ def device_kernel_plan(
     """The plan of `count` bandwidths. `self_pairs` says that some pairs may be of a row with itself."""
     family = family_of(kernel)
     products = precision_products(family, "ieee" if dtype == torch.float64 else precision, self_pairs)
-    limits = [*(_limit(family, product, dtype) for product in products), math.inf]
+    # Below r = 1 the value too is steep at distance zero: from differences only.
+    by_differences = isinstance(kernel, Riesz) and kernel.r < 1
+    limits = [*(0.0 if by_differences else _limit(family, product, dtype) / kernel.steepness for product in products), math.inf]
     # A sum of homogeneous or polynomial kernels is evaluated as one of them.
     bandwidths = count if family.radial and not family.homogeneous else 1
     return DeviceKernelPlan(

@@ -527,7 +527,7 @@ def _store_table(table_ptr, values, gammas, gamma, constants, identical, SUM: tl
     PARAMETERS: tl.constexpr = FAMILY.parameters
     dtype: tl.constexpr = table_ptr.dtype.element_ty
     for b in tl.static_range(BANDWIDTHS):
-        ratio, slope_ratio = ratios_to(gamma, gammas[b], FAMILY)
+        ratio, slope_ratio = ratios_to(gamma, gammas[b], values, FAMILY, SUM.KERNELS)
         weight = values[SUM.KERNELS + b]
         # Below one, because of `representable_gamma`, k is one in any case, but that of a padded column would not be zero.
         tl.store(table_ptr + b, tl.where(ratio < 1.0, 1.0, ratio).to(dtype))
@@ -552,7 +552,7 @@ def _store_plan(plan_ptr, values, gammas, gamma, constants, scale, totals, UNBIA
     slope_constant = tl.zeros([], dtype=tl.float64)
     prior = tl.zeros([], dtype=tl.float64)
     for b in tl.static_range(KERNELS):
-        ratio, _ = ratios_to(gamma, gammas[b], FAMILY)
+        ratio, _ = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
         weight = values[KERNELS + b]
         scaled_weights += weight * ratio
         weights += weight
@@ -587,7 +587,7 @@ def _store_plan(plan_ptr, values, gammas, gamma, constants, scale, totals, UNBIA
         if FAMILY.neg_dphi_factor != 1.0:
             gradient_scale *= FAMILY.neg_dphi_factor
         if FAMILY.takes_distance and not FAMILY.homogeneous and KERNELS == 1:
-            _, slope_ratio = ratios_to(gamma, gammas[0], FAMILY)
+            _, slope_ratio = ratios_to(gamma, gammas[0], values, FAMILY, KERNELS)
             gradient_scale *= slope_ratio
     else:
         gradient_scale = 2.0 * scale

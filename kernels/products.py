@@ -216,8 +216,8 @@ def _difference_exponent(row_ptrs, col_ptr, start_m, scale, FAMILY: tl.constexpr
     for k in range(D):
         difference = (tl.load(row_ptrs + k)[:, None] - tl.load(col_ptrs + k)[None, :]) * scale
         exponent -= difference * difference
-    if FAMILY.takes_distance and not FAMILY.homogeneous:
-        # An infinite distance times its inverse is nan.
+    if FAMILY.padding > -float("inf") and not FAMILY.homogeneous:
+        # An infinite distance times its inverse, or times k = 0, is nan.
         exponent = tl.maximum(exponent, -1e308 if exponent.dtype == tl.float64 else -3e38)
     return 0.5 * exponent
 

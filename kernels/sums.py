@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvae import kernel_sums
 from fastvae.kernels.families import GAUSSIAN, Family, family_of, inverse_distance, log2_phi, phi
 from fastvae.kernels.products import DIFFERENCES
-from fastvae.radial import Kernel, Polynomial, RationalQuadratic
+from fastvae.radial import Kernel, Polynomial, RationalQuadratic, Riesz
 
 _SHIFT_BELOW = tl.constexpr(kernel_sums.SHIFT_BELOW)
 
@@ -217,7 +217,8 @@ def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl
         if FAMILY.takes_distance:
             t = exponent * inverse_distance(exponent, parameters)
         if FAMILY.homogeneous:
-            terms += (t,)
+            value, _ = phi(t, parameters, FAMILY, False)
+            terms += (value,)
         else:
             # A padded column has t' = −∞ and s = 0.
             finite = tl.where(t == float("-inf"), 0.0, t)
@@ -239,9 +240,9 @@ def bandwidth_sums(kernel: Kernel, sums: Tensor, ratios: Tensor) -> tuple[Tensor
     if isinstance(kernel, Polynomial):
         terms = [(n, c * sums[:, n - 1 : n] * ratios**n) for n, c in kernel.powers]
         return torch.stack([term for _, term in terms]).sum(0), torch.stack([-2 * n * term for n, term in terms]).sum(0)
-    if family.homogeneous:
-        values = sums * ratios.sqrt()
-        return values, -values
+    if isinstance(kernel, Riesz):
+        values = sums * ratios ** (0.5 * kernel.r)
+        return values, -kernel.r * values
     scale = 1 / kernel.alpha if isinstance(kernel, RationalQuadratic) else family.scale
     # t' is −scale·t, or −scale·√(2t) for a function of the distance.
     if not family.takes_distance:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fastvae import reference
 from fastvae.checks import triton_interpreter
 from fastvae.kernel_sums import EXPONENT_ERROR
-from fastvae.radial import KERNELS, RBF, Kernel, Polynomial, RationalQuadratic
+from fastvae.radial import KERNELS, RBF, Kernel, Polynomial, RationalQuadratic, Riesz
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
@@ -118,7 +118,8 @@ def _cases() -> list[Case]:
 
 
 def _kernel_cases() -> list[Case]:
-    kernels = [*list(KERNELS.values())[1:], RationalQuadratic(0.5), RationalQuadratic(2.3), Polynomial(degree=1), Polynomial(2, coef0=0.5)]
+    others = RationalQuadratic(0.5), RationalQuadratic(2.3), Riesz(0.5), Polynomial(degree=1), Polynomial(2, coef0=0.5)
+    kernels = [*list(KERNELS.values())[1:], *others]
     cases = []
     for kernel in kernels:
         base = [
@@ -335,7 +336,9 @@ class PairErrors:
             direction = (roundings * direction).clamp(max=2).where(distance > 0, 0) + 4 * (eps if rounded_weights else exact)
             # Unless it is unbounded, the slope at distance zero times the rounding of a difference of rows.
             at_zero = 0.0 if kernel.unbounded_slope else 4 * exact * float(a @ (u / h))
-            return PairErrors(roundings * float(a @ value), direction * float(a @ (1 / h)) + at_zero, underflow)
+            # A Riesz kernel is a power of u.
+            steep = kernel.r * u ** (kernel.r - 1) if isinstance(kernel, Riesz) else torch.ones_like(u)
+            return PairErrors(roundings * float(a @ (steep * value)), direction * float(a @ (steep / h)) + at_zero, underflow)
 
         limit = EXPONENT_ERROR[dtype]
         within = [r2 for r2 in radii2 if gamma.max() * r2 * eps <= 1.01 * limit]

@@ -36,6 +36,27 @@ MMD_TRITON = ("tests/test_mmd.py", "-k", "test_triton and (unbiased or tile or w
 
 FAULTS = [
     Fault(
+        "Triton: Riesz kernels of several bandwidths add up as energy kernels do",
+        "kernels/families.py",
+        "            ratio = tl.exp2(values[2 * KERNELS] * tl.log2(ratio))\n",
+        "            ratio = ratio * 1.0\n",
+        ("tests/test_mmd.py", "-k", "test_triton and Riesz and set"),
+    ),
+    Fault(
+        "CPU: 1 − φ of Matérn 5/2 by its formula where it loses digits",
+        "fastvae/cpu/families.py",
+        "        torch.where(is_near, series, out.sub_(1), out=out)\n",
+        "        out.sub_(1)\n",
+        ("tests/test_mmd.py", "-k", "matern_of_a_wide"),
+    ),
+    Fault(
+        "Triton: the slope of Matérn 3/2 has the factor of the RBF kernel",
+        "kernels/families.py",
+        "neg_dphi_factor=kernel.steepness, ",
+        "",
+        ("tests/test_mmd.py", "-k", "test_triton and Matern32"),
+    ),
+    Fault(
         "Triton: every problem of a batch reads the columns of the first",
         "kernels/mmd.py",
         "        operands = from_row(operands, problem * operands.rows, halves * D)\n",

@@ -5,7 +5,7 @@ import torch
 
 import fastvae
 from fastvae import reference
-from fastvae.radial import Energy, Laplace, RationalQuadratic
+from fastvae.radial import Energy, Laplace, Matern32, Matern52, RationalQuadratic, Riesz
 from tests.cases import DEVICE, needs_triton
 
 pytestmark = [needs_triton, pytest.mark.interpreter, pytest.mark.usefixtures("interpreter_warnings")]
@@ -45,7 +45,10 @@ def points(n, m, features, scale=(0.5, 1.0, 2.0)):
     return torch.randn(len(scale), n, features, device=DEVICE) * scale, torch.randn(len(scale), m, features, device=DEVICE) + 0.5
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "imq", RationalQuadratic(0.5), RationalQuadratic(2.3), Laplace(), Energy()], ids=str)
+KERNELS = ["rbf", "imq", RationalQuadratic(0.5), RationalQuadratic(2.3), Laplace(), Energy(), Matern32(), Matern52(), Riesz(0.5)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 @pytest.mark.parametrize("bandwidth", [1.5, (0.7, 1.4, 2.8)], ids=str)
 def test_kernels(kernel, estimator, bandwidth):

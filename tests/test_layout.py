@@ -15,7 +15,7 @@ OPERATIONS = sorted(path.stem for path in (PACKAGE / "ops").glob("*.py") if path
 LAYERS = [
     ["version", "radial", "kernel_sums", "parametrisation", "layouts"],
     ["kernels"],
-    ["devices", "dispatch", "checks", "reference", "bandwidths", "distributed"],
+    ["devices", "dispatch", "checks", "reference", "bandwidths", "distributed", "linear"],
     ["cpu"],
     ["ops"],
     ["densities", "features", "kernel_mean", "functional", "sliced", "stein", "two_sample"],

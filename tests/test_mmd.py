@@ -269,8 +269,29 @@ def test_triton_takes_differences_where_products_lose_the_direction_of_many_pair
     y[0] = x[0]
     actual = evaluate(fastvae.mmd, x, y, bandwidth=20.0, kernel=kernel, backend="triton")
     exact = evaluate(reference.mmd, x.double(), y.double(), bandwidth=20.0, kernel=kernel)
-    # |k| of two rows on the two sides is 400/20 with the energy kernel.
-    assert_close(actual, exact, TRITON_TOLERANCE["ieee"], 60, 20.0 if kernel == "energy" else 1.0)
+    # |k| of two rows on the two sides, whose distance is 20 bandwidths.
+    assert_close(actual, exact, TRITON_TOLERANCE["ieee"], 60, {"energy": 20.0, "riesz": 20**1.5}.get(kernel, 1.0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("pairs", [0, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", ["matern32", "matern52"])
+def test_matern_of_a_wide_bandwidth(kernel, dtype, pairs, monkeypatch):
+    """k is 1 to many digits, and 1 − k an incomplete gamma function."""
+    monkeypatch.setattr(small, "_PAIRS", pairs)
+    x, y = torch.randn(90, 3, dtype=dtype), torch.randn(70, 3, dtype=dtype) + 0.2
+
+    def mean(a, b, h):
+        u = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist") * (3 if kernel == "matern32" else 5) ** 0.5 / h
+        two, three = torch.full_like(u, 2), torch.full_like(u, 3)
+        rest = torch.special.gammainc(two, u) if kernel == "matern32" else torch.special.gammainc(three, u) + u * u / 6 * torch.exp(-u)
+        return -rest.mean()
+
+    for h in (20.0, 1e3, 1e8):
+        value = fastvae.mmd(x, y, bandwidth=h, kernel=kernel)
+        exact = mean(x, x, h) + mean(y, y, h) - 2 * mean(x, y, h)
+        assert value.item() == pytest.approx(exact.item(), rel=3e-5 if dtype == torch.float32 else 1e-10, abs=0)
 
 
 @needs_triton

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvae import checks, reference
-from fastvae.radial import KERNEL_NAMES, KERNELS, Polynomial, RationalQuadratic
+from fastvae.radial import KERNEL_NAMES, KERNELS, Polynomial, RationalQuadratic, Riesz
 from tests.cases import Copies
 
 
@@ -77,13 +77,21 @@ def test_two_gaussians_have_the_known_mmd():
     assert reference.mmd(x, y, bandwidth=h, estimator="unbiased").item() == pytest.approx(expected, abs=0.02)
 
 
+def matern52(u):
+    return (1 + u + u * u / 3) * math.exp(-u)
+
+
 # Each kernel of h in numpy, of one x and one y.
 FORMULAS = {
     "imq": lambda x, y, h: h * h / (h * h + np.sum((x - y) ** 2)),
     "rational_quadratic": lambda x, y, h: 1 / (1 + np.sum((x - y) ** 2) / (2 * h * h)),
     "laplace": lambda x, y, h: math.exp(-np.linalg.norm(x - y) / h),
+    "matern32": lambda x, y, h: (1 + math.sqrt(3) * np.linalg.norm(x - y) / h) * math.exp(-math.sqrt(3) * np.linalg.norm(x - y) / h),
+    "matern52": lambda x, y, h: matern52(math.sqrt(5) * np.linalg.norm(x - y) / h),
     "energy": lambda x, y, h: -np.linalg.norm(x - y) / h,
+    "riesz": lambda x, y, h: -((np.linalg.norm(x - y) / h) ** 1.5),
     "polynomial": lambda x, y, h: (x @ y / (len(x) * h * h) + 1) ** 3,
+    Riesz(0.5): lambda x, y, h: -((np.linalg.norm(x - y) / h) ** 0.5),
     RationalQuadratic(0.5): lambda x, y, h: 1 / math.sqrt(1 + np.sum((x - y) ** 2) / (h * h)),
     Polynomial(degree=2, coef0=0.5): lambda x, y, h: (x @ y / (len(x) * h * h) + 0.5) ** 2,
 }

@@ -61,6 +61,23 @@ def info_vae(x, y):
     return biased(lambda a, b: torch.exp(-((a[:, None] - b[None]) ** 2).mean(2) / a.shape[1]), x, y)
 
 
+def mmd_gan_mix(x, y, alphas=(0.1, 1.0, 10.0), dot=1.0, biased=False):
+    def k(a, b):
+        return sum((1 + d2(a, b) / (2 * alpha)) ** -alpha for alpha in alphas) + dot * a @ b.T
+
+    return globals()["biased" if biased else "unbiased"](k, x, y)
+
+
+def stable_audio(x, y, kernel="gaussian"):
+    def k(a, b):
+        if kernel == "gaussian":
+            return torch.exp(-((a[:, None] - b[None]).pow(2).mean(2) / a.shape[-1]))
+        mean = a.pow(2).mean(1)[:, None] + b.pow(2).mean(1)[None] - 2 * a @ b.T / a.shape[1]
+        return sum(1 / (1 + mean / (2 * width)) for width in (1e-4, 1e-3, 1e-2, 1e-1, 1)) / 5
+
+    return biased(k, x, y)
+
+
 def pytorch_vae(x, y, model="info_vae", kernel_type="imq", latent_var=2.0):
     b, d = x.shape
 
@@ -240,6 +257,7 @@ CASES = [
     (recipes.pythae, pythae, {"scales": (1.0,), "kernel_bandwidth": 1.4}, {}),
     (recipes.wae, wae, {"pz_scale": 1.2}, {}),
     (recipes.info_vae, info_vae, {}, {"m": 5}),
+    *((recipes.stable_audio, stable_audio, {"kernel": k}, {"m": 5}) for k in ("gaussian", "rational_quadratic")),
     *((recipes.pytorch_vae, pytorch_vae, {"model": m, "kernel_type": k}, {}) for m in ("info_vae", "wae_mmd") for k in ("imq", "rbf")),
     (recipes.pytorch_vae, pytorch_vae, {"latent_var": 0.6}, {}),
     *((recipes.geomloss, geomloss, {"loss": name, "blur": 0.8}, {"m": 5}) for name in ("gaussian", "laplacian", "energy")),
@@ -252,6 +270,7 @@ CASES = [
     (recipes.deepda, deepda, {"kernel_mul": 3.0, "kernel_num": 4}, {}),
     (recipes.mmd_gan, mmd_gan, {}, {"m": 5}),
     (recipes.mmd_gan, mmd_gan, {"sigmas": (0.4,), "biased": False}, {}),
+    *((recipes.mmd_gan_mix, mmd_gan_mix, o, {"m": 5}) for o in ({}, {"dot": 0.0, "biased": True}, {"alphas": (0.3,), "dot": 0.1})),
     (recipes.cmmd, cmmd, {}, {"m": 5}),
     *((recipes.mmdagg, mmdagg, {"kernel": k, "bandwidths": (0.7, 2.0)}, {"m": m}) for k in recipes._MMDAGG for m in (5, 9)),
     (recipes.mmdagg, mmdagg, {"permutations_same_sample_size": True}, {}),
@@ -295,6 +314,14 @@ def test_formulas_are_no_function_of_the_library():
 
     total = sum(k(u, v) for u in a for v in a) / 16 + sum(k(u, v) for u in b for v in b) / 16 - 2 * sum(k(u, v) for u in a for v in b) / 16
     assert recipes.mmd_gan(x, y, sigmas=(2.0,)).item() == pytest.approx(math.sqrt(total), rel=1e-12)
+
+
+def test_frames_of_stable_audio_are_rows():
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64, device=DEVICE), torch.randn(3, 3, 5, dtype=torch.float64, device=DEVICE)
+    for kernel in ("gaussian", "rational_quadratic"):
+        value = recipes.stable_audio(x, y, kernel=kernel)
+        rows = [t.permute(0, 2, 1).reshape(-1, 3) for t in (x, y)]
+        torch.testing.assert_close(value, stable_audio(*rows, kernel=kernel))
 
 
 def test_sample_weights_of_geomloss():

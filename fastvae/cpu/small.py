@@ -387,7 +387,8 @@ def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: 
     # For the widest bandwidth t = scale·‖s_i − s_j‖² of the scaled rows.
     scale, ratios = 0.5 / plan.evaluator.exponent_scale, plan.host_sum.ratios
     # Products are wrong by eps in t. A function of the distance is computed from differences, which are wrong by eps in √t.
-    if not scale * most * ratios[-1] * torch.finfo(dtype).eps ** (2 if kernel.takes_distance else 1) <= EXPONENT_ERROR[dtype]:
+    eps = torch.finfo(dtype).eps ** (2 if kernel.takes_distance else 1)
+    if not scale * most * ratios[-1] * kernel.steepness * eps <= EXPONENT_ERROR[dtype]:
         return None
     # The problem whose rows are closest decides for a batch: sums of k − φ(0) are as accurate where sums of k would do.
     distance = scale * 2 * mean if not prior else scale * mean + plan.host_sum.gamma * dim

@@ -282,7 +282,7 @@ class Tiles:
 def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:
     """The centre, in the dtype of the tiles, and the largest ‖z − centre‖² at which products in that dtype are accurate enough."""
     dtype = samples[0].dtype
-    steepest = host_sum.gamma * host_sum.ratios[-1] / EXPONENT_ERROR[dtype]
+    steepest = host_sum.gamma * host_sum.ratios[-1] * host_sum.kernel.steepness / EXPONENT_ERROR[dtype]
     limit = float("inf") if not host_sum.kernel.radial else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
     if not host_sum.kernel.takes_distance:

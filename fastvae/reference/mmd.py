@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.kernel_sums import as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
-from fastvae.radial import KERNEL_NAMES, Kernel
+from fastvae.radial import KERNEL_NAMES, Kernel, Sum
 
 
 def mmd(
@@ -90,6 +90,8 @@ def _is_traced(t: Tensor) -> bool:
 def kernel_matrix(x: Tensor, y: Tensor, h: Tensor, a: Tensor, kernel: str | Kernel) -> Tensor:
     """Σ_b a_b·k_b(x_i, y_j), shape (..., N, M), for x (..., N, D) and y (..., M, D)."""
     kernel = KERNEL_NAMES[kernel] if isinstance(kernel, str) else kernel
+    if isinstance(kernel, Sum):
+        return torch.stack([weight * kernel_matrix(x, y, scale * h, a, term) for weight, term, scale in kernel.terms]).sum(0)
     x, y = x[..., :, None, :], y[..., None, :, :]
     pairs = (x - y).square().sum(-1) if kernel.radial else (x * y).sum(-1)
     return kernel.phi(pairs[..., None] * kernel.gamma(h, x.shape[-1])) @ a
