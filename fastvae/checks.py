@@ -123,7 +123,7 @@ def positive_kernel(family: Kernel, needed_for: str) -> None:
     """A kernel whose logarithm has a closed form."""
     if not family.positive:
         known = ", ".join(repr(name) for name, other in KERNEL_NAMES.items() if other.positive)
-        raise ValueError(f"kernel must be positive, one of {known}, for {needed_for}, got {family.name!r}, which has no logarithm")
+        raise ValueError(f"kernel must be one of {known}, for {needed_for}, got {family.name!r}")
 
 
 def row_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
