@@ -531,9 +531,10 @@ def own_kernel(bandwidth: object, bandwidth_weights: object, kernel: object, y_w
             raise ValueError(f"{name} must be left out where y is a KernelMean, which has its own, got {value!r}")
 
 
-def has_spectral_density(family: Kernel, holds: bool, weights: Sequence[float]) -> None:
-    if not holds:
-        raise ValueError(f"kernel must have a spectral density for random features, got {family.name!r}: use NystromFeatures or all pairs")
+def random_features(family: Kernel, known: bool, weights: Sequence[float]) -> None:
+    if not known:
+        names = "'rbf', 'imq', 'rational_quadratic' or 'laplace'"
+        raise ValueError(f"kernel must be {names} for random features, got {family.name!r}: use NystromFeatures or all pairs")
     if min(weights) < 0:
         raise ValueError(f"bandwidth_weights must be at least 0 for random features, got {min(weights):g}")
 

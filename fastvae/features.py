@@ -52,8 +52,8 @@ class RandomFeatures:
 
     def waves(self, dim: int, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> Waves:
         """The map itself for rows of `dim` features, on the CPU and in float64."""
-        family, factor = family.canonical()
-        checks.has_spectral_density(family, isinstance(family, (RBF, Laplace, RationalQuadratic)), a)
+        given, (family, factor) = family, family.canonical()
+        checks.random_features(given, isinstance(family, (RBF, Laplace, RationalQuadratic)), a)
         frequencies = []
         for width in h:
             normal = _normal(dim * self.count, generator).view(dim, self.count) / (factor * width)

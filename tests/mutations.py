@@ -227,7 +227,7 @@ FAULTS = [
     Fault(
         "reference: the distance of a nan is zero",
         "fastvae/radial.py",
-        "    zero = t <= 0\n",
+        '    """√t, with derivative 0 at 0."""\n    zero = t <= 0\n',
         "    zero = ~(t > 0)\n",
         ("tests/test_properties.py", "-k", "not_finite"),
     ),

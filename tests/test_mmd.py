@@ -605,9 +605,7 @@ def test_vmap_and_jacobians():
 def test_second_derivative():
     x, y = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)
-    with pytest.raises(
-        NotImplementedError, match=r"mmd has no second derivative: pass backend='reference', which has one, in O\(N·M·D\) memory"
-    ):
+    with pytest.raises(NotImplementedError, match="mmd has no second derivative: pass backend='reference', which is dense and has one"):
         grad.sum().backward()
     assert torch.autograd.gradgradcheck(lambda x, y: fastvae.mmd(x, y, backend="reference"), (x, y))
 
