@@ -196,6 +196,25 @@ def stein_options(
     return family, h, a
 
 
+def outputs_of_groups(name: str, x: object) -> Tensor:
+    """A floating-point tensor (groups, rows, ...), as (groups, rows, features)."""
+    x = floating_tensor(name, x)
+    if x.ndim < 3:
+        raise ValueError(f"{name} must have shape (groups, rows, ...), got {tuple(x.shape)}")
+    _not_empty(name, x)
+    return x.flatten(2)
+
+
+def one_for_each_group(name: str, value: object, x: Tensor, above: float | None = None) -> None:
+    """A floating-point vector with a number for each group of x (groups, rows, ...), finite and above a bound where it can be read."""
+    value = floating_tensor(name, value)
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have one value for each group of x, shape {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    same_device("x", x, name, value)
+    for bound in value.detach().aminmax() if _readable(value) else ():
+        real(name, bound.item(), above=above)
+
+
 def points(name: str, x: object, *, batched: bool = False) -> None:
     """A floating-point tensor of shape (rows ≥ 1, features ≥ 1), with any batch dimensions before these if `batched`."""
     x = floating_tensor(name, x)
@@ -429,6 +448,26 @@ def bandwidths(bandwidth: object, weights: object, device: torch.device | None) 
     if len(a) != len(h):
         raise ValueError(f"bandwidth_weights must have one value for each bandwidth, got {len(a)} for {len(h)}")
     return h, a
+
+
+def problem_bandwidths(h: Tensor, value: object, x: Tensor) -> Tensor:
+    """One bandwidth for each problem of the batch x (..., N, D), for a kernel of the distance. One that cannot be read may become nan."""
+    if not kernel(value).radial:
+        raise ValueError(f"kernel must be a function of the distance for a bandwidth for each problem, got {kernel(value).name!r}")
+    floating_tensor("bandwidth", h)
+    if h.shape != (*x.shape[:-2], 1):
+        shape = (*x.shape[:-2], 1) if x.ndim > 2 else "(1,)"
+        raise ValueError(
+            "bandwidth must be a scalar, a vector of bandwidths for all problems, or one bandwidth for each problem, "
+            f"shape {shape} here, got shape {tuple(h.shape)}"
+        )
+    if h.device not in (x.device, torch.device("cpu")):
+        raise ValueError(f"bandwidth must be on {x.device} or on the CPU, got {h.device}")
+    if not _readable(h):
+        return torch.where(h > 0, h, torch.nan)
+    for bound in h.detach().aminmax():
+        _bandwidth_numbers("bandwidth", [bound.item()], True)
+    return h
 
 
 def _vector(name: str, value: object, device: torch.device | None, *, positive: bool) -> Numbers:

@@ -18,7 +18,7 @@ from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.linear import linear_mmd
-from fastvae.ops.common import KernelArguments, kernel_arguments, unit_weights, without_autocast
+from fastvae.ops.common import KernelArguments, kernel_arguments, needs_grad, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.log_kernel_density import apply_normalized_matmul
 from fastvae.ops.mmd import apply_mmd
@@ -66,7 +66,9 @@ def mmd(
         bandwidth: h, a length in the units of the data (not h², γ or 2h²), as a number, a sequence or a tensor. A tensor may require grad.
             Each h lies between 1e-30 and 1e30; several lie within a factor of 1e15 of one another. Or the name of a rule: "median" for
             `fastvae.median_bandwidth(x, y)`, which takes the time of one more sweep (of three on a GPU), or "mean" for
-            `fastvae.mean_bandwidth(x, y)`. A rule gives one constant for all batch dimensions.
+            `fastvae.mean_bandwidth(x, y)`. A rule gives one constant for all batch dimensions. Or one bandwidth for each problem of a
+            batch, a tensor (..., 1) with the batch dimensions of x, for kernels of ‖x − y‖: rows are divided by it, so the square of
+            (x − y)/h must not overflow. Several for each problem are not supported.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
         kernel: "rbf" (or "gaussian") exp(−d²/2h²), "imq" h²/(h²+d²), "rational_quadratic" 1/(1+d²/2h²), "laplace" exp(−d/h), "matern32" or
             "matern52" (1 + u)·exp(−u) of u = √3·d/h or (1 + u + u²/3)·exp(−u) of u = √5·d/h, "energy" −d/h, "riesz" −(d/h)^1.5
@@ -166,6 +168,9 @@ def _mmd(
     with propagate_errors(process_group):
         x, *others = samples = [_autocast(sample) for sample in samples]
         checks.samples(*samples, batched=True)
+        if others and isinstance(bandwidth, Tensor) and bandwidth.ndim > 1:
+            samples, bandwidth = _divided_by_bandwidth(samples, checks.problem_bandwidths(bandwidth, kernel, x)), 1.0
+            x, *others = samples
         (family, h, a), arguments = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, not others)
         for name, sample, p in zip("xy", samples, weights, strict=False):
             if p is not None:
@@ -252,6 +257,17 @@ def _scaled(h: Numbers, factor: float) -> Numbers:
 def _inverse_square(h: Numbers, a: Numbers, scale: float, x: Tensor) -> Tensor:
     """Σ_b a_b/(scale·h_b)², float64: the factor of x·y."""
     return (as_vector(a, x.device).double() / (scale * as_vector(h, x.device).double()).square()).sum()
+
+
+def _divided_by_bandwidth(samples: list[Tensor], h: Tensor) -> list[Tensor]:
+    """The rows of each problem, less one of them, divided by its bandwidth: MMD² of these with bandwidth 1 is that of the samples."""
+    dtype = accumulation_dtype(samples[0].dtype)
+    # Far from the origin, rows would lose digits. MMD² does not depend on the centre, so it needs no gradient. In the gradient to h,
+    # rounding errors are multiplied by distances to the centre: the median is close to most rows, even where the first one is far.
+    x = samples[0].detach().to(dtype)
+    centre = x.sort(-2).values[..., x.shape[-2] // 2, None, :] if needs_grad(h) else x[..., :1, :]
+    h = h.to(samples[0].device, dtype)[..., None]
+    return [(sample.to(dtype) - centre) / h for sample in samples]
 
 
 def _over_bandwidths(apply: Callable[[Numbers, Numbers], Tensor], h: Numbers, a: Numbers) -> Tensor:

@@ -44,6 +44,7 @@ __all__ = [
     "drifting",
     "eb_jepa",
     "geomloss",
+    "imm",
     "info_vae",
     "irdm",
     "kid",
@@ -501,6 +502,26 @@ def irdm(
         value = mmd(sample, mean, process_group=process_group, **options)
         terms.append(factor * (value / (value.detach().abs() + 1e-7) if normalize else value))
     return torch.stack(terms).sum()
+
+
+@float64_on_cpu
+def imm(x: Tensor, y: Tensor, kernel_weights: Tensor, *, weights: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
+    """The loss of inductive moment matching, for G groups of outputs x (G, N, ...) and targets y (G, M, ...), which get no gradient.
+
+        mean over groups of weight·V,   k = exp(−w·d/D) with the w of the group
+
+    A row has all D numbers of an output, such as its channels, height and width. `kernel_weights` are the w > 0 of each group, (G,), such
+    as 1/(0.5·(t − s)); `weights`, (G,), are 1 by default. Neither gets a gradient.
+
+    Source: github.com/rosinality/inductive-moment-matching, src/imm/loss.py; Zhou, Ermon and Song 2025, "Inductive moment matching".
+    """
+    x, y = (checks.outputs_of_groups(name, t) for name, t in (("x", x), ("y", y)))
+    checks.one_for_each_group("kernel_weights", kernel_weights, x, above=0)
+    if weights is not None:
+        checks.one_for_each_group("weights", weights, x)
+    h = x.shape[-1] / kernel_weights.detach().double()
+    values = mmd(x, y.detach(), bandwidth=h[:, None], kernel="laplace", **options)
+    return values.mean() if weights is None else (values * weights.detach().to(values)).mean()
 
 
 @float64_on_cpu

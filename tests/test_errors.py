@@ -39,7 +39,28 @@ BAD_MMD = [
     ((X, 0 * Y), {"bandwidth": "mean"}, ValueError, "the mean distance between rows must be greater than 0 for bandwidth='mean', got 0"),
     ((X, Y), {"bandwidth": True}, TypeError, "bandwidth must be a number, got bool"),
     ((X, Y), {"bandwidth": torch.tensor([1.0, 0.0])}, ValueError, "bandwidth must be greater than 0, got 0"),
-    ((X, Y), {"bandwidth": torch.ones(2, 2)}, ValueError, "bandwidth must be a scalar or a vector, got shape (2, 2)"),
+    (
+        (X, Y),
+        {"bandwidth": torch.ones(2, 2)},
+        ValueError,
+        "bandwidth must be a scalar, a vector of bandwidths for all problems, or one bandwidth for each problem, shape (1,) here, "
+        "got shape (2, 2)",
+    ),
+    (
+        (X[None], Y[None]),
+        {"bandwidth": torch.ones(1, 2)},
+        ValueError,
+        "bandwidth must be a scalar, a vector of bandwidths for all problems, or one bandwidth for each problem, shape (1, 1) here, "
+        "got shape (1, 2)",
+    ),
+    ((X[None], Y[None]), {"bandwidth": torch.zeros(1, 1)}, ValueError, "bandwidth must be greater than 0, got 0"),
+    ((X[None], Y[None]), {"bandwidth": torch.ones(1, 1, dtype=torch.long)}, TypeError, "bandwidth must have dtype float64"),
+    (
+        (X[None], Y[None]),
+        {"bandwidth": torch.ones(1, 1), "kernel": "polynomial"},
+        ValueError,
+        "kernel must be a function of the distance for a bandwidth for each problem, got 'polynomial'",
+    ),
     ((X, Y), {"bandwidth": torch.ones(1, dtype=torch.long)}, TypeError, "bandwidth must have dtype float64"),
     ((X, Y), {"bandwidth_weights": [1.0, 2.0]}, ValueError, "bandwidth_weights must have one value for each bandwidth, got 2 for 1"),
     (

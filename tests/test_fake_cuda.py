@@ -111,6 +111,7 @@ CALLS = {
     "mmd, weights": Call(weighted_mmd, gradients=(0,)),
     "mmd, batch": Call(mmd(), ((8, N, D), (8, N, D)), (0,), (((8,), f32),)),
     "mmd, batch of few rows": Call(mmd(), ((1024, 4, D), (1024, 4, D)), (0,), (((1024,), f32),)),
+    "mmd, batch with a bandwidth each": Call(mmd_of_tensor, ((1024, 4, D), (1024, 4, D), (1024, 1)), (0,), (((1024,), f32),)),
     "mmd, bfloat16": Call(mmd(), gradients=(0,), dtype=torch.bfloat16),
     "mmd, float64": Call(mmd(), gradients=(0,), results=(((), f64),), dtype=f64),
     "mmd, linear": Call(mmd(estimator="linear"), gradients=(0,)),

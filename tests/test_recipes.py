@@ -501,7 +501,7 @@ def test_errors(call, sentence):
 
 
 @pytest.mark.parametrize("rows", [(1, 9), (9, 1), (1, 1), (9, 8)])
-@pytest.mark.parametrize("name", sorted({*recipes.__all__} - {"KID", "irdm", "lejepa", "trvae"}))
+@pytest.mark.parametrize("name", sorted({*recipes.__all__} - {"KID", "imm", "irdm", "lejepa", "trvae"}))
 def test_a_sentence_names_no_argument_that_is_not_there(name, rows):
     recipe = getattr(recipes, name)
     arguments = inspect.signature(recipe).parameters
@@ -559,6 +559,48 @@ def test_errors_of_irdm():
         recipes.irdm(x, mean, normalize=True)
     with pytest.raises(TypeError, match="reference must be a KernelMean or several, got Tensor"):
         recipes.irdm(x, y)
+
+
+@pytest.mark.parametrize("weights", [None, (0.3, 1.7, 0.0)])
+def test_imm(weights):
+    """In numpy as IMMLoss writes it, on latents (groups, rows, channels, height, width), and the gradient to the outputs."""
+    f = np.random.default_rng(2).normal(size=(2, 3, 4, 2, 3, 2)) + 50.0
+    running, stop = f.reshape(2, 3, 4, 12)
+    w = np.array([2.0, 9.0, 40.0])
+    d = np.shape(running)[-1]
+
+    def distance(a, b):
+        return np.sqrt(((a[:, :, None] - b[:, None]) ** 2).sum(-1)).clip(1e-8)
+
+    def k(a, b):
+        return np.exp(-w[:, None, None] * distance(a, b) / d)
+
+    c = np.ones(3) if weights is None else np.array(weights)
+    value = ((k(running, running) + k(stop, stop) - 2 * k(running, stop)).mean((1, 2)) * c).mean()
+    gradient = np.zeros_like(running)
+    for other, sign in ((running, 1), (stop, -1)):
+        slope = -(w / d * c)[:, None, None] * k(running, other) / distance(running, other)
+        gradient += sign * 2 / 16 / 3 * (slope[..., None] * (running[:, :, None] - other[:, None])).sum(2)
+    x, y = (torch.from_numpy(t).to(DEVICE).requires_grad_() for t in f)
+    c = None if weights is None else torch.tensor(weights, device=DEVICE)
+    actual = recipes.imm(x, y, torch.from_numpy(w).to(DEVICE), weights=c)
+    actual.backward()
+    # Their lower bound of 1e-8 on a distance is not reproduced.
+    assert actual.item() == pytest.approx(value, rel=1e-12, abs=1e-8 * w.max() / d)
+    torch.testing.assert_close(x.grad.flatten(2).cpu(), torch.from_numpy(gradient), rtol=1e-6, atol=1e-9)
+    assert y.grad is None
+
+
+def test_errors_of_imm():
+    x, w = torch.randn(3, 4, 2), torch.ones(3)
+    for arguments, options, sentence in (
+        ((x[0], x[0], w), {}, r"x must have shape \(groups, rows, \.\.\.\), got \(4, 2\)"),
+        ((x, x, w[:2]), {}, r"kernel_weights must have one value for each group of x, shape \(3,\), got \(2,\)"),
+        ((x, x, 0 * w), {}, "kernel_weights must be greater than 0, got 0"),
+        ((x, x, w), {"weights": w * torch.nan}, "weights must be finite, got nan"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            recipes.imm(*arguments, **options)
 
 
 def test_errors_of_types():
