@@ -16,7 +16,7 @@ from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.functional import _autocast
 from fastvae.kernel_sums import LOG2_E, Numbers, as_vector
 from fastvae.ops.common import kernel_arguments, without_autocast
-from fastvae.ops.log_kernel_density import apply_log_kernel_density
+from fastvae.ops.log_kernel_density import apply_log_kernel_density, rbf_density_of_few_rows
 from fastvae.radial import Kernel
 from fastvae.reference.log_kernel_density import log_constant
 
@@ -65,6 +65,12 @@ def log_kernel_density(
     """
     x, y = _autocast(x), _autocast(y)
     checks.samples(x, y, batched=True)
+    others = bandwidth_weights, y_weights, precision, backend
+    if type(bandwidth) is float and bandwidth > 0 and kernel == "rbf" and all(option is None for option in others):
+        density = rbf_density_of_few_rows(x, y, bandwidth)
+        if density is not None:
+            constant = -0.5 * x.shape[1] * math.log(2 * math.pi * bandwidth**2) if normalized else 0.0
+            return density.add_(constant - math.log(y.shape[0]))
     if y_weights is not None:
         y_weights = _autocast(y_weights)
         checks.row_weights("y_weights", y_weights, "y", y)

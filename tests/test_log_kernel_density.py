@@ -269,3 +269,19 @@ def test_reference_is_the_plain_sum():
     torch.testing.assert_close(reference.normalized_matmul(x, y, v, normalize="columns", **options), (k / k.sum(0)) @ v)
     both = k / (k.sum(1, keepdim=True) * k.sum(0)).sqrt()
     torch.testing.assert_close(reference.normalized_matmul(x, y, v, normalize="both", **options), both @ v)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_few_rows_of_one_bandwidth(offset):
+    """Far from the origin rows have to be centred first, or their products would lose the distances."""
+    x, y, _ = problem(dtype=torch.float32, offset=offset)
+    g = torch.randn(70, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+
+    def weighted(x, y, **options):
+        density = fastvae.log_kernel_density(x, y, bandwidth=1.3, **options)
+        return (density * g.to(density)).sum()
+
+    exact = evaluate(lambda x, y: weighted(x, y, backend="reference"), x.double(), y.double())
+    assert_near(evaluate(weighted, x, y), exact, 1e-5)
+    density = fastvae.log_kernel_density(x, y, bandwidth=1.3, normalized=True)
+    torch.testing.assert_close(density, fastvae.log_kernel_density(x, y, bandwidth=(1.3,), normalized=True), rtol=1e-5, atol=0)

@@ -295,6 +295,25 @@ def few_rows(
     return value, moments.addcmul_(z, phi_sums, value=2 / number)
 
 
+def value_near_origin(z: Tensor, bandwidth: float, unbiased: bool) -> Tensor | None:
+    """KSD² of z (N, D) in float64 for k = 1/(1 + γ·d²): `few_rows` in fewer calls of PyTorch. None where products are not accurate enough.
+
+    With γ·d² = 1/k − 1, u = k·(x·y − 2 + (2 + 2γ·D − 8γ)·k + 8γ·k²).
+    """
+    count, dim = z.shape
+    gamma, norm2 = 0.5 * bandwidth**-2, torch.linalg.vecdot(z, z)
+    farthest = float(norm2.max())
+    # False for a nan too.
+    if not (farthest <= 4 * dim and farthest * gamma * torch.finfo(z.dtype).eps <= 0.1 * EXPONENT_ERROR[z.dtype]):
+        return None
+    products = z @ z.mT
+    k = norm2.add(1 / gamma)[:, None].add(norm2).sub_(products, alpha=2).reciprocal_().mul_(1 / gamma)
+    u = torch.addcmul(products, k, k, value=8 * gamma).add_(k, alpha=2 + 2 * gamma * dim - 8 * gamma).sub_(2).mul_(k)
+    if unbiased:
+        u.fill_diagonal_(0)
+    return u.sum(1).sum(dtype=torch.float64).div_(count * (count - unbiased))
+
+
 @functools.lru_cache(maxsize=64)
 def _column(number: float, rows: int, dtype: torch.dtype) -> Tensor:
     """A product with it takes half the time of a sum."""

@@ -346,6 +346,38 @@ class SmallLogKernel(NamedTuple):
         return log2.sub_(row[..., :, None].to(log2.dtype)).clamp_(min=LEAST_EXPONENT[log2.dtype]).exp2_()
 
 
+def rbf_log_density(x: Tensor, y: Tensor, bandwidth: float, centred: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """log Σ_j k(x_i, y_j) of the RBF kernel, (N,), the share of each y_j in the sum, (N, M), and x and y, centred if that is needed.
+
+    x (N, D), y (M, D) and the results are of one dtype. None as from `mmd`. It is `SmallLogKernel` in fewer calls of PyTorch.
+    """
+    if not problems_at_once(len(x) + len(y), x.shape[1]) or not _SCALES[0] < bandwidth < _SCALES[1]:
+        return None
+    x_norm2, y_norm2, factor = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y), bandwidth**-2
+    error = (float(x_norm2.max()) + float(y_norm2.max())) * factor * torch.finfo(x.dtype).eps
+    # Rows as given only where their mean adds no error worth mentioning. An infinity or a nan is left to the streaming path.
+    if not error <= EXPONENT_ERROR[x.dtype] * (1 if centred else 0.1):
+        centre = 0.5 * x.mean(0) + 0.5 * y.mean(0)
+        return None if centred else rbf_log_density(x - centre, y - centre, bandwidth, True)
+    # Without −½‖x_i‖², the same for a whole row.
+    exponents = torch.addmm(y_norm2, x, y.mT, alpha=factor, beta=-0.5 * factor)
+    shares = exponents.softmax(1)
+    # The largest share is that of the largest exponent: its k over the sum.
+    density = exponents.amax(1).sub_(shares.amax(1).log_()).add_(x_norm2, alpha=-0.5 * factor)
+    return density, shares, x, y
+
+
+def rbf_log_density_gradients(
+    grad: Tensor, shares: Tensor, x: Tensor, y: Tensor, bandwidth: float, x_grad: bool, y_grad: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the first result of `rbf_log_density` from its others and from the upstream (N,); None if not wanted."""
+    grad, to_y = (grad * bandwidth**-2)[:, None], None
+    if y_grad:
+        weights = shares * grad
+        to_y = weights.mT @ x - y * weights.sum(0)[:, None]
+    return torch.addmm(x, shares, y, beta=-1) * grad if x_grad else None, to_y
+
+
 def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
     """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
     u, v = left.scaled, right.scaled

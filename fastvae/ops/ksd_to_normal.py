@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import ksd_to_normal as cpu
-from fastvae.dispatch import accumulation_dtype, runs_on_triton
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
 from fastvae.kernel_sums import read
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
@@ -54,10 +54,13 @@ class Problem(NamedTuple):
 
 def _evaluate(*args: Any) -> Result:
     """KSD² (...) and its gradient (..., N, D) in the accumulation dtype, empty if it is not asked for."""
-    problem = Problem.of(*args)
-    with without_autocast(problem.z.device):
-        value, gradient = (_on_triton if runs_on_triton(problem.backend, problem.z) else _on_cpu)(problem)
+    value, gradient = _evaluate_problem(Problem.of(*args))
     return value, value.new_empty(0) if gradient is None else gradient
+
+
+def _evaluate_problem(problem: Problem) -> cpu.Result:
+    with without_autocast(problem.z.device):
+        return (_on_triton if runs_on_triton(problem.backend, problem.z) else _on_cpu)(problem)
 
 
 def _on_triton(problem: Problem) -> cpu.Result:
@@ -72,6 +75,13 @@ def _on_cpu(problem: Problem) -> cpu.Result:
     dtype = accumulation_dtype(problem.z.dtype)
     z = problem.z.to(dtype)
     if z.ndim == 2:
+        # Of so few numbers the sums take less time than what is general.
+        kernel, is_small = problem.kernel, problem.all_z is None and cpu.problems_at_once(len(z)) > 0
+        is_imq = kernel[2:] == (kernel.bandwidth_numbers[:1], [1.0], "rational_quadratic", [1.0]) and kernel.bandwidth is None
+        if is_imq and is_small and not problem.z_grad:
+            near = cpu.value_near_origin(z, kernel.bandwidth_numbers[0], problem.unbiased)
+            if near is not None:
+                return near.to(dtype), None
         value, gradient = _of_one(problem, z)
         return value.to(dtype), gradient
     parts: list[cpu.Result] = []
@@ -139,4 +149,8 @@ def apply_ksd_to_normal(
     z: Tensor, all_z: Tensor | None, kernel: KernelArguments, start: int, unbiased: bool, precision: str, backend: str
 ) -> Tensor:
     """KSD², differentiable to z."""
-    return cast(Tensor, _apply(z, all_z, *kernel, start, unbiased, precision, backend, needs_grad(z))[0])
+    options = start, unbiased, precision, backend, needs_grad(z)
+    # A Function takes as long as a small problem. One is needed to refuse derivatives in forward mode.
+    if not options[-1] and not needs_dispatcher(z, all_z) and torch.autograd.forward_ad._current_level < 0:
+        return _evaluate_problem(Problem(z, all_z, kernel, *options))[0]
+    return cast(Tensor, _apply(z, all_z, *kernel, *options)[0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu.log_kernel_density import Streaming
-from fastvae.cpu.small import SmallLogKernel, problems_at_once
+from fastvae.cpu.small import SmallLogKernel, problems_at_once, rbf_log_density, rbf_log_density_gradients
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
 from fastvae.kernel_sums import LOG2_E, KernelNumbers, KernelSum, Numbers, read, stable_mean
 from fastvae.ops.common import (
@@ -24,6 +24,8 @@ from fastvae.ops.common import (
     differentiable,
     forbid_second_derivative,
     matmul_precision,
+    needs_grad,
+    no_forward_mode,
     without_autocast,
     without_grad,
 )
@@ -290,3 +292,39 @@ apply_log_kernel_density = differentiable(
     "LogKernelDensity", "log_kernel_density", 3, density_op, _density, _setup_density, _density_backward
 )
 apply_normalized_matmul = differentiable("NormalizedMatmul", "kernel_matmul", 3, product_op, _product, _setup_product, _product_backward)
+
+
+class _FewRows(torch.autograd.Function):
+    """`rbf_log_density`, where no transform of `torch.func` is active."""
+
+    jvp = no_forward_mode("log_kernel_density")
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bandwidth: float) -> Tensor | None:
+        if (found := rbf_log_density(x, y, bandwidth)) is None:
+            return None
+        # x and y as given only to refuse their second derivative.
+        ctx.save_for_backward(x, y, *found[1:])
+        ctx.bandwidth = bandwidth
+        return found[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, *tensors = ctx.saved_tensors
+        with without_autocast(x.device):
+            found = without_grad(rbf_log_density_gradients, *grads, *tensors, ctx.bandwidth, *ctx.needs_input_grad[:2])
+        return *(t if t is None else forbid_second_derivative("log_kernel_density", t, *grads, x, y) for t in found), None
+
+
+def rbf_density_of_few_rows(x: Tensor, y: Tensor, bandwidth: float) -> Tensor | None:
+    """log Σ_j k(x_i, y_j), (N,), of the RBF kernel for x (N, D) and y (M, D); None if it has to take `apply_log_kernel_density`.
+
+    Of so few numbers the sums take less time than the arguments of the op, which has batches and other kernels.
+    """
+    if needs_dispatcher(x, y) or not x.is_cpu or x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
+        return None
+    with without_autocast(x.device):
+        if needs_grad(x, y):
+            return cast("Tensor | None", _FewRows.apply(x, y, bandwidth))  # type: ignore[no-untyped-call]
+        found = rbf_log_density(x, y, bandwidth)
+    return None if found is None else found[0]
