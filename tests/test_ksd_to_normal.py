@@ -277,3 +277,12 @@ def test_a_bandwidth_on_the_device_gives_the_same():
         strict=True,
     ):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("n", [7, 700])
+def test_a_wide_inverse_multiquadric_in_float32(n, gradient):
+    """Its value is of the size of γ, which constants of the size of one would drown."""
+    z = (0.01 * torch.randn(n, 8)).requires_grad_(gradient)
+    exact = fastvae.ksd_to_normal(z.detach().double(), bandwidth=1e3)
+    torch.testing.assert_close(fastvae.ksd_to_normal(z, bandwidth=1e3).detach().double(), exact, rtol=1e-5, atol=0)

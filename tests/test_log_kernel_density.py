@@ -285,3 +285,25 @@ def test_few_rows_of_one_bandwidth(offset):
     assert_near(evaluate(weighted, x, y), exact, 1e-5)
     density = fastvae.log_kernel_density(x, y, bandwidth=1.3, normalized=True)
     torch.testing.assert_close(density, fastvae.log_kernel_density(x, y, bandwidth=(1.3,), normalized=True), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("normalize", ["rows", "columns", "both"])
+def test_gradients_of_a_narrow_bandwidth_in_float32(normalize):
+    """Logarithms of millions, whose rounding to float32 would be a factor of the gradients."""
+    x, y, v = torch.tensor([[0.3]]), torch.tensor([[-1.0], [0.1], [2.0]]), torch.tensor([1.0, 2.0, 3.0])
+
+    def gradients(function, *points):
+        points = [t.clone().requires_grad_() for t in points]
+        return torch.autograd.grad(function(*points).sum(), points)
+
+    def product(x, y, v):
+        return fastvae.kernel_matmul(x, y, v, bandwidth=1e-3, normalize=normalize)
+
+    for actual, exact in zip(gradients(product, x, y, v), gradients(product, x.double(), y.double(), v.double()), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+    def density(x, y):
+        return fastvae.log_kernel_density(x, y, bandwidth=1e-3)
+
+    for actual, exact in zip(gradients(density, x, y), gradients(density, x.double(), y.double()), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)

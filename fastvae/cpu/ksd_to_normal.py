@@ -55,6 +55,7 @@ class SteinBandwidth(NamedTuple):
     slope_of_g: float
     slope_scale: float
     slope_factor: float
+    in_g: bool = False  # whether v is g
 
 
 class _Stein(NamedTuple):
@@ -85,9 +86,11 @@ class _Stein(NamedTuple):
             second = 4 * gamma * (alpha + 1)
             first, slope = (2 * alpha + constant + sign * second for sign in (1, -1))
             of_values = constant, linear, ratio * first, ratio**2 * second
-            if alpha <= _LARGEST_ALPHA:
+            # Of a wide kernel the constants of polynomials in g would cancel to a number as small as γ.
+            in_g = alpha <= _LARGEST_ALPHA and gamma > 0.25
+            if in_g:
                 of_values = constant - first + second, linear, alpha * (first - 2 * second), alpha**2 * second
-            bandwidths.append(SteinBandwidth(ratio, weight, alpha, *of_values, slope, 2 * alpha * second, 2 * gamma * alpha, 1.0))
+            bandwidths.append(SteinBandwidth(ratio, weight, alpha, *of_values, slope, 2 * alpha * second, 2 * gamma * alpha, 1.0, in_g))
         return _Stein(bandwidths, half_d2**-0.5)
 
 
@@ -119,7 +122,7 @@ def _evaluate(
             torch.add(value, phi, alpha=c.slope, out=slope)
         return out
     torch.add(_scalar(c.alpha, g.dtype), exponent, alpha=-c.ratio, out=g).reciprocal_()
-    v = g if c.alpha <= _LARGEST_ALPHA else torch.mul(exponent, g, out=slope)
+    v = g if c.in_g else torch.mul(exponent, g, out=slope)
     value.add_(v, alpha=c.first).addcmul_(v, v, value=c.second)
     if c.alpha == 1:
         phi = g  # itself, in place of a copy
@@ -304,7 +307,7 @@ def value_near_origin(z: Tensor, bandwidth: float, unbiased: bool) -> Tensor | N
     gamma, norm2 = 0.5 * bandwidth**-2, torch.linalg.vecdot(z, z)
     farthest = float(norm2.max())
     # False for a nan too.
-    if not (farthest <= 4 * dim and farthest * gamma * torch.finfo(z.dtype).eps <= 0.1 * EXPONENT_ERROR[z.dtype]):
+    if not (gamma > 0.25 and farthest <= 4 * dim and farthest * gamma * torch.finfo(z.dtype).eps <= 0.1 * EXPONENT_ERROR[z.dtype]):
         return None
     products = z @ z.mT
     k = norm2.add(1 / gamma)[:, None].add(norm2).sub_(products, alpha=2).reciprocal_().mul_(1 / gamma)

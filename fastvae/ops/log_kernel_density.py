@@ -123,6 +123,9 @@ def _density_gradients(grad: Tensor, density: Tensor, *args: Any) -> tuple[Tenso
 
     def gradients(sweeps: list[Any], x: Tensor, y: Tensor, w: Tensor | None, grad: Tensor, density: Tensor) -> tuple[Tensor, ...]:
         row, column = density, density.new_zeros(y.shape[:-1])
+        if isinstance(sweeps[0], Streaming) and sweeps[0].tiles.dtype != density.dtype:
+            # Of tiles in float64: the rounding of a large logarithm to float32 would be a factor of the gradient.
+            row = sweeps[0].log2_sums(None if w is None else -w.log2())
         g = LOG2_E * grad[..., None] + _poison(x, y, _column(w))[..., None].to(grad.dtype)
         found = [g.new_empty((*g.shape[:-2], 0))] * 3
         if wanted[0] or wanted[1] or wanted[3]:
@@ -178,7 +181,7 @@ def _product(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         if column_share:
             column = column_share * _log2_sum([s.log2_sums(None, transposed=True) + a for s, a in zip(sweeps, weights, strict=True)])
         out = torch.stack([s.matmul(v, row - a, column) for s, a in zip(sweeps, weights, strict=True)]).sum(0)
-        return (out + _poison(x, y, v)[..., None]).to(dtype), row.to(dtype), column.to(dtype)
+        return (out + _poison(x, y, v)[..., None]).to(dtype), row.double(), column.double()
 
     return cast("tuple[Tensor, Tensor, Tensor]", tuple(t.contiguous() for t in problem.each(False, product, *_cast(dtype, *args[:3]))))
 
@@ -242,7 +245,7 @@ def _product_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, y, v = args[:3]
     dtype = accumulation_dtype(x.dtype)
     shapes = (*x.shape[:-1], v.shape[-1]), x.shape[:-1], y.shape[:-1]
-    out, row, column = (x.new_empty(shape, dtype=dtype) for shape in shapes)
+    out, row, column = (x.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, (dtype, torch.float64, torch.float64), strict=True))
     return out, row, column
 
 
