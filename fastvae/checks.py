@@ -82,9 +82,11 @@ def one_process(family: Kernel, process_group: object) -> None:
 def one_sweep(family: Kernel, z: Tensor, backend: str | None) -> None:
     """A kernel that one sweep evaluates: no kernel of x·y in a sum, and no sum on Triton."""
     if isinstance(family, Sum) and runs_on_triton(backend or "", z):
-        raise ValueError(f"kernel must be a single kernel on a GPU, got {family.name!r}: use mmd or kernel_matmul")
+        raise ValueError(f"kernel must be a single kernel on a GPU, got {family.name!r}: mmd and kernel_matmul of two samples take it")
     if not family.radial and isinstance(family, (Sum, Linear)):
-        raise ValueError(f"kernel must hold functions of the distance alone, got {family.name!r}: use mmd or kernel_matmul")
+        raise ValueError(
+            f"kernel must hold functions of the distance alone, got {family.name!r}: mmd and kernel_matmul of two samples take it"
+        )
 
 
 def kernels(value: object, aggregate: str | None) -> list[Kernel]:
@@ -586,7 +588,8 @@ def without_features(features: object, aggregate: object, backend: object, preci
 
 
 def positive_definite_kernel(family: Kernel) -> None:
-    if family.homogeneous:
+    terms = family.terms if isinstance(family, Sum) else [(1.0, family, 1.0)]
+    if any(part.homogeneous or weight < 0 for weight, part, _ in terms):
         raise ValueError(f"kernel must be positive definite for the Nyström approximation, got {family.name!r}: use all rows")
 
 

@@ -84,17 +84,18 @@ class KernelMean(nn.Module):
         checks.points("points", points)
         if weights is not None:
             checks.columns("weights", weights, "points", points)
-            weights = weights.detach().reshape(-1).to(points.device, torch.float64)
+            weights = weights.detach().reshape(-1).to(points.device, torch.float64, copy=True)
         self.kernel = checks.kernel(kernel)
+        checks.one_sweep(self.kernel, points, None)
         checks.no_rule(bandwidth, "for a KernelMean that is not fitted")
         self.bandwidth, self.bandwidth_weights = map(_numbers, checks.bandwidths(bandwidth, bandwidth_weights, None))
-        self.register_buffer("points", points.detach().to(accumulation_dtype(points.dtype)))
+        self.register_buffer("points", points.detach().to(accumulation_dtype(points.dtype), copy=True))
         self.register_buffer("weights", weights)
         for name, value in (("norm", norm), ("error", error)):
             if not isinstance(value, Tensor):
                 checks.number(name, value)
                 value = torch.full((), value, dtype=torch.float64, device=points.device)
-            self.register_buffer(name, value.detach().to(points.device, torch.float64).reshape(()))
+            self.register_buffer(name, value.detach().to(points.device, torch.float64, copy=True).reshape(()))
 
     @classmethod
     @torch.no_grad()
@@ -151,6 +152,7 @@ class KernelMean(nn.Module):
         """
         checks.option("method", method, ("nystrom", "all"))
         family = checks.kernel(kernel)
+        checks.one_sweep(family, torch.empty(0, device="cpu"), "cpu")
         h, a = checks.bandwidths(bandwidth, bandwidth_weights, None)
         rule = bandwidth if isinstance(bandwidth, str) else None
         given = landmarks if isinstance(landmarks, Tensor) else None
@@ -289,6 +291,7 @@ def mmd_to_mean(
         checks.same_features("x", x, "the KernelMean", mean.points)
         checks.same_device("x", x, "the KernelMean", mean.points)
         checks.kernel_options(mean.kernel, precision, backend, x.device, checks.ALL_BACKENDS)
+        checks.one_sweep(mean.kernel, x, backend)
         checks.option("estimator", estimator, checks.ESTIMATORS)
         if x_weights is not None:
             checks.sample_weights("x_weights", x_weights, "x", x, estimator)

@@ -259,7 +259,7 @@ class CMMD(_MMDMetric):
 
     def prepared(self, embeddings: Tensor) -> Tensor:
         """Divided by their norms, if that is wanted."""
-        return embeddings / embeddings.norm(dim=1, keepdim=True) if self.normalize else embeddings
+        return torch.nn.functional.normalize(embeddings, dim=1) if self.normalize else embeddings
 
     @torch.no_grad()
     def compute(self) -> Tensor:

@@ -344,3 +344,22 @@ def test_nan_stays_visible():
     x = X.clone()
     x[3, 2] = torch.nan
     assert fastvae.mmd(x, mean).isnan()
+
+
+def test_kernels_of_products_are_refused_in_a_sum():
+    pool = torch.randn(20, 3)
+    kernel = fastvae.radial.RBF() + fastvae.radial.Polynomial(2, 1.0)
+    with pytest.raises(ValueError, match="kernel must hold functions of the distance alone"):
+        KernelMean(pool, norm=1.0, bandwidth=1.0, kernel=kernel)
+    with pytest.raises(ValueError, match="kernel must hold functions of the distance alone"):
+        KernelMean.fit(pool, method="all", bandwidth=1.0, kernel=fastvae.radial.Linear())
+    with pytest.raises(ValueError, match="kernel must be positive definite"):
+        KernelMean.fit(pool, landmarks=5, bandwidth=1.0, kernel=fastvae.radial.RBF() + fastvae.radial.Energy())
+
+
+def test_it_keeps_its_own_numbers():
+    points, weights = torch.randn(5, 3), torch.ones(5, dtype=torch.float64)
+    mean = KernelMean(points, weights, norm=1.0, bandwidth=1.0)
+    expected = mean.points.clone(), mean.weights.clone()
+    points.zero_(), weights.zero_()
+    torch.testing.assert_close((mean.points, mean.weights), expected, rtol=0, atol=0)

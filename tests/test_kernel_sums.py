@@ -126,7 +126,7 @@ def test_errors():
     x, y = samples(torch.float64)
     for function, arguments in ((fastvae.group_mmd, (x, torch.arange(30, device=DEVICE) % 2)), (fastvae.two_sample_test, (x, y))):
         with pytest.raises(
-            ValueError, match=r"kernel must hold functions of the distance alone, got 'sum:rbf\+linear': use mmd or kernel_matmul"
+            ValueError, match=r"kernel must hold functions of the distance alone, got 'sum:rbf\+linear': mmd and kernel_matmul of two"
         ):
             function(*arguments, kernel=RBF() + Linear())
     with pytest.raises(ValueError, match="factor must be between 1e-6 and 1e6, got 0"):

@@ -11,7 +11,7 @@ import torch
 from torchmetrics import MetricCollection
 from torchmetrics.image.kid import KernelInceptionDistance as TorchmetricsKID
 
-from fastvae import recipes
+from fastvae import RandomFeatures, recipes
 from fastvae.metrics import CMMD, KernelInceptionDistance
 from tests.cases import DEVICE, Copies
 from tests.ranks import run_on_ranks
@@ -263,3 +263,12 @@ def test_without_torchmetrics():
     root = Path(__file__).parent.parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert "torchmetrics must be installed for fastvae.metrics: pip install" in result.stdout, result.stderr
+
+
+def test_cmmd_of_a_zero_embedding_is_finite():
+    x = torch.randn(6, 4)
+    x[0] = 0
+    metric = CMMD(features=RandomFeatures(16))
+    metric.update(x, True)
+    metric.update(torch.randn(6, 4), False)
+    assert metric.compute().isfinite()
