@@ -52,7 +52,7 @@ class KernelMean(nn.Module):
         norm: The squared norm of the embedding, mean k(r, r') over the pairs of the fixed sample; a constant in MMD².
         bandwidth: h, as in `fastvae.mmd`, but not a rule and without a gradient.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default.
-        kernel: As in `fastvae.mmd`.
+        kernel: As in `fastvae.mmd`; a sum only of functions of the distance, and only on a CPU.
         error: The squared distance to the embedding that this one approximates, see `fit`; nan if it is not known.
 
     Attributes:
@@ -257,10 +257,10 @@ class KernelMean(nn.Module):
                 metadata = file.metadata() or {}
                 checks.file_format(path, metadata.get("format"), _FORMAT)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            numbers: Any = {name: json.loads(metadata[name]) for name in ("bandwidth", "bandwidth_weights")}
+            return KernelMean(**tensors, kernel=kernel_of(metadata["kernel"], json.loads(metadata["parameters"])), **numbers)
+        except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be a file that KernelMean.save wrote, got another file ({error})") from error
-        numbers: Any = {name: json.loads(metadata[name]) for name in ("bandwidth", "bandwidth_weights")}
-        return KernelMean(**tensors, kernel=kernel_of(metadata["kernel"], json.loads(metadata["parameters"])), **numbers)
 
     def extra_repr(self) -> str:
         widths = ", ".join(f"{h:.4g}" for h in self.bandwidth)
