@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvae.cpu.tiles import Tiles
+from fastvae.cpu.tiles import TiledSample, Tiles
 from fastvae.kernel_sums import KernelSum
 
 
@@ -14,7 +14,11 @@ def kernel_matmul(kernel: KernelSum, x: Tensor, y: Tensor, v: Tensor, centre: Te
     k lacks the constant that `kernel` subtracts.
     """
     tiles = Tiles(kernel, [x, y], centre)
-    a, b = tiles.prepare(x, None, False), tiles.prepare(y, None, False)
+    return product(tiles, tiles.prepare(x, None, False), tiles.prepare(y, None, False), v)
+
+
+def product(tiles: Tiles, a: TiledSample, b: TiledSample, v: Tensor) -> Tensor:
+    """Σ_j k(a_i, b_j)·v_j, (N, C), of two prepared samples and v (M, C)."""
     v_t = v.T.to(tiles.dtype).contiguous()
     out = v_t.new_zeros(v.shape[1], len(a))
     for i in a.tiles:

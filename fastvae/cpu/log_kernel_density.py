@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvae.cpu.kernel_matmul import product
 from fastvae.cpu.tiles import LEAST_EXPONENT, TiledSample, Tiles
 from fastvae.kernel_sums import KernelSum
 
@@ -40,17 +41,8 @@ class Streaming:
 
     def matmul(self, v: Tensor, row: Tensor, column: Tensor, transposed: bool = False) -> Tensor:
         """Σ_j k(x_i, y_j)·2^(−row_i − column_j)·v_j, shape (N, C); `row` is that of x also if transposed."""
-        tiles = self.tiles
         a, b = self._prepare(row, column, False, False)
-        if transposed:
-            a, b = b, a
-        v_t = v.T.to(tiles.dtype).contiguous()
-        out = v_t.new_zeros(v.shape[1], len(a))
-        for i in a.tiles:
-            for j in b.tiles:
-                k, _ = tiles.sums(a, i, b, j, slope=False)
-                tiles.add_product(out[:, i], v_t[:, j], k.T, 1.0)
-        return out.T
+        return product(self.tiles, *((b, a) if transposed else (a, b)), v)
 
     def gradients(
         self, v: Tensor, grad: Tensor, row: Tensor, column: Tensor, x_grad: bool, y_grad: bool
