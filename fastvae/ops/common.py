@@ -217,3 +217,14 @@ def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) ->
     if not torch.is_grad_enabled():
         return grad
     return cast(Tensor, _ForbidSecondDerivative.apply(name, grad, *inputs))  # type: ignore[no-untyped-call]
+
+
+def wanted_gradients(
+    name: str, found: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor, sources: Sequence[Tensor | None], arguments: int
+) -> tuple[Tensor | None, ...]:
+    """What `backward` returns for so many arguments: the gradients found of the first ones, in the dtype of these, without derivatives."""
+    grads: list[Tensor | None] = [None] * arguments
+    for n, want in enumerate(wanted):
+        if want:
+            grads[n] = forbid_second_derivative(name, found[n].to(cast(Tensor, sources[n])), grad, *sources)
+    return tuple(grads)

@@ -18,8 +18,8 @@ from fastvae.ops.common import (
     bandwidth_gradient,
     custom_op,
     differentiable,
-    forbid_second_derivative,
     matmul_precision,
+    wanted_gradients,
     without_autocast,
     without_grad,
 )
@@ -136,11 +136,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:4]
     gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
     gradients = without_grad(gradients_of, grad, *sources, *ctx.options, *wanted)
-    grads: list[Tensor | None] = [None] * (len(sources) + len(ctx.options))
-    for n, want in enumerate(wanted):
-        if want:
-            grads[n] = forbid_second_derivative("kernel_matmul", gradients[n].to(sources[n]), grad, *sources[:4])
-    return tuple(grads)
+    return wanted_gradients("kernel_matmul", gradients, wanted, grad, sources[:4], len(sources) + len(ctx.options))
 
 
 kernel_matmul_op = custom_op("kernel_matmul", f"({SCHEMA}) -> Tensor", _evaluate, _fake)

@@ -26,6 +26,7 @@ from fastvae.ops.common import (
     matmul_precision,
     needs_grad,
     no_forward_mode,
+    wanted_gradients,
     without_autocast,
     without_grad,
 )
@@ -267,11 +268,7 @@ def _product_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple
     wanted = ctx.needs_input_grad[:3]
     function = product_backward_op if needs_dispatcher(grad, *sources[:3]) else _product_gradients
     found = without_grad(function, grad, out, row, column, *sources, *ctx.options, *wanted)
-    grads: list[Tensor | None] = [None] * (len(sources) + len(ctx.options))
-    for n, want in enumerate(wanted):
-        if want:
-            grads[n] = forbid_second_derivative("kernel_matmul", found[n].to(sources[n]), grad, *sources[:3])
-    return tuple(grads)
+    return wanted_gradients("kernel_matmul", found, wanted, grad, sources[:3], len(sources) + len(ctx.options))
 
 
 density_op = custom_op("log_kernel_density", f"({DENSITY_SCHEMA}) -> Tensor", _density, _density_fake)
