@@ -162,11 +162,7 @@ def _density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:4]
     function = density_backward_op if needs_dispatcher(grad, *sources[:3]) else _density_gradients
     found = without_grad(function, grad, density, *sources, *ctx.options, *wanted)
-    grads: list[Tensor | None] = [None] * (len(sources) + len(ctx.options))
-    for n, want in enumerate(wanted):
-        if want:
-            grads[n] = forbid_second_derivative("log_kernel_density", found[n].to(sources[n]), grad, *sources[:4])
-    return tuple(grads)
+    return wanted_gradients("log_kernel_density", found, wanted, grad, sources[:4], len(sources) + len(ctx.options))
 
 
 def _product(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
