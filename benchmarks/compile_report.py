@@ -63,7 +63,7 @@ from fastvae.kernels.config import (
     terms_config,
 )
 from fastvae.parametrisation import Parametrisation
-from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Polynomial, RationalQuadratic
+from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Matern32, Polynomial, RationalQuadratic, Riesz, Sum
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS, PREDICTED_SLICES = 65_536, 1024
@@ -80,6 +80,8 @@ def kernel_words(kernel: Kernel) -> list[str]:
     """Its name and parameters as words of a variant's name; none for the one without a name before it had siblings."""
     if isinstance(kernel, RBF):
         return []
+    if isinstance(kernel, Sum):
+        return ["sum", *(word for term in kernel.terms for word in kernel_words(term.kernel) or ["rbf"])]
     return [kernel.name, *(f"{name}{value:g}" for name, value in dataclasses.asdict(kernel).items())]
 
 
@@ -280,6 +282,13 @@ Variant = Sweep | Differences | Matmul | Stein | Rows | Density | FewRows | Slic
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
 
+# Of a radial kernel of each kind, and that of MMD-GAN without its linear kernel.
+SUMS = (
+    RBF() + RationalQuadratic(2.3) + Laplace() + Matern32() + Riesz(),
+    RationalQuadratic(0.1) + RationalQuadratic() + RationalQuadratic(10.0),
+)
+
+
 def variants(architecture: int) -> Iterator[Variant]:
     """All of them on sm_90; elsewhere the shortest ones, and the longest, which take the most registers."""
     for precision in PRECISIONS:
@@ -347,6 +356,14 @@ def _family(architecture: int, gradient: bool) -> Iterator[Variant]:
                 yield Differences("fp32", 16, gradient, 5 if many else 1, kernel)
         elif gradient and kernel in (RBF(), RationalQuadratic(2.3), Laplace()):
             yield Sweep("highest", 64, gradient, True, 5, squared=False, kernel=kernel, second_pass=second_pass)
+    for kernel in SUMS:
+        if architecture == 90:
+            for dim in (16, 64, 256):
+                yield Sweep("highest", dim, gradient, True, len(kernel.terms), kernel=kernel)
+            for dtype in ("fp32", "fp64"):
+                yield Differences(dtype, 16, gradient, len(kernel.terms), kernel)
+        elif gradient:
+            yield Sweep("highest", 64, gradient, True, len(kernel.terms), kernel=kernel)
 
 
 def _terms(architecture: int) -> Iterator[Variant]:
@@ -378,6 +395,8 @@ def _matmuls(architecture: int) -> Iterator[Variant]:
                 yield Matmul(direction, precision, 64, 64, 5)
             for kernel in (Laplace(), Polynomial()):
                 yield Matmul(direction, "highest", 64, 16, 1, kernel)
+            for kernel in SUMS:
+                yield Matmul(direction, "highest", 64, 64, len(kernel.terms), kernel)
             for precision in ("highest", "float64"):
                 yield Matmul(direction, precision, 16, 16, 5, differences=True)
 
@@ -392,6 +411,7 @@ def _few_rows(architecture: int) -> Iterator[Variant]:
             yield FewRows(rows, dim)
         for kernel in (RBF(), Laplace(), Energy()):
             yield FewRows(128, 16, 6, kernel)
+        yield FewRows(128, 16, 4, RBF() + RationalQuadratic(2.3) + Laplace() + Matern32())
 
 
 def _steins(architecture: int) -> Iterator[Variant]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastvae.devices import lacks_float64
-from fastvae.dispatch import runs_on_triton
 from fastvae.kernel_sums import Numbers, filled, rounding_of_sum
 from fastvae.parametrisation import Parametrisation, ScaleKind
 from fastvae.radial import KERNEL_NAMES, RBF, Kernel, Linear, Sum, terms_of
@@ -74,15 +73,8 @@ def kernel(value: object) -> Kernel:
     return KERNEL_NAMES[value]
 
 
-def one_process(family: Kernel, process_group: object) -> None:
-    if process_group is not None:
-        raise ValueError(f"process_group must be None for kernels of x·y in a sum, got kernel {family.name!r}")
-
-
-def one_sweep(family: Kernel, z: Tensor, backend: str | None) -> None:
-    """A kernel that one sweep evaluates: no kernel of x·y in a sum, and no sum on Triton."""
-    if isinstance(family, Sum) and runs_on_triton(backend or "", z):
-        raise ValueError(f"kernel must be a single kernel on a GPU, got {family.name!r}: mmd and kernel_matmul of two samples take it")
+def one_sweep(family: Kernel) -> None:
+    """A kernel that one sweep evaluates: no kernel of x·y in a sum."""
     if not family.radial and isinstance(family, (Sum, Linear)):
         raise ValueError(
             f"kernel must hold functions of the distance alone, got {family.name!r}: mmd and kernel_matmul of two samples take it"

@@ -14,7 +14,7 @@ from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
-from fastvae.distributed import gather_rows, propagate_errors, sum_shares
+from fastvae.distributed import gather, gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.linear import linear_mmd
@@ -197,13 +197,16 @@ def _mmd(
     if len(batch) > 1:
         samples, weights = [sample.flatten(0, -3) for sample in samples], [None if p is None else p.flatten(0, -2) for p in weights]
     unbiased = estimator == "unbiased"
-    if terms := separate_terms(family, runs_on_triton(backend or "", x)):
+    bandwidth_grad = checks.requires_grad(h) or checks.requires_grad(a)
+    if terms := separate_terms(family, bandwidth_grad and runs_on_triton(backend or "", x)):
         parts = []
         for weight, part, scale in terms:
             if isinstance(part, Linear):
-                checks.one_process(family, process_group)
-                p, q = (None if p is None else unit_weights(p, None, torch.float64) for p in weights)
-                parts.append(weight * linear_mmd(samples[0], samples[1], p, q, unbiased) * _inverse_square(h, a, scale, x))
+                (z, t), pq = samples, weights
+                if process_group is not None:
+                    z, t, pq = gather("x", z, process_group), gather("y", t, process_group), whole_weights
+                p, q = (None if p is None else unit_weights(p, None, torch.float64) for p in pq)
+                parts.append(weight * linear_mmd(z, t, p, q, unbiased) * _inverse_square(h, a, scale, x))
             else:
                 parts.append(weight * _mmd(samples, weights, _scaled(h, scale), a, part, estimator, precision, backend, process_group))
         return torch.stack([part.double() for part in parts]).sum(0).to(accumulation_dtype(x.dtype)).reshape(batch)
@@ -371,7 +374,7 @@ def kernel_matmul(
         flat = [t.reshape(-1, *t.shape[-2:]) for t in (x, y, columns)]
         out = apply_normalized_matmul(*flat, *kernel_arguments(family, h, a), normalize, *options)[0]
         out = out.reshape(*batch, *out.shape[-2:])
-    elif terms := separate_terms(family, runs_on_triton(backend or "", x)):
+    elif terms := separate_terms(family):
         parts = []
         for weight, part, scale in terms:
             if isinstance(part, Linear):
@@ -514,7 +517,7 @@ def group_mmd(
         z = _autocast(z)
         checks.option("estimator", estimator, checks.ESTIMATORS)
         family = checks.kernel_options(kernel, precision, backend, z.device)
-        checks.one_sweep(family, z, backend)
+        checks.one_sweep(family)
         h, a = checks.bandwidths(bandwidth, bandwidth_weights, z.device)
         checks.constant("bandwidth", h)
         checks.constant("bandwidth_weights", a)

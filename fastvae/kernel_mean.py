@@ -86,7 +86,7 @@ class KernelMean(nn.Module):
             checks.columns("weights", weights, "points", points)
             weights = weights.detach().reshape(-1).to(points.device, torch.float64, copy=True)
         self.kernel = checks.kernel(kernel)
-        checks.one_sweep(self.kernel, points, None)
+        checks.one_sweep(self.kernel)
         checks.no_rule(bandwidth, "for a KernelMean that is not fitted")
         self.bandwidth, self.bandwidth_weights = map(_numbers, checks.bandwidths(bandwidth, bandwidth_weights, None))
         self.register_buffer("points", points.detach().to(accumulation_dtype(points.dtype), copy=True))
@@ -152,7 +152,7 @@ class KernelMean(nn.Module):
         """
         checks.option("method", method, ("nystrom", "all"))
         family = checks.kernel(kernel)
-        checks.one_sweep(family, torch.empty(0, device="cpu"), "cpu")
+        checks.one_sweep(family)
         h, a = checks.bandwidths(bandwidth, bandwidth_weights, None)
         rule = bandwidth if isinstance(bandwidth, str) else None
         given = landmarks if isinstance(landmarks, Tensor) else None
@@ -291,7 +291,6 @@ def mmd_to_mean(
         checks.same_features("x", x, "the KernelMean", mean.points)
         checks.same_device("x", x, "the KernelMean", mean.points)
         checks.kernel_options(mean.kernel, precision, backend, x.device, checks.ALL_BACKENDS)
-        checks.one_sweep(mean.kernel, x, backend)
         checks.option("estimator", estimator, checks.ESTIMATORS)
         if x_weights is not None:
             checks.sample_weights("x_weights", x_weights, "x", x, estimator)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, Sum, Term
 
 # Bandwidths or their weights: numbers, or a float64 vector.
 Numbers = Tensor | Sequence[float]
@@ -111,11 +111,11 @@ class KernelSum:
 class KernelNumbers:
     """Σ_b a_b·k_b as a Triton kernel takes it: as numbers among its arguments, or as a tensor where the bandwidths are on the device."""
 
-    kernel: Kernel  # φ
-    count: int  # of bandwidths
+    kernel: Kernel  # φ; of a sum one term for each kernel and bandwidth, whose weight and scale are in the arguments
+    count: int  # of bandwidths, in a sum of each term's
     squarings: tuple[int, ...]  # as in `KernelSum`
     # h_b, a_b, the parameters of the kernel and, against N(0, I), log E k(y, y'), log E k(0, y) and 1/(h_b² + 1) for each bandwidth, widest
-    # first. Each number is given as three float32 that sum to it, or all of them as a float64 tensor.
+    # first; of a sum term by term. Each number is given as three float32 that sum to it, or all of them as a float64 tensor.
     arguments: tuple[float, ...] | Tensor
 
     @property
@@ -125,11 +125,28 @@ class KernelNumbers:
     @staticmethod
     def of(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, dim: int, prior: bool, device: torch.device) -> KernelNumbers:
         h, a = read(bandwidth), read(bandwidth_weights)
+        expanded, count = _expanded(kernel, len(h))
         if not isinstance(h, Tensor) and not isinstance(a, Tensor):
             squarings, numbers, parts = _kernel_numbers(kernel, h, a, dim, prior)
-            return KernelNumbers(kernel, len(h), squarings, parts or as_vector(numbers, device))
+            return KernelNumbers(expanded, count, squarings, parts or as_vector(numbers, device))
         on_device = _numbers(kernel, as_vector(h, device), as_vector(a, device), dim, prior)
-        return KernelNumbers(kernel, len(h), (0,) * len(h), on_device)
+        return KernelNumbers(expanded, count, (0,) * count, on_device)
+
+
+def _ordered(kernel: Sum) -> list[Term]:
+    """The terms, with those that are zero at zero last: others are larger than they, before their constant is subtracted."""
+    return sorted(kernel.terms, key=lambda term: term.kernel.homogeneous)
+
+
+@functools.lru_cache(maxsize=256)
+def _expanded(kernel: Kernel, count: int) -> tuple[Kernel, int]:
+    """The kernel that Triton compiles, and of how many bandwidths: a sum of one kernel is that kernel."""
+    if not isinstance(kernel, Sum):
+        return kernel, count
+    kernels = [term.kernel for term in _ordered(kernel) for _ in range(count)]
+    if len(set(kernels)) == 1:
+        return kernels[0], len(kernels)
+    return Sum(tuple(Term(1.0, one, 1.0) for one in kernels)), len(kernels)
 
 
 def read(numbers: Numbers) -> tuple[float, ...] | Tensor:
@@ -157,9 +174,17 @@ def filled(numbers: Sequence[float], device: torch.device | None) -> Tensor:
 
 def _numbers(kernel: Kernel, bandwidth: Tensor, bandwidth_weights: Tensor, dim: int, prior: bool) -> Tensor:
     """`KernelNumbers.arguments` as a tensor."""
-    h, order = bandwidth.sort(descending=True)
-    a, h2 = bandwidth_weights[order], h.square()
-    numbers = [h, a, *kernel.triton_parameters(h, a)]
+    h, a = bandwidth, bandwidth_weights
+    expanded, _ = _expanded(kernel, len(h))
+    if isinstance(kernel, Sum):
+        h = torch.cat([scale * h for _, _, scale in _ordered(kernel)])
+        a = torch.cat([weight * a for weight, _, _ in _ordered(kernel)])
+    if isinstance(expanded, Sum):
+        one = h.new_ones(1)
+        return torch.cat([h, a, *(number for term in expanded.terms for number in term.kernel.triton_parameters(one, one))])
+    h, order = h.sort(descending=True)
+    a, h2 = a[order], h.square()
+    numbers = [h, a, *expanded.triton_parameters(h, a)]
     if prior:
         numbers += [rbf_normal_self_exponent(dim, h), -0.5 * dim * (1 / h2).log1p(), 1 / (h2 + 1)]
     return torch.cat(numbers)
@@ -173,7 +198,9 @@ def _kernel_numbers(
     h, a = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (bandwidth, weights))
     numbers = _numbers(kernel, h, a, dim, prior).tolist()
     fit = len(numbers) <= _MOST_ARGUMENTS and all(number == 0 or 1e-30 <= abs(number) <= 1e38 for number in numbers)
-    return _squarings(kernel, bandwidth), numbers, tuple(part for number in numbers for part in float32_parts(number)) if fit else ()
+    expanded, count = _expanded(kernel, len(bandwidth))
+    squarings = (0,) * count if isinstance(expanded, Sum) else _squarings(expanded, numbers[:count])
+    return squarings, numbers, tuple(part for number in numbers for part in float32_parts(number)) if fit else ()
 
 
 # The most numbers that a Triton kernel takes as arguments.

@@ -23,8 +23,8 @@ class Kernel:
         name: the value of `kernel=` in the public functions.
         radial: t is a multiple of ‖x−y‖², not of x·y.
         is_exponential: φ(t) = exp(−t), so that φ(2t) = φ(t)² and −φ' = φ.
-        takes_distance: φ is a function of the distance √t, in which a small error of a small t becomes a large one.
-        unbounded_slope: φ' goes to infinity as t goes to 0.
+        takes_distance: φ is a function of the distance √t with a slope at 0: φ' goes to infinity as t goes to 0, and a small error of a
+            small t becomes a large one.
         homogeneous: φ(c·t) is a multiple of φ(t), so that a bandwidth only multiplies φ by a number.
         positive: φ is positive everywhere, and `log_phi` is its logarithm in closed form.
     """
@@ -33,7 +33,6 @@ class Kernel:
     radial: ClassVar[bool] = True
     is_exponential: ClassVar[bool] = False
     takes_distance: ClassVar[bool] = False
-    unbounded_slope: ClassVar[bool] = False
     homogeneous: ClassVar[bool] = False
     positive: ClassVar[bool] = False
 
@@ -205,7 +204,6 @@ class Laplace(Kernel):
 
     name = "laplace"
     takes_distance = True
-    unbounded_slope = True
     positive = True
 
     def phi(self, t: Tensor) -> Tensor:
@@ -260,7 +258,6 @@ class Energy(Kernel):
 
     name = "energy"
     takes_distance = True
-    unbounded_slope = True
     homogeneous = True
 
     @property
@@ -284,7 +281,6 @@ class Riesz(Kernel):
     r: float = 1.5
     name = "riesz"
     takes_distance = True
-    unbounded_slope = True
     homogeneous = True
 
     def __post_init__(self) -> None:
@@ -361,7 +357,7 @@ class Linear(Kernel):
 class Sum(Kernel):
     """Σ_f weight_f·k_f of bandwidth scale_f·h, made by `RBF() + 0.5 * Laplace().scaled(2)`.
 
-    On a CPU its radial kernels take one sweep together, on a GPU one each. A polynomial takes its own, the linear kernel none.
+    Its radial kernels take one sweep together, a polynomial its own, the linear kernel none.
     """
 
     terms: tuple[Term, ...]
@@ -392,10 +388,6 @@ class Sum(Kernel):
         return any(term.kernel.takes_distance for term in self.terms)
 
     @property
-    def unbounded_slope(self) -> bool:  # type: ignore[override]
-        return any(term.kernel.unbounded_slope for term in self.terms)
-
-    @property
     def value_at_zero(self) -> float:
         return math.fsum(term.weight * term.kernel.value_at_zero for term in self.terms)
 
@@ -422,12 +414,12 @@ KERNELS: dict[str, Kernel] = {
 KERNEL_NAMES: dict[str, Kernel] = {**KERNELS, "gaussian": KERNELS["rbf"]}
 
 
-def separate_terms(kernel: Kernel, on_triton: bool) -> list[Term]:
-    """The terms that take a sweep each: on a CPU all radial ones together, on Triton each one. None if one sweep takes the kernel."""
-    if not isinstance(kernel, (Sum, Linear)) or (kernel.radial and not on_triton):
+def separate_terms(kernel: Kernel, bandwidth_grad: bool = False) -> list[Term]:
+    """The terms that take a sweep each: all radial ones together, unless `bandwidth_grad`. None if one sweep takes the kernel."""
+    if not isinstance(kernel, (Sum, Linear)) or (kernel.radial and not bandwidth_grad):
         return []
     terms = terms_of(kernel)
-    together = () if on_triton else tuple(term for term in terms if term.kernel.radial)
+    together = () if bandwidth_grad else tuple(term for term in terms if term.kernel.radial)
     return [*([Term(1.0, Sum(together), 1.0)] if together else []), *(term for term in terms if term not in together)]
 
 

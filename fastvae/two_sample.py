@@ -175,7 +175,7 @@ def two_sample_test(
     generator = checks.seed(seed)
     families = checks.kernels(kernel, aggregate)
     for family in families:
-        checks.one_sweep(family, x, backend)
+        checks.one_sweep(family)
     if aggregate is not None:
         checks.aggregated(aggregate, estimator, bandwidth_weights, families)
     data = _Samples(torch.cat([x, y]).detach(), x.shape[0], estimator, method == "wild_bootstrap", precision or "", backend or "")

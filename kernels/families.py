@@ -5,6 +5,9 @@ A family is one record, `Family`, and one branch of `phi`. `phi` takes t', a mul
 - −scale·t for a function of t: the exponent −½‖u_i − u_j‖² of rows u that are scaled by √(2·scale·γ);
 - −scale·√(2t) for a function of the distance: −√(½‖u_i − u_j‖²) of rows that are scaled by √(4·scale²·γ);
 - t = u_i·u_j for a polynomial, whose rows are scaled by √γ.
+
+A sum of unlike kernels has one part for each kernel and bandwidth. Its rows are scaled by √(2γ_0). The plan's table has the factors from
+−½‖u_i − u_j‖², or from its root, to the t' of each part.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from triton.language.extra import libdevice
 
 from fastvae import kernel_sums
 from fastvae.kernels.products import INTERPRETED
-from fastvae.radial import RBF, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz
+from fastvae.radial import RBF, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz, Sum
 
 LOG2_E = tl.constexpr(kernel_sums.LOG2_E)
 
@@ -34,6 +37,7 @@ POLYNOMIAL = tl.constexpr(7)
 MATERN_32 = tl.constexpr(8)
 MATERN_52 = tl.constexpr(9)
 RIESZ = tl.constexpr(10)
+MIXED = tl.constexpr(11)
 
 
 class Family(NamedTuple):
@@ -42,12 +46,13 @@ class Family(NamedTuple):
     number: int  # the branch of `phi`
     scale: float  # of t, see the module's docstring; the rational quadratic's is 1/α, or 1 where α is in the table
     parameters: int = 0  # how many numbers `phi` takes besides t', such as α or coefficients
-    neg_dphi_factor: float = 1.0  # −φ'(t) is this times the second result of `phi`, and times √(2t)⁻¹·scale⁻¹ if `unbounded_slope`
+    first_parameter: int = 0  # where they start among those of all parts of a sum
+    neg_dphi_factor: float = 1.0  # −φ'(t) is this times the second result of `phi`, and times √(2t)⁻¹·scale⁻¹ if `takes_distance`
     padding: float = -float("inf")  # −½‖u‖² of a padded column, with which its k is zero and not nan
     radial: bool = True  # t is a multiple of ‖x−y‖², not of x·y
-    takes_distance: bool = False  # φ is a function of √t; pairs closer than rounding error count as identical
-    unbounded_slope: bool = False  # φ' goes to infinity as t goes to 0
+    takes_distance: bool = False  # φ is a function of √t with a slope at 0; pairs closer than rounding error count as identical
     homogeneous: bool = False  # φ(c·t) is a multiple of φ(t), so that a sum over bandwidths is a multiple of one of its kernels
+    parts: tuple[Family, ...] = ()  # of a sum, one for each kernel and bandwidth
 
 
 # Largest α for which the fast logarithm of 1 − t is used, rounded: with their errors of 2⁻²¹ and 2⁻²⁴ the value's is then 6e-6.
@@ -68,7 +73,6 @@ def family_of(kernel: Kernel) -> Family:
             neg_dphi_factor=LOG2_E.value,
             padding=-1e30,
             takes_distance=True,
-            unbounded_slope=True,
         )
     if type(kernel) in (Matern32, Matern52):
         # φ' at 0 is −steepness; t' = −u², with u = √(2ν)·d/h times log₂e.
@@ -77,9 +81,17 @@ def family_of(kernel: Kernel) -> Family:
     if type(kernel) is Riesz:
         # A positive exponent is that of an identical pair.
         number, parameters = (ENERGY, 0) if kernel.r == 1 else (RIESZ, 1)
-        return Family(number.value, 1.0, parameters, padding=3e38, takes_distance=True, unbounded_slope=True, homogeneous=True)
+        return Family(number.value, 1.0, parameters, padding=3e38, takes_distance=True, homogeneous=True)
     if type(kernel) is Polynomial:
         return Family(POLYNOMIAL.value, scale=1.0, parameters=int(kernel.degree), padding=0.0, radial=False)
+    if type(kernel) is Sum:
+        parts, parameters = [], 0
+        for term in kernel.terms:
+            part = family_of(term.kernel)
+            parts.append(part._replace(first_parameter=parameters))
+            parameters += part.parameters
+        takes_distance = any(part.takes_distance for part in parts)
+        return Family(MIXED.value, scale=1.0, parameters=parameters, takes_distance=takes_distance, parts=tuple(parts))
     raise NotImplementedError(f"{type(kernel).__name__} has no Triton implementation: add it to kernels/families.py")
 
 
@@ -122,6 +134,7 @@ def _log2_of_one_minus(t, FAMILY: tl.constexpr):
 def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
     """φ, without φ(0) if it is a polynomial; and −φ' up to the factors of `Family.neg_dphi_factor` (φ' of a polynomial)."""
     PARAMETERS: tl.constexpr = FAMILY.parameters
+    FIRST: tl.constexpr = FAMILY.first_parameter
     value = t
     neg_dphi = t
     if FAMILY.number == GAUSSIAN or FAMILY.number == LAPLACE:
@@ -136,9 +149,9 @@ def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
         neg_dphi = value * value * value
     elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
         log = _log2_of_one_minus(t, FAMILY)
-        value = tl.exp2(-parameters[0] * log)
+        value = tl.exp2(-parameters[FIRST] * log)
         if GRADIENT:
-            neg_dphi = tl.exp2((-1.0 - parameters[0]) * log)
+            neg_dphi = tl.exp2((-1.0 - parameters[FIRST]) * log)
     elif FAMILY.number == MATERN_32 or FAMILY.number == MATERN_52:
         # Rounding may make t' of near rows positive. A comparison with nan is false: nan stays nan.
         root = tl.sqrt(tl.where(t > 0.0, 0.0, -t))
@@ -153,11 +166,12 @@ def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
     elif FAMILY.number == ENERGY:
         neg_dphi = tl.zeros_like(t) + 1.0
     elif FAMILY.number == RIESZ:
-        # t' is 0 for a pair that counts as identical. The parameters begin with its least exponent.
+        # t' is 0 for a pair that counts as identical.
+        r = parameters[FIRST]
         log = _log2(tl.where(t == 0.0, 1.0, -t))
-        value = tl.where(t == 0.0, 0.0, -tl.exp2(parameters[1] * log))
+        value = tl.where(t == 0.0, 0.0, -tl.exp2(r * log))
         if GRADIENT:
-            neg_dphi = tl.where(t == 0.0, 0.0, parameters[1] * tl.exp2((parameters[1] - 1.0) * log))
+            neg_dphi = tl.where(t == 0.0, 0.0, r * tl.exp2((r - 1.0) * log))
     elif FAMILY.number == POLYNOMIAL:
         value = t * parameters[0]
         neg_dphi = 0.0 * t + parameters[0] * PARAMETERS
@@ -190,7 +204,9 @@ def log2_phi(t, parameters, FAMILY: tl.constexpr):
 @triton.jit
 def squared_scale(gamma, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
     """The square of the scale of the rows."""
-    if FAMILY.takes_distance:
+    if FAMILY.number == MIXED:
+        return gamma * 2
+    elif FAMILY.takes_distance:
         return gamma * (4 * FAMILY.scale * FAMILY.scale)
     elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
         return gamma * 2 / values[2 * KERNELS]
@@ -222,23 +238,35 @@ def representable_gamma(gamma, furthest, dtype: tl.constexpr, FAMILY: tl.constex
 
 
 @triton.jit
-def ratios_to(gamma, gamma_b, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
-    """By what factor t', or φ of a homogeneous kernel, and −φ'(t)·γ of the bandwidth with `gamma_b` exceed those of `gamma`."""
-    ratio = gamma_b / gamma
+def ratios_to(gamma, gammas, b: tl.constexpr, values, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
+    """By what factor t', or φ of a homogeneous kernel, and −φ'(t)·γ of the b-th bandwidth exceed those of `gamma`.
+
+    For a part of a sum: by what factor its t' exceeds −½‖u_i − u_j‖² or −√(½‖u_i − u_j‖²), and its −φ'(t)·γ the second result of `phi`.
+    """
+    ratio = gammas[b] / gamma
     slope_ratio = ratio
-    if FAMILY.takes_distance:
+    if FAMILY.number == MIXED:
+        PART: tl.constexpr = FAMILY.parts[b]
+        if PART.takes_distance:
+            slope_ratio = tl.sqrt(0.5 * ratio)
+            ratio = tl.sqrt(2.0 * ratio) * PART.scale
+        elif PART.number == RATIONAL_QUADRATIC or PART.number == RATIONAL_QUADRATIC_LARGE:
+            ratio = ratio / values[2 * KERNELS + PART.first_parameter]
+        else:
+            slope_ratio = ratio * PART.neg_dphi_factor
+            ratio = ratio * PART.scale
+    elif FAMILY.takes_distance:
         ratio = tl.sqrt(ratio)
         if FAMILY.number == RIESZ:
             ratio = tl.exp2(values[2 * KERNELS] * tl.log2(ratio))
-        if FAMILY.unbounded_slope:
-            slope_ratio = ratio
+        slope_ratio = ratio
     return ratio, slope_ratio
 
 
 @triton.jit
-def inverse_distance(exponent, parameters):
-    """1/√−exponent, and 0 for a pair that counts as identical. A comparison with nan is false: nan stays nan."""
-    return tl.where(exponent >= parameters[0], 0.0, tl.rsqrt(-exponent))
+def inverse_distance(exponent, least):
+    """1/√−exponent, and 0 from the exponent `least` on, that of an identical pair. A comparison with nan is false: nan stays nan."""
+    return tl.where(exponent >= least, 0.0, tl.rsqrt(-exponent))
 
 
 # Which closed form a row adds by itself.

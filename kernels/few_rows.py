@@ -19,6 +19,7 @@ from fastvae.kernels.families import GAUSSIAN, RATIONAL_QUADRATIC_LARGE, Family,
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.plan import device_kernel_plan
 from fastvae.kernels.sums import MOST_IN_REGISTERS, evaluate_sum, gammas_of, load_numbers, subtracted_constants
+from fastvae.radial import Sum
 
 # The most rows of a sample, and for more than `_FEW` rows of both the most multiplications of a problem. Beyond them a sweep, which pads
 # each sample to 64 rows but has tensor cores, should be as fast: estimated from instructions, not measured.
@@ -96,30 +97,30 @@ def _kernel_sum(numbers, furthest, SPEC: tl.constexpr):
     if FAMILY.homogeneous:
         value_scale *= 0.0
         for b in tl.static_range(KERNELS):
-            ratio, _ = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
+            ratio, _ = ratios_to(gamma, gammas, b, values, FAMILY, KERNELS)
             value_scale += values[KERNELS + b] * ratio
         slope_scale = value_scale
     elif BANDWIDTHS > 1:
         value_scale = value_scale * 0.0 + 1.0
         slope_scale = value_scale
     elif FAMILY.takes_distance:
-        _, slope_ratio = ratios_to(gamma, gammas[0], values, FAMILY, KERNELS)
+        _, slope_ratio = ratios_to(gamma, gammas, 0, values, FAMILY, KERNELS)
         slope_scale *= slope_ratio
     ratios = ()
     weights = ()
     slopes = ()
     if BANDWIDTHS > 1:
         for b in tl.static_range(BANDWIDTHS):
-            ratio, slope_ratio = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
+            ratio, slope_ratio = ratios_to(gamma, gammas, b, values, FAMILY, KERNELS)
             ratios += (ratio.to(tl.float32),)
             weights += (values[KERNELS + b].to(tl.float32),)
             slopes += ((values[KERNELS + b] * slope_ratio).to(tl.float32),)
     parameters = ()
+    for k in tl.static_range(PARAMETERS):
+        parameters += (values[2 * KERNELS + k].to(tl.float32),)
     if FAMILY.takes_distance:
         # Only an exponent of zero is that of an identical pair.
         parameters += (tl.zeros([], dtype=tl.float32),)
-    for k in tl.static_range(PARAMETERS):
-        parameters += (values[2 * KERNELS + k].to(tl.float32),)
     scale = tl.sqrt(squared_scale(gamma, values, FAMILY, KERNELS))
     gradient_scale = 4.0 * (gamma / scale) * slope_scale * FAMILY.neg_dphi_factor
     return _Sum(ratios + weights + slopes, parameters, scale.to(tl.float32), value_scale, gradient_scale), gammas
@@ -243,10 +244,12 @@ def mmd_if_few_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """MMD² (B,) of each problem (B, N, D) and (B, M, D), and its gradients; None if sweeps should take them."""
     config = config_of(x, y)
-    if config is None or x.dtype == torch.float64 or not kernel.kernel.radial or kernel.count > MOST_IN_REGISTERS.value:
+    # More unlike kernels would spill.
+    most = 4 if isinstance(kernel.kernel, Sum) else MOST_IN_REGISTERS.value
+    if config is None or x.dtype == torch.float64 or not kernel.kernel.radial or kernel.count > most:
         return None
     plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, torch.float32, "ieee")
-    if plan.family.number == RATIONAL_QUADRATIC_LARGE.value:
+    if any(part.number == RATIONAL_QUADRATIC_LARGE.value for part in (plan.family, *plan.family.parts)):
         return None  # Its quotients would spill.
     x, y = x.contiguous(), y.contiguous()
     value = torch.empty(x.shape[0], device=x.device)

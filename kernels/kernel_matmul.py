@@ -152,7 +152,7 @@ def matmul_kernel(
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
     value_constant = tl.load(plan_ptr + VALUE_CONSTANT).to(dtype)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    table = load_table(table_ptr, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
+    table = load_table(table_ptr, FAMILY, False, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, SPEC.PRODUCT)
     if SPEC.BIASED:
         row_bias = tl.load(bias_ptr + first_row + rows.offs_n)
@@ -222,7 +222,7 @@ def gradient_kernel(
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
     g_hi, g_lo = load_parts(g_hi_ptr + offs_g, g_lo_ptr + offs_g, SPEC.PRODUCT)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    table = load_table(table_ptr, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
+    table = load_table(table_ptr, FAMILY, True, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, SPEC.PRODUCT)
     if SPEC.BIASED:
         row_bias = tl.load(bias_ptr + rows.offs_n)

@@ -310,7 +310,7 @@ def sweep_kernel(
     if TERMS > 0:
         entries = load_group(table_ptr, d_out, FAMILY, TERMS, SPEC.BANDWIDTHS, SPEC.TABLE)
     else:
-        entries = load_table(table_ptr, SPEC.GRADIENT, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
+        entries = load_table(table_ptr, FAMILY, SPEC.GRADIENT, SPEC.BANDWIDTHS, SPEC.SQUARINGS)
     parameters = load_parameters(table_ptr, FAMILY, SPEC.BANDWIDTHS, PRODUCT)
     table = _KernelTable(entries, table_ptr, parameters, value_constant, slope_constant, scale)
 
@@ -454,8 +454,6 @@ def _finish_value(
                     factor = tl.exp2(values[2 * SUM.KERNELS] * tl.log2(factor))
                 if not FAMILY.homogeneous:
                     factor *= FAMILY.scale
-                    if not FAMILY.unbounded_slope:
-                        factor *= factor
                     factor = tl.where(term % 2 == 1, factor, 1.0)
                 sum_of_terms *= factor
             tl.store(results.term_ptr + problem * TERMS + term, sum_of_terms)

@@ -13,7 +13,7 @@ from fastvae.kernel_sums import EXPONENT_ERROR
 from fastvae.kernels.families import Family, family_of
 from fastvae.kernels.products import BF16X3, DIFFERENCES, IEEE, PRODUCT_OF_PRECISION, TF32X3
 from fastvae.kernels.sums import pack_squarings
-from fastvae.radial import Kernel, Matern32, Matern52, RationalQuadratic, Riesz
+from fastvae.radial import Kernel, Matern32, Matern52, RationalQuadratic, Riesz, Sum, terms_of
 
 # Entries of the plan of a problem, float64. A pair of entries is that of x, then that of y.
 PRECISION_PASS = tl.constexpr(0)  # the number of the pass that runs
@@ -43,7 +43,7 @@ ROUNDING, ROUNDING_DOUBLE = tl.constexpr(2.0**-20), tl.constexpr(2.0**-49)
 _NEAR, _NEAR_DOUBLE, NEAR_SHARE = 2.0**10, 2.0**24, tl.constexpr(2.0**-8)
 
 
-MANY_REGISTERS = (RationalQuadratic, Matern32, Matern52)
+MANY_REGISTERS = (RationalQuadratic, Matern32, Matern52, Sum)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class DeviceKernelPlan:
 
     @property
     def powers(self) -> bool:
-        """Whether φ is a power of 1 + t, or has a polynomial factor, which takes more registers than an exponential."""
+        """Whether φ is a power of 1 + t, has a polynomial factor or is a sum, which takes more registers than an exponential."""
         return isinstance(self.kernel, MANY_REGISTERS)
 
     @property
@@ -76,7 +76,7 @@ def device_kernel_plan(
     family = family_of(kernel)
     products = precision_products(family, "ieee" if dtype == torch.float64 else precision, self_pairs)
     # Below r = 1 the value too is steep at distance zero: from differences only.
-    by_differences = isinstance(kernel, Riesz) and kernel.r < 1
+    by_differences = any(isinstance(term.kernel, Riesz) and term.kernel.r < 1 for term in terms_of(kernel))
     limits = [*(0.0 if by_differences else _limit(family, product, dtype) / kernel.steepness for product in products), math.inf]
     # A sum of homogeneous or polynomial kernels is evaluated as one of them.
     bandwidths = count if family.radial and not family.homogeneous else 1

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels.families import (
     GAUSSIAN,
+    MIXED,
     NO_CLOSED_FORM,
     NORMAL_PRIOR,
     Family,
@@ -398,11 +399,22 @@ def _totals(samples, statistic_ptr, factors, SPEC: tl.constexpr):
 
 
 @triton.jit
+def _unless_homogeneous(number, FAMILY: tl.constexpr):
+    """The number, or 0 for a homogeneous kernel, which is 0 at 0 and as exact at any bandwidth."""
+    return number * (0.0 if FAMILY.homogeneous else 1.0)
+
+
+@triton.jit
 def _precision_pass(gammas, furthest, near_ptr, NEAR_BLOCKS: tl.constexpr, SUM: tl.constexpr):
     """The number of the pass that runs: the fastest whose products are exact enough."""
     precision_pass = tl.zeros([], dtype=tl.int32)
     if SUM.FAMILY.radial:
-        steepness = gammas[SUM.KERNELS - 1] * furthest
+        narrowest = gammas[SUM.KERNELS - 1]
+        if SUM.FAMILY.number == MIXED:
+            narrowest = 0.0 * gammas[0]
+            for b in tl.static_range(SUM.KERNELS):
+                narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], SUM.FAMILY.parts[b]))
+        steepness = narrowest * furthest
         precision_pass = (steepness > SUM.LIMITS[0]).to(tl.int32)
         if SUM.SECOND_PRODUCT >= 0:
             precision_pass += (steepness > SUM.LIMITS[1]).to(tl.int32)
@@ -527,18 +539,19 @@ def _store_table(table_ptr, values, gammas, gamma, constants, identical, SUM: tl
     PARAMETERS: tl.constexpr = FAMILY.parameters
     dtype: tl.constexpr = table_ptr.dtype.element_ty
     for b in tl.static_range(BANDWIDTHS):
-        ratio, slope_ratio = ratios_to(gamma, gammas[b], values, FAMILY, SUM.KERNELS)
+        ratio, slope_ratio = ratios_to(gamma, gammas, b, values, FAMILY, SUM.KERNELS)
         weight = values[SUM.KERNELS + b]
-        # Below one, because of `representable_gamma`, k is one in any case, but that of a padded column would not be zero.
-        tl.store(table_ptr + b, tl.where(ratio < 1.0, 1.0, ratio).to(dtype))
+        if FAMILY.number != MIXED:
+            # Below one, because of `representable_gamma`, k is one in any case, but that of a padded column would not be zero.
+            ratio = tl.where(ratio < 1.0, 1.0, ratio)
+        tl.store(table_ptr + b, ratio.to(dtype))
         tl.store(table_ptr + (BANDWIDTHS + b), weight.to(dtype))
         tl.store(table_ptr + (2 * BANDWIDTHS + b), (weight * slope_ratio).to(dtype))
         tl.store(table_ptr + (SUM.TABLE - BANDWIDTHS + b), constants[b].to(dtype))
-    if FAMILY.takes_distance:
-        # A bounded slope is smooth in the squared distance: its rounding error is not amplified.
-        tl.store(table_ptr + 3 * BANDWIDTHS, (identical if FAMILY.unbounded_slope else tl.zeros_like(identical)).to(dtype))
     for k in tl.static_range(PARAMETERS):
-        tl.store(table_ptr + (3 * BANDWIDTHS + FAMILY.takes_distance + k), values[2 * SUM.KERNELS + k].to(dtype))
+        tl.store(table_ptr + (3 * BANDWIDTHS + k), values[2 * SUM.KERNELS + k].to(dtype))
+    if FAMILY.takes_distance:
+        tl.store(table_ptr + (3 * BANDWIDTHS + PARAMETERS), identical.to(dtype))
 
 
 @triton.jit
@@ -552,10 +565,13 @@ def _store_plan(plan_ptr, values, gammas, gamma, constants, scale, totals, UNBIA
     slope_constant = tl.zeros([], dtype=tl.float64)
     prior = tl.zeros([], dtype=tl.float64)
     for b in tl.static_range(KERNELS):
-        ratio, _ = ratios_to(gamma, gammas[b], values, FAMILY, KERNELS)
+        ratio, _ = ratios_to(gamma, gammas, b, values, FAMILY, KERNELS)
         weight = values[KERNELS + b]
         scaled_weights += weight * ratio
-        weights += weight
+        if FAMILY.number == MIXED:
+            weights += _unless_homogeneous(weight, FAMILY.parts[b])
+        else:
+            weights += weight
         value_constant += constants[b] * weight
         if FAMILY.number == GAUSSIAN:
             slope_constant += constants[b] * weight * ratio
@@ -587,7 +603,7 @@ def _store_plan(plan_ptr, values, gammas, gamma, constants, scale, totals, UNBIA
         if FAMILY.neg_dphi_factor != 1.0:
             gradient_scale *= FAMILY.neg_dphi_factor
         if FAMILY.takes_distance and not FAMILY.homogeneous and KERNELS == 1:
-            _, slope_ratio = ratios_to(gamma, gammas[0], values, FAMILY, KERNELS)
+            _, slope_ratio = ratios_to(gamma, gammas, 0, values, FAMILY, KERNELS)
             gradient_scale *= slope_ratio
     else:
         gradient_scale = 2.0 * scale
@@ -737,7 +753,7 @@ def prepare(
     )  # fmt: skip
     # Products lose the direction of the distance of near rows, on which an unbounded slope depends.
     near, near_blocks = plan_entries, 0
-    if plan.family.unbounded_slope:
+    if plan.family.takes_distance:
         near_blocks = len(samples) * _NEAR_ROWS.value // _NEAR_BLOCK
         near = empty(batch * near_blocks, dtype=torch.float64)
         launch(

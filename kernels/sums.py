@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae import kernel_sums
-from fastvae.kernels.families import GAUSSIAN, Family, family_of, inverse_distance, log2_phi, phi
+from fastvae.kernels.families import GAUSSIAN, MATERN_32, MATERN_52, MIXED, Family, family_of, inverse_distance, log2_phi, phi
 from fastvae.kernels.products import DIFFERENCES
 from fastvae.radial import Kernel, Polynomial, RationalQuadratic, Riesz
 
@@ -51,24 +51,34 @@ def gammas_of(values, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.
 
 
 @triton.jit
+def _subtracted_constant(t, FAMILY: tl.constexpr):
+    if FAMILY.takes_distance:
+        t = tl.sqrt(2.0 * t)
+    # φ(0) of a homogeneous kernel is 0.
+    return tl.where(t < (0.0 if FAMILY.homogeneous else _SHIFT_BELOW), 1.0, 0.0).to(tl.float64)
+
+
+@triton.jit
 def subtracted_constants(spread, gammas, FAMILY: tl.constexpr, KERNELS: tl.constexpr):
     """1 for each bandwidth of which k − φ(0) is summed, else 0. `spread` is the mean squared distance of two rows."""
     constants = ()
     for b in tl.static_range(KERNELS):
-        t = gammas[b] * spread
-        if FAMILY.takes_distance:
-            t = tl.sqrt(2.0 * t)
-        constants += (tl.where(t < _SHIFT_BELOW, 1.0, 0.0).to(tl.float64),)
+        if FAMILY.number == MIXED:
+            constants += (_subtracted_constant(gammas[b] * spread, FAMILY.parts[b]),)
+        else:
+            constants += (_subtracted_constant(gammas[b] * spread, FAMILY),)
     return constants
 
 
 @triton.jit
-def load_table(table_ptr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
+def load_table(table_ptr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr):
     """Ratios, weights and slopes of the bandwidths as scalars, those that are needed, if they are few enough to stay in registers."""
     table = ()
     if BANDWIDTHS > 1 and BANDWIDTHS <= MOST_IN_REGISTERS:
         for n in tl.static_range(3 * BANDWIDTHS):
-            if (n < BANDWIDTHS and (n == 0 or (SQUARINGS >> (3 * n)) & 7 != 0)) or (n >= 2 * BANDWIDTHS and not GRADIENT):
+            if (n < BANDWIDTHS and ((n == 0 and FAMILY.number != MIXED) or (SQUARINGS >> (3 * n)) & 7 != 0)) or (
+                n >= 2 * BANDWIDTHS and not GRADIENT
+            ):
                 table += (0.0,)
             else:
                 table += (tl.load(table_ptr + n),)
@@ -77,15 +87,15 @@ def load_table(table_ptr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUA
 
 @triton.jit
 def load_parameters(table_ptr, FAMILY: tl.constexpr, BANDWIDTHS: tl.constexpr, PRODUCT: tl.constexpr):
-    """The numbers behind the bandwidths in the table: from which exponent on a pair counts as identical, then the parameters of φ."""
+    """The numbers behind the bandwidths in the table: the parameters of φ, then from which exponent on a pair counts as identical."""
     PARAMETERS: tl.constexpr = FAMILY.parameters
     parameters = ()
+    for n in tl.static_range(PARAMETERS):
+        parameters += (tl.load(table_ptr + (3 * BANDWIDTHS + n)),)
     if FAMILY.takes_distance:
-        least = tl.load(table_ptr + 3 * BANDWIDTHS)
+        least = tl.load(table_ptr + (3 * BANDWIDTHS + PARAMETERS))
         # Not times zero: of rows far apart it may be infinite.
         parameters += (tl.zeros_like(least) if PRODUCT == DIFFERENCES else least,)
-    for n in tl.static_range(PARAMETERS):
-        parameters += (tl.load(table_ptr + (3 * BANDWIDTHS + FAMILY.takes_distance + n)),)
     return parameters
 
 
@@ -123,6 +133,42 @@ def _evaluate_gaussians(
 
 
 @triton.jit
+def _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
+    t = (neg_distance if FAMILY.takes_distance else exponent) * ratio
+    if FAMILY.number == MATERN_32 or FAMILY.number == MATERN_52:
+        # An infinite distance times k = 0 is nan.
+        t = tl.where(t < -1e30, -1e30, t)
+    k, neg_dphi = phi(t, parameters, FAMILY, GRADIENT)
+    if FAMILY.takes_distance:
+        neg_dphi = neg_dphi * inverse
+    return k, neg_dphi
+
+
+@triton.jit
+def _evaluate_parts(
+    exponent, table, table_ptr, parameters, value_constant, FAMILY: tl.constexpr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr
+):
+    PARAMETERS: tl.constexpr = FAMILY.parameters
+    # A padded column, whose k and slope are 0. Some parts would be nan there, and others infinite.
+    padded = exponent == float("-inf")
+    exponent = tl.where(padded, -1e30, exponent)
+    neg_dphi = tl.zeros_like(exponent)
+    # Each k near its constant brings the sum closer to zero, where it is rounded less.
+    value = neg_dphi - value_constant
+    inverse = exponent
+    if FAMILY.takes_distance:
+        inverse = inverse_distance(exponent, parameters[PARAMETERS])
+    neg_distance = exponent * inverse
+    for b in tl.static_range(BANDWIDTHS):
+        ratio = _entry(table, table_ptr, b, BANDWIDTHS)
+        k, s = _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, FAMILY.parts[b], GRADIENT)
+        value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
+        if GRADIENT:
+            neg_dphi += s * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
+    return tl.where(padded, -value_constant, value), tl.where(padded, 0.0, neg_dphi)
+
+
+@triton.jit
 def evaluate_sum(
     exponent, table, table_ptr, parameters, value_constant, slope_constant,
     FAMILY: tl.constexpr, GRADIENT: tl.constexpr, BANDWIDTHS: tl.constexpr, SQUARINGS: tl.constexpr,
@@ -133,10 +179,13 @@ def evaluate_sum(
     """
     if FAMILY.number == GAUSSIAN:
         return _evaluate_gaussians(exponent, table, table_ptr, value_constant, slope_constant, GRADIENT, BANDWIDTHS, SQUARINGS)
+    elif FAMILY.number == MIXED:
+        return _evaluate_parts(exponent, table, table_ptr, parameters, value_constant, FAMILY, GRADIENT, BANDWIDTHS)
     else:
+        PARAMETERS: tl.constexpr = FAMILY.parameters
         t = exponent
         if FAMILY.takes_distance:
-            inverse = inverse_distance(exponent, parameters)
+            inverse = inverse_distance(exponent, parameters[PARAMETERS])
             t = exponent * inverse
         value, neg_dphi = phi(t, parameters, FAMILY, GRADIENT)
         if BANDWIDTHS > 1:
@@ -148,7 +197,7 @@ def evaluate_sum(
                 value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
                 if GRADIENT:
                     neg_dphi += s * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
-        if FAMILY.unbounded_slope:
+        if FAMILY.takes_distance:
             neg_dphi = neg_dphi * inverse
         if FAMILY.radial and not FAMILY.homogeneous:
             value = value - value_constant
@@ -158,12 +207,13 @@ def evaluate_sum(
 @triton.jit
 def evaluate_log2(exponent, parameters, FAMILY: tl.constexpr):
     """log₂ k of one bandwidth without its weight, and −φ'(t)/φ(t) as that of `evaluate_sum`."""
+    PARAMETERS: tl.constexpr = FAMILY.parameters
     t = exponent
     if FAMILY.takes_distance:
-        inverse = inverse_distance(exponent, parameters)
+        inverse = inverse_distance(exponent, parameters[PARAMETERS])
         t = exponent * inverse
     value, ratio = log2_phi(t, parameters, FAMILY)
-    if FAMILY.unbounded_slope:
+    if FAMILY.takes_distance:
         ratio = ratio * inverse
     return value, ratio
 
@@ -203,9 +253,10 @@ def load_group(table_ptr, group, FAMILY: tl.constexpr, TERMS: tl.constexpr, BAND
 def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl.constexpr):
     """The terms whose sums give the derivatives to bandwidths and weights: for each bandwidth of a group k_b less its constant, and t'·s_b.
 
-    s_b is the second result of `phi`, t' the argument of the widest bandwidth; t'²·s_b for a bounded slope of a function of the distance.
-    A homogeneous kernel has k_0 alone, of which all others are multiples; a polynomial has the powers of t_0 from the first on.
+    s_b is the second result of `phi`, t' the argument of the widest bandwidth. A homogeneous kernel has k_0 alone, of which all others are
+    multiples; a polynomial has the powers of t_0 from the first on. Sums of unlike kernels take a sweep for each of them instead.
     """
+    PARAMETERS: tl.constexpr = FAMILY.parameters
     terms = ()
     if not FAMILY.radial:
         power = exponent
@@ -215,16 +266,13 @@ def bandwidth_terms(exponent, table, parameters, FAMILY: tl.constexpr, TERMS: tl
     else:
         t = exponent
         if FAMILY.takes_distance:
-            t = exponent * inverse_distance(exponent, parameters)
+            t = exponent * inverse_distance(exponent, parameters[PARAMETERS])
         if FAMILY.homogeneous:
             value, _ = phi(t, parameters, FAMILY, False)
             terms += (value,)
         else:
             # A padded column has t' = −∞ and s = 0.
             finite = tl.where(t == float("-inf"), 0.0, t)
-            if FAMILY.takes_distance and not FAMILY.unbounded_slope:
-                # A multiple of t, as t·φ' is not one of √t·φ'.
-                finite = finite * finite
             for b in tl.static_range(TERMS // 2):
                 k, s = phi(t * table[2 * b], parameters, FAMILY, True)
                 terms += (k - table[2 * b + 1], finite * s)
@@ -245,10 +293,8 @@ def bandwidth_sums(kernel: Kernel, sums: Tensor, ratios: Tensor) -> tuple[Tensor
         return values, -kernel.r * values
     scale = 1 / kernel.alpha if isinstance(kernel, RationalQuadratic) else family.scale
     # t' is −scale·t, or −scale·√(2t) for a function of the distance.
-    if not family.takes_distance:
-        factors = -2 * family.neg_dphi_factor / scale * ratios
-    elif family.unbounded_slope:
+    if family.takes_distance:
         factors = -family.neg_dphi_factor / scale**2 * ratios.sqrt()
     else:
-        factors = family.neg_dphi_factor / scale**2 * ratios
+        factors = -2 * family.neg_dphi_factor / scale * ratios
     return sums[:, ::2], factors * sums[:, 1::2]

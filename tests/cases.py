@@ -20,9 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = DEVICE == "cuda" or triton_interpreter()
 # The dtypes of labels.
 INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
-# Functions of the distance, and those whose slope is unbounded at distance zero.
+# Functions of the distance, with a slope at zero.
 DISTANCE_KERNELS = [name for name, kernel in KERNELS.items() if kernel.takes_distance]
-UNBOUNDED_SLOPES = [name for name, kernel in KERNELS.items() if kernel.unbounded_slope]
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason='tests backend="cpu" on the tensors of the other backends, which are on a GPU here')
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: its interpreter, or a CUDA device")
 
@@ -337,7 +336,7 @@ class PairErrors:
             direction = exact * radius / distance + torch.where(by_products, exact * radius2 / distance.square(), 0)
             direction = (roundings * direction).clamp(max=2).where(distance > 0, 0) + 4 * (eps if rounded_weights else exact)
             # Unless it is unbounded, the slope at distance zero times the rounding of a difference of rows.
-            at_zero = 0.0 if kernel.unbounded_slope else 4 * exact * float(a @ (u / h))
+            at_zero = 0.0 if kernel.takes_distance else 4 * exact * float(a @ (u / h))
             # A Riesz kernel is a power of u.
             steep = kernel.r * u ** (kernel.r - 1) if isinstance(kernel, Riesz) else torch.ones_like(u)
             return PairErrors(roundings * float(a @ (steep * value)), direction * float(a @ (steep / h)) + at_zero, underflow)

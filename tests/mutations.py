@@ -497,6 +497,48 @@ FAULTS = [
         "rows[: self.size]",
         ("tests/test_kernel_mean.py", "-k", "drawn_from"),
     ),
+    Fault(
+        "Triton: the slope of a distance in a sum lacks the root of one half",
+        "kernels/families.py",
+        "tl.sqrt(0.5 * ratio)",
+        "tl.sqrt(ratio)",
+        ("tests/test_kernel_sums.py", "-k", "triton and values"),
+    ),
+    Fault(
+        "Triton: a power in a sum is scaled without its exponent",
+        "kernels/families.py",
+        "ratio = ratio / values[2 * KERNELS + PART.first_parameter]",
+        "ratio = ratio * 1.0",
+        ("tests/test_kernel_sums.py", "-k", "triton and values"),
+    ),
+    Fault(
+        "Triton: the parts of a sum share the parameters of the first",
+        "kernels/families.py",
+        "parts.append(part._replace(first_parameter=parameters))",
+        "parts.append(part)",
+        ("tests/test_kernel_sums.py", "-k", "triton and values"),
+    ),
+    Fault(
+        "Triton: a Riesz kernel in a sum adds one on the diagonal",
+        "kernels/prepare.py",
+        "            weights += _unless_homogeneous(weight, FAMILY.parts[b])\n",
+        "            weights += weight\n",
+        ("tests/test_kernel_sums.py", "-k", "triton and values"),
+    ),
+    Fault(
+        "Triton: padded columns of a sum count as rows far away",
+        "kernels/sums.py",
+        "tl.where(padded, -value_constant, value)",
+        "value",
+        ("tests/test_kernel_sums.py", "-k", "triton and (values or narrow)"),
+    ),
+    Fault(
+        "Triton: sums of narrow kernels are computed by products that the widest allows",
+        "kernels/prepare.py",
+        "narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], SUM.FAMILY.parts[b]))",
+        "narrowest = gammas[0]",
+        ("tests/test_kernel_sums.py", "-k", "triton and narrow"),
+    ),
 ]
 
 

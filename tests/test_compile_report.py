@@ -115,7 +115,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
         "SUM": prepare.SumSpec(family, count, bandwidths, plan.table_size(family, bandwidths), numbers, on_device, closed_form, first,
                                second, (12.0, 256.0)),
         "RADIAL": family.radial, "SUMS": function == RBF(), "UNBIASED": x_weighted, "NEAR": 2.0**-9, "BLOCK_N": 16,
-        "NEAR_BLOCKS": 16 * family.unbounded_slope, "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
+        "NEAR_BLOCKS": 16 * family.takes_distance, "GRADIENT": True, "TERMS": 2, "BLOCK_R": 1024,
     }
     both = prepare.Samples(scalar, scalar, scalar, scalar, "i32", "i32")
     statistics = prepare.Statistics(scalar, "*fp64", "*fp64")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvae
 from fastvae import distributed
 from fastvae.distributed import gather, gather_rows
+from fastvae.radial import RBF, Linear
 from tests.processes import context
 from tests.ranks import run_on_ranks
 
@@ -80,6 +81,9 @@ def losses(rank, world):
         if kernel in ("rbf", "imq"):
             options = {"kernel": kernel, "estimator": estimator, "bandwidth": [1.0, 2.0]}
             assert_is_global(rank, world, lambda x, g, o=options: fastvae.ksd_to_normal(x, process_group=g, **o), x)
+    for kernel, estimator in itertools.product((Linear(), RBF() + Linear()), ("biased", "unbiased")):
+        options = {"kernel": kernel, "estimator": estimator, "bandwidth": (0.9, 1.8)}
+        assert_is_global(rank, world, lambda x, y, g, o=options: fastvae.mmd(x, y, x_weights=part(weights, g), process_group=g, **o), x, y)
     h = torch.tensor([0.9, 1.8, 0.4], dtype=torch.float64, requires_grad=True)
     gradients = []
     for points, group in (((x, y), None), (own(rank, world, x, y), dist.group.WORLD)):

@@ -8,12 +8,12 @@ import torch
 import fastvae
 from fastvae import reference
 from fastvae.cpu import small
-from fastvae.radial import IMQ, RBF, Laplace, Linear, Matern32, Polynomial, RationalQuadratic, Riesz, kernel_of
+from fastvae.radial import IMQ, RBF, Energy, Laplace, Linear, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz, kernel_of
 from tests.cases import DEVICE, evaluate, needs_cpu, needs_triton
 
 SUMS = [
     RBF() + Laplace().scaled(2),
-    0.5 * RationalQuadratic(0.2) + IMQ(),
+    0.5 * RationalQuadratic(0.2) + RationalQuadratic(3.0).scaled(1.5) + IMQ(),
     RBF() + Matern32() + 0.1 * Riesz(0.7),
     RBF() + 0.3 * Linear(),
     Riesz() + Polynomial(2) + 2 * Linear().scaled(1.5),
@@ -72,12 +72,69 @@ def test_a_list_is_a_sum():
     )
 
 
-def test_sums_of_radial_kernels_take_groups():
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_radial_kernels_in_other_functions(backend):
     x, y = samples(torch.float64)
-    z, labels = torch.cat([x, y]), torch.arange(50, device=DEVICE) % 2
-    if DEVICE == "cpu":
-        value = fastvae.group_mmd(z, labels, kernel=RBF() + Laplace()).values[0, 1]
-        torch.testing.assert_close(value, fastvae.mmd(z[::2], z[1::2], kernel=RBF() + Laplace()))
+    z, labels, kernel = torch.cat([x, y]), torch.arange(50, device=DEVICE) % 2, RBF() + 0.5 * Laplace().scaled(2)
+    expected = reference.mmd(z[::2], z[1::2], kernel=kernel)
+    torch.testing.assert_close(fastvae.group_mmd(z, labels, kernel=kernel, backend=backend).values[0, 1], expected)
+    mean = fastvae.KernelMean.fit(z[1::2], kernel=kernel, bandwidth=1.0, method="all")
+    torch.testing.assert_close(fastvae.mmd(z[::2], mean, backend=backend), expected)
+    found = fastvae.two_sample_test(x, y, kernel=kernel, bandwidth=1.0, permutations=9, backend=backend)
+    assert found.statistic == pytest.approx(reference.mmd(x, y, kernel=kernel, estimator="unbiased").item(), rel=1e-9)
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_of_few_rows(backend):
+    x, y = (torch.randn(3, n, 5, device=DEVICE) for n in (4, 6))
+    options = {"kernel": RBF() + Laplace() + 0.1 * Riesz(0.7)}
+    actual = evaluate(lambda x, y: fastvae.mmd(x, y, **options, backend=backend).sum(), x, y)
+    exact = evaluate(lambda x, y: reference.mmd(x, y, **options).sum(), x.double(), y.double())
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.parametrize("far", [0.0, 100.0])
+@pytest.mark.parametrize("h", [1e-3, 0.05, 1.0, 30.0])
+@pytest.mark.parametrize("kernel", [Matern52() + Energy() + RationalQuadratic(50.0), Matern52() + RBF().scaled(0.02)], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_and_wide_bandwidths(kernel, h, far, backend):
+    x, y = (t + far for t in samples(torch.float32))
+    x[3], x[5], x[7] = y[2], x[6], y[4] + 0.01
+    actual = evaluate(fastvae.mmd, x, y, kernel=kernel, bandwidth=h, backend=backend)
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=h)
+    for a, e in zip(actual, exact, strict=True):
+        assert (a.double() - e).norm() <= 2e-5 * e.norm() + 1e-8
+
+
+@pytest.mark.usefixtures("interpreter_warnings")
+@pytest.mark.interpreter
+@needs_triton
+def test_one_sweep_on_triton(monkeypatch):
+    from fastvae.kernels import kernel_matmul, mmd
+
+    swept = []
+
+    def launch(fn, *args):
+        swept.append(fn.fn.__name__)
+        return actual(fn, *args)
+
+    actual = mmd.launch
+    x, y = samples(torch.float32)
+    for module in (mmd, kernel_matmul):
+        monkeypatch.setattr(module, "launch", launch)
+    options = {"kernel": RBF() + Laplace() + Linear(), "bandwidth": (0.7, 1.5), "backend": "triton"}
+    one = {"kernel": "laplace", "bandwidth": (0.7, 1.5), "backend": "triton"}
+    counts = []
+    for chosen in (options, one):
+        for function, arguments in ((fastvae.mmd, (x, y)), (fastvae.kernel_matmul, (x, y, y))):
+            swept.clear()
+            function(*arguments, **chosen)
+            counts.append(swept.copy())
+    assert counts[:2] == counts[2:]
 
 
 @pytest.mark.parametrize("kernel", SUMS, ids=lambda kernel: kernel.name)

@@ -14,11 +14,11 @@ from fastvae.radial import KERNELS, RBF, Polynomial, RationalQuadratic
 from tests.cases import (
     CASES,
     DEVICE,
+    DISTANCE_KERNELS,
     KERNEL_CASES,
     STREAMING_CASES,
     TOLERANCE,
     TRITON_TOLERANCE,
-    UNBOUNDED_SLOPES,
     Case,
     assert_close,
     evaluate,
@@ -261,7 +261,7 @@ def test_triton_clusters_far_apart_with_a_small_bandwidth():
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("kernel", UNBOUNDED_SLOPES)
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_triton_takes_differences_where_products_lose_the_direction_of_many_pairs(kernel, dtype):
     side = 100 * torch.sign(torch.randn(60, 1, dtype=torch.float64))
@@ -427,7 +427,7 @@ def test_gradient_to_the_bandwidths_against_the_normal(estimator):
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kernel", UNBOUNDED_SLOPES)
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
 def test_kernels_with_a_cusp_have_no_gradient_there(kernel, backend):
     x = torch.randn(1, 4, device=DEVICE).expand(20, 4)
     value, *gradients = evaluate(fastvae.mmd, x, x.clone(), kernel=kernel, backend=backend)
@@ -965,7 +965,7 @@ def test_gradients_lie_as_the_compiler_expects_them(n, dim, kernel, backend):
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("kernel", UNBOUNDED_SLOPES)
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
 @pytest.mark.parametrize("rows", [(40, 30), (300, 150)])
 def test_triton_takes_differences_where_many_pairs_are_near(kernel, rows):
     """A function of the root, of rows near to one another and one far away: products would lose the directions between them."""

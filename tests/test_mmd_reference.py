@@ -126,7 +126,7 @@ def test_derivatives_at_distance_zero_are_their_limits(kernel):
     """φ' at t = 0, or 0 where it is unbounded; φ'' is finite, as rows at distance zero multiply it by zero."""
     t = torch.tensor([0.0, 1e-12], dtype=torch.float64, requires_grad=True)
     [slopes] = torch.autograd.grad(kernel.phi(t).sum(), t, create_graph=True)
-    assert slopes[0].item() == pytest.approx(0 if kernel.unbounded_slope else slopes[1].item(), rel=1e-5)
+    assert slopes[0].item() == pytest.approx(0 if kernel.takes_distance else slopes[1].item(), rel=1e-5)
     if slopes.requires_grad:
         [curvatures] = torch.autograd.grad(slopes.sum(), t)
         assert curvatures.isfinite().all()

@@ -272,10 +272,9 @@ class Tiles:
             return
         x, y = self.centred(a.z[i][left]), self.centred(b.z[j][right])
         d2 = (x - y).square().sum(1)
-        if self.kernel.unbounded_slope:
-            # Pairs closer than the rounding error of the rows count as identical: an unbounded slope would amplify a random direction.
-            rounding = 16 * torch.finfo(self.dtype).eps
-            d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
+        # Pairs closer than the rounding error of the rows count as identical: an unbounded slope would amplify a random direction.
+        rounding = 16 * torch.finfo(self.dtype).eps
+        d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
         out[left, right] = d2 * (2 * self.host_sum.gamma)
 
 
