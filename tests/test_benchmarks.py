@@ -26,6 +26,7 @@ from benchmarks import (
     table,
     tensor_core,
 )
+from benchmarks.comparison import Comparison
 from benchmarks.machine import Ceilings
 from benchmarks.measure import Time, interleaved, peak_extra_mib, run_once, summaries, summary
 from fastvae import reference
@@ -179,8 +180,8 @@ def test_the_readme_names_every_module():
 def test_commands_have_help():
     """In one other process, as some choose Triton's interpreter."""
     texts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
-    commands = sorted(name for name, text in texts.items() if "def main()" in text and "ArgumentParser" in text)
-    assert {"gpu", "host_time", "run", "small"} <= set(commands)
+    commands = sorted(name for name, text in texts.items() if ("def main()" in text and "ArgumentParser" in text) or "\nmain = " in text)
+    assert {"bench_sigreg", "gpu", "host_time", "run", "small"} <= set(commands)
     code = """import contextlib, importlib, sys
 for name in sys.argv[1:]:
     sys.argv = [name, "--help"]
@@ -251,6 +252,30 @@ def test_the_snippet_of_differences_is_refused_where_it_takes_too_much():
     assert found["N×M×D"].refuses(8192, 64) == "not run: one of its N×M×D arrays takes 16.0 GiB"
     assert found["eager"].refuses(16_384, 64) is found["fastvae"].refuses(1_000_000, 64) is None
     assert found["eager"].refuses(32_768, 64) == "not run: one of its N×M arrays takes 4.0 GiB"
+
+
+def test_a_comparison_checks_each_provider_and_runs_the_first_alone_where_the_others_do_not_fit():
+    def right(x, factor):
+        return factor * x.square().sum()
+
+    comparison = Comparison(
+        "squares",
+        providers={"right": right, "value": lambda x, f: 1.01 * right(x, f), "gradient": lambda x, f: right(x, f) + (x - x.detach()).sum()},
+        exact=dict.fromkeys(("right", "value", "gradient"), right),
+        arguments=lambda n, d: ([torch.ones(n, d)], [2.0]),
+        columns=("n", "dim"),
+        sizes=[(4, 3)],
+        largest_dense=10,
+        gradient_error=lambda leaves, others, grad: (grad - 4).abs().max().item(),
+    )
+    rows = list(comparison.rows((4, 3), 3, 60))
+    assert [(row["direction"], row["provider"], row["status"].split(":")[0], "median_ms" in row) for row in rows] == [
+        (direction, provider, status, provider == "right")
+        for direction in ("forward", "forward+backward")
+        for provider, status in (("right", "ok"), ("value", "wrong value"), ("gradient", "wrong gradient"))
+    ]
+    (row,) = comparison.rows((11, 3), 3, 60)
+    assert (row["direction"], row["provider"], row["rounds"], row["gradient_relative_error"]) == ("forward+backward", "right", 1, 0)
 
 
 def test_measures():
