@@ -356,6 +356,22 @@ def real(name: str, value: Any, *, above: float | None = None, at_least: float |
     return number
 
 
+def numbers_of(name: str, values: Any, *, above: float | None = None) -> list[float]:
+    """A number, or a sequence, array or tensor of them, as a list."""
+    if isinstance(values, Tensor):
+        values = values.detach()
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.reshape(-1).tolist()
+    values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+    if not values:
+        raise ValueError(f"{name} must hold at least one value, got none")
+    return [real(f"every one of {name}", value, above=above) for value in values]
+
+
+def positive_numbers(name: str, values: Any) -> list[float]:
+    return numbers_of(name, values, above=0)
+
+
 def number(name: str, value: object) -> None:
     """A real number, nan included."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.dispatch import accumulation_dtype
-from fastvae.ops.common import forbid_second_derivative, without_autocast, without_grad
+from fastvae.ops.common import forbid_second_derivative, loop_over_batch, without_autocast, without_grad
 
 # Numbers of the rows of the problems that a CPU takes together, which then fit its second-level cache.
 _NUMBERS_AT_ONCE = 1 << 18
@@ -28,7 +28,7 @@ def drifting(
     generated_weights: Tensor | None = None,
     positives_weights: Tensor | None = None,
     negatives_weights: Tensor | None = None,
-    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    temperatures: float | Sequence[float] = (0.02, 0.05, 0.2),
 ) -> Tensor:
     """The loss of drifting models for each class: how far the field of attraction and repulsion moves the generated rows.
 
@@ -49,7 +49,7 @@ def drifting(
         positives: (..., C_p, S), same batch dimensions, dtype and device.
         negatives: (..., C_n, S), likewise; none by default.
         generated_weights: (..., C_g), w of each row; 1 by default. The same for positives_weights and negatives_weights.
-        temperatures: R, each above 0.
+        temperatures: R, a number or several, each above 0.
 
     Returns:
         The loss of each class, shape (...); float64 for float64 inputs, else float32.
@@ -71,9 +71,7 @@ def drifting(
     for (name, z), w in zip(samples, weights, strict=True):
         if w is not None:
             checks.row_weights(f"{name}_weights", w, name, z)
-    radii = tuple(checks.real("every one of temperatures", radius, above=0) for radius in temperatures)
-    if not radii:
-        raise ValueError("temperatures must hold at least one value, got none")
+    radii = tuple(checks.positive_numbers("temperatures", temperatures))
     dtype, batch = accumulation_dtype(generated.dtype), generated.shape[:-2]
     with without_autocast(generated.device):
         parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
@@ -102,6 +100,11 @@ class _Drifting(torch.autograd.Function):
             return (None,) * (2 + len(parts))
         gradient = without_grad(_field, coefficients * grad[:, None, None], parts)
         return None, None, forbid_second_derivative("drifting", gradient, grad, parts[0]), *[None] * (len(parts) - 1)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # One item at a time, as the scales of an item are means over its classes alone.
+        return loop_over_batch(_Drifting.apply, info.batch_size, in_dims, args)
 
 
 def _chunks(parts: Sequence[Tensor]) -> list[slice]:
@@ -164,7 +167,4 @@ def _loss_and_coefficients(temperatures: tuple[float, ...], weights: Tensor, par
 
 
 def _field(coefficients: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    out = torch.empty_like(parts[0])
-    for chunk in _chunks(parts):
-        out[chunk] = coefficients[chunk] @ _centred(parts, chunk)
-    return out
+    return torch.cat([coefficients[chunk] @ _centred(parts, chunk) for chunk in _chunks(parts)])

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -238,7 +237,7 @@ def alibi_detect(
     if isinstance(sigma, str):
         checks.option("sigma", sigma, checks.BANDWIDTH_RULES)
         sigma = _of_data((median_bandwidth if sigma == "median" else mean_bandwidth)(x))
-    h = sigma.reshape(-1) if isinstance(sigma, Tensor) else _positive("sigma", sigma)
+    h = sigma.reshape(-1) if isinstance(sigma, Tensor) else checks.positive_numbers("sigma", sigma)
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
 
 
@@ -263,7 +262,7 @@ def dan(
     """
     x, y = _samples(x, y, "this recipe")
     width = _of_data(mean_bandwidth(x, y, self_pairs=True))
-    h = torch.stack([width * math.sqrt(2 * alpha) for alpha in _positive("alphas", alphas)])
+    h = torch.stack([width * math.sqrt(2 * alpha) for alpha in checks.positive_numbers("alphas", alphas)])
     if linear:
         ring = torch.arange(1, 2 * len(x) + 1, device=x.device) // 2 % len(x)
         value = mmd(x[ring], y[ring], bandwidth=h, estimator="linear", **options)
@@ -297,7 +296,7 @@ def pytorch_adapt(
     if isinstance(kernel_scales, Tensor) and kernel_scales.device.type != "cpu":
         h = width / kernel_scales.detach().reshape(-1).double().sqrt()
     else:
-        h = torch.stack([width / math.sqrt(scale) for scale in _positive("kernel_scales", kernel_scales)])
+        h = torch.stack([width / math.sqrt(scale) for scale in checks.positive_numbers("kernel_scales", kernel_scales)])
     weights = [1 / len(h)] * len(h)
     return mmd(x, y, bandwidth=h, bandwidth_weights=weights, estimator="linear" if mmd_type == "linear" else "unbiased", **options)
 
@@ -376,7 +375,7 @@ def mmd_gan(
     Source: github.com/OctoberChang/MMD-GAN, mmd.py; Li et al. 2017, "MMD GAN".
     """
     x, y = _samples(x, y, biased=biased)
-    value = mmd(x, y, bandwidth=_positive("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
+    value = mmd(x, y, bandwidth=checks.positive_numbers("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
     # The derivative of the root at 0 is infinite, but relu's backward pass masks it and does not multiply.
     return value.relu().sqrt()
 
@@ -392,7 +391,7 @@ def mmd_gan_mix(
     Source: github.com/mbinkowski/MMD-GAN, gan/core/mmd.py; Bińkowski et al. 2018, "Demystifying MMD GANs".
     """
     x, y = _samples(x, y, biased=biased)
-    kernels: list[Kernel] = [RationalQuadratic(alpha) for alpha in _positive("alphas", alphas)]
+    kernels: list[Kernel] = [RationalQuadratic(alpha) for alpha in checks.positive_numbers("alphas", alphas)]
     if checks.real("dot", dot, at_least=0):
         kernels.append(dot * Linear())
     return mmd(x, y, kernel=kernels, estimator="biased" if biased else "unbiased", **options)
@@ -473,7 +472,7 @@ def irdm(
     x: Tensor | Sequence[Tensor],
     reference: KernelMean | Sequence[KernelMean],
     *,
-    weights: Sequence[float] | None = None,
+    weights: float | Sequence[float] | None = None,
     normalize: Literal["stop_gradient"] | None = "stop_gradient",
     process_group: ProcessGroup | None = None,
     **options: Unpack[Options],
@@ -490,9 +489,11 @@ def irdm(
     Source: github.com/vita-epfl/RDM, rdm/compare; arXiv 2607.02375.
     """
     checks.option("normalize", normalize, ("stop_gradient", None))
-    samples = [x] if isinstance(x, Tensor) else list(x)
+    samples = list(x) if isinstance(x, Sequence) else [x]
+    if not samples:
+        raise ValueError("x must hold at least one sample, got none")
     means = list(reference) if isinstance(reference, Sequence) else [reference]
-    factors = [1.0] * len(samples) if weights is None else [checks.real("every one of weights", weight) for weight in weights]
+    factors = [1.0] * len(samples) if weights is None else checks.numbers_of("weights", weights)
     for mean in means:
         checks.instance("reference", mean, KernelMean, " or several")
     checks.as_many("reference", len(means), "x", len(samples))
@@ -552,7 +553,7 @@ def mmdagg(
     if bandwidths is None:
         lambdas = _mmdagg_bandwidths(x, y, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
     else:
-        lambdas = _positive("bandwidths", bandwidths)
+        lambdas = checks.positive_numbers("bandwidths", bandwidths)
     n = len(x)
     if n != len(y) or permutations_same_sample_size:
         return torch.stack([mmd(x, y, bandwidth=factor * h, kernel=family, estimator="unbiased", **options) for h in lambdas])
@@ -589,7 +590,7 @@ def mmdfuse(
     if bandwidths is None:
         lambdas = _mmdfuse_bandwidths(z, checks.integer("number_bandwidths", number_bandwidths, at_least=2))
     else:
-        lambdas = _positive("bandwidths", bandwidths)
+        lambdas = checks.positive_numbers("bandwidths", bandwidths)
     multiplier = checks.real("lambda_multiplier", lambda_multiplier, above=0)
     statistics = []
     for family, factor in families:
@@ -709,21 +710,9 @@ def _sent(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True)
 
 
-def _positive(name: str, values: Any) -> list[float]:
-    """A number above 0, or a sequence, array or tensor of them, as a list."""
-    if isinstance(values, Tensor):
-        values = values.detach()
-    if isinstance(values, (Tensor, np.ndarray)):
-        values = values.reshape(-1).tolist()
-    values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-    if not values:
-        raise ValueError(f"{name} must hold at least one value, got none")
-    return [checks.real(f"every one of {name}", value, above=0) for value in values]
-
-
 def _imq_set(x: Tensor, y: Tensor, c: float, scales: Sequence[float], options: Options) -> Tensor:
     """U of Σ_s sC/(sC + d²)."""
-    h = [math.sqrt(c * scale) for scale in _positive("scales", scales)]
+    h = [math.sqrt(c * scale) for scale in checks.positive_numbers("scales", scales)]
     return mmd(x, y, bandwidth=h, kernel="imq", estimator="unbiased", **options)
 
 

@@ -129,6 +129,31 @@ def test_second_derivative_raises():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 0, None)])
+def test_transforms(in_dims):
+    """Each item of torch.vmap has scales of its own."""
+    samples, weights = problem()
+    items = [t if dim is None else torch.stack([t, 2 * t, t.sin()], dim) for t, dim in zip(samples, in_dims, strict=True)]
+
+    def loss(*samples):
+        return recipe(*samples, *weights).sum()
+
+    for function in (loss, torch.func.grad(loss)):
+        actual = torch.vmap(function, in_dims)(*items)
+        for n, item in enumerate(actual):
+            torch.testing.assert_close(
+                item, function(*(t if dim is None else t.select(dim, n) for t, dim in zip(items, in_dims, strict=True)))
+            )
+    plain = torch.autograd.grad(loss(samples[0].requires_grad_(), *samples[1:]), samples[0])[0]
+    torch.testing.assert_close(torch.func.grad(loss)(*(t.detach() for t in samples)), plain)
+
+
+def test_one_temperature():
+    (generated, positives, _), _ = problem()
+    one = recipes.drifting(generated, positives, temperatures=0.1)
+    torch.testing.assert_close(one, recipes.drifting(generated, positives, temperatures=(0.1,)))
+
+
 @pytest.mark.slow
 def test_compile():
     samples, weights = problem()
@@ -141,6 +166,7 @@ def test_compile():
     ("options", "sentence"),
     [
         ({"temperatures": ()}, "temperatures must hold at least one value, got none"),
+        ({"temperatures": -1.0}, "every one of temperatures must be greater than 0, got -1"),
         ({"temperatures": (0.1, -1.0)}, "every one of temperatures must be greater than 0, got -1"),
         ({"negatives_weights": torch.ones(5, 4)}, "negatives_weights must be None without negatives, got weights"),
         ({"generated_weights": torch.ones(5, 4)}, r"generated_weights must have one value for each row of generated, shape \(5, 8\)"),

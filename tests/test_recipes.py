@@ -559,6 +559,13 @@ def test_errors_of_irdm():
         recipes.irdm(x, mean, normalize=True)
     with pytest.raises(TypeError, match="reference must be a KernelMean or several, got Tensor"):
         recipes.irdm(x, y)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got float"):
+        recipes.irdm(1.0, mean)
+    with pytest.raises(ValueError, match="x must hold at least one sample, got none"):
+        recipes.irdm([], [])
+    with pytest.raises(ValueError, match="weights must hold at least one value, got none"):
+        recipes.irdm(x, mean, weights=[])
+    assert recipes.irdm(x, mean, weights=2.0) == recipes.irdm(x, mean, weights=[2.0])
 
 
 @pytest.mark.parametrize("weights", [None, (0.3, 1.7, 0.0)])
