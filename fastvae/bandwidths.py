@@ -59,6 +59,7 @@ def median_bandwidth(
 
     Source: Gretton et al. 2012, "A kernel two-sample test", section 8; the convention is that of alibi-detect's `sigma_median`.
     """
+    checks.flag("self_pairs", self_pairs)
     z = pooled(x, y)
     n = z.shape[1]
     total = z.shape[0] * (n * (n - 1) // 2)
@@ -98,6 +99,7 @@ def mean_bandwidth(x: Tensor, y: Tensor | None = None, *, self_pairs: bool = Fal
     Source: Long et al. 2015, "Learning transferable features with deep adaptation networks", section 4, with n²; alibi-detect's
     `sigma_mean`, with n² − n.
     """
+    checks.flag("self_pairs", self_pairs)
     z = pooled(x, y).double()
     for _ in range(2):
         # Twice, as the first mean is rounded if z is far from the origin.

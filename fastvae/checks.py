@@ -66,7 +66,8 @@ def kernel(value: object) -> Kernel:
             if type(term.kernel) not in (Linear, *map(type, KERNEL_NAMES.values())):
                 name = type(term.kernel).__name__
                 raise ValueError(f"kernel must be one of the classes of fastvae.radial, which the backends know, got {name}")
-        return value
+        # 1 * RBF() is RBF().
+        return value.terms[0].kernel if isinstance(value, Sum) and value.terms == terms_of(value.terms[0].kernel) else value
     if not isinstance(value, str):
         raise TypeError(f"kernel must be a name or a fastvae.radial.Kernel, got {type(value).__name__}")
     option("kernel", value, KERNEL_NAMES)
@@ -255,6 +256,12 @@ def quadrature(num_points: Any, t_max: Any, t_min: Any) -> tuple[int, float, flo
     if t_min not in (0, -t_max):
         raise ValueError(f"t_min must be 0 or -t_max, here {-t_max:g}, got {t_min:g}")
     return num_points, t_max, t_min
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        received = repr(value) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+        raise TypeError(f"{name} must be True or False, got {received}")
 
 
 def generator(value: object) -> None:
@@ -580,12 +587,20 @@ def own_kernel(bandwidth: object, bandwidth_weights: object, kernel: object, y_w
             raise ValueError(f"{name} must be left out where y is a KernelMean, which has its own, got {value!r}")
 
 
-def random_features(family: Kernel, known: bool, weights: Sequence[float]) -> None:
-    if not known:
-        names = "'rbf', 'imq', 'rational_quadratic' or 'laplace'"
-        raise ValueError(f"kernel must be {names} for random features, got {family.name!r}: use NystromFeatures or all pairs")
+def random_features(family: Kernel, weights: Sequence[float], otherwise: str = "use NystromFeatures or all pairs") -> None:
+    """A kernel with a spectral density, and a sum of such with weights that are not negative."""
+    for weight, part, _ in terms_of(family):
+        if not part.radial or part.homogeneous:
+            names = ", ".join(repr(name) for name, kernel in KERNEL_NAMES.items() if kernel.radial and not kernel.homogeneous)
+            raise ValueError(f"kernel must be one of {names}, or a sum of these, for random features, got {family.name!r}: {otherwise}")
+        if weight < 0:
+            raise ValueError(f"the weight of a kernel must be at least 0 for random features, got {weight:g}")
+    _positive_weights(weights, "random features")
+
+
+def _positive_weights(weights: Sequence[float], needed_for: str) -> None:
     if min(weights) < 0:
-        raise ValueError(f"bandwidth_weights must be at least 0 for random features, got {min(weights):g}")
+        raise ValueError(f"bandwidth_weights must be at least 0 for {needed_for}, got {min(weights):g}")
 
 
 def without_features(features: object, aggregate: object, backend: object, precision: object) -> None:
@@ -595,10 +610,13 @@ def without_features(features: object, aggregate: object, backend: object, preci
             raise ValueError(f"{name} must be None for method={features!r}, got {value!r}")
 
 
-def positive_definite_kernel(family: Kernel) -> None:
-    terms = family.terms if isinstance(family, Sum) else [(1.0, family, 1.0)]
-    if any(part.homogeneous or weight < 0 for weight, part, _ in terms):
+def positive_definite_kernel(family: Kernel, weights: Sequence[float]) -> None:
+    terms = terms_of(family)
+    if any(part.homogeneous or weight < 0 for weight, part, _ in terms) or not any(weight for weight, _, _ in terms):
         raise ValueError(f"kernel must be positive definite for the Nyström approximation, got {family.name!r}: use all rows")
+    _positive_weights(weights, "the Nyström approximation")
+    if not max(weights):
+        raise ValueError("bandwidth_weights must hold a number greater than 0 for the Nyström approximation, got zeros")
 
 
 def positive_definite(holds: bool, ridge: float) -> None:
@@ -653,6 +671,15 @@ def installed(module: str, package: str, caller: str, extra: str, otherwise: str
 def file_format(path: object, found: object, expected: str) -> None:
     if found != expected:
         raise ValueError(f"{path} must be a file that {expected.partition('.')[2]}.save wrote, got {found or 'a file of another kind'}")
+
+
+def state_of_kernel(own: Sequence[Any], given: Sequence[Any]) -> None:
+    """The name, parameters, bandwidths and weights of the kernel of a KernelMean and of a state that it loads."""
+    if own != given:
+        expected, received = (
+            f"kernel {name!r} with parameters {parameters}, bandwidths {h} and weights {a}" for name, parameters, h, a in (own, given)
+        )
+        raise ValueError(f"the state must be of a KernelMean of {expected}, got one of {received}: use KernelMean.load")
 
 
 def known_groups(num_groups: int | None) -> None:

@@ -63,6 +63,7 @@ def log_kernel_density(
 
     Source: Silverman 1986, "Density estimation for statistics and data analysis", section 4.2.
     """
+    checks.flag("normalized", normalized)
     x, y = _autocast(x), _autocast(y)
     checks.samples(x, y, batched=True)
     others = bandwidth_weights, y_weights, precision, backend

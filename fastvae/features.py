@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae import checks
 from fastvae.dispatch import accumulation_dtype
 from fastvae.kernel_sums import stable_mean
-from fastvae.radial import RBF, Kernel, Laplace, RationalQuadratic
+from fastvae.radial import Kernel, Laplace, Matern32, Matern52, RationalQuadratic, terms_of
 
 # Numbers of a block of features, 32 MiB in float32.
 _BLOCK = 1 << 23
@@ -28,14 +28,18 @@ class RandomFeatures:
 
         k(x, y) ≈ mean over ω of cos(ω·(x − y)),   ω ~ the spectral density of k
 
-    The approximation is unbiased, with a standard deviation of at most 1/√count for each pair of rows. MMD² is the mean over ω of the
-    squared distance between the characteristic functions of two samples, so its standard error is the standard deviation of these over ω
-    divided by √count: about 1/√count of MMD² itself, √(2/count) where k is wide, and more where few ω see the difference.
+    The approximation is unbiased, with a standard deviation of at most √(Σ a_b²/count) for each pair of rows, a_b the weight of bandwidth
+    b: 1/√count for one bandwidth. MMD² is the mean over ω of the squared distance between the characteristic functions of two samples, so
+    for one bandwidth its standard error is the standard deviation of these over ω divided by √count: about 1/√count of MMD² itself,
+    √(2/count) where k is wide, and more where few ω see the difference.
+
+    Kernels: "rbf", "imq", "rational_quadratic", "laplace", "matern32", "matern52" and sums of these, with weights of at least 0.
 
     Args:
-        count: The number of frequencies, each of which has a cosine and a sine, for each bandwidth.
+        count: The number of frequencies, each of which has a cosine and a sine, for each bandwidth and each kernel of a sum.
 
-    Source: Rahimi and Recht 2007, "Random features for large-scale kernel machines".
+    Source: Rahimi and Recht 2007, "Random features for large-scale kernel machines"; Rasmussen and Williams 2006, "Gaussian processes for
+    machine learning", equation 4.15, for Matérn kernels.
     """
 
     count: int = 1024
@@ -52,21 +56,30 @@ class RandomFeatures:
 
     def waves(self, dim: int, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> Waves:
         """The map itself for rows of `dim` features, on the CPU and in float64."""
-        given, (family, factor) = family, family.canonical()
-        checks.random_features(given, isinstance(family, (RBF, Laplace, RationalQuadratic)), a)
-        frequencies = []
-        for width in h:
-            normal = _normal(dim * self.count, generator).view(dim, self.count) / (factor * width)
-            if isinstance(family, RationalQuadratic):
-                # A mixture of RBF kernels: 1/h² has a gamma distribution.
-                alphas = torch.full((self.count,), float(family.alpha), dtype=torch.float64, device="cpu")
-                normal *= torch._standard_gamma(alphas, generator=generator).div(family.alpha).sqrt()
-            elif isinstance(family, Laplace):
-                # Its spectral density is that of a multivariate Cauchy distribution.
-                normal /= _normal(self.count, generator).abs()
-            frequencies.append(normal)
-        scales = torch.tensor(a, dtype=torch.float64, device="cpu").div(self.count).sqrt()
-        return Waves(torch.cat(frequencies, 1), scales.repeat_interleave(self.count))
+        checks.random_features(family, a)
+        frequencies, scales = [], []
+        for weight, given, scale in terms_of(family):
+            kernel, factor = given.canonical()
+            for width, share in zip(h, a, strict=True):
+                normal = _normal(dim * self.count, generator).view(dim, self.count) / (factor * scale * width)
+                if isinstance(kernel, RationalQuadratic):
+                    # A mixture of RBF kernels: 1/h² has a gamma distribution.
+                    normal *= self._gamma(kernel.alpha, generator).sqrt()
+                elif isinstance(kernel, Laplace):
+                    # Its spectral density is that of a multivariate Cauchy distribution.
+                    normal /= _normal(self.count, generator).abs()
+                elif isinstance(kernel, (Matern32, Matern52)):
+                    # Student's distribution of 2ν degrees of freedom; Laplace is ν = ½.
+                    normal /= self._gamma(1.5 if isinstance(kernel, Matern32) else 2.5, generator).sqrt()
+                frequencies.append(normal)
+                scales.append(weight * share)
+        factors = torch.tensor(scales, dtype=torch.float64, device="cpu").div(self.count).sqrt()
+        return Waves(torch.cat(frequencies, 1), factors.repeat_interleave(self.count))
+
+    def _gamma(self, shape: float, generator: torch.Generator | None) -> Tensor:
+        """Numbers with a gamma distribution of mean 1."""
+        shapes = torch.full((self.count,), float(shape), dtype=torch.float64, device="cpu")
+        return torch._standard_gamma(shapes, generator=generator).div(shape)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class NystromFeatures:
 
     def of(self, z: Tensor, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> FeatureMap:
         """A map with landmarks from the rows of z (N, D), by random numbers of a CPU generator."""
-        checks.positive_definite_kernel(family)
+        checks.positive_definite_kernel(family, a)
         order = torch.randperm(len(z), generator=generator, device="cpu")[: self.landmarks]
         points = z[order.to(z.device)].double()
         k = kernel_matrix(points, points, family, h, a)

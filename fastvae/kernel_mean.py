@@ -44,7 +44,8 @@ class KernelMean(nn.Module):
         loss = fastvae.mmd(x, reference)  # in each step, in time O(N·(N + landmarks)·D)
 
     The module has no parameters. Its buffers move with a model that holds it and are in its `state_dict`; `half()` and other casts leave
-    their dtypes as they are. The kernel and its bandwidths are not in the `state_dict`, but in the file that `save` writes.
+    their dtypes as they are. The `state_dict` also names the kernel and its bandwidths: `load_state_dict` into a module with others is an
+    error. `load` makes the module from a file that `save` wrote.
 
     Args:
         points: z, (M, D), floating point; kept in float64 if they are float64, else in float32.
@@ -120,7 +121,7 @@ class KernelMean(nn.Module):
 
         The attribute `error` is ‖Σ_m α_m·k(z_m, ·) − μ‖² in the space of the kernel: MMD² between the sample and its compression. The
         difference between `mmd(x, kernel_mean)` and `mmd(x, r)` is at most 2·√error·√(mean k(x, x')), and for ridge → 0 at most
-        2·√error·MMD(x, r) + 2·error. All but `norm` is computed in float64.
+        2·√error·MMD(x, r) + 2·error. `error` is at least 0. All but `norm` is computed in float64.
 
         Args:
             pool: r, (R, D), floating point. Or batches (n, D) of it, for a pool that does not fit in memory: an iterable that is iterated
@@ -162,7 +163,7 @@ class KernelMean(nn.Module):
         else:
             checks.points("landmarks", given)
         if method == "nystrom":
-            checks.positive_definite_kernel(family)
+            checks.positive_definite_kernel(family, _numbers(a))
         checks.real("ridge", ridge, above=0)
         sizes = [checks.integer("kmeans_rows", kmeans_rows, at_least=1) if method == "nystrom" and given is None else 1]
         sizes += [_ROWS_OF_A_RULE] * (rule is not None)
@@ -213,7 +214,9 @@ class KernelMean(nn.Module):
         checks.positive_definite(not failed, ridge)
         alpha = torch.cholesky_solve(mu[:, None], factor)[:, 0]
         norm = _norm(drawn, norm_rows, family, h, a)
-        return cls(points, alpha, norm=norm, error=norm - 2 * alpha @ mu + alpha @ k @ alpha, **options)
+        # Below 0 by the rounding of `norm` or, with fewer rows than the pool has, by its error.
+        error = (norm - 2 * alpha @ mu + alpha @ k @ alpha).clamp(min=0)
+        return cls(points, alpha, norm=norm, error=error, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """The embedding at x (N, D), Σ_m α_m·k(z_m, x_i), shape (N,): a density up to a factor if k is one."""
@@ -238,7 +241,7 @@ class KernelMean(nn.Module):
         for name in ("bandwidth", "bandwidth_weights"):
             metadata[name] = json.dumps(getattr(self, name))
         metadata["parameters"] = json.dumps(self.kernel.parameters)
-        save_file({name: t.cpu().contiguous() for name, t in self.state_dict().items()}, os.fspath(path), metadata)
+        save_file({name: t.cpu().contiguous() for name, t in self.named_buffers()}, os.fspath(path), metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> KernelMean:
@@ -261,6 +264,20 @@ class KernelMean(nn.Module):
             return KernelMean(**tensors, kernel=kernel_of(metadata["kernel"], json.loads(metadata["parameters"])), **numbers)
         except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be a file that KernelMean.save wrote, got another file ({error})") from error
+
+    def get_extra_state(self) -> Tensor:
+        """The kernel and its bandwidths as text, in a tensor, since files of safetensors hold no others."""
+        kernel = [self.kernel.name, self.kernel.parameters, self.bandwidth, self.bandwidth_weights]
+        return torch.tensor(list(json.dumps(kernel).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: `load_state_dict` has compared it."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(state, Tensor):
+            checks.state_of_kernel(*(json.loads(bytes(t.tolist())) for t in (self.get_extra_state(), state)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         widths = ", ".join(f"{h:.4g}" for h in self.bandwidth)

@@ -81,6 +81,7 @@ class SIGReg(GroupModule):
         super().__init__()
         checks.integer("num_slices", num_slices, at_least=1)
         checks.quadrature(num_points, t_max, t_min)
+        checks.flag("scale_by_n", scale_by_n)
         checks.option("precision", precision, checks.PRECISIONS)
         checks.option("backend", backend, checks.BACKENDS)
         self.num_slices = num_slices

@@ -15,7 +15,7 @@ from fastvae import checks, recipes
 from fastvae.dispatch import accumulation_dtype
 from fastvae.features import RandomFeatures, Waves
 from fastvae.functional import mmd
-from fastvae.radial import Kernel, Polynomial
+from fastvae.radial import Kernel, Polynomial, terms_of
 
 try:
     from torchmetrics import Metric
@@ -43,7 +43,7 @@ class _EmbeddingMetric(Metric):
 
     def __init__(self, *, reset_real_features: bool = True, backend: checks.Backend | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        checks.option("reset_real_features", reset_real_features, (True, False))
+        checks.flag("reset_real_features", reset_real_features)
         checks.option("backend", backend, checks.BACKENDS)
         self.reset_real_features = reset_real_features
         self.backend = backend
@@ -60,7 +60,7 @@ class _EmbeddingMetric(Metric):
     def update(self, embeddings: Tensor, real: bool) -> None:
         """Adds a batch of embeddings (N, D), floating point, of real data (`real=True`) or of generated data."""
         checks.points("embeddings", embeddings)
-        checks.option("real", real, (True, False))
+        checks.flag("real", real)
         for features in (self.real_features, self.fake_features):
             if isinstance(features, list) and features:
                 checks.same_features("embeddings", embeddings, "the embeddings so far", features[0])
@@ -115,8 +115,9 @@ class _MMDMetric(_EmbeddingMetric):
         if features is not None:
             checks.instance("features", features, RandomFeatures)
             checks.no_rule(bandwidth, "with features")
+            checks.random_features(self.family, tuple(self.numbers[1]), "leave features out")
             # In the place of the embeddings.
-            sums = torch.zeros(2, 2 * features.count * len(self.numbers[0]), dtype=torch.float64)
+            sums = torch.zeros(2, 2 * features.count * len(terms_of(self.family)) * len(self.numbers[0]), dtype=torch.float64)
             self.add_state("feature_sums", sums, dist_reduce_fx="sum")
 
     def prepared(self, embeddings: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ class _MMDMetric(_EmbeddingMetric):
             super().update(embeddings, real)
             return
         checks.points("embeddings", embeddings)
-        checks.option("real", real, (True, False))
-        if self.waves is None:
+        checks.flag("real", real)
+        if self.waves is None or (embeddings.shape[1] != len(self.waves.frequencies) and not self.counts[:2].any()):
             h, a = (tuple(numbers) for numbers in self.numbers)
             generator = torch.Generator("cpu").manual_seed(self.seed)
             self.waves = self.features.waves(embeddings.shape[1], self.family, h, a, generator)
@@ -160,7 +161,13 @@ class _MMDMetric(_EmbeddingMetric):
         if self.estimator == "unbiased":
             checks.two_embeddings(int(counts.min()))
             squares = self.feature_sums.square().sum(1)
-            value = value + ((squares - counts * sum(self.numbers[1])) / (counts * (counts - 1)) - squares / counts.square()).sum()
+            value = (
+                value
+                + (
+                    (squares - counts * self.family.value_at_zero * sum(self.numbers[1])) / (counts * (counts - 1))
+                    - squares / counts.square()
+                ).sum()
+            )
         return value.float()
 
 
@@ -255,6 +262,7 @@ class CMMD(_MMDMetric):
         self.sigma = checks.real("sigma", sigma, above=0)
         super().__init__(sigma, features=features, seed=seed, reset_real_features=reset_real_features, backend=backend, **kwargs)
         self.scale = checks.real("scale", scale)
+        checks.flag("normalize", normalize)
         self.normalize = normalize
 
     def prepared(self, embeddings: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class Gaussian(Likelihood):
 
     def __init__(self, sigma: float = 1.0, *, learned: bool = False, optimal: bool = False, least_sigma: float = math.exp(-6)) -> None:
         super().__init__()
+        checks.flag("learned", learned)
+        checks.flag("optimal", optimal)
         if learned and optimal:
             raise ValueError("optimal must be False if learned is True, got True: choose one")
         log_sigma = math.log(checks.real("sigma", sigma, above=0))
@@ -463,6 +465,7 @@ class VAEObjective(GroupModule):
         Raises:
             ValueError: A KL weight with a deterministic posterior, or an MMD of one row with the unbiased estimator.
         """
+        checks.flag("all_terms", all_terms)
         x = _prepared(output, x)
         if self.process_group is None and isinstance(output.likelihood, Likelihood):
             reconstruction = -output.likelihood.mean_log_prob(output.reconstruction, x)
@@ -607,6 +610,7 @@ class ImportanceWeighted(VAEObjective):
         Raises:
             ValueError: A deterministic posterior, or an output with another number of codes for each sample.
         """
+        checks.flag("all_terms", all_terms)
         mu, logvar, z = output.mu, output.logvar, output.z
         if logvar is None or output.kl is None:
             raise ValueError("posterior must be 'gaussian' for the importance-weighted bound, got a deterministic one")

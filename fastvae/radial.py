@@ -77,16 +77,26 @@ class Kernel:
     def __add__(self, other: Any) -> Sum:
         return Sum(terms_of(self) + terms_of(other)) if isinstance(other, Kernel) else NotImplemented
 
+    def __radd__(self, other: Any) -> Kernel:
+        # sum([RBF(), Laplace()]) begins with 0.
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def __mul__(self, weight: Any) -> Sum:
-        _check_parameter("the weight of a kernel", weight, "a finite number", lambda weight: True)
-        return Sum(tuple(term._replace(weight=weight * term.weight) for term in terms_of(self)))
+        _check_parameter("the weight of a kernel", weight, "a finite number")
+        terms = tuple(term._replace(weight=weight * term.weight) for term in terms_of(self))
+        for term in terms:
+            _check_parameter("the product of the weights of a kernel", term.weight, "a finite number")
+        return Sum(terms)
 
     __rmul__ = __mul__
 
     def scaled(self, factor: float) -> Sum:
         """This kernel with bandwidth `factor`·h: RBF() + Laplace().scaled(2) is exp(−d²/(2h²)) + exp(−d/(2h))."""
         _check_parameter("factor", factor, "between 1e-6 and 1e6", lambda factor: 1e-6 <= factor <= 1e6)
-        return Sum(tuple(term._replace(scale=factor * term.scale) for term in terms_of(self)))
+        terms = tuple(term._replace(scale=factor * term.scale) for term in terms_of(self))
+        for term in terms:
+            _check_parameter("the product of factors", term.scale, "between 1e-6 and 1e6", lambda factor: 1e-6 <= factor <= 1e6)
+        return Sum(terms)
 
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         """The family's numbers among the arguments of a Triton kernel, from bandwidths and weights (B,), widest first."""
@@ -106,7 +116,7 @@ def terms_of(kernel: Kernel) -> tuple[Term, ...]:
     return kernel.terms if isinstance(kernel, Sum) else (Term(1.0, kernel, 1.0),)
 
 
-def _check_parameter(name: str, value: Any, rule: str, holds: Any) -> None:
+def _check_parameter(name: str, value: Any, rule: str, holds: Any = lambda value: True) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 

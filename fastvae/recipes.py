@@ -261,6 +261,7 @@ def dan(
     Source: github.com/thuml/Transfer-Learning-Library, tllib/alignment/dan.py and tllib/modules/kernels.py; Long et al. 2015.
     """
     x, y = _samples(x, y, "this recipe")
+    checks.flag("linear", linear)
     width = _of_data(mean_bandwidth(x, y, self_pairs=True))
     h = torch.stack([width * math.sqrt(2 * alpha) for alpha in checks.positive_numbers("alphas", alphas)])
     if linear:
@@ -374,6 +375,7 @@ def mmd_gan(
 
     Source: github.com/OctoberChang/MMD-GAN, mmd.py; Li et al. 2017, "MMD GAN".
     """
+    checks.flag("biased", biased)
     x, y = _samples(x, y, biased=biased)
     value = mmd(x, y, bandwidth=checks.positive_numbers("sigmas", sigmas), estimator="biased" if biased else "unbiased", **options)
     # The derivative of the root at 0 is infinite, but relu's backward pass masks it and does not multiply.
@@ -390,6 +392,7 @@ def mmd_gan_mix(
 
     Source: github.com/mbinkowski/MMD-GAN, gan/core/mmd.py; Bińkowski et al. 2018, "Demystifying MMD GANs".
     """
+    checks.flag("biased", biased)
     x, y = _samples(x, y, biased=biased)
     kernels: list[Kernel] = [RationalQuadratic(alpha) for alpha in checks.positive_numbers("alphas", alphas)]
     if checks.real("dot", dot, at_least=0):
@@ -410,6 +413,7 @@ def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, no
     Source: github.com/google-research/google-research, cmmd/distance.py; Jayasumana et al. 2024, "Rethinking FID".
     """
     x, y = _samples(x, y, biased=True)
+    checks.flag("normalize", normalize)
     if normalize:
         x, y = (torch.nn.functional.normalize(t.to(accumulation_dtype(t.dtype)), dim=1) for t in (x, y))
     return checks.real("scale", scale) * mmd(x, y, bandwidth=checks.real("sigma", sigma, above=0), **options)
@@ -548,6 +552,7 @@ def mmdagg(
     Source: github.com/antoninschrab/mmdagg; Schrab et al. 2023, "MMD aggregated two-sample test".
     """
     x, y = _samples(x, y)
+    checks.flag("permutations_same_sample_size", permutations_same_sample_size)
     family, factor = _schrab_kernel(kernel, _MMDAGG)
     lambdas: list[Any]
     if bandwidths is None:

@@ -77,6 +77,7 @@ def sigreg(
         dtype = accumulation_dtype(z.dtype)
         checks.usable_backend(backend, z.device)
         checks.option("precision", precision, checks.PRECISIONS)
+        checks.flag("scale_by_n", scale_by_n)
         num_points, t_max, t_min = checks.quadrature(num_points, t_max, t_min)
         if process_group is not None:
             checks.process_group(process_group)

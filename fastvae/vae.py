@@ -230,6 +230,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor, *, prepared: bool = False) -> tuple[Tensor, Tensor | None]:
         """(mu, logvar), each (N, latent_dim) or (N, C, H, W); logvar is None for a deterministic posterior. `prepared` as in `forward`."""
+        checks.flag("prepared", prepared)
         code = self.encoder(x if prepared else self._prepared(x))
         if self.posterior == "deterministic":
             _check_code("a deterministic encoder's result", code, self.latent_shape)
@@ -382,6 +383,7 @@ class VAE(nn.Module):
         Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders".
         """
         checks.integer("chunk", chunk, at_least=1)
+        checks.flag("prepared", prepared)
         volume = 0.0 if prepared or self.preparation is None else self.preparation.scale.log().sum().item()
         x = x if prepared else self._prepared(x)
         mu, logvar = self.encode(x, prepared=True)

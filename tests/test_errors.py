@@ -432,7 +432,7 @@ def arguments():
                 continue
             methods = vars(item).values() if inspect.isclass(item) else [item]
             for function in (getattr(method, "__func__", method) for method in methods):
-                if inspect.isfunction(function):
+                if inspect.isfunction(function) and (function.__name__ == "__init__" or not function.__name__.startswith("_")):
                     for argument, annotation in inspect.get_annotations(function).items():
                         if argument != "return":
                             yield f"{name}, {function.__name__}({argument})", str(annotation)
@@ -445,6 +445,41 @@ def test_types_list_the_options():
     free = {where for where, annotation in found.items() if re.search(r"(?<!dict\[)\bstr\b", annotation)}
     paths = {"VAE, save_pretrained(folder)", "VAE, from_pretrained(folder)", "KernelMean, save(path)", "KernelMean, load(path)"}
     assert free == paths
+
+
+VAE = fastvae.VAE.mlp(3, latent_dim=2, hidden=(4,))
+FLAGS = {
+    "DiagonalGaussianDistribution, __init__(deterministic)": lambda flag: fastvae.DiagonalGaussianDistribution(X[:, :2], flag),
+    "Gaussian, __init__(learned)": lambda flag: fastvae.Gaussian(learned=flag),
+    "Gaussian, __init__(optimal)": lambda flag: fastvae.Gaussian(optimal=flag),
+    "ImportanceWeighted, forward(all_terms)": lambda flag: fastvae.VAEObjective.iwae(2)(VAE(X, samples=2), X, all_terms=flag),
+    "SIGReg, __init__(scale_by_n)": lambda flag: fastvae.SIGReg(scale_by_n=flag),
+    "VAE, encode(prepared)": lambda flag: VAE.encode(X, prepared=flag),
+    "VAE, forward(prepared)": lambda flag: VAE(X, prepared=flag),
+    "VAE, log_likelihood(prepared)": lambda flag: VAE.log_likelihood(X, prepared=flag),
+    "VAEObjective, forward(all_terms)": lambda flag: fastvae.VAEObjective.vae()(VAE(X), X, all_terms=flag),
+    "cmmd, cmmd(normalize)": lambda flag: recipes.cmmd(X, Y, normalize=flag),
+    "dan, dan(linear)": lambda flag: recipes.dan(X, X, linear=flag),
+    "log_kernel_density, log_kernel_density(normalized)": lambda flag: fastvae.log_kernel_density(X, Y, normalized=flag),
+    "mean_bandwidth, mean_bandwidth(self_pairs)": lambda flag: fastvae.mean_bandwidth(X, self_pairs=flag),
+    "median_bandwidth, median_bandwidth(self_pairs)": lambda flag: fastvae.median_bandwidth(X, self_pairs=flag),
+    "mmd_gan, mmd_gan(biased)": lambda flag: recipes.mmd_gan(X, Y, biased=flag),
+    "mmd_gan_mix, mmd_gan_mix(biased)": lambda flag: recipes.mmd_gan_mix(X, Y, biased=flag),
+    "mmdagg, mmdagg(permutations_same_sample_size)": lambda flag: recipes.mmdagg(X, Y, permutations_same_sample_size=flag),
+    "sigreg, sigreg(scale_by_n)": lambda flag: fastvae.sigreg(X, scale_by_n=flag),
+}
+
+
+def test_each_flag_is_tested():
+    assert {where for where, annotation in arguments() if annotation == "bool"} == set(FLAGS)
+
+
+@pytest.mark.parametrize("where", FLAGS)
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_flags(where, value):
+    name = where[:-1].partition("(")[2]
+    with pytest.raises(TypeError, match=f"{name} must be "):
+        FLAGS[where](value)
 
 
 def test_names_of_kernels():

@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 import fastvae
 from fastvae import NystromFeatures, RandomFeatures, two_sample_test
 from fastvae.metrics import CMMD, MMD
-from fastvae.radial import Polynomial, RationalQuadratic
+from fastvae.radial import RBF, Energy, Laplace, Matern32, Polynomial, RationalQuadratic, terms_of
 from fastvae.reference.mmd import kernel_matrix
 from tests.cases import DEVICE
 from tests.ranks import run_on_ranks
@@ -23,18 +23,20 @@ def rows(n, seed, scale=1.0, shift=0.0, features=3, dtype=torch.float64):
 
 X, Y = rows(60, 1), rows(45, 2, 1.2, 0.4)
 WIDTHS, WEIGHTS = (0.8, 2.0), (1.0, 0.5)
-RADIAL = ["rbf", "laplace", "imq", "rational_quadratic", RationalQuadratic(0.5), RationalQuadratic(3.0)]
+RADIAL = ["rbf", "laplace", "imq", "rational_quadratic", "matern32", "matern52", RationalQuadratic(0.5), RationalQuadratic(3.0)]
+SUMS = [RBF().scaled(2), 1 * RBF(), RBF() + 0.5 * Matern32().scaled(0.7), 2 * Laplace().scaled(1.5)]
 
 
-@pytest.mark.parametrize("kernel", RADIAL, ids=str)
+@pytest.mark.parametrize("kernel", [*RADIAL, *SUMS], ids=str)
 def test_random_features_approximate_the_kernel(kernel):
     """Each pair to five standard deviations of the mean over frequencies."""
     family, count = fastvae.checks.kernel(kernel), 40_000
     waves = RandomFeatures(count).waves(3, family, WIDTHS, WEIGHTS, torch.Generator().manual_seed(0))
     x, y = X[:9].cpu(), Y[:8].cpu()
     exact = kernel_matrix(x, y, torch.tensor(WIDTHS, dtype=x.dtype), torch.tensor(WEIGHTS, dtype=x.dtype), family)
-    assert (waves(x) @ waves(y).T - exact).abs().max() < 5 * sum(WEIGHTS) / math.sqrt(count)
-    torch.testing.assert_close(waves(x).square().sum(1), torch.full_like(x[:, 0], sum(WEIGHTS)))
+    squares = sum(weight**2 for weight, _, _ in terms_of(family)) * sum(a * a for a in WEIGHTS)
+    assert (waves(x) @ waves(y).T - exact).abs().max() < 5 * math.sqrt(squares / count)
+    torch.testing.assert_close(waves(x).square().sum(1), torch.full_like(x[:, 0], family.value_at_zero * sum(WEIGHTS)))
 
 
 @pytest.mark.parametrize("kernel", ["rbf", "laplace", Polynomial(2, 0.5)], ids=str)
@@ -137,15 +139,27 @@ def test_a_nan_is_no_p_value():
         (
             {"kernel": "polynomial"},
             ValueError,
-            "kernel must be 'rbf', 'imq', 'rational_quadratic' or 'laplace' for random features, got 'polynomial'",
+            "'matern52', 'gaussian', or a sum of these, for random features, got 'polynomial': use NystromFeatures or all pairs",
         ),
         (
             {"kernel": "energy"},
             ValueError,
-            "kernel must be 'rbf', 'imq', 'rational_quadratic' or 'laplace' for random features, got 'energy'",
+            "'matern52', 'gaussian', or a sum of these, for random features, got 'energy': use NystromFeatures or all pairs",
         ),
         ({"kernel": "energy", "method": NystromFeatures()}, ValueError, "kernel must be positive definite for the Nyström approximation"),
         ({"bandwidth": [1.0], "bandwidth_weights": [-1.0]}, ValueError, "bandwidth_weights must be at least 0 for random features, got -1"),
+        (
+            {"bandwidth_weights": [-1.0], "method": NystromFeatures()},
+            ValueError,
+            "bandwidth_weights must be at least 0 for the Nyström approximation, got -1",
+        ),
+        (
+            {"bandwidth_weights": [0.0], "method": NystromFeatures()},
+            ValueError,
+            "bandwidth_weights must hold a number greater than 0 for the Nyström approximation, got zeros",
+        ),
+        ({"kernel": -1 * RBF()}, ValueError, "the weight of a kernel must be at least 0 for random features, got -1"),
+        ({"kernel": 0 * RBF(), "method": NystromFeatures()}, ValueError, "kernel must be positive definite for the Nyström approximation"),
         ({"aggregate": "fuse"}, ValueError, r"aggregate must be None for method=RandomFeatures\(count=8\), got 'fuse'"),
         ({"backend": "cpu"}, ValueError, r"backend must be None for method=RandomFeatures\(count=8\), got 'cpu'"),
         ({"method": "random_features"}, ValueError, "method must be one of 'permutation', 'wild_bootstrap', got 'random_features'"),
@@ -214,6 +228,25 @@ def test_a_metric_of_features_resets_copies_and_shares():
         torch.testing.assert_close(several[name], expected)
 
 
+def test_a_metric_of_features_takes_others_after_a_reset():
+    metric = feed(MMD(2.0, features=RandomFeatures(50), seed=1), X.cpu(), Y.cpu())
+    value = metric.compute()
+    metric.reset()
+    feed(metric, X.cpu()[:, :2], Y.cpu()[:, :2])
+    torch.testing.assert_close(
+        metric.compute(), feed(MMD(2.0, features=RandomFeatures(50), seed=1), X.cpu()[:, :2], Y.cpu()[:, :2]).compute()
+    )
+    metric.reset()
+    assert feed(metric, X.cpu(), Y.cpu()).compute() == value
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_a_metric_of_a_sum(estimator):
+    options = {"bandwidth": WIDTHS, "bandwidth_weights": WEIGHTS, "estimator": estimator, "kernel": 2 * RBF() + 0.5 * Laplace().scaled(2)}
+    found = feed(MMD(**options, features=RandomFeatures(20_000)).to(DEVICE), X, Y)
+    torch.testing.assert_close(found.compute().double(), fastvae.mmd(X, Y, **options), rtol=0.1, atol=1e-3)
+
+
 def test_errors_of_metrics():
     for make, error, sentence in (
         (
@@ -227,10 +260,12 @@ def test_errors_of_metrics():
         (lambda: feed(MMD(estimator="unbiased", features=RandomFeatures(5)), X[:1].cpu(), Y.cpu()).compute(), ValueError, "at least two"),
         (lambda: feed(MMD(features=RandomFeatures(5)), X.cpu(), Y[:, :2].cpu()), ValueError, "must have the same number of features"),
         (
-            lambda: MMD(features=RandomFeatures(5), kernel=Polynomial(2)).update(X.cpu(), real=True),
+            lambda: MMD(features=RandomFeatures(5), kernel=Polynomial(2)),
             ValueError,
-            "for random features, got",
+            "for random features, got 'polynomial': leave features out",
         ),
+        (lambda: MMD(features=RandomFeatures(5), kernel=RBF() + Energy()), ValueError, "for random features, got 'sum:rbf"),
+        (lambda: MMD(bandwidth_weights=[-1.0], features=RandomFeatures(5)), ValueError, "must be at least 0 for random features, got -1"),
     ):
         with pytest.raises(error, match=sentence):
             make()

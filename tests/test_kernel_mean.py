@@ -299,7 +299,7 @@ def test_module():
     """Its buffers move and load with a model, and keep their dtype."""
     mean = KernelMean.fit(POOL, landmarks=LANDMARKS, bandwidth=1.5)
     model = nn.Sequential(nn.Linear(4, 4).double(), mean).half()
-    assert {t.dtype for t in mean.state_dict().values()} == {torch.float64}
+    assert {t.dtype for t in mean.buffers()} == {torch.float64}
     assert model[0].weight.dtype == torch.float16
     assert not list(mean.parameters())
     other = KernelMean.fit(POOL + 1, landmarks=LANDMARKS + 1, bandwidth=1.5)
@@ -309,6 +309,37 @@ def test_module():
     assert model.to("meta")[1].points.is_meta
     assert "12 points, 4 features" in repr(other)
     assert fastvae.MMDLoss()(X, other) == fastvae.mmd(X, other)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel": "laplace"}, {"bandwidth": 1.6}, {"bandwidth_weights": [2.0]}, {"kernel": RationalQuadratic(2.0)}],
+    ids=str,
+)
+def test_a_state_of_another_kernel(options):
+    """Refused before anything is loaded, also within a model."""
+    mean = nn.Sequential(KernelMean.fit(POOL, landmarks=LANDMARKS, bandwidth=1.5, kernel=RationalQuadratic(3.0)))
+    other = nn.Sequential(KernelMean.fit(POOL, landmarks=LANDMARKS, **{"bandwidth": 1.5, "kernel": RationalQuadratic(3.0), **options}))
+    before = fastvae.mmd(X, mean[0])
+    with pytest.raises(ValueError, match=r"the state must be of a KernelMean of kernel 'rational_quadratic' with parameters \[3\.0\]"):
+        mean.load_state_dict(other.state_dict())
+    assert fastvae.mmd(X, mean[0]) == before
+    mean.load_state_dict(copy.deepcopy(mean.state_dict()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_error_is_not_negative(seed):
+    """Of a pool in float32, whose norm has rounding errors, and of one whose norm is estimated from a few rows."""
+    pool = POOL.float()
+    assert KernelMean.fit(pool, landmarks=pool, bandwidth=1.0 + seed, ridge=1e-10).error >= 0
+    assert KernelMean.fit(pool, landmarks=pool, bandwidth=1.0, norm_rows=3, seed=seed).error >= 0
+
+
+@pytest.mark.parametrize("weights", [[1.0, -0.5], [-1.0, -2.0], torch.tensor([1.0, -0.5])], ids=str)
+def test_negative_weights_of_bandwidths(weights):
+    with pytest.raises(ValueError, match="bandwidth_weights must be at least 0 for the Nyström approximation, got -"):
+        KernelMean.fit(POOL, landmarks=LANDMARKS, bandwidth=[1.0, 2.0], bandwidth_weights=weights)
+    assert KernelMean.fit(POOL, method="all", bandwidth=[1.0, 2.0], bandwidth_weights=weights).error == 0
 
 
 def test_autocast():

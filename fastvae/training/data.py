@@ -165,6 +165,7 @@ class ImageData(LightningDataModule):
         self.image_size = None if image_size is None else checks.integer("data.image_size", image_size, at_least=1)
         if image_size is not None and (path is None or self.name in ("table", "dsprites")):
             raise ValueError(f"data.image_size must not be given for data.name {self.name!r}, whose size is fixed, got {image_size}")
+        checks.flag("data.standardise", standardise)
         self.standardise = standardise
         if self.name == "table" and binarisation == "dynamic":
             raise ValueError("data.binarisation must be none for a table, got dynamic")

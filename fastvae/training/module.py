@@ -77,6 +77,8 @@ class VAEModule(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        checks.flag("compile", compile)
+        checks.flag("channels_last", channels_last)
         if vae.posterior == "deterministic" and objective.kl_weight:
             checks.kl_of_deterministic(objective.kl_weight)
         if compile and gradient_norms_every:
