@@ -210,6 +210,7 @@ def _add_tile(
     MASKED: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The sums with those of one tile added. Differences take `row_out`, the features of the rows in the block of moments."""
+    FAMILY: tl.constexpr = SPEC.FAMILY
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     BANDWIDTHS: tl.constexpr = SPEC.BANDWIDTHS
     D: tl.constexpr = SPEC.D
@@ -218,7 +219,7 @@ def _add_tile(
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = rows.offs_n
-    exponent, col_hi, col_lo = tile_exponent(rows, operands, start_m, scale, SPEC.FAMILY, PRODUCT, D, BLOCK_M, BLOCK_K)
+    exponent, col_hi, col_lo = tile_exponent(rows, operands, start_m, scale, FAMILY, PRODUCT, D, BLOCK_M, BLOCK_K)
     column_half = tl.load(stein.half_ptr + offs_m)
     value_acc, phi_acc, slope_acc, moments = sums.value, sums.phi, sums.slope, sums.moments
     slope = exponent
@@ -260,6 +261,7 @@ def ksd_kernel(operands, tables, stein: Stein, part_sums: PartSums, swept, n, SP
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
+    FAMILY: tl.constexpr = SPEC.FAMILY
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     d_blocks: tl.constexpr = D // BLOCK_D if SPEC.GRADIENT else 1
     d_out = tl.program_id(1) % d_blocks
@@ -292,7 +294,7 @@ def ksd_kernel(operands, tables, stein: Stein, part_sums: PartSums, swept, n, SP
     if PRODUCT == DIFFERENCES and SPEC.GRADIENT:
         row_out = tl.load(operands.hi_ptr + tl.cast(start_n, tl.int64) * D + (local_n + offs_d[None, :]))
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    parameters = load_parameters(tables.table_ptr, SPEC.FAMILY, SPEC.BANDWIDTHS, PRODUCT)
+    parameters = load_parameters(tables.table_ptr, FAMILY, SPEC.BANDWIDTHS, PRODUCT)
 
     # compute: tiles of true columns without a pair of a row with itself, then, masked, the others. The last one has padding, unless the
     # columns fill it.
@@ -341,6 +343,7 @@ def ksd_finish_kernel(
 ):
     """KSD² of a problem by program 0, in float64 and a fixed order; by each other the gradient of a block of rows."""
     # where
+    FAMILY: tl.constexpr = SUM.FAMILY
     KERNELS: tl.constexpr = SUM.KERNELS
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
@@ -349,7 +352,7 @@ def ksd_finish_kernel(
     dtype: tl.constexpr = value_ptr.dtype.element_ty
     plan_ptr = tables.plan_ptr + problem * PLAN
     values = load_numbers(numbers, SUM.NUMBERS, SUM.ON_DEVICE)
-    gammas = gammas_of(values, SUM.FAMILY, KERNELS, SPEC.FEATURES)
+    gammas = gammas_of(values, FAMILY, KERNELS, SPEC.FEATURES)
     # With one bandwidth the sums lack its weight.
     weight = values[KERNELS] if KERNELS == 1 else values[KERNELS] * 0.0 + 1.0
     weights = values[KERNELS] * 0.0

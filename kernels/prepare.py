@@ -399,21 +399,27 @@ def _totals(samples, statistic_ptr, factors, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _unless_homogeneous(number, FAMILY: tl.constexpr):
-    """The number, or 0 for a homogeneous kernel, which is 0 at 0 and as exact at any bandwidth."""
-    return number * (0.0 if FAMILY.homogeneous else 1.0)
+def _unless_homogeneous(number, b: tl.constexpr, FAMILY: tl.constexpr):
+    """The number, or 0 for a homogeneous part of a sum, which is 0 at 0 and as exact at any bandwidth."""
+    PART: tl.constexpr = FAMILY.parts[b] if FAMILY.number == MIXED else FAMILY
+    if FAMILY.number == MIXED and PART.homogeneous:
+        return number * 0.0
+    else:
+        return number
 
 
 @triton.jit
 def _precision_pass(gammas, furthest, near_ptr, NEAR_BLOCKS: tl.constexpr, SUM: tl.constexpr):
     """The number of the pass that runs: the fastest whose products are exact enough."""
+    FAMILY: tl.constexpr = SUM.FAMILY
+    KERNELS: tl.constexpr = SUM.KERNELS
     precision_pass = tl.zeros([], dtype=tl.int32)
-    if SUM.FAMILY.radial:
-        narrowest = gammas[SUM.KERNELS - 1]
-        if SUM.FAMILY.number == MIXED:
+    if FAMILY.radial:
+        narrowest = gammas[KERNELS - 1]
+        if FAMILY.number == MIXED:
             narrowest = 0.0 * gammas[0]
-            for b in tl.static_range(SUM.KERNELS):
-                narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], SUM.FAMILY.parts[b]))
+            for b in tl.static_range(KERNELS):
+                narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], b, FAMILY))
         steepness = narrowest * furthest
         precision_pass = (steepness > SUM.LIMITS[0]).to(tl.int32)
         if SUM.SECOND_PRODUCT >= 0:
@@ -568,10 +574,7 @@ def _store_plan(plan_ptr, values, gammas, gamma, constants, scale, totals, UNBIA
         ratio, _ = ratios_to(gamma, gammas, b, values, FAMILY, KERNELS)
         weight = values[KERNELS + b]
         scaled_weights += weight * ratio
-        if FAMILY.number == MIXED:
-            weights += _unless_homogeneous(weight, FAMILY.parts[b])
-        else:
-            weights += weight
+        weights += _unless_homogeneous(weight, b, FAMILY)
         value_constant += constants[b] * weight
         if FAMILY.number == GAUSSIAN:
             slope_constant += constants[b] * weight * ratio

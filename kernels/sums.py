@@ -51,11 +51,12 @@ def gammas_of(values, FAMILY: tl.constexpr, KERNELS: tl.constexpr, FEATURES: tl.
 
 
 @triton.jit
-def _subtracted_constant(t, FAMILY: tl.constexpr):
-    if FAMILY.takes_distance:
+def _subtracted_constant(t, FAMILY: tl.constexpr, b: tl.constexpr):
+    PART: tl.constexpr = FAMILY.parts[b] if FAMILY.number == MIXED else FAMILY
+    if PART.takes_distance:
         t = tl.sqrt(2.0 * t)
     # φ(0) of a homogeneous kernel is 0.
-    return tl.where(t < (0.0 if FAMILY.homogeneous else _SHIFT_BELOW), 1.0, 0.0).to(tl.float64)
+    return tl.where(t < (0.0 if PART.homogeneous else _SHIFT_BELOW), 1.0, 0.0).to(tl.float64)
 
 
 @triton.jit
@@ -63,10 +64,7 @@ def subtracted_constants(spread, gammas, FAMILY: tl.constexpr, KERNELS: tl.const
     """1 for each bandwidth of which k − φ(0) is summed, else 0. `spread` is the mean squared distance of two rows."""
     constants = ()
     for b in tl.static_range(KERNELS):
-        if FAMILY.number == MIXED:
-            constants += (_subtracted_constant(gammas[b] * spread, FAMILY.parts[b]),)
-        else:
-            constants += (_subtracted_constant(gammas[b] * spread, FAMILY),)
+        constants += (_subtracted_constant(gammas[b] * spread, FAMILY, b),)
     return constants
 
 
@@ -133,13 +131,14 @@ def _evaluate_gaussians(
 
 
 @triton.jit
-def _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
-    t = (neg_distance if FAMILY.takes_distance else exponent) * ratio
-    if FAMILY.number == MATERN_32 or FAMILY.number == MATERN_52:
+def _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, b: tl.constexpr, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
+    PART: tl.constexpr = FAMILY.parts[b]
+    t = (neg_distance if PART.takes_distance else exponent) * ratio
+    if PART.number == MATERN_32 or PART.number == MATERN_52:
         # An infinite distance times k = 0 is nan.
         t = tl.where(t < -1e30, -1e30, t)
-    k, neg_dphi = phi(t, parameters, FAMILY, GRADIENT)
-    if FAMILY.takes_distance:
+    k, neg_dphi = phi(t, parameters, PART, GRADIENT)
+    if PART.takes_distance:
         neg_dphi = neg_dphi * inverse
     return k, neg_dphi
 
@@ -161,7 +160,7 @@ def _evaluate_parts(
     neg_distance = exponent * inverse
     for b in tl.static_range(BANDWIDTHS):
         ratio = _entry(table, table_ptr, b, BANDWIDTHS)
-        k, s = _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, FAMILY.parts[b], GRADIENT)
+        k, s = _evaluate_part(exponent, neg_distance, inverse, ratio, parameters, b, FAMILY, GRADIENT)
         value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
         if GRADIENT:
             neg_dphi += s * _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)

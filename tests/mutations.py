@@ -521,8 +521,8 @@ FAULTS = [
     Fault(
         "Triton: a Riesz kernel in a sum adds one on the diagonal",
         "kernels/prepare.py",
-        "            weights += _unless_homogeneous(weight, FAMILY.parts[b])\n",
-        "            weights += weight\n",
+        "        weights += _unless_homogeneous(weight, b, FAMILY)\n",
+        "        weights += weight\n",
         ("tests/test_kernel_sums.py", "-k", "triton and values"),
     ),
     Fault(
@@ -535,7 +535,7 @@ FAULTS = [
     Fault(
         "Triton: sums of narrow kernels are computed by products that the widest allows",
         "kernels/prepare.py",
-        "narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], SUM.FAMILY.parts[b]))",
+        "narrowest = tl.maximum(narrowest, _unless_homogeneous(gammas[b], b, FAMILY))",
         "narrowest = gammas[0]",
         ("tests/test_kernel_sums.py", "-k", "triton and narrow"),
     ),

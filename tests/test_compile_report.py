@@ -68,6 +68,7 @@ def compile_by(code):
 
 
 _AROUND_THE_SWEEP = """
+from benchmarks.compile_report import SUMS
 from benchmarks.sass import argument_types, compile_kernel
 from fastvae.kernels import kernel_matmul, ksd_to_normal, mmd, plan, prepare, quadratic_form
 from fastvae.kernels.families import NORMAL_PRIOR, POLYNOMIAL_DIAGONAL, family_of
@@ -102,6 +103,7 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     (Laplace(), 2, 2, True, True, False, False, NO_CLOSED_FORM, TF32X3.value, NONE),
     (Energy(), 1, 2, False, False, False, False, NO_CLOSED_FORM, BF16.value, NONE),
     (Polynomial(), 2, 2, True, True, False, False, POLYNOMIAL_DIAGONAL.value, BF16X3.value, NONE),
+    *((function, len(function.terms), 2, True, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for function in SUMS),
     *((new, 2, 2, False, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for new in KERNELS.values() if type(new) not in KNOWN),
 ):
     family = family_of(function)
