@@ -18,7 +18,7 @@ from fastvae.kernel_sums import LOG2_E, Numbers, as_vector
 from fastvae.ops.common import kernel_arguments, without_autocast
 from fastvae.ops.log_kernel_density import apply_log_kernel_density, rbf_density_of_few_rows
 from fastvae.radial import Kernel
-from fastvae.reference.log_kernel_density import log_constant
+from fastvae.reference.log_kernel_density import log_constant, weighted_logsumexp
 
 
 @float64_on_cpu
@@ -99,9 +99,10 @@ def log_kernel_density(
 
     parts = torch.stack([of_one(h[b : b + 1]) for b in range(len(h))], -1)
     with without_autocast(x.device):
-        constants = as_vector(a, x.device).log() + (0 if y_weights is not None else -math.log(m))
+        parts, factors = parts / LOG2_E, as_vector(a, x.device)
+        if y_weights is None:
+            parts = parts - math.log(m)
         if normalized:
-            constants = constants + log_constant(as_vector(h, x.device), dim)
-        parts = parts / LOG2_E + constants.to(dtype)
-        density = parts[..., 0] if len(h) == 1 else parts.logsumexp(-1)
+            parts = parts + log_constant(as_vector(h, x.device), dim).to(dtype)
+        density = parts[..., 0] + factors.log().to(dtype) if len(h) == 1 else weighted_logsumexp(parts, factors.to(dtype))
     return density.reshape(*batch, n)

@@ -176,6 +176,39 @@ def test_gradcheck(kernel):
         assert gradcheck(lambda *points, options=options: fastvae.kernel_matmul(*points, **options), (x, y, v), backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])])
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kernel", ["rbf", "laplace"])
+@pytest.mark.parametrize("h", [0.02, 1.0])
+def test_weights_of_zero(kernel, backend, streaming, h, monkeypatch):
+    """Gradients are those of log Σ_j w_j·Σ_b a_b·k_b, to a row of weight zero and a bandwidth of weight zero too."""
+    if streaming:
+        monkeypatch.setattr(small, "_PAIRS", 0)
+    x, y, _ = problem(6, 5, 2)
+    w, a = weights(y), torch.tensor([0.0, 0.7, 1.5], dtype=x.dtype, device=DEVICE)
+    w[[1, 3]] = 0
+    widths = h * torch.tensor([1.0, 30.0, 60.0], dtype=x.dtype, device=DEVICE)
+
+    def plain(x, y, w, widths, a):
+        d2 = (x[:, None] - y).square().sum(-1)[..., None]
+        k = (-d2.sqrt() / widths).exp() if kernel == "laplace" else (-0.5 * d2 / widths.square()).exp()
+        return ((k @ a) @ w).log().sum()
+
+    def fused(x, y, w, widths, a):
+        return fastvae.log_kernel_density(x, y, y_weights=w, bandwidth=widths, bandwidth_weights=a, kernel=kernel, backend=backend).sum()
+
+    for actual, exact in zip(evaluate(fused, x, y, w, widths, a), evaluate(plain, x, y, w, widths, a), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-11)
+
+
+def test_weights_below_zero_are_nan():
+    x, y, _ = problem(6, 5, 2)
+    w = weights(y)
+    for backend in ("reference", "cpu"):
+        for options in ({"y_weights": torch.where(w == w.max(), -1.0, w)}, {"bandwidth": [1.0, 2.0], "bandwidth_weights": [1.0, -1.0]}):
+            assert fastvae.log_kernel_density(x, y, backend=backend, **options).isnan().all()
+
+
 @pytest.mark.parametrize("dim", [1, 4])
 def test_is_the_density_of_scipy_and_scikit_learn(dim):
     stats, neighbors = pytest.importorskip("scipy.stats"), pytest.importorskip("sklearn.neighbors")

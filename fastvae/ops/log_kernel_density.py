@@ -134,7 +134,8 @@ def _density_gradients(grad: Tensor, density: Tensor, *args: Any) -> tuple[Tenso
             pair = sweeps[0].gradients(torch.ones_like(y[..., :1]), g, row, column_bias, *flags)
             found[:2] = (empty if t is None else t for t, empty in zip(pair, found, strict=False))
         if wanted[2]:
-            found[2] = sweeps[0].matmul(g, row, column, transposed=True)[..., 0]
+            # A row of weight 0 may be infinitely likelier than all others: in a row without an upstream gradient it still counts as 0.
+            found[2] = sweeps[0].matmul(g, row.masked_fill(g[..., 0] == 0, math.inf), column, transposed=True)[..., 0]
         return tuple(t.to(dtype) for t in found)
 
     grads = problem.each(True, gradients, *args[:3], grad.to(dtype), density)

@@ -42,10 +42,10 @@ def log_kernel_density(
 ) -> Tensor:
     """Dense (1) for x (..., N, D) and y (..., M, D), shape (..., N). Arguments as in `fastvae.log_kernel_density`; memory O(N·M·D)."""
     h, a = bandwidths(x, bandwidth, bandwidth_weights)
-    log_weights = a.log() + (log_constant(h, x.shape[-1]) if normalized else 0)
-    log_k = log_kernel_matrix(x, y, h, log_weights, kernel)
-    log_w = -math.log(y.shape[-2]) if y_weights is None else y_weights.log()[..., None, :]
-    return (log_k + log_w).logsumexp(-1)
+    log_k = log_kernel_matrix(x, y, h, a, kernel, log_constant(h, x.shape[-1]) if normalized else 0.0)
+    if y_weights is None:
+        return log_k.logsumexp(-1) - math.log(y.shape[-2])
+    return weighted_logsumexp(log_k, y_weights[..., None, :])
 
 
 def normalized_matmul(
@@ -60,7 +60,7 @@ def normalized_matmul(
 ) -> Tensor:
     """Dense (2) for x (..., N, D), y (..., M, D) and v (..., M, C), shape (..., N, C). Memory O(N·M·D)."""
     h, a = bandwidths(x, bandwidth, bandwidth_weights)
-    log_k = log_kernel_matrix(x, y, h, a.log(), kernel)
+    log_k = log_kernel_matrix(x, y, h, a, kernel)
     if normalize == "both":
         return (log_k - 0.5 * log_k.logsumexp(-1, keepdim=True) - 0.5 * log_k.logsumexp(-2, keepdim=True)).exp() @ v
     return log_k.softmax(-1 if normalize == "rows" else -2) @ v
@@ -71,8 +71,22 @@ def log_constant(h: Tensor, dim: int) -> Tensor:
     return -0.5 * dim * (math.log(2 * math.pi) + 2 * h.log())
 
 
-def log_kernel_matrix(x: Tensor, y: Tensor, h: Tensor, log_weights: Tensor, kernel: str | Kernel) -> Tensor:
-    """l of each pair, shape (..., N, M)."""
+def weighted_logsumexp(values: Tensor, weights: Tensor) -> Tensor:
+    """log Σ w·exp(value) over the last dimension; nan if a weight is negative. Unlike values + log w it has a gradient to a weight of zero."""
+    weights = torch.where(weights < 0, torch.nan, weights)
+    with torch.no_grad():
+        largest = (values + weights.log()).amax(-1, keepdim=True)
+        largest = torch.where(largest.isfinite(), largest, 0)
+        most = 0.99 * math.log(torch.finfo(values.dtype).max)
+    # Only where the weight is zero may a value be larger than the rest by so much that its exponential overflows.
+    terms = (values - largest).clamp(max=most).exp() * weights
+    return terms.sum(-1).log() + largest[..., 0]
+
+
+def log_kernel_matrix(
+    x: Tensor, y: Tensor, h: Tensor, weights: Tensor, kernel: str | Kernel, log_constants: Tensor | float = 0.0
+) -> Tensor:
+    """l of each pair, shape (..., N, M), with a factor for each bandwidth."""
     kernel = KERNEL_NAMES[kernel] if isinstance(kernel, str) else kernel
     pairs = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
-    return torch.logsumexp(kernel.log_phi(pairs[..., None] * kernel.gamma(h, x.shape[-1])) + log_weights, -1)
+    return weighted_logsumexp(kernel.log_phi(pairs[..., None] * kernel.gamma(h, x.shape[-1])) + log_constants, weights)
