@@ -63,7 +63,7 @@ from fastvae.kernels.config import (
     terms_config,
 )
 from fastvae.parametrisation import Parametrisation
-from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Matern32, Polynomial, RationalQuadratic, Riesz, Sum
+from fastvae.radial import KERNELS, RBF, Energy, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz, Sum
 
 RESULTS = Path(__file__).parent / "results" / "compile_report.jsonl"
 PREDICTED_ROWS, PREDICTED_SLICES = 65_536, 1024
@@ -440,7 +440,8 @@ def _biased_matmuls(architecture: int) -> Iterator[Variant]:
                 yield Matmul(direction, "highest", dim, columns, biased=True)
             for precision in ("medium", "ieee", "float64"):
                 yield Matmul(direction, precision, 64, columns, biased=True)
-            yield Matmul(direction, "highest", 64, columns, kernel=Laplace(), biased=True)
+            for kernel in (Laplace(), Matern32(), Matern52()):
+                yield Matmul(direction, "highest", 64, columns, kernel=kernel, biased=True)
             for precision in ("highest", "float64"):
                 yield Matmul(direction, precision, 16, min(columns, 16), differences=True, biased=True)
 

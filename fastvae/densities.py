@@ -48,8 +48,8 @@ def log_kernel_density(
         bandwidth: h, as in `mmd`.
         bandwidth_weights: a_b, at least 0, one for each bandwidth; 1 each by default. A tensor may require grad.
         y_weights: w, (..., M), at least 0, same dtype and device as y, of any sum; 1/M each by default. One below 0 makes the result nan.
-        kernel: "rbf", "imq", "rational_quadratic" or "laplace", or a `fastvae.Kernel` of these. "energy" and "polynomial" have no
-            logarithm.
+        kernel: "rbf", "imq", "rational_quadratic", "laplace", "matern32" or "matern52", or a `fastvae.Kernel` of these. "energy", "riesz"
+            and "polynomial" have no logarithm.
         normalized: Multiply each k_b by (2πh_b²)^(−D/2), with which the RBF kernel is a density. Only for "rbf".
         precision: As in `mmd`.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.

@@ -331,8 +331,8 @@ def kernel_matmul(
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default. A tensor may require grad.
         kernel: As in `mmd`.
         normalize: "rows" divides K by the sum of each of its rows, "columns" by that of each of its columns, "both" by the root of the
-            product of these two. The kernel must then be "rbf", "imq", "rational_quadratic" or "laplace", the weights a_b at least 0, and
-            the bandwidths and weights get no gradient.
+            product of these two. The kernel must then be "rbf", "imq", "rational_quadratic", "laplace", "matern32" or "matern52", the
+            weights a_b at least 0, and the bandwidths and weights get no gradient.
         precision: As in `mmd`.
         backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
 

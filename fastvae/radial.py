@@ -133,6 +133,13 @@ MATERN_52 = tuple((1 - n) / (3 * math.factorial(n) * (n + 2)) for n in range(9))
 _NEAR_ZERO = 0.1
 
 
+def _log_near_zero(u: Tensor, u_squared: Tensor, coefficients: tuple[float, ...], log: Tensor) -> Tensor:
+    """`log`, or for small u the logarithm of 1 less the series, whose derivative to u² is right down to u = 0."""
+    near = u < _NEAR_ZERO
+    u, u_squared = torch.where(near, u, 0), torch.where(near, u_squared, 0)
+    return torch.where(near, (-u_squared * _series(u, coefficients)).log1p(), log)
+
+
 def _series(u: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     """Σ_n c_n·(−u)^n"""
     total = torch.full_like(u, coefficients[-1])
@@ -231,6 +238,7 @@ class Matern32(Kernel):
     """
 
     name = "matern32"
+    positive = True
 
     @property
     def steepness(self) -> float:
@@ -239,6 +247,10 @@ class Matern32(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         u = _root(6 * t)
         return torch.where(u < _NEAR_ZERO, 1 - 6 * t * _series(u, MATERN_32), (1 + u) * (-u).exp())
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        u = _root(6 * t)
+        return _log_near_zero(u, 6 * t, MATERN_32, u.log1p() - u)
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,7 @@ class Matern52(Kernel):
     """
 
     name = "matern52"
+    positive = True
 
     @property
     def steepness(self) -> float:
@@ -257,6 +270,10 @@ class Matern52(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         u = _root(10 * t)
         return torch.where(u < _NEAR_ZERO, 1 - 10 * t * _series(u, MATERN_52), (1 + u + u * u / 3) * (-u).exp())
+
+    def log_phi(self, t: Tensor) -> Tensor:
+        u = _root(10 * t)
+        return _log_near_zero(u, 10 * t, MATERN_52, (u + u * u / 3).log1p() - u)
 
 
 @dataclass(frozen=True)

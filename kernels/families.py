@@ -189,7 +189,17 @@ def log2_phi(t, parameters, FAMILY: tl.constexpr):
     """log₂ φ, finite where φ underflows, and −φ'/φ up to the factors of `Family.neg_dphi_factor`."""
     value = t
     ratio = tl.zeros_like(t) + 1.0
-    if FAMILY.number != GAUSSIAN and FAMILY.number != LAPLACE:
+    if FAMILY.number == MATERN_32 or FAMILY.number == MATERN_52:
+        # As in `phi`.
+        root = tl.sqrt(tl.where(t > 0.0, 0.0, -t))
+        u = root * (1.0 / LOG2_E)
+        polynomial = 1.0 + u
+        if FAMILY.number == MATERN_52:
+            polynomial += u * u * (1.0 / 3.0)
+            ratio += u
+        value = _log2(polynomial) - root
+        ratio /= polynomial
+    elif FAMILY.number != GAUSSIAN and FAMILY.number != LAPLACE:
         value = -_log2_of_one_minus(t, FAMILY)
         ratio = 1.0 / (1.0 - t)
         if FAMILY.number == RATIONAL_QUADRATIC_HALF:

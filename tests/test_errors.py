@@ -186,7 +186,7 @@ def test_mmd(points, options, error, sentence):
     assert "\n" not in str(caught.value)
 
 
-POSITIVE = "one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'gaussian',"
+POSITIVE = "one of 'rbf', 'imq', 'rational_quadratic', 'laplace', 'matern32', 'matern52', 'gaussian',"
 
 
 @pytest.mark.parametrize(

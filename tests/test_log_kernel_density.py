@@ -15,7 +15,7 @@ from tests.cases import DEVICE, evaluate, gradcheck, needs_triton
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
 BACKENDS = [None, pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
-KERNELS = ["rbf", "imq", "rational_quadratic", "laplace", RationalQuadratic(0.5), RationalQuadratic(2.3)]
+KERNELS = ["rbf", "imq", "rational_quadratic", "laplace", "matern32", "matern52", RationalQuadratic(0.5), RationalQuadratic(2.3)]
 NORMALIZATIONS = ["rows", "columns", "both"]
 # Relative errors of values and gradients: some tens of rounding errors of the dtype.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}

@@ -132,6 +132,17 @@ def test_derivatives_at_distance_zero_are_their_limits(kernel):
         assert curvatures.isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS.values() if kernel.positive], ids=repr)
+def test_logarithms(kernel):
+    """With the slope of log φ, also at distance zero; finite where φ underflows."""
+    t = torch.tensor([0.0, 1e-12, 1e-4, 9e-4, 0.0017, 0.3, 4.0, 50.0], dtype=torch.float64, requires_grad=True)
+    log = kernel.log_phi(t)
+    torch.testing.assert_close(log.exp(), kernel.phi(t), rtol=1e-13, atol=0)
+    slopes, expected = (torch.autograd.grad(value.sum(), t)[0] for value in (log, kernel.phi(t).log()))
+    torch.testing.assert_close(slopes, expected, rtol=1e-10, atol=0)
+    assert -math.inf < kernel.log_phi(torch.tensor(1e12, dtype=torch.float64)) < 0
+
+
 @pytest.mark.parametrize("bandwidth", [1.3, (0.5, 2.0), np.array([0.5, 2.0]), torch.tensor([0.5, 2.0], dtype=torch.float64, device="cpu")])
 def test_numbers_are_not_copied_to_a_device(bandwidth):
     x = torch.empty(6, 2, device="meta")

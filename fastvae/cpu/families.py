@@ -157,8 +157,25 @@ class _MaternEvaluator(TileEvaluator):
         torch.where(is_near, series, out.sub_(1), out=out)
         return neg_dphi
 
+    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+        # Not infinite, as ∞ − ∞ is nan.
+        u = exponent.mul_(-self.factor).clamp_(min=0, max=1e30).sqrt_()
+        polynomial = self._less_one(u)
+        if slope is not None:
+            torch.add(polynomial, 1, out=slope).reciprocal_().mul_(self._slope(u))
+        torch.sub(polynomial.log1p_(), u, out=exponent).mul_(LOG2_E)
+        return slope
+
     def _finish(self, out: Tensor, neg_dphi: Tensor) -> Tensor:
         """From u and exp(−u) to φ and −φ'."""
+        raise NotImplementedError
+
+    def _less_one(self, u: Tensor) -> Tensor:
+        """φ·exp(u) − 1, a new tensor."""
+        raise NotImplementedError
+
+    def _slope(self, u: Tensor) -> Tensor | float:
+        """−φ'·exp(u)"""
         raise NotImplementedError
 
 
@@ -169,6 +186,12 @@ class _Matern32Evaluator(_MaternEvaluator):
         out.add_(1).mul_(neg_dphi)
         return neg_dphi.mul_(3)
 
+    def _less_one(self, u: Tensor) -> Tensor:
+        return u.clone()
+
+    def _slope(self, u: Tensor) -> Tensor | float:
+        return 3.0
+
 
 class _Matern52Evaluator(_MaternEvaluator):
     factor, series = 10.0, MATERN_52
@@ -178,6 +201,12 @@ class _Matern52Evaluator(_MaternEvaluator):
         power = out * neg_dphi
         out.mul_(power).mul_(1 / 3).add_(neg_dphi.add_(power))
         return neg_dphi.mul_(5 / 3)
+
+    def _less_one(self, u: Tensor) -> Tensor:
+        return torch.addcmul(u, u, u, value=1 / 3)
+
+    def _slope(self, u: Tensor) -> Tensor | float:
+        return (u + 1).mul_(5 / 3)
 
 
 class _RieszEvaluator(TileEvaluator):

@@ -72,7 +72,7 @@ def log_constant(h: Tensor, dim: int) -> Tensor:
 
 
 def weighted_logsumexp(values: Tensor, weights: Tensor) -> Tensor:
-    """log Σ w·exp(value) over the last dimension; nan if a weight is negative. Unlike values + log w it has a gradient to a weight of zero."""
+    """log Σ w·exp(value) over the last dimension, nan if a weight is negative. Unlike by values + log w, a weight of 0 has a gradient."""
     weights = torch.where(weights < 0, torch.nan, weights)
     with torch.no_grad():
         largest = (values + weights.log()).amax(-1, keepdim=True)
