@@ -40,7 +40,9 @@ def sigreg(
         loss = N·mean_k ∫ φ(t)·[(mean_n cos(t·p_nk) − φ(t))² + (mean_n sin(t·p_nk))²] dt,   p = z·directions,  φ(t) = exp(−t²/2)
 
     The integral over [−t_max, t_max] is a sum by the trapezoidal rule. Extra memory is O(N·D + K·num_points): no array of N×K numbers is
-    stored. Differentiable once, with respect to z; the backward pass computes the projections again.
+    stored. Differentiable once, with respect to z; the backward pass computes the projections again. Far from the origin the angles t·p are
+    large, and float32 loses digits, here as in the formula: for rows 1,000 from it the value's relative error is about 1e-6 to 1e-5 and
+    the gradient's 1e-4.
 
     Args:
         z: (N, D), floating point. Batch dimensions before these, (V, N, D), are samples of their own, such as the views of LeJEPA: all are

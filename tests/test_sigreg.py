@@ -93,6 +93,20 @@ def test_float32_is_as_exact_as_the_direct_formula(backend, scale, shift):
     assert_close(actual, exact, (max(value, 3 * own[0]), max(grad, 3 * own[1])))
 
 
+@needs_cpu
+def test_errors_of_rows_far_from_the_origin_average():
+    """Those of the direct formula fall with the number of rows: the largest of a few samples, to a factor of two."""
+    ours, direct = [], []
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        z, a = torch.randn(2048, 16, generator=g) + 1000, torch.randn(16, 4, generator=g)
+        z, a = z.to(DEVICE), (a / a.norm(dim=0)).to(DEVICE)
+        exact = reference.sigreg(z.double(), a.double())
+        for errors, value in ((ours, sigreg(z, directions=a)), (direct, reference.sigreg(z, a))):
+            errors.append(abs(value.double() / exact - 1).item())
+    assert max(ours) < 2 * max(direct)
+
+
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

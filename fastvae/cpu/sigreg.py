@@ -118,7 +118,9 @@ class _Tiles:
         x = self.buffer[:size].view(shape)
         starts = range(size, size + self.states * state, state)
         current, *others = (self.buffer[start : start + state].view(chains, 2, *shape) for start in starts)
-        torch.mm(z.flatten(0, 1), self.directions[:, slices] * self.points.base, out=x.flatten(0, 1))
+        # Not base·directions, whose rounding would turn the angles of all rows the same way: far from the origin errors would not average.
+        torch.mm(z.flatten(0, 1), self.directions[:, slices], out=x.flatten(0, 1))
+        x.mul_(self.points.base)
         torch.cos(x, out=current[0, 0])
         torch.sin(x, out=current[0, 1])
         if chains == 2:
