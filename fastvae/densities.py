@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
+from fastvae.cpu.few_log_kernels import Density
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.functional import _autocast
 from fastvae.kernel_sums import LOG2_E, Numbers, as_vector
-from fastvae.ops.common import kernel_arguments, without_autocast
-from fastvae.ops.log_kernel_density import apply_log_kernel_density, rbf_density_of_few_rows
+from fastvae.ops.common import cached_options, kernel_arguments, without_autocast
+from fastvae.ops.log_kernel_density import apply_log_kernel_density, few_log_kernel, of_few_rows
 from fastvae.radial import Kernel
 from fastvae.reference.log_kernel_density import log_constant, weighted_logsumexp
 
@@ -66,20 +67,15 @@ def log_kernel_density(
     checks.flag("normalized", normalized)
     x, y = _autocast(x), _autocast(y)
     checks.samples(x, y, batched=True)
-    others = bandwidth_weights, y_weights, precision, backend
-    if type(bandwidth) is float and bandwidth > 0 and kernel == "rbf" and all(option is None for option in others):
-        density = rbf_density_of_few_rows(x, y, bandwidth)
-        if density is not None:
-            constant = -0.5 * x.shape[1] * math.log(2 * math.pi * bandwidth**2) if normalized else 0.0
-            return density.add_(constant - math.log(y.shape[0]))
     if y_weights is not None:
         y_weights = _autocast(y_weights)
         checks.row_weights("y_weights", y_weights, "y", y)
-    family = checks.kernel_options(kernel, precision, backend, x.device)
-    checks.positive_kernel(family, "log_kernel_density")
-    if normalized:
-        checks.option("kernel with normalized=True", family.name, ("rbf",))
-    h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
+    dim = x.shape[-1] if normalized else None
+    family, h, a, few = _options(bandwidth, bandwidth_weights, backend, kernel, dim, precision, x.device)
+    if few is not None and x.ndim < 4:
+        density = of_few_rows(few, x, y, y_weights)
+        if density is not None:
+            return density
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, x, y)
     dtype, dim = accumulation_dtype(x.dtype), x.shape[-1]
@@ -106,3 +102,17 @@ def log_kernel_density(
             parts = parts + log_constant(as_vector(h, x.device), dim).to(dtype)
         density = parts[..., 0] + factors.log().to(dtype) if len(h) == 1 else weighted_logsumexp(parts, factors.to(dtype))
     return density.reshape(*batch, n)
+
+
+@cached_options
+def _options(
+    bandwidth: Any, weights: Any, backend: Any, kernel: Any, normalized_dim: int | None, precision: Any, device: Any
+) -> tuple[Kernel, Numbers, Numbers, Density | None]:
+    """The kernel, its bandwidths and their weights, and the density of few rows."""
+    family = checks.kernel_options(kernel, precision, backend, device)
+    checks.positive_kernel(family, "log_kernel_density")
+    if normalized_dim is not None:
+        checks.option("kernel with normalized=True", family.name, ("rbf",))
+    h, a = checks.bandwidths(bandwidth, weights, device)
+    numbers = few_log_kernel(family, h, a, backend, normalized_dim)
+    return family, h, a, None if numbers is None else Density(numbers)

@@ -12,15 +12,16 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
+from fastvae.cpu.few_log_kernels import NormalizedProduct
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
 from fastvae.distributed import gather, gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.linear import linear_mmd
-from fastvae.ops.common import KernelArguments, kernel_arguments, needs_grad, unit_weights, without_autocast
+from fastvae.ops.common import KernelArguments, cached_options, kernel_arguments, needs_grad, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
-from fastvae.ops.log_kernel_density import apply_normalized_matmul
+from fastvae.ops.log_kernel_density import apply_normalized_matmul, few_log_kernel, of_few_rows
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
@@ -171,7 +172,7 @@ def _mmd(
         if others and isinstance(bandwidth, Tensor) and bandwidth.ndim > 1:
             samples, bandwidth = _divided_by_bandwidth(samples, checks.problem_bandwidths(bandwidth, kernel, x)), 1.0
             x, *others = samples
-        (family, h, a), arguments = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, x.device, not others)
+        family, h, a, arguments = _options(bandwidth, bandwidth_weights, backend, kernel, estimator, precision, x.device, not others)
         for name, sample, p in zip("xy", samples, weights, strict=False):
             if p is not None:
                 checks.sample_weights(f"{name}_weights", p, name, sample, estimator)
@@ -187,6 +188,7 @@ def _mmd(
             whole_weights.append(rows_weights[0] if rows_weights else None)
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, *whole)
+        arguments = kernel_arguments(family, h, a)
     for name, sample, p in zip("xy", whole, whole_weights, strict=False):
         checks.enough_rows(name, sample, estimator)
         if p is not None:
@@ -214,7 +216,7 @@ def _mmd(
     gathered = [None] * 4 if process_group is None else [*whole, *missing, *whole_weights, *missing]
     value = apply_mmd(
         [*samples, *missing, *weights, *missing, *gathered, *starts, None],
-        arguments or kernel_arguments(family, h, a),
+        arguments,
         unbiased,
         precision or "",
         backend or "",
@@ -224,33 +226,13 @@ def _mmd(
     return value.reshape(batch) if len(batch) > 1 else value
 
 
-Options = tuple[tuple[Kernel, Numbers, Numbers], KernelArguments | None]
-
-
+@cached_options
 def _options(
-    kernel: Any,
-    estimator: checks.MMDEstimator,
-    precision: checks.Precision | None,
-    backend: checks.AnyBackend | None,
-    bandwidth: Any,
-    weights: Any,
-    *more: Any,
-) -> Options:
-    """The kernel, its bandwidths and their weights, and the same as arguments of an operation if these are cached."""
-    options = kernel, estimator, precision, backend, bandwidth, weights, *more
-    # In a small training step these checks take as long as some of the sums, so their results are cached.
-    if type(bandwidth) is float and weights is None and backend is None and not torch.compiler.is_compiling():
-        try:
-            return _cached_options(*options)
-        except TypeError:
-            pass  # An option cannot be hashed or is wrong: the checks below say which.
-    return checks.mmd_options(*options), None
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_options(*options: Any) -> Options:
-    checked = checks.mmd_options(*options)
-    return checked, kernel_arguments(*checked)
+    bandwidth: Any, weights: Any, backend: Any, kernel: Any, estimator: Any, precision: Any, device: Any, to_normal: bool
+) -> tuple[Kernel, Numbers, Numbers, KernelArguments]:
+    """The kernel, its bandwidths and their weights, and the same as arguments of an operation."""
+    checked = checks.mmd_options(kernel, estimator, precision, backend, bandwidth, weights, device, to_normal)
+    return *checked, kernel_arguments(*checked)
 
 
 def _scaled(h: Numbers, factor: float) -> Numbers:
@@ -350,16 +332,14 @@ def kernel_matmul(
     checks.samples(x, y, batched=True)
     checks.columns("v", v, "y", y)
     checks.same_kind("x", x, "v", v)
-    family = checks.kernel_options(kernel, precision, backend, x.device)
-    h, a = checks.bandwidths(bandwidth, bandwidth_weights, x.device)
-    if normalize is not None:
-        checks.option("normalize", normalize, checks.NORMALIZATIONS)
-        checks.positive_kernel(family, "normalize")
-        checks.constant("bandwidth", h)
-        checks.constant("bandwidth_weights", a)
+    family, h, a, product = _product_options(bandwidth, bandwidth_weights, backend, kernel, normalize, precision, x.device)
+    batch, columns = x.shape[:-2], v if v.ndim > 1 else v[:, None]
+    if product is not None and len(batch) < 2:
+        out = of_few_rows(product, x, y, columns)
+        if out is not None:
+            return out if v.ndim > 1 else out[:, 0]
     if isinstance(bandwidth, str):
         h = resolve(bandwidth, x, y)
-    batch, columns = x.shape[:-2], v if v.ndim > 1 else v[:, None]
     options = (precision or "", backend or "")
     if backend == "reference":
         dtype = accumulation_dtype(x.dtype)
@@ -392,6 +372,23 @@ def kernel_matmul(
     else:
         out = _kernel_matmul((x, y, columns), family, h, a, options)
     return out if v.ndim > 1 else out[:, 0]
+
+
+@cached_options
+def _product_options(
+    bandwidth: Any, weights: Any, backend: Any, kernel: Any, normalize: Any, precision: Any, device: Any
+) -> tuple[Kernel, Numbers, Numbers, NormalizedProduct | None]:
+    """The kernel, its bandwidths and their weights, and the normalised product of few rows."""
+    family = checks.kernel_options(kernel, precision, backend, device)
+    h, a = checks.bandwidths(bandwidth, weights, device)
+    if normalize is None:
+        return family, h, a, None
+    checks.option("normalize", normalize, checks.NORMALIZATIONS)
+    checks.positive_kernel(family, "normalize")
+    checks.constant("bandwidth", h)
+    checks.constant("bandwidth_weights", a)
+    numbers = few_log_kernel(family, h, a, backend)
+    return family, h, a, None if numbers is None else NormalizedProduct(numbers, normalize)
 
 
 def _kernel_matmul(problem: Sequence[Tensor], family: Kernel, h: Numbers, a: Numbers, options: tuple[str, str]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
 from fastvae.functional import _autocast
-from fastvae.ops.common import KernelArguments, kernel_arguments
+from fastvae.ops.common import KernelArguments, cached_options, kernel_arguments
 from fastvae.ops.ksd_to_normal import apply_ksd_to_normal
 from fastvae.radial import Kernel
 
@@ -69,7 +68,7 @@ def ksd_to_normal(
     with propagate_errors(process_group):
         checks.points("z", z, batched=True)
         z = _autocast(z)
-        family, h, a, arguments = _options(kernel, estimator, precision, backend, bandwidth, bandwidth_weights, z.device)
+        family, h, a, arguments = _options(bandwidth, bandwidth_weights, backend, kernel, estimator, precision, z.device)
         if process_group is not None:
             checks.distributed(z, estimator, backend, process_group, "z")
     whole, start = None, 0
@@ -83,25 +82,16 @@ def ksd_to_normal(
             return value + zero_if_finite(rows).to(rows.dtype)
     batch = z.shape[:-2]
     rows = z.flatten(0, -3) if len(batch) > 1 else z
-    arguments = arguments or kernel_arguments(family, h, a)
     value = apply_ksd_to_normal(rows, whole, arguments, start, estimator == "unbiased", precision or "", backend or "")
     if process_group is not None:
         return sum_shares(value, process_group)
     return value.reshape(batch) if len(batch) > 1 else value
 
 
-def _options(*options: Any) -> tuple[Any, Any, Any, KernelArguments | None]:
-    """The kernel, its bandwidths and their weights, and the same as arguments of an operation if these are cached."""
-    # In a small training step these checks take as long as some of the sums, so their results are cached.
-    if type(options[4]) is float and options[5] is None and not torch.compiler.is_compiling():
-        try:
-            return _cached_options(*options)
-        except TypeError:
-            pass  # An option cannot be hashed or is wrong: the checks below say which.
-    return *checks.stein_options(*options), None
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_options(*options: Any) -> tuple[Any, Any, Any, KernelArguments | None]:
-    checked = checks.stein_options(*options)
+@cached_options
+def _options(
+    bandwidth: Any, weights: Any, backend: Any, kernel: Any, estimator: Any, precision: Any, device: Any
+) -> tuple[Any, Any, Any, KernelArguments]:
+    """The kernel, its bandwidths and their weights, and the same as arguments of an operation."""
+    checked = checks.stein_options(kernel, estimator, precision, backend, bandwidth, weights, device)
     return *checked, kernel_arguments(*checked)

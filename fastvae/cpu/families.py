@@ -67,8 +67,9 @@ class TileEvaluator:
         """
         raise NotImplementedError
 
-    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
-        """Overwrites the tile with log₂ k of its single bandwidth. Returns −φ'/φ, in `slope`; None if it is 1 or not wanted."""
+    def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
+        """Overwrites the tile with unit·log k of its single bandwidth, an exponential's being the tile itself. Returns −φ'/φ, in `slope`;
+        None if it is 1 or not wanted."""
         raise NotImplementedError
 
 
@@ -88,7 +89,7 @@ class _RBFEvaluator(TileEvaluator):
             torch.mul(exponent, ratio if subtract == self.subtract_constant[0] else ratio * LOG2_E, out=out)
         return functions.expm1_(out) if subtract else functions.exp2_(out)
 
-    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+    def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         return None
 
 
@@ -109,11 +110,11 @@ class _RationalQuadraticEvaluator(TileEvaluator):
             out.add_(1).mul_(neg_dphi)
         return neg_dphi
 
-    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+    def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         exponent.mul_(-1 / self.kernel.alpha)
         if slope is not None:
             torch.add(exponent, 1, out=slope).reciprocal_()
-        exponent.log1p_().mul_(-self.kernel.alpha * LOG2_E)
+        exponent.log1p_().mul_(-self.kernel.alpha * unit)
         return slope
 
 
@@ -124,10 +125,10 @@ class _LaplaceEvaluator(TileEvaluator):
         functions.expm1_(out.div_(LOG2_E)) if self.subtract_constant[n] else functions.exp2_(out)
         return neg_dphi
 
-    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+    def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         if slope is not None:
             torch.reciprocal(exponent, out=slope).masked_fill_(exponent == 0, 0)
-        exponent.mul_(-LOG2_E)
+        exponent.mul_(-unit)
         return slope
 
 

@@ -48,7 +48,7 @@ _PAIRS_OF_SUMS = 1 << 16
 _READ = 256
 
 # Scales and mean squares whose products float32 can represent. Others are left to the streaming path.
-_SCALES = 1e-6, 1e6
+SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -312,7 +312,7 @@ class SmallLogKernel(NamedTuple):
         parts = zip(scaled.split_with_sizes(sizes, -2), neg_half_norm2.split_with_sizes(sizes, -2), strict=True)
         rows, columns = (_Rows(plan, farthest, *part) for part in parts)
         log2 = _exponents(kernel, rows, columns)
-        return SmallLogKernel(rows, columns, log2, plan.evaluator.log2_(log2, torch.empty_like(log2) if slope else None))
+        return SmallLogKernel(rows, columns, log2, plan.evaluator.logarithm_(log2, torch.empty_like(log2) if slope else None, LOG2_E))
 
     def log2_sums(self, bias: Tensor | None, transposed: bool = False) -> Tensor:
         log2 = self.log2.mT if transposed else self.log2
@@ -346,36 +346,39 @@ class SmallLogKernel(NamedTuple):
         return log2.sub_(row[..., :, None].to(log2.dtype)).clamp_(min=LEAST_EXPONENT[log2.dtype]).exp2_()
 
 
-def rbf_log_density(x: Tensor, y: Tensor, bandwidth: float, centred: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """log Σ_j k(x_i, y_j) of the RBF kernel, (N,), the share of each y_j in the sum, (N, M), and x and y, centred if that is needed.
+def has_few_pairs(x: Tensor, y: Tensor) -> bool:
+    """Whether arrays of all pairs of one problem, or of all of a batch, are as few numbers as `mmd` takes."""
+    return x.shape[:-2].numel() * (x.shape[-2] + y.shape[-2]) ** 2 <= _PAIRS
 
-    x (N, D), y (M, D) and the results are of one dtype. None as from `mmd`. It is `SmallLogKernel` in fewer calls of PyTorch.
+
+def pair_exponents(
+    kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x (..., N, D) and y (..., M, D), centred if that is needed, and −γ·d² of each pair, or √(2γ)·d for a function of the distance.
+
+    `narrowest` is the ratio of the largest γ to this one. None where neither products nor differences are accurate enough.
     """
-    if not problems_at_once(len(x) + len(y), x.shape[1]) or not _SCALES[0] < bandwidth < _SCALES[1]:
-        return None
-    x_norm2, y_norm2, factor = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y), bandwidth**-2
-    error = (float(x_norm2.max()) + float(y_norm2.max())) * factor * torch.finfo(x.dtype).eps
-    # Rows as given only where their mean adds no error worth mentioning. An infinity or a nan is left to the streaming path.
-    if not error <= EXPONENT_ERROR[x.dtype] * (1 if centred else 0.1):
-        centre = 0.5 * x.mean(0) + 0.5 * y.mean(0)
-        return None if centred else rbf_log_density(x - centre, y - centre, bandwidth, True)
-    # Without −½‖x_i‖², the same for a whole row.
-    exponents = torch.addmm(y_norm2, x, y.mT, alpha=factor, beta=-0.5 * factor)
-    shares = exponents.softmax(1)
-    # The largest share is that of the largest exponent: its k over the sum.
-    density = exponents.amax(1).sub_(shares.amax(1).log_()).add_(x_norm2, alpha=-0.5 * factor)
-    return density, shares, x, y
-
-
-def rbf_log_density_gradients(
-    grad: Tensor, shares: Tensor, x: Tensor, y: Tensor, bandwidth: float, x_grad: bool, y_grad: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the first result of `rbf_log_density` from its others and from the upstream (N,); None if not wanted."""
-    grad, to_y = (grad * bandwidth**-2)[:, None], None
-    if y_grad:
-        weights = shares * grad
-        to_y = weights.mT @ x - y * weights.sum(0)[:, None]
-    return torch.addmm(x, shares, y, beta=-1) * grad if x_grad else None, to_y
+    x_norm2, y_norm2 = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+    # Of γ·d², by products. An infinity or a nan is left to the streaming path.
+    error = (float(x_norm2.max()) + float(y_norm2.max())) * gamma * torch.finfo(x.dtype).eps
+    # Rows as given only where their mean adds no error worth mentioning.
+    limit = EXPONENT_ERROR[x.dtype] * (1 if centred else 0.1)
+    if error * narrowest * kernel.steepness <= limit or kernel.takes_distance:
+        multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
+        exponent = multiply(y_norm2[..., None, :], x, y.mT, alpha=2 * gamma, beta=-gamma).add_(x_norm2[..., None], alpha=-gamma)
+        if not kernel.takes_distance:
+            return x, y, exponent
+        # An error of t = γ·d² is one of √(2t) divided by that, and is relative to t in a slope.
+        least = -2 * float(exponent.amax())
+        if least > 0 and error <= limit * min((least / narrowest) ** 0.5, least):
+            return x, y, exponent.mul_(-2).sqrt_()
+    if not centred:
+        centre = 0.5 * x.mean(-2, keepdim=True) + 0.5 * y.mean(-2, keepdim=True)
+        return pair_exponents(kernel, gamma, narrowest, x - centre, y - centre, True)
+    if kernel.takes_distance and x.dtype == torch.float32 and error < math.inf:
+        x, y = x.double(), y.double()
+        return x, y, torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mul_((2 * gamma) ** 0.5)
+    return None
 
 
 def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
@@ -402,7 +405,7 @@ def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: 
     assert not isinstance(a, Tensor)
     dim, dtype = z.shape[-1], z.dtype
     plan = _plan(kernel, h, a, dim, dtype, 0)
-    if not _SCALES[0] < plan.scale < _SCALES[1]:
+    if not SCALES[0] < plan.scale < SCALES[1]:
         return None
     scaled = z * plan.scale
     neg_half_norm2 = _neg_half_norm2(scaled)

@@ -193,7 +193,7 @@ class Tiles:
     def logarithms(self, a: TiledSample, i: slice, b: TiledSample, j: slice, slope: bool) -> tuple[Tensor, Tensor | None]:
         """log₂ k of one bandwidth over a tile, without its weight, and if `slope` −φ'/φ, or None for 1."""
         exponent = self._exponent(a, i, b, j)
-        return exponent, self.evaluator.log2_(exponent, self.buffer("neg_dphi", i, j) if slope else None)
+        return exponent, self.evaluator.logarithm_(exponent, self.buffer("neg_dphi", i, j) if slope else None, LOG2_E)
 
     def add_moments(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
         """Adds a tile's share to the moments of a, and of b unless the tile is on the diagonal of one sample."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from fastvae.checks import requires_grad
 from fastvae.dispatch import needs_dispatcher
 from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, as_vector, rounding_of_sum
 from fastvae.radial import Kernel, kernel_of
+
+R = TypeVar("R")
 
 # A kernel in the schema of an op. Bandwidths and weights are a tensor, or numbers, which are not part of a graph.
 KERNEL_SCHEMA = (
@@ -50,6 +53,31 @@ def kernel_arguments(kernel: Kernel, bandwidth: Numbers, weights: Numbers) -> Ke
     h, h_numbers = (factor * bandwidth, []) if isinstance(bandwidth, Tensor) else (None, [factor * number for number in bandwidth])
     a, a_numbers = (weights, []) if isinstance(weights, Tensor) else (None, list(weights))
     return KernelArguments(h, a, h_numbers, a_numbers, kernel.name, kernel.parameters)
+
+
+def cached_options(function: Callable[..., R]) -> Callable[..., R]:
+    """Decorates a function that checks bandwidths, their weights, the backend and other options, and returns what follows from them.
+
+    In a small training step these checks take as long as some of the sums, so their results are cached for numbers.
+    """
+    cached = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(bandwidth: Any, weights: Any, backend: Any, *options: Any) -> R:
+        if backend is None and not torch.compiler.is_compiling() and _are_floats(bandwidth) and (weights is None or _are_floats(weights)):
+            h, a = (tuple(numbers) if type(numbers) is list else numbers for numbers in (bandwidth, weights))
+            try:
+                return cached(h, a, backend, *options)
+            except TypeError:
+                pass  # An option cannot be hashed or is wrong: the checks below say which.
+        return function(bandwidth, weights, backend, *options)
+
+    return call
+
+
+def _are_floats(value: object) -> bool:
+    # Not integers and booleans, which are equal to floats but are checked in another way.
+    return type(value) is float or (type(value) in (list, tuple) and all(type(number) is float for number in cast("list[object]", value)))
 
 
 def bandwidth_gradient(kernel: KernelArguments, samples: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastvae.checks import requires_grad
+from fastvae.cpu.few_log_kernels import LogKernel, log_kernel
 from fastvae.cpu.log_kernel_density import Streaming
-from fastvae.cpu.small import SmallLogKernel, problems_at_once, rbf_log_density, rbf_log_density_gradients
+from fastvae.cpu.small import SmallLogKernel, has_few_pairs, problems_at_once
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
 from fastvae.kernel_sums import LOG2_E, KernelNumbers, KernelSum, Numbers, read, stable_mean
 from fastvae.ops.common import (
@@ -30,6 +32,7 @@ from fastvae.ops.common import (
     without_autocast,
     without_grad,
 )
+from fastvae.radial import Kernel
 
 DENSITY_SCHEMA = f"Tensor x, Tensor y, Tensor? y_weights, {KERNEL_SCHEMA}, str precision, str backend"
 PRODUCT_SCHEMA = f"Tensor x, Tensor y, Tensor v, {KERNEL_SCHEMA}, str normalize, str precision, str backend"
@@ -292,36 +295,52 @@ apply_normalized_matmul = differentiable("NormalizedMatmul", "kernel_matmul", 3,
 
 
 class _FewRows(torch.autograd.Function):
-    """`rbf_log_density`, where no transform of `torch.func` is active."""
+    """`Density` or `NormalizedProduct`, where no transform of `torch.func` is active."""
 
-    jvp = no_forward_mode("log_kernel_density")
+    jvp = no_forward_mode("log_kernel_density or kernel_matmul")
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, bandwidth: float) -> Tensor | None:
-        if (found := rbf_log_density(x, y, bandwidth)) is None:
+    def forward(ctx: Any, function: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
+        if (found := function.evaluate(x, y, third, True)) is None:
             return None
         # x and y as given only to refuse their second derivative.
-        ctx.save_for_backward(x, y, *found[1:])
-        ctx.bandwidth = bandwidth
-        return found[0]
+        ctx.save_for_backward(x, y, third, *found[1:])
+        ctx.function = function
+        return cast(Tensor, found[0].to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, *tensors = ctx.saved_tensors
+        # Unpacked once: activation checkpointing allows no more.
+        x, y, third, *tensors = ctx.saved_tensors
         with without_autocast(x.device):
-            found = without_grad(rbf_log_density_gradients, *grads, *tensors, ctx.bandwidth, *ctx.needs_input_grad[:2])
-        return *(t if t is None else forbid_second_derivative("log_kernel_density", t, *grads, x, y) for t in found), None
+            found = without_grad(ctx.function.gradients, *grads, third, tensors, ctx.needs_input_grad[1:])
+        operation = ctx.function.operation
+        return None, *(t if t is None else forbid_second_derivative(operation, t.to(x.dtype), *grads, x, y, third) for t in found)
 
 
-def rbf_density_of_few_rows(x: Tensor, y: Tensor, bandwidth: float) -> Tensor | None:
-    """log Σ_j k(x_i, y_j), (N,), of the RBF kernel for x (N, D) and y (M, D); None if it has to take `apply_log_kernel_density`.
+def few_log_kernel(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: str | None, dim: int | None = None) -> LogKernel | None:
+    """For `Density` and `NormalizedProduct`. None where bandwidths or weights may get a gradient, or another backend is named.
 
-    Of so few numbers the sums take less time than the arguments of the op, which has batches and other kernels.
+    With `dim` each kernel is a density.
     """
-    if needs_dispatcher(x, y) or not x.is_cpu or x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
+    if torch.compiler.is_compiling() or backend in ("triton", "reference") or requires_grad(bandwidth) or requires_grad(weights):
+        return None
+    kernel, factor = kernel.canonical()
+    h, a = read(bandwidth), read(weights)
+    if isinstance(h, Tensor) or isinstance(a, Tensor):
+        return None
+    return log_kernel(kernel, tuple(factor * number for number in h), a, dim)
+
+
+def of_few_rows(function: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
+    """The result of a `Density` or a `NormalizedProduct`, in the dtype of x; None if it has to take an op.
+
+    Of so few numbers the sums take less time than the arguments of the op.
+    """
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or needs_dispatcher(x, y, third) or not has_few_pairs(x, y):
         return None
     with without_autocast(x.device):
-        if needs_grad(x, y):
-            return cast("Tensor | None", _FewRows.apply(x, y, bandwidth))  # type: ignore[no-untyped-call]
-        found = rbf_log_density(x, y, bandwidth)
-    return None if found is None else found[0]
+        if needs_grad(x, y, third) or torch.autograd.forward_ad._current_level >= 0:
+            return cast("Tensor | None", _FewRows.apply(function, x, y, third))  # type: ignore[no-untyped-call]
+        found = function.evaluate(x, y, third, False)
+    return None if found is None else cast(Tensor, found[0].to(x.dtype))
