@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.cpu.few_log_kernels import Density
+from fastvae.cpu.few_rows import Density
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.functional import _autocast
 from fastvae.kernel_sums import LOG2_E, Numbers, as_vector
 from fastvae.ops.common import cached_options, kernel_arguments, without_autocast
-from fastvae.ops.log_kernel_density import apply_log_kernel_density, few_log_kernel, of_few_rows
+from fastvae.ops.log_kernel_density import apply_log_kernel_density, few_rows_of, of_few_rows
 from fastvae.radial import Kernel
 from fastvae.reference.log_kernel_density import log_constant, weighted_logsumexp
 
@@ -114,5 +114,5 @@ def _options(
     if normalized_dim is not None:
         checks.option("kernel with normalized=True", family.name, ("rbf",))
     h, a = checks.bandwidths(bandwidth, weights, device)
-    numbers = few_log_kernel(family, h, a, backend, normalized_dim)
+    numbers = few_rows_of(family, h, a, backend, normalized_dim)
     return family, h, a, None if numbers is None else Density(numbers)

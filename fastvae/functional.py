@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.cpu.few_log_kernels import NormalizedProduct
+from fastvae.cpu.few_rows import Product
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
 from fastvae.distributed import gather, gather_rows, propagate_errors, sum_shares
@@ -21,7 +21,7 @@ from fastvae.kernel_sums import Numbers, as_vector
 from fastvae.linear import linear_mmd
 from fastvae.ops.common import KernelArguments, cached_options, kernel_arguments, needs_grad, unit_weights, without_autocast
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
-from fastvae.ops.log_kernel_density import apply_normalized_matmul, few_log_kernel, of_few_rows
+from fastvae.ops.log_kernel_density import apply_normalized_matmul, few_rows_of, of_few_rows
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
 from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
@@ -377,18 +377,18 @@ def kernel_matmul(
 @cached_options
 def _product_options(
     bandwidth: Any, weights: Any, backend: Any, kernel: Any, normalize: Any, precision: Any, device: Any
-) -> tuple[Kernel, Numbers, Numbers, NormalizedProduct | None]:
-    """The kernel, its bandwidths and their weights, and the normalised product of few rows."""
+) -> tuple[Kernel, Numbers, Numbers, Product | None]:
+    """The kernel, its bandwidths and their weights, and the product of few rows."""
     family = checks.kernel_options(kernel, precision, backend, device)
     h, a = checks.bandwidths(bandwidth, weights, device)
-    if normalize is None:
-        return family, h, a, None
-    checks.option("normalize", normalize, checks.NORMALIZATIONS)
-    checks.positive_kernel(family, "normalize")
-    checks.constant("bandwidth", h)
-    checks.constant("bandwidth_weights", a)
-    numbers = few_log_kernel(family, h, a, backend)
-    return family, h, a, None if numbers is None else NormalizedProduct(numbers, normalize)
+    if normalize is not None:
+        checks.option("normalize", normalize, checks.NORMALIZATIONS)
+        checks.positive_kernel(family, "normalize")
+        checks.constant("bandwidth", h)
+        checks.constant("bandwidth_weights", a)
+    few = few_rows_of(family, h, a, backend)
+    # Without `normalize` a factor of K would not cancel.
+    return family, h, a, None if few is None or (normalize is None and few.log_scale) else Product(few, normalize)
 
 
 def _kernel_matmul(problem: Sequence[Tensor], family: Kernel, h: Numbers, a: Numbers, options: tuple[str, str]) -> Tensor:

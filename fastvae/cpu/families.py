@@ -99,6 +99,9 @@ class _RationalQuadraticEvaluator(TileEvaluator):
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
         alpha = self.kernel.alpha
         torch.mul(exponent, -ratio / alpha, out=out)
+        if alpha == 1 and not self.subtract_constant[n]:
+            out.add_(1).reciprocal_()
+            return torch.mul(out, out, out=neg_dphi)
         if alpha == 1:
             torch.add(out, 1, out=neg_dphi).pow_(-2)
         else:
@@ -120,10 +123,12 @@ class _RationalQuadraticEvaluator(TileEvaluator):
 
 class _LaplaceEvaluator(TileEvaluator):
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
-        torch.mul(exponent, -LOG2_E * ratio**0.5, out=out)
-        functions.exp2_(neg_dphi.copy_(out)).div_(out).mul_(-LOG2_E).masked_fill_(out == 0, 0)
-        functions.expm1_(out.div_(LOG2_E)) if self.subtract_constant[n] else functions.exp2_(out)
-        return neg_dphi
+        root, subtract = ratio**0.5, self.subtract_constant[n]
+        torch.reciprocal(exponent, out=neg_dphi).masked_fill_(exponent == 0, 0)
+        torch.mul(exponent, -root if subtract else -LOG2_E * root, out=out)
+        functions.expm1_(out) if subtract else functions.exp2_(out)
+        neg_dphi.addcmul_(neg_dphi, out) if subtract else neg_dphi.mul_(out)
+        return neg_dphi if ratio == 1 else neg_dphi.mul_(1 / root)
 
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         if slope is not None:

@@ -353,31 +353,35 @@ def has_few_pairs(x: Tensor, y: Tensor) -> bool:
 
 def pair_exponents(
     kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """x (..., N, D) and y (..., M, D), centred if that is needed, and −γ·d² of each pair, or √(2γ)·d for a function of the distance.
+) -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """x (..., N, D) and y (..., M, D), centred if that is needed; −γ·d² of each pair, or √(2γ)·d for a function of the distance; and a
+    bound of its size.
 
     `narrowest` is the ratio of the largest γ to this one. None where neither products nor differences are accurate enough.
     """
     x_norm2, y_norm2 = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
     # Of γ·d², by products. An infinity or a nan is left to the streaming path.
-    error = (float(x_norm2.max()) + float(y_norm2.max())) * gamma * torch.finfo(x.dtype).eps
+    reach = 2 * gamma * (float(x_norm2.max()) + float(y_norm2.max()))
+    error = 0.5 * reach * torch.finfo(x.dtype).eps
     # Rows as given only where their mean adds no error worth mentioning.
     limit = EXPONENT_ERROR[x.dtype] * (1 if centred else 0.1)
     if error * narrowest * kernel.steepness <= limit or kernel.takes_distance:
         multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
-        exponent = multiply(y_norm2[..., None, :], x, y.mT, alpha=2 * gamma, beta=-gamma).add_(x_norm2[..., None], alpha=-gamma)
+        columns = y_norm2 if x.ndim == 2 else y_norm2.unsqueeze(-2)
+        factor = 2 * gamma if kernel.takes_distance else -gamma
+        exponent = multiply(columns, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2.unsqueeze(-1), alpha=factor)
         if not kernel.takes_distance:
-            return x, y, exponent
+            return x, y, exponent, reach
         # An error of t = γ·d² is one of √(2t) divided by that, and is relative to t in a slope.
-        least = -2 * float(exponent.amax())
+        least = float(exponent.amin())
         if least > 0 and error <= limit * min((least / narrowest) ** 0.5, least):
-            return x, y, exponent.mul_(-2).sqrt_()
+            return x, y, exponent.sqrt_(), (2 * reach) ** 0.5
     if not centred:
         centre = 0.5 * x.mean(-2, keepdim=True) + 0.5 * y.mean(-2, keepdim=True)
         return pair_exponents(kernel, gamma, narrowest, x - centre, y - centre, True)
     if kernel.takes_distance and x.dtype == torch.float32 and error < math.inf:
         x, y = x.double(), y.double()
-        return x, y, torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mul_((2 * gamma) ** 0.5)
+        return x, y, torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mul_((2 * gamma) ** 0.5), (2 * reach) ** 0.5
     return None
 
 

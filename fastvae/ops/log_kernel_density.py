@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvae.checks import requires_grad
-from fastvae.cpu.few_log_kernels import LogKernel, log_kernel
+from fastvae.cpu.few_rows import FewRows, few_rows
 from fastvae.cpu.log_kernel_density import Streaming
 from fastvae.cpu.small import SmallLogKernel, has_few_pairs, problems_at_once
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
@@ -26,7 +26,6 @@ from fastvae.ops.common import (
     differentiable,
     forbid_second_derivative,
     matmul_precision,
-    needs_grad,
     no_forward_mode,
     wanted_gradients,
     without_autocast,
@@ -295,7 +294,7 @@ apply_normalized_matmul = differentiable("NormalizedMatmul", "kernel_matmul", 3,
 
 
 class _FewRows(torch.autograd.Function):
-    """`Density` or `NormalizedProduct`, where no transform of `torch.func` is active."""
+    """`Density` or `Product`, where no transform of `torch.func` is active."""
 
     jvp = no_forward_mode("log_kernel_density or kernel_matmul")
 
@@ -318,8 +317,8 @@ class _FewRows(torch.autograd.Function):
         return None, *(t if t is None else forbid_second_derivative(operation, t.to(x.dtype), *grads, x, y, third) for t in found)
 
 
-def few_log_kernel(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: str | None, dim: int | None = None) -> LogKernel | None:
-    """For `Density` and `NormalizedProduct`. None where bandwidths or weights may get a gradient, or another backend is named.
+def few_rows_of(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: str | None, dim: int | None = None) -> FewRows | None:
+    """For `Density` and `Product`. None where bandwidths or weights may get a gradient, or another backend is named.
 
     With `dim` each kernel is a density.
     """
@@ -327,20 +326,24 @@ def few_log_kernel(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend
         return None
     kernel, factor = kernel.canonical()
     h, a = read(bandwidth), read(weights)
-    if isinstance(h, Tensor) or isinstance(a, Tensor):
+    if isinstance(h, Tensor) or isinstance(a, Tensor) or not kernel.radial:
         return None
-    return log_kernel(kernel, tuple(factor * number for number in h), a, dim)
+    return few_rows(kernel, tuple(factor * number for number in h), a, dim)
 
 
 def of_few_rows(function: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
-    """The result of a `Density` or a `NormalizedProduct`, in the dtype of x; None if it has to take an op.
+    """The result of a `Density` or a `Product`, in the dtype of x; None if it has to take an op.
 
     Of so few numbers the sums take less time than the arguments of the op.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or needs_dispatcher(x, y, third) or not has_few_pairs(x, y):
         return None
-    with without_autocast(x.device):
-        if needs_grad(x, y, third) or torch.autograd.forward_ad._current_level >= 0:
-            return cast("Tensor | None", _FewRows.apply(function, x, y, third))  # type: ignore[no-untyped-call]
-        found = function.evaluate(x, y, third, False)
-    return None if found is None else cast(Tensor, found[0].to(x.dtype))
+    if torch.is_autocast_enabled("cpu"):
+        with without_autocast(x.device):
+            return of_few_rows(function, x, y, third)
+    wants = x.requires_grad or y.requires_grad or (third is not None and third.requires_grad)
+    if (wants and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
+        return cast("Tensor | None", _FewRows.apply(function, x, y, third))  # type: ignore[no-untyped-call]
+    if (found := function.evaluate(x, y, third, False)) is None:
+        return None
+    return cast(Tensor, found[0] if found[0].dtype == x.dtype else found[0].to(x.dtype))
