@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
+from fastvae.cpu.few_rows import ToMean
 from fastvae.devices import lacks_float64
 from fastvae.dispatch import accumulation_dtype
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
@@ -21,6 +22,7 @@ from fastvae.features import kernel_matrix
 from fastvae.kernel_sums import Numbers
 from fastvae.ops.common import kernel_arguments, unit_weights
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
+from fastvae.ops.log_kernel_density import few_rows_of, of_few_rows
 from fastvae.ops.mmd import apply_mmd
 from fastvae.ops.quadratic_form import quadratic_form_diagonal
 from fastvae.radial import Kernel, kernel_of
@@ -327,6 +329,10 @@ def mmd_to_mean(
         p = None if x_weights is None else x_weights.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return reference.mmd_to_mean(x, z, weights, mean.norm.to(x.dtype), estimator=estimator, x_weights=p, **options)
+    if process_group is None and x_weights is None and (few := few_rows_of(mean.kernel, mean.bandwidth, mean.bandwidth_weights, backend)):
+        value = of_few_rows(ToMean(few, float(mean.norm), estimator == "unbiased"), x, z, mean.weights)
+        if value is not None:
+            return value
     # The sweep takes weights that sum to one, so that the constants it subtracts from a kernel cancel. What they lack is given to the first
     # point, and taken back as a sum over x alone.
     weights, rest = mean.weights, None

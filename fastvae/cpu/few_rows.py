@@ -50,7 +50,7 @@ class FewRows(NamedTuple):
     def pairs(self, x: Tensor, y: Tensor, slope: bool, divided: bool, shift: int | None) -> Pairs | None:
         """K over exp(`log_scale`). None where products of rows are not accurate enough, or all k are close to φ(0).
 
-        If K is to be `divided` by its sums, none may underflow. For that each row (`shift` −1) or column (−2) may lack a factor; where neither
+        If K is to be `divided` by its sums, none may underflow: each row (`shift` −1) or column (−2) may then lack a factor; if neither
         may, the result is None.
         """
         single = len(self.ratios) == 1
@@ -207,3 +207,38 @@ class Product:
         else:
             weights = (grad @ v.mT).mul_(slope)
         return *self.rows.gradients(pairs.x, pairs.y, weights, None, None, wanted), to_v if wanted[2] else None
+
+
+@dataclass(frozen=True)
+class ToMean:
+    """MMD² of x (N, D) to a fixed sample y (M, D) with weights of any sum, formula (1) of `fastvae.reference.kernel_mean`."""
+
+    operation: ClassVar[str] = "mmd"
+    rows: FewRows
+    norm: float
+    unbiased: bool
+
+    def evaluate(self, x: Tensor, y: Tensor, weights: Tensor | None, gradients: bool) -> tuple[Tensor | None, ...] | None:
+        """The value in float64, and the tensors that `gradients` takes."""
+        n = len(x)
+        columns = torch.cat([x, y])
+        if (pairs := self.rows.pairs(x, columns, gradients, False, None)) is None:
+            return None
+        x, columns, k, slope, _ = pairs
+        scale = math.exp(self.rows.log_scale)
+        factors = k.new_full((len(columns), 1), scale / (n - self.unbiased))
+        of_y = factors[n:]
+        of_y.fill_(-2 * scale / len(y)) if weights is None else torch.mul(weights.unsqueeze(1), -2 * scale, out=of_y)
+        for t in (k,) if slope is None or slope is k else (k, slope):
+            t[:, :n].fill_diagonal_(0)
+        own = 0.0 if self.unbiased else self.rows.kernel.value_at_zero * scale * math.fsum(self.rows.weights)
+        value = (k @ factors).sum(dtype=torch.float64).add_(own).mul_(1 / n).add_(self.norm)
+        return value, factors, x, columns, slope
+
+    def gradients(self, grad: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
+        factors, x, columns, slope = tensors
+        # Each row of x is in pairs as a row and as a column.
+        factors = factors.clone()
+        factors[: len(x)].mul_(2)
+        u = grad.to(x.dtype) / len(x)
+        return self.rows.gradients(x, columns, slope, u, factors, (wanted[0], False))[0], None, None

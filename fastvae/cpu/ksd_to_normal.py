@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -227,6 +227,15 @@ class _Plan(NamedTuple):
     steepest: float  # γ of the narrowest bandwidth, over the scale squared
     weights: float  # Σ_b a_b
     diagonal: float  # 2·D·Σ_b a_b·γ_b
+    near_origin: list[_Term]  # widest first; none for kernels that `near_origin` does not take
+
+
+class _Term(NamedTuple):
+    """One bandwidth of `near_origin`."""
+
+    weight: float
+    gamma: float
+    alpha: float  # inf for the RBF kernel
 
 
 @functools.lru_cache(maxsize=256)
@@ -234,11 +243,14 @@ def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ..
     kernels = KernelSum.of(kernel, bandwidth, weights, dim, torch.device("cpu"), None)
     host_sum, exponent_scale = HostKernelSum.of(kernels), LOG2_E if kernel.is_exponential else 1.0
     gamma, pairs = host_sum.gamma, list(zip(host_sum.ratios, host_sum.weights, strict=True))
+    alpha = float(kernel.alpha) if isinstance(kernel, RationalQuadratic) else math.inf
+    near_origin = [_Term(weight, ratio * gamma, alpha) for ratio, weight in pairs if alpha in (0.5, 1, math.inf)]
     return _Plan(
         _Stein.of(host_sum, exponent_scale, dim, dtype),
         host_sum.ratios[-1] / (2 * exponent_scale),
         math.fsum(weights),
         2 * dim * gamma * math.fsum(ratio * weight for ratio, weight in pairs),
+        near_origin,
     )
 
 
@@ -298,23 +310,68 @@ def few_rows(
     return value, moments.addcmul_(z, phi_sums, value=2 / number)
 
 
-def value_near_origin(z: Tensor, bandwidth: float, unbiased: bool) -> Tensor | None:
-    """KSD² of z (N, D) in float64 for k = 1/(1 + γ·d²): `few_rows` in fewer calls of PyTorch. None where products are not accurate enough.
+def near_origin(
+    kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], z: Tensor, unbiased: bool, gradient: bool
+) -> Result | None:
+    """`few_rows` in fewer calls of PyTorch, from x·y itself. None for other kernels, and where z is far from the origin.
 
-    With γ·d² = 1/k − 1, u = k·(x·y − 2 + (2 + 2γ·D − 8γ)·k + 8γ·k²).
+    With g = 1/(1 + t/α), u = φ·(x·y − 2α + (2α + 2γ·D − s)·g + s·g²), s = 4γ·(α + 1), and of the RBF kernel
+    u = φ·(x·y + 2γ·D − (2 + 4γ)·t). The gradient to x_i is the sum over j of (φ − 2u')·x_j + 2u'·x_i, where u' = ∂u/∂d².
     """
-    count, dim = z.shape
-    gamma, norm2 = 0.5 * bandwidth**-2, torch.linalg.vecdot(z, z)
+    *_, count, dim = z.shape
+    terms = _plan(kernel, bandwidth, weights, dim, z.dtype).near_origin
+    norm2 = torch.linalg.vecdot(z, z)
     farthest = float(norm2.max())
     # False for a nan too.
-    if not (gamma > 0.25 and farthest <= 4 * dim and farthest * gamma * torch.finfo(z.dtype).eps <= 0.1 * EXPONENT_ERROR[z.dtype]):
+    if not (terms and farthest <= 4 * dim + 20 and farthest * terms[-1].gamma * torch.finfo(z.dtype).eps <= EXPONENT_ERROR[z.dtype]):
         return None
     products = z @ z.mT
-    k = norm2.add(1 / gamma)[:, None].add(norm2).sub_(products, alpha=2).reciprocal_().mul_(1 / gamma)
-    u = torch.addcmul(products, k, k, value=8 * gamma).add_(k, alpha=2 + 2 * gamma * dim - 8 * gamma).sub_(2).mul_(k)
-    if unbiased:
-        u.fill_diagonal_(0)
-    return u.sum(1).sum(dtype=torch.float64).div_(count * (count - unbiased))
+    d2 = torch.add(norm2.unsqueeze(-1), norm2.unsqueeze(-2)).sub_(products, alpha=2)
+    sums = of_slopes = moments = cast(Tensor, None)
+    for weight, gamma, alpha in terms:
+        slope_of_t = 2 + 4 * gamma
+        if alpha == math.inf:
+            g = phi = exponentials(4 * LOG2_E * gamma * farthest, z.dtype).exp2_(d2 * (-gamma * LOG2_E))
+            u = torch.add(products, d2, alpha=-gamma * slope_of_t).add_(2 * gamma * dim).mul_(phi)
+        else:
+            second = 4 * gamma * (alpha + 1)
+            g = torch.add(d2, alpha / gamma).reciprocal_().mul_(alpha / gamma)
+            phi = g if alpha == 1 else g.sqrt()
+            # In two steps, as a rounded coefficient would be a bias.
+            u = torch.addcmul(products, g, g, value=second).add_(g, alpha=2 * gamma * dim - second).add_(g, alpha=2 * alpha)
+            u.sub_(2 * alpha).mul_(phi)
+        if unbiased:
+            for t in (u, phi) if phi is g else (u, phi, g):
+                t.diagonal(dim1=-2, dim2=-1).zero_()
+        row_sums = u.sum(-1)
+        sums = _accumulated(sums, row_sums, weight)
+        if not gradient:
+            continue
+        # −u'/γ, and φ − 2u' over a factor.
+        if alpha == math.inf:
+            slope_sums = phi.sum(-1).mul_(slope_of_t).add_(row_sums)
+            slope, factor = u.add_(phi, alpha=slope_of_t + 0.5 / gamma), 2 * gamma
+        else:
+            first = 2 * alpha + 2 * gamma * dim - second
+            minus_slope = torch.add(_scalar(first / alpha, z.dtype), g, alpha=2 * second / alpha).mul_(g).mul_(phi).add_(u).mul_(g)
+            # The gradient of the pair of a row with itself is x_i: the rest would cancel only to rounding.
+            minus_slope.diagonal(dim1=-2, dim2=-1).zero_()
+            slope_sums = minus_slope.sum(-1)
+            slope, factor = minus_slope.mul_(2 * gamma).add_(phi), 1.0
+        of_slopes = _accumulated(of_slopes, slope_sums, -2 * gamma * weight)
+        moments = _accumulated(moments, slope @ z, factor * weight)
+    number = count * (count - unbiased)
+    # Rows are summed in their dtype, their sums in float64.
+    value = sums.sum(-1, dtype=torch.float64).div_(number)
+    if not gradient:
+        return value, None
+    return value, moments.add_(z * of_slopes.unsqueeze(-1)).mul_(2 / number)
+
+
+def _accumulated(total: Tensor | None, part: Tensor, factor: float) -> Tensor:
+    if total is None:
+        return part if factor == 1 else part * factor
+    return total.add_(part, alpha=factor)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -111,21 +111,26 @@ def mmd(
     unbiased: bool,
     x_grad: bool,
     y_grad: bool,
+    close: bool = False,
 ) -> Result | None:
     """MMD² (...) of x (..., N, D) and y (..., M, D), and the gradients to them or None, in the accumulation dtype.
 
-    The result is None where products are not accurate enough for this data; the streaming path then takes differences.
+    The result is None where products are not accurate enough for this data; the streaming path then takes differences. `close` says that
+    some rows are close to each other.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if kernel.takes_distance and result_dtype == torch.float64:
         return None
-    # A function of the distance is steep between rows close to each other.
-    dtype = torch.float64 if kernel.takes_distance else result_dtype
+    # A function of the distance is steep between rows close to each other, and sums of one that has no largest value cancel.
+    dtype = torch.float64 if kernel.takes_distance and (close or not kernel.positive) else result_dtype
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
     if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
+    if (exponent := _exponents(kernel, prepared, prepared)) is None:
+        options = kernel, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad
+        return mmd(x, y, x_weights, y_weights, *options, close=True)
     plan, _, scaled, _ = prepared
     host_sum, wanted, x_rows = plan.host_sum, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
@@ -135,7 +140,6 @@ def mmd(
     if y is None and unbiased:
         scale, extras = 1 + extras[0], [0.0]
     own = samples if unbiased and y is not None else []
-    exponent = _exponents(kernel, prepared, prepared)
     sums, own_sums, slope = _sums(prepared, exponent, signed, own, unbiased or kernel.radial, x_grad or y_grad)
     value = (sums * signed).sum((-2, -1), dtype=torch.float64)
     for rows, extra, own_sum in zip(own, extras, own_sums, strict=False):
@@ -205,7 +209,7 @@ def quadratic_form(
         return None
     plan, _, scaled, _ = prepared
     v = v.to(scaled.dtype)
-    sums, _, slope = _sums(prepared, _exponents(kernel, prepared, prepared), v, [], True, upstream is not None)
+    sums, _, slope = _sums(prepared, cast(Tensor, _exponents(kernel, prepared, prepared)), v, [], True, upstream is not None)
     total = v.double().T @ sums.double()
     if plan.value_constant:
         total += plan.value_constant * pair_weights(v)
@@ -227,7 +231,7 @@ def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers
     if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     total: Tensor | None = None
-    for _, weight, value, _ in _evaluated(prepared, _exponents(kernel, prepared, prepared)):
+    for _, weight, value, _ in _evaluated(prepared, cast(Tensor, _exponents(kernel, prepared, prepared))):
         if total is not None:
             total.add_(value, alpha=weight)
         elif len(prepared.plan.host_sum.ratios) == 1:
@@ -262,7 +266,7 @@ class SmallKernelMatmul(NamedTuple):
     def matmul(self, v: Tensor) -> Tensor:
         """Σ_j k(x_i, y_j)·v_j, (N, C), for v (M, C), in the dtype of v."""
         weights = v.to(self.x.scaled.dtype)
-        sums, _, _ = _sums(self.x, _exponents(self.kernel, self.x, self.y), weights, [], False, False)
+        sums, _, _ = _sums(self.x, cast(Tensor, _exponents(self.kernel, self.x, self.y)), weights, [], False, False)
         return self._with_constant(sums, weights).to(v.dtype)
 
     def gradients(self, v: Tensor, grad: Tensor, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -270,7 +274,7 @@ class SmallKernelMatmul(NamedTuple):
         plan, dtype = self.x.plan, v.dtype
         v, grad = v.to(self.x.scaled.dtype), grad.to(self.x.scaled.dtype)
         # Pairs (y_j, x_i), whose sums over x are the gradient to v.
-        sums, _, slope = _sums(self.x, _exponents(self.kernel, self.y, self.x), grad, [], False, x or y)
+        sums, _, slope = _sums(self.x, cast(Tensor, _exponents(self.kernel, self.y, self.x)), grad, [], False, x or y)
         gradients: list[Tensor | None] = [None, None]
         if slope is not None:
             if plan.host_sum.slope_constant:
@@ -311,7 +315,7 @@ class SmallLogKernel(NamedTuple):
         plan, farthest, scaled, neg_half_norm2 = prepared
         parts = zip(scaled.split_with_sizes(sizes, -2), neg_half_norm2.split_with_sizes(sizes, -2), strict=True)
         rows, columns = (_Rows(plan, farthest, *part) for part in parts)
-        log2 = _exponents(kernel, rows, columns)
+        log2 = cast(Tensor, _exponents(kernel, rows, columns))
         return SmallLogKernel(rows, columns, log2, plan.evaluator.logarithm_(log2, torch.empty_like(log2) if slope else None, LOG2_E))
 
     def log2_sums(self, bias: Tensor | None, transposed: bool = False) -> Tensor:
@@ -385,11 +389,11 @@ def pair_exponents(
     return None
 
 
-def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
-    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
+def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor | None:
+    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows. None where float32 is not accurate enough for it."""
     u, v = left.scaled, right.scaled
     if kernel.takes_distance:
-        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
+        return _distances(left, right)
     if not kernel.radial:
         return _product(u, v.mT)
     u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
@@ -397,6 +401,23 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
         return _product(torch.cat([u, u_half, torch.ones_like(u_half)], 1), torch.cat([v, torch.ones_like(v_half), v_half], 1).T)
     product = torch.addmm if u.ndim == 2 else torch.baddbmm
     return product(u_half, u, v.mT).add_(v_half.mT)
+
+
+def _distances(left: _Rows, right: _Rows) -> Tensor | None:
+    """By products, or in float64 by differences if rows are close to each other."""
+    u, v = left.scaled, right.scaled
+    multiply = torch.addmm if u.ndim == 2 else torch.baddbmm
+    distances = multiply(left.neg_half_norm2, u, v.mT, beta=-2, alpha=-2).add_(right.neg_half_norm2.mT, alpha=-2)
+    if left is right:
+        distances.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+    # As in `pair_exponents`.
+    least, error = float(distances.amin()), left.farthest / (2 * LOG2_E) * torch.finfo(u.dtype).eps
+    limit = EXPONENT_ERROR[torch.float32] * min((least / left.plan.host_sum.ratios[-1]) ** 0.5, least) if least > 0 else 0.0
+    if not error <= limit:
+        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist") if u.dtype == torch.float64 else None
+    if left is right:
+        distances.diagonal(dim1=-2, dim2=-1).zero_()
+    return distances.sqrt_()
 
 
 def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool, subtract: bool = True) -> _Rows | None:

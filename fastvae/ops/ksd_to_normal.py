@@ -75,13 +75,6 @@ def _on_cpu(problem: Problem) -> cpu.Result:
     dtype = accumulation_dtype(problem.z.dtype)
     z = problem.z.to(dtype)
     if z.ndim == 2:
-        # Of so few numbers the sums take less time than what is general.
-        kernel, is_small = problem.kernel, problem.all_z is None and cpu.problems_at_once(len(z)) > 0
-        is_imq = kernel[2:] == (kernel.bandwidth_numbers[:1], [1.0], "rational_quadratic", [1.0]) and kernel.bandwidth is None
-        if is_imq and is_small and not problem.z_grad:
-            near = cpu.value_near_origin(z, kernel.bandwidth_numbers[0], problem.unbiased)
-            if near is not None:
-                return near.to(dtype), None
         value, gradient = _of_one(problem, z)
         return value.to(dtype), gradient
     parts: list[cpu.Result] = []
@@ -102,7 +95,8 @@ def _of_few_rows(problem: Problem, z: Tensor) -> cpu.Result | None:
         return None
     kernel, bandwidth, weights = problem.kernel.unpack()
     h, a = (cast("tuple[float, ...]", read(numbers)) for numbers in (bandwidth, weights))
-    return cpu.few_rows(kernel, h, a, z, problem.unbiased, problem.z_grad)
+    arguments = kernel, h, a, z, problem.unbiased, problem.z_grad
+    return cpu.near_origin(*arguments) or cpu.few_rows(*arguments)
 
 
 def _of_one(problem: Problem, z: Tensor) -> cpu.Result:
