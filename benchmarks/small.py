@@ -3,6 +3,7 @@
     python -m benchmarks.small                      `mmd` with N = M from 32 to 2,048, two batches of problems, and the other operations
     python -m benchmarks.small --n 32 64 --dims 16 --bandwidths 1 --batches --operations --seconds 1
     python -m benchmarks.small --n --batches --operations two_sample_test
+    python -m benchmarks.small --n --batches --operations ksd_to_normal log_kernel_density "kernel_matmul," sigreg "mmd,"
     python -m benchmarks.small --imports 10         the time that `import fastvae` adds to `import torch`; rows in import.jsonl
 
 All providers of a case run in one process, in turn. `over_eager` is the ratio of the median processor time to eager's. Eager code is dense:
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 import fastvae
+from benchmarks import eager
+from benchmarks.bench_sigreg import eager as eager_sigreg
 from benchmarks.machine import conditions
 from benchmarks.measure import Steps, Time, summaries, summary
 from benchmarks.providers import (
@@ -43,6 +46,7 @@ from benchmarks.providers import (
     verdict_of_value,
 )
 from benchmarks.rows import RESULTS, append
+from fastvae.radial import RBF, Laplace
 from fastvae.two_sample import TwoSampleTest
 
 NAMES = ("fastvae", "fastvae, closed-form prior", "eager", "torch.compile", "KeOps", "geomloss")
@@ -210,12 +214,14 @@ class Operation(NamedTuple):
         make_inputs: their arguments for N rows and D features.
         with_gradient: the indices of the arguments that require a gradient.
         sizes: (N, D) of each case.
+        value_too: whether the value alone is timed besides value and gradient.
     """
 
     functions: dict[str, Callable[..., Any]]
     make_inputs: Callable[[int, int], tuple[Tensor, ...]]
     with_gradient: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
+    value_too: bool = False
 
 
 def operations() -> dict[str, Operation]:
@@ -262,6 +268,142 @@ def operations() -> dict[str, Operation]:
     for groups in (2, 10):
         both = {"fastvae": group_mmd(groups, None), "eager": group_mmd(groups, "reference")}
         found[f"group_mmd, {groups} groups"] = Operation(both, lambda n, dim: codes(n, dim)[:1], (0,), kernel_sizes)
+    return found | kernel_operations()
+
+
+# Problems of a batch, and points of a `KernelMean`.
+BATCH, POINTS = 16, 128
+KERNEL_SIZES = tuple((n, dim) for n in (32, 128, 512) for dim in (16, 64))
+LADDER = (0.5, 1.0, 2.0)
+
+
+def kernel_operations() -> dict[str, Operation]:
+    """Options of operations with a kernel matrix. "eager" takes squared distances by products of rows."""
+    found: dict[str, Operation] = {}
+
+    def add(name: str, fused: Callable[..., Tensor], eager_code: Callable[..., Tensor], inputs: Any, cdist: bool = False) -> None:
+        functions = {"fastvae": fused, "eager": eager_code}
+        if cdist:
+            functions["eager, cdist"] = partial(eager_code, squared=eager.by_cdist)
+        found[name] = Operation(functions, inputs, (0,), KERNEL_SIZES, value_too=True)
+
+    def rows(count: int, *more: int, batch: tuple[int, ...] = ()) -> Callable[[int, int], tuple[Tensor, ...]]:
+        def make(n: int, dim: int) -> tuple[Tensor, ...]:
+            generator = torch.Generator().manual_seed(0)
+            shapes = [(*batch, n, dim)] * count + [(*batch, n, columns) for columns in more]
+            return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+        return make
+
+    def weighted(n: int, dim: int) -> tuple[Tensor, ...]:
+        return *rows(2)(n, dim), 0.5 + torch.rand(n, generator=torch.Generator().manual_seed(1))
+
+    def width(x: Tensor, scale: float = 0.5) -> float:
+        return scale * float(x.shape[-1]) ** 0.5
+
+    def widths(x: Tensor) -> tuple[float, ...]:
+        return tuple(width(x, scale) for scale in LADDER)
+
+    for name in ("imq", "rbf"):
+        add(
+            f"ksd_to_normal, {name}",
+            lambda z, name=name: fastvae.ksd_to_normal(z, kernel=name, bandwidth=width(z, 1.0)),
+            lambda z, name=name: eager.ksd_to_normal(name, z, [width(z, 1.0)]),
+            rows(1),
+        )
+    add(
+        "ksd_to_normal, imq, unbiased",
+        lambda z: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0), estimator="unbiased"),
+        lambda z: eager.ksd_to_normal("imq", z, [width(z, 1.0)], unbiased=True),
+        rows(1),
+    )
+    add(
+        "ksd_to_normal, imq, 3 bandwidths",
+        lambda z: fastvae.ksd_to_normal(z, bandwidth=widths(z)),
+        lambda z: eager.ksd_to_normal("imq", z, widths(z)),
+        rows(1),
+    )
+    add(
+        "ksd_to_normal, imq, batch",
+        lambda z: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0)),
+        lambda z: eager.ksd_to_normal("imq", z, [width(z, 1.0)]),
+        rows(1, batch=(BATCH,)),
+    )
+    for name in ("rbf", "imq", "laplace"):
+        add(
+            f"log_kernel_density, {name}",
+            lambda x, y, name=name: fastvae.log_kernel_density(x, y, kernel=name, bandwidth=width(x)),
+            lambda x, y, name=name, **more: eager.log_density(name, x, y, [width(x)], **more),
+            rows(2),
+            cdist=name != "laplace",
+        )
+    add(
+        "log_kernel_density, rbf, weights",
+        lambda x, y, w: fastvae.log_kernel_density(x, y, y_weights=w, bandwidth=width(x)),
+        lambda x, y, w, **more: eager.log_density("rbf", x, y, [width(x)], w, **more),
+        weighted,
+        cdist=True,
+    )
+    add(
+        "log_kernel_density, rbf, 3 bandwidths",
+        lambda x, y: fastvae.log_kernel_density(x, y, bandwidth=widths(x)),
+        lambda x, y, **more: eager.log_density("rbf", x, y, widths(x), **more),
+        rows(2),
+        cdist=True,
+    )
+    add(
+        "log_kernel_density, rbf, batch",
+        lambda x, y: fastvae.log_kernel_density(x, y, bandwidth=width(x)),
+        lambda x, y, **more: eager.log_density("rbf", x, y, [width(x)], **more),
+        rows(2, batch=(BATCH,)),
+        cdist=True,
+    )
+    for name in ("rbf", "imq", "laplace"):
+        for normalize in (None, "rows", "columns", "both"):
+            if name == "rbf" or normalize in (None, "both"):
+                options: Any = {"kernel": name, "normalize": normalize}
+                add(
+                    f"kernel_matmul, {name}, normalize={normalize}",
+                    lambda x, y, v, options=options: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), **options),
+                    lambda x, y, v, name=name, normalize=normalize, **more: eager.product(name, x, y, v, width(x), normalize, **more),
+                    rows(2, 4),
+                    cdist=name != "laplace",
+                )
+    add(
+        "kernel_matmul, rbf, normalize=both, batch",
+        lambda x, y, v: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), normalize="both"),
+        lambda x, y, v, **more: eager.product("rbf", x, y, v, width(x), "both", **more),
+        rows(2, 4, batch=(BATCH,)),
+        cdist=True,
+    )
+    for slices in (256, 1024):
+
+        def projected(n: int, dim: int, slices: int = slices) -> tuple[Tensor, ...]:
+            directions = torch.randn(dim, slices, generator=torch.Generator().manual_seed(1))
+            return *rows(1)(n, dim), directions / directions.norm(dim=0)
+
+        add(f"sigreg, {slices} slices", lambda z, directions: fastvae.sigreg(z, directions=directions), eager_sigreg, projected)
+    points: dict[int, tuple[fastvae.KernelMean, Tensor]] = {}
+    for dim in {dim for _, dim in KERNEL_SIZES}:
+        generator = torch.Generator().manual_seed(1)
+        z, weights = torch.randn(POINTS, dim, generator=generator), torch.rand(POINTS, generator=generator) / (POINTS / 2)
+        points[dim] = fastvae.KernelMean(z, weights.double(), norm=0.7, bandwidth=dim**0.5), weights
+    add(
+        "mmd, to a KernelMean",
+        lambda x: fastvae.mmd(x, points[x.shape[1]][0]),
+        lambda x, **more: eager.mmd_to_mean(x, points[x.shape[1]][0].points.to(x), points[x.shape[1]][1].to(x), 0.7, width(x, 1.0), **more),
+        rows(1),
+        cdist=True,
+    )
+    kernels: dict[str, Any] = {name: name for name in ("imq", "laplace", "matern32", "matern52", "energy", "riesz")}
+    for name, family in (kernels | {"rbf + laplace": RBF() + 0.5 * Laplace().scaled(2)}).items():
+        add(
+            f"mmd, {name}",
+            lambda x, y, family=family: fastvae.mmd(x, y, kernel=family, bandwidth=width(x, 1.0)),
+            lambda x, y, name=name, **more: eager.mmd(name, x, y, width(x, 1.0), **more),
+            rows(2),
+            cdist=name == "imq",
+        )
     return found
 
 
@@ -272,14 +414,18 @@ def operation_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for n, dim in operation.sizes:
             tensors = operation.make_inputs(n, dim)
             status = operation_verdict(name, operation, tensors)
-            inputs = [t.clone().requires_grad_(k in operation.with_gradient) for k, t in enumerate(tensors)]
-            leaves = [inputs[k] for k in operation.with_gradient]
-            direction = "forward+backward" if leaves else "forward"
-            case = {"operation": name, "direction": direction, "batch": 1, "n": n, "m": n, "dim": dim, "bandwidths": 1}
-            steps: Steps = {
-                provider: partial(step, function, inputs, leaves) for provider, function in operation.functions.items() if status == "ok"
-            }
-            yield from timed_rows(args, case, dict.fromkeys(operation.functions, status), steps)
+            for with_gradient in ((), operation.with_gradient) if operation.value_too else (operation.with_gradient,):
+                inputs = [t.clone().requires_grad_(k in with_gradient) for k, t in enumerate(tensors)]
+                leaves = [inputs[k] for k in with_gradient]
+                direction = "forward+backward" if leaves else "forward"
+                batch = len(tensors[0]) if tensors[0].ndim > 2 else 1
+                case = {"operation": name, "direction": direction, "batch": batch, "n": n, "m": n, "dim": dim, "bandwidths": 1}
+                steps: Steps = {
+                    provider: partial(step, function, inputs, leaves)
+                    for provider, function in operation.functions.items()
+                    if status == "ok"
+                }
+                yield from timed_rows(args, case, dict.fromkeys(operation.functions, status), steps)
 
 
 def operation_verdict(name: str, operation: Operation, tensors: tuple[Tensor, ...]) -> str:
@@ -373,7 +519,7 @@ def main() -> None:
     for row in cases(args):
         size = f"{row['batch']:4} × N {row['n']:4} D {row['dim']:4} bandwidths {row['bandwidths']}"
         time = f"{row['processor_ms']:9.3f} ms, {row['over_eager']:.2f} of eager" if "processor_ms" in row else row["status"]
-        print(f"{row['operation']:20} {size} {row['direction']:24} {row['provider']:26} {time}", flush=True)
+        print(f"{row['operation']:41} {size} {row['direction']:24} {row['provider']:26} {time}", flush=True)
         append(args.output / "small.jsonl", row | common)
 
 

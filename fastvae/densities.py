@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.cpu.few_rows import Density
+from fastvae.cpu.pairs import Density
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, zero_if_finite
 from fastvae.functional import _autocast

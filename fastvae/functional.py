@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
-from fastvae.cpu.few_rows import Product
+from fastvae.cpu.pairs import Product
 from fastvae.devices import float64_on_cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
 from fastvae.distributed import gather, gather_rows, propagate_errors, sum_shares

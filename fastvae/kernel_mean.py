@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.cpu.few_rows import ToMean
+from fastvae.cpu.pairs import ToMean
 from fastvae.devices import lacks_float64
 from fastvae.dispatch import accumulation_dtype
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastvae.checks import requires_grad
-from fastvae.cpu.few_rows import FewRows, few_rows
 from fastvae.cpu.log_kernel_density import Streaming
+from fastvae.cpu.pairs import FewRows, few_rows
 from fastvae.cpu.small import SmallLogKernel, has_few_pairs, problems_at_once
 from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton
 from fastvae.kernel_sums import LOG2_E, KernelNumbers, KernelSum, Numbers, read, stable_mean
