@@ -320,6 +320,28 @@ def test_few_rows_of_one_bandwidth(offset):
     torch.testing.assert_close(density, fastvae.log_kernel_density(x, y, bandwidth=(1.3,), normalized=True), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize("bandwidth", [(4.0,), (1.0,), (2.0, 4.0, 8.0)], ids=str)
+@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace"])
+def test_few_rows_of_many_features(kernel, bandwidth, close):
+    """By products in float32, from k itself or, where that may underflow, from logarithms; distances of equal rows by differences."""
+    x, y, v = problem(n=30, m=20, d=64, dtype=torch.float32)
+    if close:
+        y[0] = x[0]
+    # No sum cancels.
+    v, g = v.abs(), torch.randn(30, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).abs().to(DEVICE)
+    options = {"kernel": kernel, "bandwidth": bandwidth, "bandwidth_weights": (0.5, 2.0, 1.0)[: len(bandwidth)]}
+    functions = [(densities, g[:, 0], {}, weights(y))]
+    functions += [(products, g, {"normalize": normalize}, v) for normalize in NORMALIZATIONS]
+    if not close:
+        functions.append((products, g, {}, v))
+    for function, upstream, more, last in functions:
+        actual = evaluate(function(upstream, **more, **options), x, y, last)
+        exact = evaluate(function(upstream, backend="reference", **more, **options), *(t.double() for t in (x, y, last)))
+        # Errors of exponents of up to 100.
+        assert_near(actual, exact, 3e-5)
+
+
 @pytest.mark.parametrize("normalize", ["rows", "columns", "both"])
 def test_gradients_of_a_narrow_bandwidth_in_float32(normalize):
     """Logarithms of millions, whose rounding to float32 would be a factor of the gradients."""

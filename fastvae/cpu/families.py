@@ -58,12 +58,13 @@ class TileEvaluator:
     exponent_scale: float = 1.0  # by which the exponent of a tile is multiplied
 
     neg_dphi_is_value: ClassVar[bool] = False  # −φ' = φ, so that no second tile is needed
+    slope_is_optional: ClassVar[bool] = False  # without `neg_dphi`, only k is computed
 
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
         """Writes k_n, or k_n − φ(0) where that is subtracted, into `out`; returns −φ'(t_n), or φ'(t_n) for a kernel of x·y.
 
         On entry `out` holds k_{n−1}, or is `exponent` itself. The result is in `neg_dphi`; it is `out` where −φ' = φ, from both of which
-        φ(0) is then subtracted.
+        φ(0) is then subtracted. `neg_dphi` is None only where `slope_is_optional`; the result is then `out`.
         """
         raise NotImplementedError
 
@@ -122,11 +123,16 @@ class _RationalQuadraticEvaluator(TileEvaluator):
 
 
 class _LaplaceEvaluator(TileEvaluator):
-    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+    slope_is_optional = True
+
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor | None, functions: Exponentials) -> Tensor:
         root, subtract = ratio**0.5, self.subtract_constant[n]
-        torch.reciprocal(exponent, out=neg_dphi).masked_fill_(exponent == 0, 0)
+        if neg_dphi is not None:
+            torch.reciprocal(exponent, out=neg_dphi).masked_fill_(exponent == 0, 0)
         torch.mul(exponent, -root if subtract else -LOG2_E * root, out=out)
         functions.expm1_(out) if subtract else functions.exp2_(out)
+        if neg_dphi is None:
+            return out
         neg_dphi.addcmul_(neg_dphi, out) if subtract else neg_dphi.mul_(out)
         return neg_dphi if ratio == 1 else neg_dphi.mul_(1 / root)
 
@@ -217,10 +223,13 @@ class _Matern52Evaluator(_MaternEvaluator):
 
 class _RieszEvaluator(TileEvaluator):
     kernel: Riesz
+    slope_is_optional = True
 
-    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor | None, functions: Exponentials) -> Tensor:
         r = self.kernel.r
         torch.mul(exponent, ratio**0.5, out=out)
+        if neg_dphi is None:
+            return out.neg_() if r == 1 else out.log_().mul_(r).exp_().neg_()
         identical = out == 0
         if r == 1:
             torch.reciprocal(out, out=neg_dphi)
@@ -248,24 +257,29 @@ class _PolynomialEvaluator(TileEvaluator):
 
 class _SumEvaluator(TileEvaluator):
     kernel: Sum
+    slope_is_optional = True
 
-    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor, functions: Exponentials) -> Tensor:
+    def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor | None, functions: Exponentials) -> Tensor:
         total, value, slope = torch.zeros_like(exponent), torch.empty_like(exponent), torch.empty_like(exponent)
         # The argument of the terms that are functions of t.
         neg_t = exponent.square().mul_(-0.5) if self.kernel.takes_distance else exponent
-        neg_dphi.zero_()
+        if neg_dphi is not None:
+            neg_dphi.zero_()
         for weight, kernel, scale in self.kernel.terms:
             # Made anew, as it is cheap beside a tile.
             part = _evaluator(kernel, (0,) * len(self.squarings), self.subtract_constant)
             share = scale**-2
             tile = exponent if kernel.takes_distance else neg_t
-            found = part.evaluate(n, ratio * share * part.exponent_scale, tile, value, slope, functions)
+            scratch: Any = None if neg_dphi is None and part.slope_is_optional else slope
+            found = part.evaluate(n, ratio * share * part.exponent_scale, tile, value, scratch, functions)
             total.add_(value, alpha=weight)
+            if neg_dphi is None:
+                continue
             neg_dphi.add_(found, alpha=weight * share)
             if part.neg_dphi_is_value and self.subtract_constant[n]:
                 neg_dphi.add_(weight * share)
         out.copy_(total)
-        return neg_dphi
+        return out if neg_dphi is None else neg_dphi
 
 
 _EVALUATORS: dict[type[Kernel], type[TileEvaluator]] = {

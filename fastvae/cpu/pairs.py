@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,13 +63,15 @@ class FewRows(NamedTuple):
                 return None
         elif self.log_spread + reach / self.evaluator.exponent_scale > _REACH[exponent.dtype]:
             return None if shift is None else self._shifted(x, y, exponent, slope, shift)
-        if single and (self.evaluator.neg_dphi_is_value or (self.kernel.positive and self.kernel.takes_distance and not slope)):
-            self.evaluator.logarithm_(exponent, None, LOG2_E)
-            value = exponentials(reach * LOG2_E, exponent.dtype).exp2_(exponent)
+        if single and self.evaluator.neg_dphi_is_value:
+            value = exponentials(reach, exponent.dtype).exp2_(exponent)
             return Pairs(x, y, value, value, None)
         total: Tensor | None = None
         slopes: Tensor | None = None
-        value, scratch = exponent.new_empty((2, *exponent.shape)).unbind(0)
+        value = torch.empty_like(exponent)
+        scratch: Any = torch.empty_like(exponent) if slope or not self.evaluator.slope_is_optional else None
+        if self.evaluator.neg_dphi_is_value:
+            scratch = value
         for n, (ratio, weight) in enumerate(zip(self.ratios, self.weights, strict=True)):
             functions = exponentials(reach * LOG2_E * ratio, exponent.dtype)
             neg_dphi = self.evaluator.evaluate(n, ratio, exponent, value, scratch, functions)

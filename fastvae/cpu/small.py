@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from fastvae.kernel_sums import (
     rbf_normal_self_exponent,
     read,
 )
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, terms_of
 
 # Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
@@ -122,7 +122,8 @@ def mmd(
     if kernel.takes_distance and result_dtype == torch.float64:
         return None
     # A function of the distance is steep between rows close to each other, and sums of one that has no largest value cancel.
-    dtype = torch.float64 if kernel.takes_distance and (close or not kernel.positive) else result_dtype
+    cancels = any(term.kernel.homogeneous for term in terms_of(kernel))
+    dtype = torch.float64 if kernel.takes_distance and (close or cancels) else result_dtype
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
@@ -231,7 +232,7 @@ def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers
     if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     total: Tensor | None = None
-    for _, weight, value, _ in _evaluated(prepared, cast(Tensor, _exponents(kernel, prepared, prepared))):
+    for _, weight, value, _ in _evaluated(prepared, cast(Tensor, _exponents(kernel, prepared, prepared)), False):
         if total is not None:
             total.add_(value, alpha=weight)
         elif len(prepared.plan.host_sum.ratios) == 1:
@@ -532,7 +533,7 @@ def _sums(
     sums: list[Tensor] = []
     total: Tensor | None = None
     single = len(prepared.plan.host_sum.ratios) == 1
-    for ratio, weight, value, neg_dphi in _evaluated(prepared, exponent):
+    for ratio, weight, value, neg_dphi in _evaluated(prepared, exponent, gradient):
         if without_diagonal:
             for t in (value,) if neg_dphi is value else (value, neg_dphi):
                 t.fill_diagonal_(0) if t.ndim == 2 else t.diagonal(dim1=-2, dim2=-1).zero_()
@@ -551,11 +552,13 @@ def _sums(
     return sums[0], sums[1:], total
 
 
-def _evaluated(prepared: _Rows, exponent: Tensor) -> Iterator[tuple[float, float, Tensor, Tensor]]:
-    """For each bandwidth γ_b/γ_0, a_b, k and −φ' of every pair; the next bandwidth overwrites them, and possibly the exponents."""
+def _evaluated(prepared: _Rows, exponent: Tensor, slope: bool) -> Iterator[tuple[float, float, Tensor, Tensor]]:
+    """For each bandwidth γ_b/γ_0, a_b, k and, if `slope`, −φ' of every pair; the next overwrites them, and maybe the exponents."""
     host_sum, evaluator = prepared.plan.host_sum, prepared.plan.evaluator
     value = exponent if all(host_sum.squarings[1:]) else torch.empty_like(exponent)
-    scratch = value if evaluator.neg_dphi_is_value else torch.empty_like(exponent)
+    scratch: Any = value if evaluator.neg_dphi_is_value else None
+    if scratch is None and (slope or not evaluator.slope_is_optional):
+        scratch = torch.empty_like(exponent)
     for n, (ratio, weight) in enumerate(zip(host_sum.ratios, host_sum.weights, strict=True)):
         functions = exponentials(prepared.farthest * ratio, exponent.dtype)
         yield ratio, weight, value, evaluator.evaluate(n, ratio, exponent, value, scratch, functions)
