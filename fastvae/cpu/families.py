@@ -169,13 +169,13 @@ class _MaternEvaluator(TileEvaluator):
         torch.where(is_near, series, out.sub_(1), out=out)
         return neg_dphi
 
-    def log2_(self, exponent: Tensor, slope: Tensor | None) -> Tensor | None:
+    def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         # Not infinite, as ∞ − ∞ is nan.
         u = exponent.mul_(-self.factor).clamp_(min=0, max=1e30).sqrt_()
         polynomial = self._less_one(u)
         if slope is not None:
             torch.add(polynomial, 1, out=slope).reciprocal_().mul_(self._slope(u))
-        torch.sub(polynomial.log1p_(), u, out=exponent).mul_(LOG2_E)
+        torch.sub(polynomial.log1p_(), u, out=exponent).mul_(unit)
         return slope
 
     def _finish(self, out: Tensor, neg_dphi: Tensor) -> Tensor:
