@@ -253,12 +253,9 @@ def measure(call: Call, device: str = "cuda:0") -> Measured:
         return Measured(forward.copies + backward.copies, *run(call, recorder, device))
 
 
-@functools.cache
 def measured(name: str) -> Measured:
-    return measure(CALLS[name])
-
-
-every_call = pytest.mark.parametrize("name", CALLS)
+    """On another device than the current one: the recorder holds each launch to that of the tensors."""
+    return measure(CALLS[name], "cuda:1")
 
 
 @functools.cache
@@ -266,36 +263,20 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-@every_call
-def test_launches_are_those_of_the_table(name):
-    found = measured(name)
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    """Launches are those of the table, nothing is copied from the host twice, and results are what they should be, where they should be."""
+    found, call = measured(name), CALLS[name]
     assert found.row() == table()[name], f"python -m tests.test_fake_cuda writes the table anew\n{found.forward}\n{found.backward}"
+    assert name in DRAWN_ON_THE_HOST or not found.copies
+    assert [(tuple(t.shape), t.dtype) for t in found.results] == list(call.results)
+    for leaf, gradient in found.gradients:
+        assert (gradient.shape, gradient.dtype) == (leaf.shape, leaf.dtype)
+    assert {t.device for t in (*found.results, *(gradient for _, gradient in found.gradients))} == {torch.device("cuda", 1)}
 
 
 def test_the_table_has_no_other_calls():
     assert list(table()) == list(CALLS)
-
-
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in DRAWN_ON_THE_HOST])
-def test_nothing_is_copied_from_the_host_twice(name):
-    assert not measured(name).copies
-
-
-@every_call
-def test_shapes_and_dtypes_of_results(name):
-    found, call = measured(name), CALLS[name]
-    assert [(tuple(t.shape), t.dtype) for t in found.results] == list(call.results)
-    for leaf, gradient in found.gradients:
-        assert (gradient.shape, gradient.dtype) == (leaf.shape, leaf.dtype)
-    assert {t.device for t in (*found.results, *(gradient for _, gradient in found.gradients))} == {torch.device("cuda", 0)}
-
-
-@every_call
-def test_launches_are_on_the_device_of_the_tensors(name):
-    """The recorder holds each launch to it; the current device is another."""
-    found = measure(CALLS[name], "cuda:1")
-    assert found.row() == measured(name).row()
-    assert {t.device for t in (*found.results, *(gradient for _, gradient in found.gradients))} == {torch.device("cuda", 1)}
 
 
 # Copies of a million rows that a call needs beyond its inputs.
