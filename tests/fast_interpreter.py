@@ -86,8 +86,15 @@ def _call_directly() -> None:
 
     interpreter._patch_attr = patch_attribute
 
+    floats, bits = [tl.float16, tl.bfloat16, tl.float32], (8, 16, 32)
+    narrow = [tl.int1, *floats, *(tl.core.get_int_dtype(n, signed) for n in bits for signed in (True, False))]
+    most = {dtype.name: interpreter._get_np_dtype(dtype).itemsize for dtype in narrow}
+    check = interpreter.TensorHandle.__post_init__
+
     def init_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if data.itemsize > most.get(dtype.name, 8):
+            check(self)
 
     interpreter.TensorHandle.__init__ = init_handle
 
@@ -155,17 +162,14 @@ def _describe_types_once() -> None:
     tl.dtype.__eq__ = equal_types
 
 
-# Two operands of one of these types need no conversion in any operation.
-_PLAIN = {tl.int1, tl.int32, tl.uint32, tl.int64, tl.uint64, tl.float32, tl.float64}
-
-
 def _check_operands_once() -> None:
     """What `TritonSemantic` makes of the types and shapes of two operands, without asking each pair of types again."""
     semantic, handle = interpreter.interpreter_semantic, interpreter.TensorHandle
     check, broadcast, cast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value, TritonSemantic.cast
     constant, sanitize = TritonSemantic.scalar_constant, TritonSemantic.binary_op_sanitize_overflow_impl
-    plain = {dtype.name for dtype in _PLAIN}
-    wide = {tl.float32.name: (int, float), tl.float64.name: (int, float), tl.int32.name: (int,), tl.int64.name: (int,)}
+    # Two operands of one of the first need no conversion in any operation, and a number takes the type of one of the second.
+    plain = {dtype.name for dtype in (tl.int1, tl.int32, tl.uint32, tl.int64, tl.uint64, tl.float32, tl.float64)}
+    numbers = {tl.float32.name: (int, float), tl.float64.name: (int, float), tl.int32.name: (int,), tl.int64.name: (int,)}
 
     @functools.cache
     def common(a: str, b: str, division: bool) -> Any:
@@ -176,31 +180,29 @@ def _check_operands_once() -> None:
         one = constant(semantic, value, tl.dtype(dtype)).handle.data
         return one if sizes is None else np.full(sizes, one, dtype=one.dtype)
 
-    @functools.cache
-    def broadcast_sizes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-        return np.broadcast_shapes(a, b)
+    broadcast_sizes = functools.cache(np.broadcast_shapes)
 
     def number(value: Any, like: Any) -> Any:
         sizes = getattr(like.type, "sizes", None)
         return tl.tensor(handle(of_number(value, like.dtype.name, sizes), like.dtype), like.type)
 
     def scalar_constant(self: Any, value: Any, dtype: Any) -> Any:
-        if value.__class__ not in (int, float) or dtype.name not in wide:
+        if value.__class__ not in (int, float) or dtype.name not in numbers:
             return constant(self, value, dtype)
         return tl.tensor(handle(of_number(value, dtype.name, None), dtype), dtype)
 
     def check_operands(
         self: Any, lhs: Any, rhs: Any, lhs_ptr: bool = False, rhs_ptr: bool = False, arithmetic: bool = True, divides: bool = False
-    ):
+    ) -> Any:
         a, b = lhs.__class__ is tl.tensor, rhs.__class__ is tl.tensor
         if a and b and lhs.dtype.name in plain and rhs.dtype.name in plain:
             if lhs.dtype.name != rhs.dtype.name and arithmetic:
                 dtype = common(lhs.dtype.name, rhs.dtype.name, divides)
                 lhs, rhs = self.cast(lhs, dtype), self.cast(rhs, dtype)
             return self.broadcast_impl_value(lhs, rhs)
-        if arithmetic and a and rhs.__class__ in wide.get(lhs.dtype.name, ()) and abs(rhs) < 2**31:
+        if arithmetic and a and rhs.__class__ in numbers.get(lhs.dtype.name, ()) and abs(rhs) < 2**31:
             return lhs, number(rhs, lhs)
-        if arithmetic and b and lhs.__class__ in wide.get(rhs.dtype.name, ()) and abs(lhs) < 2**31:
+        if arithmetic and b and lhs.__class__ in numbers.get(rhs.dtype.name, ()) and abs(lhs) < 2**31:
             return number(lhs, rhs), rhs
         return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, divides)
 
@@ -210,18 +212,15 @@ def _check_operands_once() -> None:
             return lhs, rhs
         if a is None or b is None or len(a) != len(b):
             return broadcast(self, lhs, rhs)
-        try:
-            sizes = broadcast_sizes(a, b)
-        except ValueError:
-            return broadcast(self, lhs, rhs)
+        sizes = broadcast_sizes(a, b)
         return tuple(t if own == sizes else broadcast_to(t, sizes) for t, own in ((lhs, a), (rhs, b)))
 
     def broadcast_to(t: Any, sizes: tuple[int, ...]) -> Any:
         return tl.tensor(handle(np.broadcast_to(t.handle.data, sizes), t.dtype), tl.block_type(t.dtype, list(sizes)))
 
     def cast_tensor(self: Any, input: Any, dst_ty: Any, *options: Any, **named: Any) -> Any:
-        same = input.dtype is dst_ty or (input.dtype.name == dst_ty.scalar.name and input.dtype.name in plain)
-        return input if same else cast(self, input, dst_ty, *options, **named)
+        unchanged = input.dtype is dst_ty or (input.dtype.name == dst_ty.scalar.name and input.dtype.name in plain)
+        return input if unchanged else cast(self, input, dst_ty, *options, **named)
 
     def sanitize_overflow(self: Any, *args: Any) -> None:
         # An assertion, which the interpreter computes and then leaves out.
