@@ -77,6 +77,8 @@ from fastvae.radial import IMQ, KERNELS, RBF, Energy, Laplace, Polynomial, Ratio
 
 NONE, NO_CLOSED_FORM = -1, 0
 KNOWN = RBF, IMQ, RationalQuadratic, Laplace, Energy, Polynomial
+# Of the others one for each set of what these kernels do for a family; numbers such as its scale are constants to them.
+NEW = {family_of(new)._replace(number=0, scale=1.0, neg_dphi_factor=1.0): new for new in KERNELS.values() if type(new) not in KNOWN}
 FLOAT64 = {"plan_ptr", "sum_ptr", "not_finite_ptr", "total_ptr", "upstream_ptr", "form_ptr", "products_ptr", "members_ptr", "out_ptr"}
 
 compiled = []
@@ -103,8 +105,8 @@ for function, count, samples, x_weighted, y_weighted, double, on_device, closed_
     (Laplace(), 2, 2, True, True, False, False, NO_CLOSED_FORM, TF32X3.value, NONE),
     (Energy(), 1, 2, False, False, False, False, NO_CLOSED_FORM, BF16.value, NONE),
     (Polynomial(), 2, 2, True, True, False, False, POLYNOMIAL_DIAGONAL.value, BF16X3.value, NONE),
-    *((function, len(function.terms), 2, True, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for function in SUMS),
-    *((new, 2, 2, False, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for new in KERNELS.values() if type(new) not in KNOWN),
+    *((function, len(function.terms), 2, True, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for function in SUMS[:1]),
+    *((new, 2, 2, False, False, False, False, NO_CLOSED_FORM, TF32X3.value, NONE) for new in NEW.values()),
 ):
     family = family_of(function)
     normal = closed_form == NORMAL_PRIOR.value
