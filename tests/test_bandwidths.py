@@ -217,6 +217,7 @@ def test_the_loss_takes_the_rule_anew_in_each_call():
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow
 def test_transforms(rule):
     x, y = rows(12), rows(9, seed=6)
 

@@ -177,6 +177,7 @@ def test_the_readme_names_every_module():
     assert [name for name in modules if f"`{name}" not in text] == []
 
 
+@pytest.mark.slow
 def test_commands_have_help():
     """In one other process, as some choose Triton's interpreter."""
     texts = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
@@ -374,6 +375,7 @@ def test_the_plot_of_the_readme_can_be_read(tmp_path, monkeypatch):
         plot.plt.close(figure)
 
 
+@pytest.mark.slow
 def test_host_time_counts_the_launches_of_a_step():
     pytest.importorskip("triton")
     # In a process of its own, as it has to choose the interpreter.

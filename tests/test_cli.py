@@ -626,6 +626,7 @@ def test_without_the_extra(monkeypatch, capsys):
         main(["fit"])
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_lightning():
     code = "import sys, fastvae, fastvae.vae, fastvae.objectives, fastvae.training.metrics; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -167,6 +167,7 @@ def test_activation_checkpointing():
 
 
 @pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.slow
 def test_compiles_without_gradients_and_with_one_tensor_twice(gradient):
     x = torch.randn(6, 2, device=DEVICE, requires_grad=gradient)
     labels = torch.tensor([0, 0, 0, 1, 1, 1], device=DEVICE)

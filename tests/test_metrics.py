@@ -251,6 +251,7 @@ def test_errors(call, error, sentence):
         call()
 
 
+@pytest.mark.slow
 def test_without_torchmetrics():
     code = """if True:
         import sys; sys.modules["torchmetrics"] = None

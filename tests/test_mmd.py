@@ -412,7 +412,7 @@ def test_gradcheck_of_every_kernel(backend, kernel):
 @pytest.mark.parametrize("estimator", ["biased", "unbiased", "linear"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradcheck_of_every_kernel_and_of_the_bandwidths(kernel, estimator):
-    x, y = (torch.randn(6, 3, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(4, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
     h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))
     options = {"kernel": kernel, "estimator": estimator}
     assert torch.autograd.gradcheck(lambda x, y, h, a: fastvae.mmd(x, y, bandwidth=h, bandwidth_weights=a, **options), (x, y, h, a))
@@ -445,7 +445,7 @@ def test_batch_dimensions():
         torch.testing.assert_close(a, e)
     assert fastvae.mmd_to_normal(x).shape == (2, 3)
     h = torch.tensor((0.9, 2.0), dtype=torch.float64, device=DEVICE, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd(x, y, bandwidth=h), (x.requires_grad_(), h))
+    assert torch.autograd.gradcheck(lambda x, h: fastvae.mmd(x, y[:, :2], bandwidth=h), (x[:, :2, :4].clone().requires_grad_(), h))
 
 
 @pytest.mark.usefixtures("interpreter_warnings")
@@ -489,8 +489,7 @@ BACKENDS = ["cpu", "inductor", pytest.param("triton", marks=[needs_triton, pytes
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("options", ["biased", "unbiased", "weights"])
+@pytest.mark.parametrize(("options", "batch"), [("biased", (2,)), ("unbiased", ()), ("weights", (2,))])
 @pytest.mark.parametrize("kernel", [*KERNELS, RationalQuadratic(2.3), RationalQuadratic(0.5), RationalQuadratic(50.0), "normal"])
 def test_gradients_to_bandwidths_and_weights(kernel, options, batch, backend):
     x, y = (torch.randn(*batch, rows, 5, dtype=torch.float64, device=DEVICE) for rows in (70, 40))
@@ -822,8 +821,14 @@ def test_tiny_data_and_bandwidth():
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bandwidth", [1e-30, 1e-20, 1e-10, 1e10, 1e25, 1e30])
-@pytest.mark.parametrize("kernel", ["rbf", "imq", "laplace", "energy", RationalQuadratic(2.3), RationalQuadratic(50.0)])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "count"),
+    [
+        ("rbf", 1),
+        ("energy", 1),
+        *((kernel, 2) for kernel in ("rbf", "imq", "laplace", "energy", RationalQuadratic(2.3), RationalQuadratic(50.0))),
+    ],
+)
 def test_bandwidths_of_any_size(kernel, bandwidth, backend, count):
     """With data of their size and of size one, in float32; what float32 can't hold is there zero."""
     h = bandwidth * torch.tensor((1.0, 3.0 if bandwidth < 1 else 0.3), dtype=torch.float64, device=DEVICE)[:count]

@@ -543,6 +543,7 @@ no_hooks = pytest.mark.skipif(torch.__version__ < (2, 13), reason="the compiler 
 
 
 @pytest.mark.parametrize("gradient", ["reparameterised", pytest.param("doubly", marks=no_hooks)])
+@pytest.mark.slow
 def test_importance_weighted_bound_of_one_compiled_graph(gradient, model, x):
     eps = torch.randn(N, K, LATENT, dtype=torch.float64)
     compiled = torch.compile(lambda: importance_weighted(gradient, model, x, eps).loss, fullgraph=True, backend="aot_eager")

@@ -61,6 +61,7 @@ def test_distributions_install_and_work_outside_the_checkout(wheel, tmp_path, di
     assert result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_checkout_without_links_has_its_kernels(tmp_path):
     """As on Windows and from a zip file, where git leaves a text file in the place of a link."""
     pytest.importorskip("triton")
@@ -79,6 +80,7 @@ def test_a_checkout_without_links_has_its_kernels(tmp_path):
 HEAVY = "torch._dynamo torch._inductor triton sympy lightning jsonargparse pandas scipy sklearn matplotlib torchmetrics fastvae.kernels"
 
 
+@pytest.mark.slow
 def test_import_loads_nothing_that_few_calls_need():
     code = "import sys, torch; before = set(sys.modules); import fastvae; print(*set(sys.modules) - before)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

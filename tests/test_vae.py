@@ -278,6 +278,7 @@ def test_builders_are_plain_modules():
     ("objective", "posterior"),
     [(VAEObjective.vae(), "gaussian"), (VAEObjective.mmd_vae(20.0), "gaussian"), (VAEObjective.wae_mmd(20.0), "deterministic")],
 )
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_brings_the_samples_to_the_data(objective, posterior):
     torch.manual_seed(0)
     angle = 2 * math.pi * torch.rand(512)
@@ -317,6 +318,7 @@ def test_five_lines_in_anyones_loop():
 
 
 @pytest.mark.parametrize("objective", [VAEObjective.vae(), VAEObjective.info_vae(0.5, 10.0)])
+@pytest.mark.slow
 def test_one_compiled_graph(objective):
     vae = VAE.mlp(12, latent_dim=3, likelihood="bernoulli")
 
