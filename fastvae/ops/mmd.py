@@ -151,4 +151,7 @@ def apply_mmd(rows: Sequence[Any], kernel: KernelArguments, unbiased: bool, prec
     if torch._C._are_functorch_transforms_active():
         return cast(Tensor, _MMD.apply(*rows, *kernel, *options)[0])
     problem = Problem._make([*rows, kernel, *options])
+    # A Function takes as long as some of the sums. One is needed to refuse derivatives in forward mode.
+    if not needs_grad(*rows[:4], h, a) and torch.autograd.forward_ad._current_level < 0 and not needs_dispatcher(x, y, *rows[2:4], h, a):
+        return evaluate(problem)[0]
     return cast(Tensor, _EagerMMD.apply(x, y, h, a, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]
