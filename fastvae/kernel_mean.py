@@ -330,7 +330,7 @@ def mmd_to_mean(
         with torch.autocast(x.device.type, enabled=False):
             return reference.mmd_to_mean(x, z, weights, mean.norm.to(x.dtype), estimator=estimator, x_weights=p, **options)
     if process_group is None and x_weights is None and (few := few_rows_of(mean.kernel, mean.bandwidth, mean.bandwidth_weights, backend)):
-        value = of_few_rows(ToMean(few, float(mean.norm), estimator == "unbiased"), x, z, mean.weights)
+        value = of_few_rows(ToMean(few, mean.norm, estimator == "unbiased"), x, z, mean.weights)
         if value is not None:
             return value
     # The sweep takes weights that sum to one, so that the constants it subtracts from a kernel cancel. What they lack is given to the first

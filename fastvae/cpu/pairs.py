@@ -217,7 +217,7 @@ class ToMean:
 
     operation: ClassVar[str] = "mmd"
     rows: FewRows
-    norm: float
+    norm: Tensor
     unbiased: bool
 
     def evaluate(self, x: Tensor, y: Tensor, weights: Tensor | None, gradients: bool) -> tuple[Tensor | None, ...] | None:
