@@ -59,7 +59,9 @@ def option(name: str, value: object, known: Iterable[object]) -> None:
 
 def kernel(value: object) -> Kernel:
     """The kernel of this name, or the kernel itself."""
-    if isinstance(value, (list, tuple)) and value:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError("kernel must hold at least one kernel, got none")
         return functools.reduce(operator.add, map(kernel, value))
     if isinstance(value, Kernel):
         for term in terms_of(value):
@@ -127,6 +129,13 @@ def row_weights(name: str, weights: object, x_name: str, x: Tensor) -> None:
     if weights.shape != x.shape[:-1]:
         raise ValueError(f"{name} must have one value for each row of {x_name}, shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
     same_kind(x_name, x, name, weights)
+
+
+def one_weight_a_point(weights: object, points: Tensor) -> None:
+    """Of a `KernelMean`: weights of any dtype and sum."""
+    shape = tuple(floating_tensor("weights", weights).shape)
+    if shape not in ((len(points),), (len(points), 1)):
+        raise ValueError(f"weights must have one number for each of the {len(points)} points, got shape {shape}")
 
 
 def mmd_options(
@@ -254,7 +263,7 @@ def quadrature(num_points: Any, t_max: Any, t_min: Any) -> tuple[int, float, flo
     num_points = integer("num_points", num_points, at_least=2)
     t_max, t_min = real("t_max", t_max, above=0), real("t_min", t_min)
     if t_min not in (0, -t_max):
-        raise ValueError(f"t_min must be 0 or -t_max, here {-t_max:g}, got {t_min:g}")
+        raise ValueError(f"t_min must be 0 or -t_max, here {-t_max!r}, got {t_min!r}")
     return num_points, t_max, t_min
 
 
@@ -383,6 +392,11 @@ def number(name: str, value: object) -> None:
     """A real number, nan included."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def one_number(name: str, value: Tensor) -> None:
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a single number, got shape {tuple(value.shape)}")
 
 
 def integer(name: str, value: Any, *, at_least: int) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastvae import checks
 from fastvae.dispatch import accumulation_dtype
-from fastvae.ops.common import forbid_second_derivative, loop_over_batch, without_autocast, without_grad
+from fastvae.ops.common import forbid_second_derivative, loop_over_batch, needs_grad, no_forward_mode, without_autocast, without_grad
 
 # Numbers of the rows of the problems that a CPU takes together, which then fit its second-level cache.
 _NUMBERS_AT_ONCE = 1 << 18
@@ -79,7 +79,11 @@ def drifting(
             [z.new_ones(z.shape[:-1]) if w is None else w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, weights, strict=True)], 1
         )
         others = [z.detach() for z in parts[1:]]
-        return _Drifting.apply(radii, w.detach(), parts[0], *others)[0].reshape(batch)  # type: ignore[no-untyped-call, no-any-return]
+        if torch.compiler.is_compiling() and not needs_grad(parts[0]):
+            # The compiler cannot trace a Function of a variable number of tensors without a gradient.
+            return _loss_and_coefficients(radii, w.detach(), [parts[0], *others])[0].reshape(batch)
+        function: Any = _Drifting if torch.compiler.is_compiling() else _EagerDrifting
+        return cast(Tensor, function.apply(radii, w.detach(), parts[0], *others)[0].reshape(batch))
 
 
 class _Drifting(torch.autograd.Function):
@@ -98,13 +102,21 @@ class _Drifting(torch.autograd.Function):
         coefficients, *parts = ctx.saved_tensors
         if grad is None:
             return (None,) * (2 + len(parts))
-        gradient = without_grad(_field, coefficients * grad[:, None, None], parts)
-        return None, None, forbid_second_derivative("drifting", gradient, grad, parts[0]), *[None] * (len(parts) - 1)
+        with without_autocast(grad.device):
+            gradient = without_grad(_field, coefficients * grad[:, None, None], parts)
+        gradient = forbid_second_derivative("drifting", gradient, grad, parts[0], has_reference=False)
+        return None, None, gradient, *[None] * (len(parts) - 1)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         # One item at a time, as the scales of an item are means over its classes alone.
-        return loop_over_batch(_Drifting.apply, info.batch_size, in_dims, args)
+        return loop_over_batch(_EagerDrifting.apply, info.batch_size, in_dims, args)
+
+
+class _EagerDrifting(_Drifting):
+    """Not for the compiler, which cannot trace a Function with a `jvp`."""
+
+    jvp = no_forward_mode("drifting", has_reference=False)
 
 
 def _chunks(parts: Sequence[Tensor]) -> list[slice]:

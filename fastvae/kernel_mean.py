@@ -55,7 +55,7 @@ class KernelMean(nn.Module):
         norm: The squared norm of the embedding, mean k(r, r') over the pairs of the fixed sample; a constant in MMD².
         bandwidth: h, as in `fastvae.mmd`, but not a rule and without a gradient.
         bandwidth_weights: a_b, one for each bandwidth; 1 each by default.
-        kernel: As in `fastvae.mmd`; a sum only of functions of the distance, and only on a CPU.
+        kernel: As in `fastvae.mmd`; a sum only of functions of the distance.
         error: The squared distance to the embedding that this one approximates, see `fit`; nan if it is not known.
 
     Attributes:
@@ -86,7 +86,7 @@ class KernelMean(nn.Module):
         super().__init__()
         checks.points("points", points)
         if weights is not None:
-            checks.columns("weights", weights, "points", points)
+            checks.one_weight_a_point(weights, points)
             weights = weights.detach().reshape(-1).to(points.device, torch.float64, copy=True)
         self.kernel = checks.kernel(kernel)
         checks.one_sweep(self.kernel)
@@ -98,6 +98,7 @@ class KernelMean(nn.Module):
             if not isinstance(value, Tensor):
                 checks.number(name, value)
                 value = torch.full((), value, dtype=torch.float64, device=points.device)
+            checks.one_number(name, value)
             self.register_buffer(name, value.detach().to(points.device, torch.float64, copy=True).reshape(()))
 
     @classmethod
@@ -123,7 +124,7 @@ class KernelMean(nn.Module):
 
         The attribute `error` is ‖Σ_m α_m·k(z_m, ·) − μ‖² in the space of the kernel: MMD² between the sample and its compression. The
         difference between `mmd(x, kernel_mean)` and `mmd(x, r)` is at most 2·√error·√(mean k(x, x')), and for ridge → 0 at most
-        2·√error·MMD(x, r) + 2·error. `error` is at least 0. All but `norm` is computed in float64.
+        2·√error·MMD(x, r) + 2·error, besides the error of an estimated `norm`. All but `norm` is computed in float64.
 
         Args:
             pool: r, (R, D), floating point. Or batches (n, D) of it, for a pool that does not fit in memory: an iterable that is iterated
@@ -136,8 +137,9 @@ class KernelMean(nn.Module):
             kernel: As in `fastvae.mmd`, but "energy", which has no mean embedding, only with method="all".
             method: "nystrom"; or "all" to keep all rows with equal weights, for the value of `mmd(x, r)` itself without the pairs of r.
             ridge: λ relative to the mean of k(z, z), which is 1 for most kernels.
-            norm_rows: How many random rows `norm` is estimated from, as from all of them by their pairs i ≠ j; None for all rows. With
-                fewer rows than the pool has, `error` includes the error of this estimate.
+            norm_rows: How many random rows `norm` and `error` are estimated from; None for all rows. With fewer rows than the pool has, the
+                part of the norm that landmarks can represent is still that of the whole pool, and the rest is estimated: in `norm` from
+                pairs i ≠ j, without bias, and in `error` from all pairs, which are too large by mean k(r, r)/norm_rows at most on average.
             kmeans_rows: The most random rows that k-means takes.
             kmeans_iterations: The most iterations of k-means.
             seed: An integer, or a generator on the CPU. None: PyTorch's global generator.
@@ -189,7 +191,8 @@ class KernelMean(nn.Module):
         options: Any = {"bandwidth": h, "bandwidth_weights": a, "kernel": family}
         arguments = (*kernel_arguments(family, h, a), "", "")
         if method == "all":
-            norm = _norm(drawn, norm_rows, family, h, a)
+            own, across = _pair_means(drawn.rows()[:norm_rows], family, h, a)
+            norm = across + (own - across) / drawn.seen
             return cls(torch.cat(kept), norm=norm, error=0.0, **options)
         if first_pass and once:
             rows = drawn.rows()
@@ -207,17 +210,27 @@ class KernelMean(nn.Module):
                 z = points.double()
             if not first_pass:
                 drawn.add(batch)
-            step = max(1, _NUMBERS_AT_ONCE // batch.shape[1])
-            for part in (batch[start : start + step].double() for start in range(0, len(batch), step)):
-                total = total + apply_kernel_matmul(z, part, torch.ones_like(part[:, :1]), *arguments)[:, 0]
+            total = total + _sums_over(batch, z, arguments)
             seen += len(batch)
         mu, k = total / seen, kernel_matrix(z, z, family, h, a)
         factor, failed = torch.linalg.cholesky_ex(k + ridge * k.diagonal().mean() * torch.eye(len(k), dtype=k.dtype, device=k.device))
         checks.positive_definite(not failed, ridge)
         alpha = torch.cholesky_solve(mu[:, None], factor)[:, 0]
-        norm = _norm(drawn, norm_rows, family, h, a)
-        # Below 0 by the rounding of `norm` or, with fewer rows than the pool has, by its error.
-        error = (norm - 2 * alpha @ mu + alpha @ k @ alpha).clamp(min=0)
+        rows = drawn.rows()[:norm_rows]
+        n, (own, across) = len(rows), _pair_means(rows, family, h, a)
+        norm = across + (own - across) / seen
+        rest = norm - alpha @ mu
+        if n < seen:
+            # μᵀ·(K_zz + λI)⁻¹·μ is that of the whole pool, so that only what it lacks of the norm has the error of an estimate.
+            mu_rows = _sums_over(rows, z, arguments) / n
+            represented = mu_rows @ torch.cholesky_solve(mu_rows[:, None], factor)[:, 0]
+            some = kernel_matrix(z, rows[:_ROWS_OF_A_RULE].double(), family, h, a)
+            own_represented = (some * torch.cholesky_solve(some, factor)).sum() / some.shape[1]
+            across_represented = (n * represented - own_represented) / (n - 1)
+            norm = norm + alpha @ mu - (across_represented + (own_represented - across_represented) / seen)
+            rest = across + (own - across) / n - represented
+        # Below 0 by rounding alone.
+        error = (rest - alpha @ mu + alpha @ k @ alpha).clamp(min=0)
         return cls(points, alpha, norm=norm, error=error, **options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -418,16 +431,21 @@ def _numbers(numbers: Numbers) -> tuple[float, ...]:
     return tuple(numbers.detach().cpu().tolist() if isinstance(numbers, Tensor) else numbers)
 
 
-def _norm(drawn: _DrawnRows, count: int | None, family: Kernel, h: Numbers, a: Numbers) -> Tensor:
-    """The mean of k over the pairs of all rows seen, from `count` of them."""
-    z = drawn.rows()[:count]
+def _sums_over(rows: Tensor, z: Tensor, arguments: Any) -> Tensor:
+    """Σ_j k(z_m, r_j), float64."""
+    step = max(1, _NUMBERS_AT_ONCE // rows.shape[1])
+    parts = (rows[start : start + step].double() for start in range(0, len(rows), step))
+    return torch.stack([apply_kernel_matmul(z, part, torch.ones_like(part[:, :1]), *arguments)[:, 0] for part in parts]).sum(0)
+
+
+def _pair_means(z: Tensor, family: Kernel, h: Numbers, a: Numbers) -> tuple[Tensor, Tensor]:
+    """The mean of k(z_i, z_i), and that of k(z_i, z_j) over i ≠ j, float64."""
     n, ones = len(z), z.new_ones(len(z), 1, dtype=accumulation_dtype(z.dtype))
     own = torch.as_tensor(pairs_with_self(z, ones, family, h, a), dtype=torch.float64, device=z.device).reshape(())
     own = own if family.radial else own / n
     if n == 1:
-        return own
-    across = quadratic_form_diagonal(z, ones, *kernel_arguments(family, h, a), "", "")[0] / (n * (n - 1))
-    return across + (own - across) / drawn.seen
+        return own, own
+    return own, quadratic_form_diagonal(z, ones, *kernel_arguments(family, h, a), "", "")[0] / (n * (n - 1))
 
 
 def _kmeans(rows: Tensor, count: int, iterations: int, source: np.random.Generator) -> Tensor:

@@ -90,6 +90,15 @@ class Kernel:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, number: Any) -> Sum:
+        return self * (1 / number) if isinstance(number, numbers.Real) and number else NotImplemented
+
+    def __neg__(self) -> Sum:
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> Sum:
+        return self + -other if isinstance(other, Kernel) else NotImplemented
+
     def scaled(self, factor: float) -> Sum:
         """This kernel with bandwidth `factor`·h: RBF() + Laplace().scaled(2) is exp(−d²/(2h²)) + exp(−d/(2h))."""
         _check_parameter("factor", factor, "between 1e-6 and 1e6", lambda factor: 1e-6 <= factor <= 1e6)
@@ -117,7 +126,7 @@ def terms_of(kernel: Kernel) -> tuple[Term, ...]:
 
 
 def _check_parameter(name: str, value: Any, rule: str, holds: Any = lambda value: True) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(float(value)) < math.inf or not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 

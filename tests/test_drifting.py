@@ -121,12 +121,26 @@ def test_nan_in_nan_out():
     assert recipe(*samples, *weights).isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by forward mode in PyTorch itself
 def test_second_derivative_raises():
     samples, weights = problem()
     generated = samples[0].requires_grad_()
     (gradient,) = torch.autograd.grad(recipe(*samples, *weights).sum(), generated, create_graph=True)
-    with pytest.raises(NotImplementedError, match="drifting has no second derivative"):
+    with pytest.raises(NotImplementedError, match=r"drifting has no second derivative$"):
         gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"drifting has no derivative in forward mode, .* jacrev$"):  # noqa: SIM117
+        with torch.autograd.forward_ad.dual_level():
+            recipe(torch.autograd.forward_ad.make_dual(samples[0].detach(), samples[0].detach()), *samples[1:], *weights)
+
+
+def test_backward_in_autocast():
+    samples, weights = problem()
+    samples, weights = [t.float() for t in samples], [t.float() for t in weights]
+    leaf = samples[0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(recipe(leaf, *samples[1:], *weights).sum(), leaf)
+    with torch.autocast(leaf.device.type, torch.bfloat16):
+        recipe(leaf, *samples[1:], *weights).sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 0, None)])
@@ -160,6 +174,8 @@ def test_compile():
     compiled = torch.compile(recipe, fullgraph=True, backend="aot_eager")
     for a, e in zip(loss_and_gradient(compiled, samples, weights), loss_and_gradient(recipe, samples, weights), strict=True):
         torch.testing.assert_close(a, e)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*samples, *weights), recipe(*samples, *weights))
 
 
 @pytest.mark.parametrize(

@@ -169,10 +169,16 @@ def test_compiles():
     compiled = torch.compile(lambda x, y: fastvae.mmd(x, y, kernel=kernel), fullgraph=True, backend="aot_eager")
     for a, e in zip(evaluate(compiled, x, y), evaluate(fastvae.mmd, x, y, kernel=kernel), strict=True):
         torch.testing.assert_close(a, e)
+    # Parameters that change from call to call
+    compiled = torch.compile(lambda x, w: fastvae.mmd(x, y, kernel=RationalQuadratic(w) + w * RBF()), fullgraph=True, backend="aot_eager")
+    for w in (1.0, 2.0, 3.0):
+        torch.testing.assert_close(compiled(x, w), fastvae.mmd(x, y, kernel=RationalQuadratic(w) + w * RBF()))
 
 
 def test_sums_by_other_means():
     assert sum([RBF(), Laplace()]) == RBF() + Laplace()
+    assert RBF() - Laplace() / 2 == RBF() + -0.5 * Laplace()
+    assert -RBF() == -1.0 * RBF()
     with pytest.raises(TypeError, match="unsupported operand"):
         1 + RBF()
     x, _ = samples(torch.float64)
@@ -195,6 +201,8 @@ def test_errors():
             ValueError, match=r"kernel must hold functions of the distance alone, got 'sum:rbf\+linear': mmd and kernel_matmul of two"
         ):
             function(*arguments, kernel=RBF() + Linear())
+    with pytest.raises(ValueError, match="kernel must hold at least one kernel, got none"):
+        fastvae.mmd(x, y, kernel=[])
     with pytest.raises(ValueError, match="factor must be between 1e-6 and 1e6, got 0"):
         RBF().scaled(0)
     with pytest.raises(ValueError, match=r"the product of factors must be between 1e-6 and 1e6, got 1000000000000\.0"):

@@ -172,14 +172,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def no_forward_mode(name: str) -> Any:
+def no_forward_mode(name: str, has_reference: bool = True) -> Any:
     """The `jvp` of an autograd.Function without one: it raises."""
+    message = f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev"
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
-        raise NotImplementedError(
-            f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev, "
-            "or pass backend='reference', which is dense and has one"
-        )
+        raise NotImplementedError(message + (", or pass backend='reference', which is dense and has one" if has_reference else ""))
 
     return staticmethod(jvp)
 
@@ -228,23 +226,24 @@ class _ForbidSecondDerivative(torch.autograd.Function):
     jvp = no_forward_mode("a gradient of fastvae")
 
     @staticmethod
-    def forward(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(message: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.name = inputs[0]
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"{ctx.name} has no second derivative: pass backend='reference', which is dense and has one")
+        raise NotImplementedError(ctx.message)
 
 
-def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None, has_reference: bool = True) -> Tensor:
     """`grad`, whose derivative with respect to `inputs` raises: otherwise a double backward would take it for a constant."""
     if not torch.is_grad_enabled():
         return grad
-    return cast(Tensor, _ForbidSecondDerivative.apply(name, grad, *inputs))  # type: ignore[no-untyped-call]
+    message = f"{name} has no second derivative" + (": pass backend='reference', which is dense and has one" if has_reference else "")
+    return cast(Tensor, _ForbidSecondDerivative.apply(message, grad, *inputs))  # type: ignore[no-untyped-call]
 
 
 def wanted_gradients(

@@ -324,6 +324,8 @@ def few_rows_of(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: s
     """
     if torch.compiler.is_compiling() or backend in ("triton", "reference") or requires_grad(bandwidth) or requires_grad(weights):
         return None
+    if any(isinstance(numbers, Tensor) and needs_dispatcher(numbers) for numbers in (bandwidth, weights)):
+        return None
     kernel, factor = kernel.canonical()
     h, a = read(bandwidth), read(weights)
     if isinstance(h, Tensor) or isinstance(a, Tensor) or not kernel.radial:
