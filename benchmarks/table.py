@@ -199,7 +199,13 @@ def large() -> str:
             for method in ("RandomFeatures(512)", "NystromFeatures(512)")
         ),
         ("`recipes.cmmd`, 30,000 × 768 against 30,000 × 768", "large_cmmd", "", "relative_error", "; the usual float32: {usual:.0e}"),
-        ("`recipes.stable_audio`, 16,384 × 64 each, with gradient", "large_stable_audio", "", "gradient_relative_error", " (gradient)"),
+        (
+            "`recipes.stable_audio`, rational quadratic, 16,384 × 64 each, with gradient",
+            "large_stable_audio",
+            "",
+            "gradient_relative_error",
+            " (gradient)",
+        ),
         ("`total_correlation`, 16,384 × 32, with gradient", "total_correlation_cpu", "", "gradient_relative_error", " (gradient)"),
     )
     lines = []
