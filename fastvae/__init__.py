@@ -1,4 +1,5 @@
-"""Fused losses for variational autoencoders: MMD and reparameterise + KL, on a GPU (Triton) and on a CPU."""
+"""Fused losses for variational autoencoders and for matching distributions, on a GPU (Triton) and on a CPU: MMD, SIGReg, Stein
+discrepancies, reparameterise + KL, β-TC-VAE."""
 
 from fastvae import recipes, reference, schedules
 from fastvae.bandwidths import mean_bandwidth, median_bandwidth

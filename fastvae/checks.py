@@ -48,6 +48,8 @@ DENSITY_ESTIMATORS = get_args(DensityEstimator)
 BANDWIDTH_RULES = get_args(BandwidthRule)
 NORMALIZATIONS = get_args(Normalization)
 PRECISIONS = (None, *get_args(Precision))
+# The kernel matrix of so many landmarks takes 8 GiB, and its factor as much again.
+MOST_LANDMARKS = 1 << 15
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -617,6 +619,31 @@ def _positive_weights(weights: Sequence[float], needed_for: str) -> None:
         raise ValueError(f"bandwidth_weights must be at least 0 for {needed_for}, got {min(weights):g}")
 
 
+def method_of_test(value: object) -> None:
+    """How a two-sample test draws its null distribution, where it is not by features."""
+    names = ("permutation", "wild_bootstrap")
+    if value not in names:
+        got = value.__name__ if isinstance(value, type) else repr(value)
+        raise ValueError(f"method must be {', '.join(map(repr, names))}, RandomFeatures(count) or NystromFeatures(landmarks), got {got}")
+
+
+def known_options(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{caller} has no argument {name!r}: it takes {', '.join(known)}")
+
+
+def landmarks(value: Any) -> int:
+    count = integer("landmarks", value, at_least=1)
+    if count > MOST_LANDMARKS:
+        gib = 8 * count**2 / 2**30
+        raise ValueError(
+            f"landmarks must be at most {MOST_LANDMARKS}, got {count}, whose kernel matrix takes {gib:.0f} GiB: use fewer or method='all'"
+        )
+    return count
+
+
 def without_features(features: object, aggregate: object, backend: object, precision: object) -> None:
     """Options that features do not go with."""
     for name, value in (("aggregate", aggregate), ("backend", backend), ("precision", precision)):
@@ -648,12 +675,14 @@ def no_rule(bandwidth: object, why: str) -> None:
         raise ValueError(f"bandwidth must be a number or several {why}, got {bandwidth!r}")
 
 
-def as_many(name: str, found: int, of: str, expected: int) -> None:
+def as_many(name: str, what: str, found: int, expected: int) -> None:
     if found != expected:
-        raise ValueError(f"{name} must be as many as {of}, {expected}, got {found}")
+        raise ValueError(f"{name} must hold one {what} for each x, {expected}, got {found}")
 
 
 def iterable(name: str, value: object) -> None:
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a torch.Tensor, got ndarray: torch.from_numpy({name})")
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         raise TypeError(f"{name} must be a torch.Tensor or an iterable of tensors, got {type(value).__name__}")
 

@@ -90,6 +90,10 @@ class GroupModule(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def _group(self) -> str:
+        """The group for `extra_repr`."""
+        return "" if self.process_group is None else f", process_group={self.process_group.group_name}"
+
 
 # A custom op, as a compiler cannot trace collectives whose sizes other ranks decide.
 @torch.library.custom_op("fastvae::gather_rows", mutates_args=(), schema=SCHEMA)

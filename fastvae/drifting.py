@@ -25,9 +25,9 @@ def drifting(
     positives: Tensor,
     negatives: Tensor | None = None,
     *,
-    generated_weights: Tensor | None = None,
-    positives_weights: Tensor | None = None,
-    negatives_weights: Tensor | None = None,
+    generated_weights: float | Tensor | None = None,
+    positives_weights: float | Tensor | None = None,
+    negatives_weights: float | Tensor | None = None,
     temperatures: float | Sequence[float] = (0.02, 0.05, 0.2),
 ) -> Tensor:
     """The loss of drifting models for each class: how far the field of attraction and repulsion moves the generated rows.
@@ -48,11 +48,16 @@ def drifting(
         generated: (..., C_g, S), floating point; every problem is a class.
         positives: (..., C_p, S), same batch dimensions, dtype and device.
         negatives: (..., C_n, S), likewise; none by default.
-        generated_weights: (..., C_g), w of each row; 1 by default. The same for positives_weights and negatives_weights.
+        generated_weights: (..., C_g), w of each row, or a number for all; 1 by default. The same for positives_weights and
+            negatives_weights.
         temperatures: R, a number or several, each above 0.
 
     Returns:
         The loss of each class, shape (...); float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError: An input is not a floating-point tensor, or dtypes differ.
+        ValueError: A shape, device or temperature breaks a rule above, or negatives_weights are given without negatives.
 
     Source: github.com/lambertae/drifting, torch/drift_loss.py; Deng et al. 2026, "Generative modeling via drifting".
     """
@@ -61,22 +66,28 @@ def drifting(
         samples.insert(1, ("negatives", negatives))
         weights.insert(1, negatives_weights)
     elif negatives_weights is not None:
-        raise ValueError("negatives_weights must be None without negatives, got weights")
+        raise ValueError("negatives_weights needs negatives")
     for name, z in samples:
         checks.rows(name, z)
         checks.same_features("generated", generated, name, z)
         checks.same_kind("generated", generated, name, z)
         if z.shape[:-2] != generated.shape[:-2]:
             raise ValueError(f"{name} must have the batch dimensions of generated, {tuple(generated.shape[:-2])}, got {tuple(z.shape)}")
-    for (name, z), w in zip(samples, weights, strict=True):
-        if w is not None:
+    for n, ((name, z), w) in enumerate(zip(samples, weights, strict=True)):
+        if w is not None and not isinstance(w, Tensor):
+            weights[n] = z.new_full(z.shape[:-1], checks.real(f"{name}_weights", w))
+        elif w is not None:
             checks.row_weights(f"{name}_weights", w, name, z)
     radii = tuple(checks.positive_numbers("temperatures", temperatures))
     dtype, batch = accumulation_dtype(generated.dtype), generated.shape[:-2]
     with without_autocast(generated.device):
         parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
         w = torch.cat(
-            [z.new_ones(z.shape[:-1]) if w is None else w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, weights, strict=True)], 1
+            [
+                z.new_ones(z.shape[:-1]) if not isinstance(w, Tensor) else w.to(dtype).reshape(z.shape[:-1])
+                for z, w in zip(parts, weights, strict=True)
+            ],
+            1,
         )
         others = [z.detach() for z in parts[1:]]
         if torch.compiler.is_compiling() and not needs_grad(parts[0]):

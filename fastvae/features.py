@@ -47,14 +47,14 @@ class RandomFeatures:
     def __post_init__(self) -> None:
         checks.integer("count", self.count, at_least=1)
 
-    def of(self, z: Tensor, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> FeatureMap:
+    def _of(self, z: Tensor, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> FeatureMap:
         """The map of rows z (N, D), from random numbers of a CPU generator."""
-        waves, dtype, centre = self.waves(z.shape[1], family, h, a, generator), accumulation_dtype(z.dtype), stable_mean(z)
+        waves, dtype, centre = self._waves(z.shape[1], family, h, a, generator), accumulation_dtype(z.dtype), stable_mean(z)
         waves = Waves(waves.frequencies.to(z.device, dtype), waves.scales.to(z.device, dtype))
         # A large phase would lose its digits.
         return FeatureMap(lambda rows: waves((rows - centre).to(dtype)), 2 * len(waves.scales), z)
 
-    def waves(self, dim: int, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> Waves:
+    def _waves(self, dim: int, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> Waves:
         """The map itself for rows of `dim` features, on the CPU and in float64."""
         checks.random_features(family, a)
         frequencies, scales = [], []
@@ -115,7 +115,7 @@ class NystromFeatures:
     def __post_init__(self) -> None:
         checks.integer("landmarks", self.landmarks, at_least=1)
 
-    def of(self, z: Tensor, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> FeatureMap:
+    def _of(self, z: Tensor, family: Kernel, h: Numbers, a: Numbers, generator: torch.Generator | None) -> FeatureMap:
         """A map with landmarks from the rows of z (N, D), by random numbers of a CPU generator."""
         checks.positive_definite_kernel(family, a)
         order = torch.randperm(len(z), generator=generator, device="cpu")[: self.landmarks]

@@ -130,8 +130,9 @@ class KernelMean(nn.Module):
             pool: r, (R, D), floating point. Or batches (n, D) of it, for a pool that does not fit in memory: an iterable that is iterated
                 twice, such as a list or a DataLoader; a batch that is a tuple or a list stands for its first element. A generator, which
                 is iterated once, is enough if landmarks are points and bandwidth is no rule, and for a pool of no more rows than are drawn.
-            landmarks: The number of landmarks z, the centres of k-means by scikit-learn of `kmeans_rows` random rows; or the landmarks
-                themselves, (M, D).
+            landmarks: The number of landmarks z, the centres of k-means by scikit-learn of `kmeans_rows` random rows, at most 2¹⁵; or the
+                landmarks themselves, (M, D). Their kernel matrix takes 8·M² bytes, and its factor as many again. With no more rows than
+                `landmarks`, all rows are landmarks.
             bandwidth: h, as in `fastvae.mmd`, but without a gradient. A rule is applied to 4,096 random rows.
             bandwidth_weights: a_b, one for each bandwidth; 1 each by default.
             kernel: As in `fastvae.mmd`, but "energy", which has no mean embedding, only with method="all".
@@ -163,9 +164,10 @@ class KernelMean(nn.Module):
         given = landmarks if isinstance(landmarks, Tensor) else None
         count = 0
         if given is None:
-            count = checks.integer("landmarks", landmarks, at_least=1)
+            count = checks.integer("landmarks", landmarks, at_least=1) if method == "all" else checks.landmarks(landmarks)
         else:
             checks.points("landmarks", given)
+            checks.landmarks(len(given))
         if method == "nystrom":
             checks.positive_definite_kernel(family, _numbers(a))
         checks.real("ridge", ridge, above=0)

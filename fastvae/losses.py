@@ -57,7 +57,7 @@ class MMDLoss(GroupModule):
         return mmd(x, y, x_weights=x_weights, y_weights=y_weights, **options)
 
     def extra_repr(self) -> str:
-        return f"bandwidth={self.bandwidth}, kernel={self.kernel!r}, estimator={self.estimator!r}"
+        return f"bandwidth={self.bandwidth}, kernel={self.kernel!r}, estimator={self.estimator!r}{self._group()}"
 
 
 class SIGReg(GroupModule):
@@ -100,4 +100,7 @@ class SIGReg(GroupModule):
         return sigreg(z, directions=directions, generator=generator, **options)
 
     def extra_repr(self) -> str:
-        return f"{self.num_slices}, num_points={self.num_points}, t_max={self.t_max}, t_min={self.t_min}, scale_by_n={self.scale_by_n}"
+        return (
+            f"{self.num_slices}, num_points={self.num_points}, t_max={self.t_max}, t_min={self.t_min}, "
+            f"scale_by_n={self.scale_by_n}{self._group()}"
+        )

@@ -135,7 +135,7 @@ class _MMDMetric(_EmbeddingMetric):
         if self.waves is None or (embeddings.shape[1] != len(self.waves.frequencies) and not self.counts[:2].any()):
             h, a = (tuple(numbers) for numbers in self.numbers)
             generator = torch.Generator("cpu").manual_seed(self.seed)
-            self.waves = self.features.waves(embeddings.shape[1], self.family, h, a, generator)
+            self.waves = self.features._waves(embeddings.shape[1], self.family, h, a, generator)
         checks.same_features("embeddings", embeddings, "the embeddings so far", self.waves.frequencies.T)
         self.counts, self.feature_sums = self.counts.clone(), self.feature_sums.clone()
         for start in range(0, len(embeddings), _ROWS_AT_ONCE):

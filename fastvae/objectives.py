@@ -575,7 +575,7 @@ class VAEObjective(GroupModule):
         }
         return (
             f"kl_weight={float(self.kl_weight):g}, mmd_weight={float(self.mmd_weight):g}, bandwidth={self.bandwidth}, "
-            f"estimator={self.estimator!r}" + "".join(f", {name}={value}" for name, value in options.items() if value)
+            f"estimator={self.estimator!r}" + "".join(f", {name}={value}" for name, value in options.items() if value) + self._group()
         )
 
 

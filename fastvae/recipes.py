@@ -2,18 +2,21 @@
 
 Notation: d² = ‖x − y‖²; V and U are the biased and the unbiased estimator of `fastvae.mmd`. x is (N, D) and y (M, D), floating point, with
 the same dtype and device; N = M where a formula pairs the rows of x and y. A bandwidth that the library computes from the data has no
-gradient, as in the library. All functions take the arguments `precision` and `backend` of `fastvae.mmd` and raise its errors. They work
-under `torch.compile(fullgraph=True)`, and no call waits for a GPU, except `trvae` without `num_groups`. `docs/coming-from.md` shows how to
-switch from each library.
+gradient, as in the library. All functions but `drifting` take the arguments `precision` and `backend` of `fastvae.mmd` and raise its
+errors. They work under `torch.compile(fullgraph=True)`, and no call waits for a GPU, except `trvae` without `num_groups`.
+`docs/coming-from.md` shows how to switch from each library.
 
 The formulas were read from the source of each project. Rounding, and lower bounds of 1e-8 or less on d², are not reproduced.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +83,27 @@ class SliceOptions(Options, total=False):
     process_group: ProcessGroup | None
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _recipe(function: Callable[P, R]) -> Callable[P, R]:
+    """Names the recipe in the error of an unknown option, which would name a function that it calls."""
+    own = [
+        name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    passed_on = SliceOptions if function.__name__ in ("lejepa", "eb_jepa") else Options
+    known = (*own, *passed_on.__annotations__)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        checks.known_options(f"recipes.{function.__name__}", kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_recipe
 @float64_on_cpu
 def pythae(
     x: Tensor,
@@ -108,6 +132,7 @@ def pythae(
     return _imq_set(x, y, c, scales, options) - 2 * len(scales)
 
 
+@_recipe
 @float64_on_cpu
 def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] = IMQ_SCALES, **options: Unpack[Options]) -> Tensor:
     """The MMD penalty of the Wasserstein autoencoder's authors, for codes x and a sample y of the prior N(0, pz_scale²), N = M.
@@ -122,6 +147,7 @@ def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] 
     return _imq_set(x, y, 2 * x.shape[1] * checks.real("pz_scale", pz_scale, above=0) ** 2, scales, options)
 
 
+@_recipe
 @float64_on_cpu
 def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     """The MMD of InfoVAE's authors (MMD-VAE), for codes x and a sample y of the prior (200 rows in the original).
@@ -137,6 +163,7 @@ def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     return mmd(x, y, bandwidth=x.shape[1] / math.sqrt(2), **options)
 
 
+@_recipe
 @float64_on_cpu
 def stable_audio(
     x: Tensor, y: Tensor, *, kernel: Literal["gaussian", "rational_quadratic"] = "gaussian", **options: Unpack[Options]
@@ -146,7 +173,7 @@ def stable_audio(
         V of k = exp(−d²/C²), of its Wasserstein bottleneck ("gaussian"), or of k = ⅕·Σ_b 1/(1 + d²/(2bC)) with b = 10⁻⁴, 10⁻³, …, 1, of its
         latent MMD loss ("rational_quadratic")
 
-    Either may also be rows, (N, C). Its quirk: As in `info_vae`, k of the first is near 1 everywhere for 20 channels or more.
+    Either may also be rows, (N, C). Its quirk: as in `info_vae`, k of the first is near 1 everywhere for 20 channels or more.
 
     Source: github.com/Stability-AI/stable-audio-tools, models/bottleneck.py and training/losses.
     """
@@ -159,6 +186,7 @@ def stable_audio(
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h) for _ in h], kernel="rational_quadratic", **options)
 
 
+@_recipe
 @float64_on_cpu
 def pytorch_vae(
     x: Tensor,
@@ -192,6 +220,7 @@ def pytorch_vae(
     return _without_pairs(x, y, IMQ(), math.sqrt(c + eps), options) * (c / (c + eps))
 
 
+@_recipe
 @float64_on_cpu
 def geomloss(
     x: Tensor,
@@ -218,6 +247,7 @@ def geomloss(
     return 0.5 * mmd(x, y, bandwidth=h, kernel=kernel, x_weights=x_weights, y_weights=y_weights, **options)
 
 
+@_recipe
 @float64_on_cpu
 def alibi_detect(
     x: Tensor, y: Tensor, *, sigma: checks.BandwidthRule | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]
@@ -241,6 +271,7 @@ def alibi_detect(
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
 
 
+@_recipe
 @float64_on_cpu
 def dan(
     x: Tensor,
@@ -272,6 +303,7 @@ def dan(
     return value + 2 / (len(x) - 1)
 
 
+@_recipe
 @float64_on_cpu
 def pytorch_adapt(
     x: Tensor,
@@ -302,6 +334,7 @@ def pytorch_adapt(
     return mmd(x, y, bandwidth=h, bandwidth_weights=weights, estimator="linear" if mmd_type == "linear" else "unbiased", **options)
 
 
+@_recipe
 @float64_on_cpu
 def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5, **options: Unpack[Options]) -> Tensor:
     """`MMDLoss` of jindongwang's transferlearning (DeepDA, and DDC, DAN and DSAN in other folders).
@@ -320,6 +353,7 @@ def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5
     return mmd(x, y, bandwidth=torch.stack([width * ratio ** (0.5 * (i - count // 2)) for i in range(count)]), **options)
 
 
+@_recipe
 @float64_on_cpu
 def trvae(
     z: Tensor,
@@ -362,6 +396,7 @@ def trvae(
     return total * weight
 
 
+@_recipe
 @float64_on_cpu
 def mmd_gan(
     x: Tensor, y: Tensor, *, sigmas: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0), biased: bool = True, **options: Unpack[Options]
@@ -382,6 +417,7 @@ def mmd_gan(
     return value.relu().sqrt()
 
 
+@_recipe
 @float64_on_cpu
 def mmd_gan_mix(
     x: Tensor, y: Tensor, *, alphas: Sequence[float] = (0.1, 1.0, 10.0), dot: float = 1.0, biased: bool = False, **options: Unpack[Options]
@@ -400,6 +436,7 @@ def mmd_gan_mix(
     return mmd(x, y, kernel=kernels, estimator="biased" if biased else "unbiased", **options)
 
 
+@_recipe
 @float64_on_cpu
 def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, normalize: bool = True, **options: Unpack[Options]) -> Tensor:
     """CMMD of CLIP embeddings x and y.
@@ -431,6 +468,7 @@ class KID(NamedTuple):
     std: Tensor
 
 
+@_recipe
 @float64_on_cpu
 def kid(
     x: Tensor,
@@ -472,12 +510,13 @@ def kid(
     return KID(stacked.mean(), stacked.std(unbiased=False))
 
 
+@_recipe
 def irdm(
     x: Tensor | Sequence[Tensor],
     reference: KernelMean | Sequence[KernelMean],
     *,
     weights: float | Sequence[float] | None = None,
-    normalize: Literal["stop_gradient"] | None = "stop_gradient",
+    normalize: Literal["stop_gradient", False] | None = "stop_gradient",
     process_group: ProcessGroup | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
@@ -487,21 +526,24 @@ def irdm(
 
     stop is without a gradient. The α_m and landmarks z_m of each encoder compress its embeddings r of real data once: a `KernelMean` from
     `KernelMean.fit(r, bandwidth=h)`, whose defaults are those of iRDM but for h = √(median d²) of 2,000 rows, which is
-    2**0.5·`median_bandwidth(r[:2000])`. `weights` are 1 by default. With normalize=None each term is L itself. The value of a normalised
-    term is its weight up to rounding; the terms themselves are `fastvae.mmd(x, reference)`. `process_group` is that of `fastvae.mmd`.
+    2**0.5·`median_bandwidth(r[:2000])`. `weights` are 1 by default, and one number is the weight of each. With normalize=None or False each
+    term is L itself. The value of a normalised term is its weight up to rounding; the terms themselves are `fastvae.mmd(x, reference)`.
+    `process_group` is that of `fastvae.mmd`.
 
     Source: github.com/vita-epfl/RDM, rdm/compare; arXiv 2607.02375.
     """
-    checks.option("normalize", normalize, ("stop_gradient", None))
+    checks.option("normalize", normalize, ("stop_gradient", None, False))
     samples = list(x) if isinstance(x, Sequence) else [x]
     if not samples:
         raise ValueError("x must hold at least one sample, got none")
     means = list(reference) if isinstance(reference, Sequence) else [reference]
-    factors = [1.0] * len(samples) if weights is None else checks.numbers_of("weights", weights)
+    factors = checks.numbers_of("weights", 1.0 if weights is None else weights)
+    if weights is None or isinstance(weights, numbers.Real):
+        factors *= len(samples)
     for mean in means:
         checks.instance("reference", mean, KernelMean, " or several")
-    checks.as_many("reference", len(means), "x", len(samples))
-    checks.as_many("weights", len(factors), "x", len(samples))
+    checks.as_many("reference", "KernelMean", len(means), len(samples))
+    checks.as_many("weights", "number", len(factors), len(samples))
     terms = []
     for sample, mean, factor in zip(samples, means, factors, strict=True):
         value = mmd(sample, mean, process_group=process_group, **options)
@@ -509,6 +551,7 @@ def irdm(
     return torch.stack(terms).sum()
 
 
+@_recipe
 @float64_on_cpu
 def imm(x: Tensor, y: Tensor, kernel_weights: Tensor, *, weights: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """The loss of inductive moment matching, for G groups of outputs x (G, N, ...) and targets y (G, M, ...), which get no gradient.
@@ -529,6 +572,7 @@ def imm(x: Tensor, y: Tensor, kernel_weights: Tensor, *, weights: Tensor | None 
     return values.mean() if weights is None else (values * weights.detach().to(values)).mean()
 
 
+@_recipe
 @float64_on_cpu
 def mmdagg(
     x: Tensor,
@@ -565,6 +609,7 @@ def mmdagg(
     return torch.stack([_without_pairs(x, y, family, factor * h, options) for h in lambdas]) * (n * (n - 1))
 
 
+@_recipe
 @float64_on_cpu
 def mmdfuse(
     x: Tensor,
@@ -618,6 +663,7 @@ _MMDAGG: dict[str, tuple[Kernel, float]] = {
 _MMDFUSE: dict[str, tuple[Kernel, float]] = {**_MMDAGG, "gaussian": (RBF(), 1.0), "rq": (RationalQuadratic(0.5), 1.0)}
 
 
+@_recipe
 def lejepa(views: Tensor, *, lamb: float = 0.02, **options: Unpack[SliceOptions]) -> Tensor:
     """The loss of LeJEPA for projected views of each image, (V, N, D): an invariance term and SIGReg of each view.
 
@@ -635,12 +681,13 @@ def lejepa(views: Tensor, *, lamb: float = 0.02, **options: Unpack[SliceOptions]
     return (1 - lamb) * (z - z.mean(0)).square().mean() + lamb * sigreg(views, **options)
 
 
+@_recipe
 def eb_jepa(z1: Tensor, z2: Tensor, *, lmbd: float = 10.0, **options: Unpack[SliceOptions]) -> Tensor:
     """The loss of eb_jepa's BCS for two views of the same images, (N, D): their mean squared difference and SIGReg of each.
 
         mean (z1 − z2)² + lmbd·SIGReg,   SIGReg with 10 points from −3 to 3, without the factor N
 
-    Options as in `lejepa`; num_slices is 256 there.
+    Options as in `lejepa`, but num_slices is 256 by default.
 
     Source: github.com/facebookresearch/eb_jepa, eb_jepa/losses.py.
     """
@@ -648,6 +695,7 @@ def eb_jepa(z1: Tensor, z2: Tensor, *, lmbd: float = 10.0, **options: Unpack[Sli
     checks.floating_tensor("z2", z2)
     checks.same_shape_and_kind("z1", z1, "z2", z2)
     lmbd = checks.real("lmbd", lmbd, at_least=0)
+    options.setdefault("num_slices", 256)
     views = torch.stack([z1, z2])
     a, b = views.to(accumulation_dtype(views.dtype)).unbind()
     invariance: Tensor = (a - b).square().mean()

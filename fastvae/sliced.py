@@ -47,8 +47,8 @@ def sigreg(
     Args:
         z: (N, D), floating point. Batch dimensions before these, (V, N, D), are samples of their own, such as the views of LeJEPA: all are
             projected on the same directions and the result is their mean. For one sample of all views, pass z.flatten(0, -2).
-        directions: (D, K), columns of unit length, which get no gradient. None draws them anew in each call: K normal vectors, divided by
-            their lengths.
+        directions: (D, K), which get no gradient. Each column must have length 1, as slices of other lengths are not near N(0, 1): divide
+            by `directions.norm(dim=0)`. It is not checked. None draws them anew in each call: K normal vectors, divided by their lengths.
         num_slices: K, if directions are drawn.
         num_points: Points of the trapezoidal rule from t_min to t_max, 2 or more.
         t_max: The upper end of the integral.

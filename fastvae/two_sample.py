@@ -108,7 +108,8 @@ def two_sample_test(
 
     Each permutation is a column of a matrix of signs, and one sweep over the pairs of rows computes the statistics of all of them. The
     level is exact for any sample sizes: under the null hypothesis, p_value ≤ level with probability at most `level`. Statistics that differ
-    from the observed one by no more than rounding count as equal to it.
+    from the observed one by no more than rounding count as equal to it. The time grows with (N + M)²: from 10⁵ rows on pass
+    `method=RandomFeatures(512)`, whose time is linear.
 
     Args:
         x: (N, D), floating point.
@@ -156,7 +157,7 @@ def two_sample_test(
     checks.option("estimator", estimator, checks.ESTIMATORS)
     features = method if isinstance(method, (RandomFeatures, NystromFeatures)) else None
     if features is None:
-        checks.option("method", method, ("permutation", "wild_bootstrap"))
+        checks.method_of_test(method)
     else:
         checks.without_features(features, aggregate, backend, precision)
     checks.option("aggregate", aggregate, (None, "fuse", "agg"))
@@ -191,7 +192,7 @@ def two_sample_test(
     if features is not None:
         # After the permutations, which are then those of the exact test.
         ((family, h, a),) = members
-        data = data._replace(map=features.of(data.z, family, tuple(h.tolist()), tuple(a.tolist()), generator))
+        data = data._replace(map=features._of(data.z, family, tuple(h.tolist()), tuple(a.tolist()), generator))
     values, ties = [], []
     with torch.no_grad(), without_autocast(x.device), _reporting(progress) as report:
         for n, (family, h, a) in enumerate(members):

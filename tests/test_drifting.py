@@ -168,6 +168,13 @@ def test_one_temperature():
     torch.testing.assert_close(one, recipes.drifting(generated, positives, temperatures=(0.1,)))
 
 
+def test_a_number_is_the_weight_of_each_row():
+    (generated, positives, negatives), _ = problem()
+    weights = torch.full_like(negatives[..., 0], 1.5)
+    expected = recipes.drifting(generated, positives, negatives, negatives_weights=weights)
+    torch.testing.assert_close(recipes.drifting(generated, positives, negatives, negatives_weights=1.5), expected, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_compile():
     samples, weights = problem()
@@ -184,7 +191,7 @@ def test_compile():
         ({"temperatures": ()}, "temperatures must hold at least one value, got none"),
         ({"temperatures": -1.0}, "every one of temperatures must be greater than 0, got -1"),
         ({"temperatures": (0.1, -1.0)}, "every one of temperatures must be greater than 0, got -1"),
-        ({"negatives_weights": torch.ones(5, 4)}, "negatives_weights must be None without negatives, got weights"),
+        ({"negatives_weights": torch.ones(5, 4)}, "negatives_weights needs negatives"),
         ({"generated_weights": torch.ones(5, 4)}, r"generated_weights must have one value for each row of generated, shape \(5, 8\)"),
         ({"negatives": torch.ones(4, 16)}, r"negatives must have the batch dimensions of generated, \(5,\), got \(4, 16\)"),
     ],

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import types
 from typing import get_args
 
 import pytest
@@ -124,6 +125,13 @@ BAD_MMD = [
 ]
 # (arguments of KernelMean.fit, its options, error, start of the message)
 BAD_FIT = [
+    ((X.numpy(),), {}, TypeError, "pool must be a torch.Tensor, got ndarray: torch.from_numpy(pool)"),
+    (
+        (X,),
+        {"landmarks": 60_000},
+        ValueError,
+        "landmarks must be at most 32768, got 60000, whose kernel matrix takes 27 GiB: use fewer or method='all'",
+    ),
     ((3,), {}, TypeError, "pool must be a torch.Tensor or an iterable of tensors, got int"),
     (([],), {}, ValueError, "pool must hold at least one batch, got none"),
     (([X, Y.double()],), {}, TypeError, "a batch of pool and the one before must have the same dtype, got torch.float64 and torch.float32"),
@@ -409,6 +417,14 @@ def test_loss_refuses_when_it_is_made():
         fastvae.MMDLoss(bandwidth="median")(X)
     with pytest.raises(ValueError, match="y_weights must be None if y is None"):
         fastvae.MMDLoss()(X, y_weights=HALF)
+
+
+def test_modules_show_their_process_group():
+    group = types.SimpleNamespace(group_name="workers")
+    for module in (fastvae.MMDLoss(), fastvae.SIGReg(), fastvae.VAEObjective.vae()):
+        assert "process_group" not in repr(module)
+        module.process_group = group
+        assert "process_group=workers" in repr(module)
 
 
 def test_triton_without_a_gpu(monkeypatch):

@@ -548,15 +548,26 @@ def test_irdm(normalize):
     assert one == fastvae.mmd(xs[0].detach(), means[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [("mmd_gan", "sigma_list"), ("stable_audio", "bandwidth"), ("eb_jepa", "slices"), ("kid", "h")]
+)
+def test_an_unknown_option_is_named_with_the_recipe(name, option):
+    x, y = samples()
+    with pytest.raises(TypeError, match=rf"recipes.{name} has no argument '{option}': it takes .*precision, backend"):
+        getattr(recipes, name)(x, y, **{option: 1.0})
+
+
 def test_errors_of_irdm():
     x, y = samples()
     mean = fastvae.KernelMean.fit(y, landmarks=y[:3], bandwidth=1.0)
-    with pytest.raises(ValueError, match="reference must be as many as x, 2, got 1"):
+    with pytest.raises(ValueError, match="reference must hold one KernelMean for each x, 2, got 1"):
         recipes.irdm([x, x], mean)
-    with pytest.raises(ValueError, match="weights must be as many as x, 1, got 2"):
+    with pytest.raises(ValueError, match="weights must hold one number for each x, 1, got 2"):
         recipes.irdm(x, mean, weights=[1.0, 1.0])
-    with pytest.raises(ValueError, match="normalize must be one of 'stop_gradient', None, got True"):
+    with pytest.raises(ValueError, match="normalize must be one of 'stop_gradient', None, False, got True"):
         recipes.irdm(x, mean, normalize=True)
+    assert recipes.irdm(x, mean, normalize=False) == recipes.irdm(x, mean, normalize=None)
+    assert recipes.irdm([x, x], [mean, mean], weights=2.0) == recipes.irdm([x, x], [mean, mean], weights=[2.0, 2.0])
     with pytest.raises(TypeError, match="reference must be a KernelMean or several, got Tensor"):
         recipes.irdm(x, y)
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got float"):

@@ -225,6 +225,14 @@ def test_equals_lejepa():
     assert fastvae.recipes.lejepa(z, lamb=0.3, directions=directions).item() == pytest.approx(loss, rel=1e-12)
 
 
+def test_eb_jepa_draws_256_slices():
+    z = torch.randn(2, 8, 3)
+    torch.manual_seed(0)
+    default = fastvae.recipes.eb_jepa(*z)
+    torch.manual_seed(0)
+    assert default == fastvae.recipes.eb_jepa(*z, num_slices=256)
+
+
 def test_equals_eb_jepa():
     """github.com/facebookresearch/eb_jepa: epps_pulley in BCS, of two views, with complex exponentials."""
     z, directions = sample(2, 50, 6, scale=0.7), unit_columns(6, 40)

@@ -470,7 +470,18 @@ X, Y = torch.zeros(4, 3), torch.ones(5, 3)
         ((X[:1], Y), {}, ValueError, "x must have at least two rows for estimator='unbiased', got 1: use estimator='biased'"),
         ((X, Y[:1]), {"aggregate": "fuse"}, ValueError, "y must have at least two rows, got 1"),
         ((X, Y), {"estimator": "linear"}, ValueError, "estimator must be one of 'biased', 'unbiased', got 'linear'"),
-        ((X, Y), {"method": "bootstrap"}, ValueError, "method must be one of 'permutation', 'wild_bootstrap', got 'bootstrap'"),
+        (
+            (X, Y),
+            {"method": "rff"},
+            ValueError,
+            "method must be 'permutation', 'wild_bootstrap', RandomFeatures(count) or NystromFeatures(landmarks), got 'rff'",
+        ),
+        (
+            (X, Y),
+            {"method": fastvae.RandomFeatures},
+            ValueError,
+            "method must be 'permutation', 'wild_bootstrap', RandomFeatures(count) or NystromFeatures(landmarks), got RandomFeatures",
+        ),
         (
             (X, Y),
             {"method": "wild_bootstrap"},
