@@ -36,6 +36,8 @@ from fastvae.radial import Kernel, terms_of
 
 # Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
+# Or up to four times as many where one sample has no more rows than this: for those tiles take most of their time to prepare the other.
+_FEW_ROWS = 64
 # The same for a quadratic form, of which the streaming path computes half the tiles.
 _FORM_PAIRS = 3 << 18
 # The most pairs, and numbers of a sample, in the problems of a batch that are taken together: arrays that fit the second-level cache.
@@ -352,8 +354,9 @@ class SmallLogKernel(NamedTuple):
 
 
 def has_few_pairs(x: Tensor, y: Tensor) -> bool:
-    """Whether arrays of all pairs of one problem, or of all of a batch, are as few numbers as `mmd` takes."""
-    return x.shape[:-2].numel() * (x.shape[-2] + y.shape[-2]) ** 2 <= _PAIRS
+    """Whether one array of all pairs of x and y, or of all of a batch, is faster than tiles."""
+    n, m = x.shape[-2], y.shape[-2]
+    return x.shape[:-2].numel() * n * m <= (_PAIRS if min(n, m) > _FEW_ROWS else 4 * _PAIRS)
 
 
 def pair_exponents(
