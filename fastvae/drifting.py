@@ -38,7 +38,7 @@ def drifting(
 
     with the rows t of [generated, negatives, positives], d = ‖g_i − t_j‖ and s the weighted mean of all d of the batch; ĝ and t̂ are divided
     by s/√S, S the number of features. Only `generated` gets a gradient, once: s and F are constants, as in the original. The gradient is
-    −2·F over the scale; loss and mean F_R² are computed from products of rows, without the three fields.
+    −2·F over the scale. With many features, loss and mean F_R² are computed from products of rows, without the fields.
 
     Its quirks: s and mean F_R² are those of the whole batch, so that a class depends on the others. √mean F_R² divides each field, so that
     the loss does not go to 0 as the samples approach each other. For classifier-free guidance with weight w the authors give each of C_n
@@ -92,7 +92,7 @@ def drifting(
         others = [z.detach() for z in parts[1:]]
         if torch.compiler.is_compiling() and not needs_grad(parts[0]):
             # The compiler cannot trace a Function of a variable number of tensors without a gradient.
-            return _loss_and_coefficients(radii, w.detach(), [parts[0], *others])[0].reshape(batch)
+            return _loss_and_gradient(radii, w.detach(), [parts[0], *others])[0].reshape(batch)
         function: Any = _Drifting if torch.compiler.is_compiling() else _EagerDrifting
         return cast(Tensor, function.apply(radii, w.detach(), parts[0], *others)[0].reshape(batch))
 
@@ -100,7 +100,7 @@ def drifting(
 class _Drifting(torch.autograd.Function):
     @staticmethod
     def forward(temperatures: tuple[float, ...], weights: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_and_coefficients(temperatures, weights, parts)
+        return _loss_and_gradient(temperatures, weights, parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,11 +110,13 @@ class _Drifting(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        coefficients, *parts = ctx.saved_tensors
+        found, *parts = ctx.saved_tensors
         if grad is None:
             return (None,) * (2 + len(parts))
-        with without_autocast(grad.device):
-            gradient = without_grad(_field, coefficients * grad[:, None, None], parts)
+        gradient = found * grad[:, None, None]
+        if not _forms_fields(parts):
+            with without_autocast(grad.device):
+                gradient = without_grad(_field, gradient, parts)
         gradient = forbid_second_derivative("drifting", gradient, grad, parts[0], has_reference=False)
         return None, None, gradient, *[None] * (len(parts) - 1)
 
@@ -145,29 +147,40 @@ def _centred(parts: Sequence[Tensor], chunk: slice) -> Tensor:
     return torch.cat([z[chunk] - first for z in parts], 1)
 
 
-def _loss_and_coefficients(temperatures: tuple[float, ...], weights: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The loss (B,) and E (B, C_g, rows), of which E·t is its gradient."""
+def _forms_fields(parts: Sequence[Tensor]) -> bool:
+    """Whether fields take fewer multiply-adds than products of all rows: with as many generated rows as others, up to 2 features a row."""
+    return parts[0].shape[2] < 2 * sum(z.shape[1] for z in parts)
+
+
+def _loss_and_gradient(temperatures: tuple[float, ...], weights: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss (B,) and its gradient; without fields E (B, C_g, rows), of which E·t is the gradient."""
     (count, own, features), rows = parts[0].shape, weights.shape[1]
     first_positive, chunks = rows - parts[-1].shape[1], _chunks(parts)
-    products = weights.new_empty(count, rows, rows)
+    forms_fields = _forms_fields(parts)
+    products = weights.new_empty(count, own if forms_fields else rows, rows)
+    norms = weights.new_empty(count, rows)
     for chunk in chunks:
         z = _centred(parts, chunk)
         out = products[chunk]
+        norms[chunk] = torch.linalg.vecdot(z, z)
         out[:, :own] = z[:, :own] @ z.mT
-        out[:, own:, :own] = out[:, :own, own:].mT
-        out[:, own:, own:] = z[:, own:] @ z[:, own:].mT
-    norms = products.diagonal(dim1=1, dim2=2)
+        if not forms_fields:
+            out[:, own:, :own] = out[:, :own, own:].mT
+            out[:, own:, own:] = z[:, own:] @ z[:, own:].mT
     distances = torch.add(norms[:, :own, None], products[:, :own], alpha=-2).add_(norms[:, None])
+    distances.diagonal(dim1=1, dim2=2).zero_()
     distances = distances.clamp_(min=_LEAST_SQUARE).sqrt_()
     # Each row counts as often as it has a distance.
     scale = (distances.sum(1) * weights).sum() / (own * weights.sum())
     input_scale = (scale / math.sqrt(features)).clamp(min=_LEAST_SCALE)
     distances = distances.div_(scale.clamp(min=_LEAST_SCALE))
     distances.diagonal(dim1=1, dim2=2).add_(_SELF)
-    coefficients = weights.new_empty(count, len(temperatures), own, rows)
+    # c of each temperature, or c·t
+    terms = weights.new_empty(count, len(temperatures), own, features if forms_fields else rows)
     inner = weights.new_empty(count, len(temperatures), len(temperatures))
     for chunk in chunks:
-        of_chunk, w = coefficients[chunk], weights[chunk, None]
+        of_chunk, w = terms[chunk], weights[chunk, None]
+        rows_of_chunk = _centred(parts, chunk) if forms_fields else None
         for n, temperature in enumerate(temperatures):
             logits = distances[chunk] * (-1 / temperature)
             a = logits.softmax(2).mul_(logits.softmax(1))
@@ -177,16 +190,17 @@ def _loss_and_coefficients(temperatures: tuple[float, ...], weights: Tensor, par
             # They sum to zero over j, so that Σ_j c_ij·(t_j − g_i) is c·t.
             repelled.mul_(-of_positives)
             attracted.mul_(of_others)
-            of_chunk[:, n] = a
-        # ⟨F_R, F_R'⟩ from the products of rows, without F.
-        flat = of_chunk.flatten(1, 2)
-        inner[chunk] = of_chunk.flatten(2) @ (flat @ products[chunk]).view_as(of_chunk).flatten(2).mT
+            of_chunk[:, n] = a if rows_of_chunk is None else a @ rows_of_chunk
+        # ⟨F_R, F_R'⟩, from the fields or from the products of rows.
+        flat = of_chunk.flatten(2)
+        others = flat if forms_fields else (of_chunk.flatten(1, 2) @ products[chunk]).view_as(of_chunk).flatten(2)
+        inner[chunk] = flat @ others.mT
     numbers = own * features
     inner = inner / input_scale.square()
     factors = (inner.diagonal(dim1=1, dim2=2).sum(0) / (count * numbers)).clamp(min=_LEAST_MEAN).rsqrt()
     loss = (inner * factors[:, None] * factors).sum((1, 2)) / numbers
     combined = (-2 / numbers / input_scale.square()) * factors
-    return loss, torch.einsum("bnij,n->bij", coefficients, combined)
+    return loss, torch.einsum("bnij,n->bij", terms, combined)
 
 
 def _field(coefficients: Tensor, parts: Sequence[Tensor]) -> Tensor:

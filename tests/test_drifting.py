@@ -79,10 +79,12 @@ def recipe(generated, positives, negatives, w_generated, w_positives, w_negative
     return recipes.drifting(generated, positives, negatives, **weights, **options)
 
 
+@pytest.mark.parametrize("features", [16, 40])
 @pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_loss_and_gradient(at_once, monkeypatch):
-    samples, weights = problem()
-    monkeypatch.setattr(drifting, "_NUMBERS_AT_ONCE", at_once * 18 * 16)
+def test_loss_and_gradient(at_once, features, monkeypatch):
+    """With few features, from the fields, and with many, from products of rows."""
+    samples, weights = problem(features=features)
+    monkeypatch.setattr(drifting, "_NUMBERS_AT_ONCE", at_once * 18 * features)
     for actual, exact in zip(loss_and_gradient(recipe, samples, weights), loss_and_gradient(formula, samples, weights), strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-13)
 
