@@ -103,8 +103,8 @@ def _recipe(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def pythae(
     x: Tensor,
     y: Tensor,
@@ -132,8 +132,8 @@ def pythae(
     return _imq_set(x, y, c, scales, options) - 2 * len(scales)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] = IMQ_SCALES, **options: Unpack[Options]) -> Tensor:
     """The MMD penalty of the Wasserstein autoencoder's authors, for codes x and a sample y of the prior N(0, pz_scale²), N = M.
 
@@ -147,8 +147,8 @@ def wae(x: Tensor, y: Tensor, *, pz_scale: float = 1.0, scales: Sequence[float] 
     return _imq_set(x, y, 2 * x.shape[1] * checks.real("pz_scale", pz_scale, above=0) ** 2, scales, options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     """The MMD of InfoVAE's authors (MMD-VAE), for codes x and a sample y of the prior (200 rows in the original).
 
@@ -163,8 +163,8 @@ def info_vae(x: Tensor, y: Tensor, **options: Unpack[Options]) -> Tensor:
     return mmd(x, y, bandwidth=x.shape[1] / math.sqrt(2), **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def stable_audio(
     x: Tensor, y: Tensor, *, kernel: Literal["gaussian", "rational_quadratic"] = "gaussian", **options: Unpack[Options]
 ) -> Tensor:
@@ -186,8 +186,8 @@ def stable_audio(
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h) for _ in h], kernel="rational_quadratic", **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def pytorch_vae(
     x: Tensor,
     y: Tensor,
@@ -220,8 +220,8 @@ def pytorch_vae(
     return _without_pairs(x, y, IMQ(), math.sqrt(c + eps), options) * (c / (c + eps))
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def geomloss(
     x: Tensor,
     y: Tensor,
@@ -247,8 +247,8 @@ def geomloss(
     return 0.5 * mmd(x, y, bandwidth=h, kernel=kernel, x_weights=x_weights, y_weights=y_weights, **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def alibi_detect(
     x: Tensor, y: Tensor, *, sigma: checks.BandwidthRule | float | Sequence[float] | Tensor = "median", **options: Unpack[Options]
 ) -> Tensor:
@@ -271,8 +271,8 @@ def alibi_detect(
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def dan(
     x: Tensor,
     y: Tensor,
@@ -303,8 +303,8 @@ def dan(
     return value + 2 / (len(x) - 1)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def pytorch_adapt(
     x: Tensor,
     y: Tensor,
@@ -334,8 +334,8 @@ def pytorch_adapt(
     return mmd(x, y, bandwidth=h, bandwidth_weights=weights, estimator="linear" if mmd_type == "linear" else "unbiased", **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5, **options: Unpack[Options]) -> Tensor:
     """`MMDLoss` of jindongwang's transferlearning (DeepDA, and DDC, DAN and DSAN in other folders).
 
@@ -353,8 +353,8 @@ def deepda(x: Tensor, y: Tensor, *, kernel_mul: float = 2.0, kernel_num: int = 5
     return mmd(x, y, bandwidth=torch.stack([width * ratio ** (0.5 * (i - count // 2)) for i in range(count)]), **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def trvae(
     z: Tensor,
     groups: Tensor,
@@ -396,8 +396,8 @@ def trvae(
     return total * weight
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def mmd_gan(
     x: Tensor, y: Tensor, *, sigmas: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0), biased: bool = True, **options: Unpack[Options]
 ) -> Tensor:
@@ -417,8 +417,8 @@ def mmd_gan(
     return value.relu().sqrt()
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def mmd_gan_mix(
     x: Tensor, y: Tensor, *, alphas: Sequence[float] = (0.1, 1.0, 10.0), dot: float = 1.0, biased: bool = False, **options: Unpack[Options]
 ) -> Tensor:
@@ -436,8 +436,8 @@ def mmd_gan_mix(
     return mmd(x, y, kernel=kernels, estimator="biased" if biased else "unbiased", **options)
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, normalize: bool = True, **options: Unpack[Options]) -> Tensor:
     """CMMD of CLIP embeddings x and y.
 
@@ -468,8 +468,8 @@ class KID(NamedTuple):
     std: Tensor
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def kid(
     x: Tensor,
     y: Tensor,
@@ -551,8 +551,8 @@ def irdm(
     return torch.stack(terms).sum()
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def imm(x: Tensor, y: Tensor, kernel_weights: Tensor, *, weights: Tensor | None = None, **options: Unpack[Options]) -> Tensor:
     """The loss of inductive moment matching, for G groups of outputs x (G, N, ...) and targets y (G, M, ...), which get no gradient.
 
@@ -572,8 +572,8 @@ def imm(x: Tensor, y: Tensor, kernel_weights: Tensor, *, weights: Tensor | None 
     return values.mean() if weights is None else (values * weights.detach().to(values)).mean()
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def mmdagg(
     x: Tensor,
     y: Tensor,
@@ -609,8 +609,8 @@ def mmdagg(
     return torch.stack([_without_pairs(x, y, family, factor * h, options) for h in lambdas]) * (n * (n - 1))
 
 
-@_recipe
 @float64_on_cpu
+@_recipe
 def mmdfuse(
     x: Tensor,
     y: Tensor,
