@@ -172,7 +172,7 @@ def test_fit_of_a_kernel_mean(pool, options, error, sentence):
 def test_kernel_mean():
     for arguments, options, error, sentence in (
         ((X[0],), {}, ValueError, "points must have shape (rows, features), got (3,)"),
-        ((X, HALF[:2]), {}, ValueError, "weights must have shape (4,) or (4, columns), the rows of points, got (2,)"),
+        ((X, HALF[:2]), {}, ValueError, "weights must have one number for each of the 4 points, got shape (2,)"),
         ((X,), {"norm": "1"}, TypeError, "norm must be a number, got str"),
         (
             (X,),
@@ -365,7 +365,7 @@ def test_ksd_to_normal(options, error, sentence):
         ({"num_points": 1}, ValueError, "num_points must be at least 2, got 1"),
         ({"num_points": 9.0}, TypeError, "num_points must be an integer, got float"),
         ({"t_max": 0}, ValueError, "t_max must be greater than 0, got 0"),
-        ({"t_min": -2}, ValueError, "t_min must be 0 or -t_max, here -3, got -2"),
+        ({"t_min": -2}, ValueError, "t_min must be 0 or -t_max, here -3.0, got -2.0"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"precision": "low"}, ValueError, "precision must be one of None, 'highest', 'high', 'medium', 'ieee', got 'low'"),
         ({"backend": "gpu"}, ValueError, "backend must be one of None, 'cpu', 'triton', 'reference', got 'gpu'"),
