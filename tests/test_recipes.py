@@ -470,7 +470,8 @@ def test_compile():
         torch.compiler.reset()
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         for a, e in zip(value_and_gradients(compiled, x, y), value_and_gradients(loss, x, y), strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+            # Both are rounded relative to the largest of the gradient.
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6 * max(1, float(e.abs().max())))
 
 
 @pytest.mark.parametrize(
