@@ -180,7 +180,7 @@ def _loss_and_gradient(temperatures: tuple[float, ...], weights: Tensor, parts: 
     inner = weights.new_empty(count, len(temperatures), len(temperatures))
     for chunk in chunks:
         of_chunk, w = terms[chunk], weights[chunk, None]
-        rows_of_chunk = _centred(parts, chunk) if forms_fields else None
+        targets = _centred(parts, chunk) if forms_fields else None
         for n, temperature in enumerate(temperatures):
             logits = distances[chunk] * (-1 / temperature)
             a = logits.softmax(2).mul_(logits.softmax(1))
@@ -190,7 +190,7 @@ def _loss_and_gradient(temperatures: tuple[float, ...], weights: Tensor, parts: 
             # They sum to zero over j, so that Σ_j c_ij·(t_j − g_i) is c·t.
             repelled.mul_(-of_positives)
             attracted.mul_(of_others)
-            of_chunk[:, n] = a if rows_of_chunk is None else a @ rows_of_chunk
+            of_chunk[:, n] = a if targets is None else a @ targets
         # ⟨F_R, F_R'⟩, from the fields or from the products of rows.
         flat = of_chunk.flatten(2)
         others = flat if forms_fields else (of_chunk.flatten(1, 2) @ products[chunk]).view_as(of_chunk).flatten(2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvae import checks, reference
 from fastvae.bandwidths import resolve
-from fastvae.cpu.pairs import ToMean
+from fastvae.cpu.pairs import Landmarks, ToMean
 from fastvae.devices import lacks_float64
 from fastvae.dispatch import accumulation_dtype
 from fastvae.distributed import gather_rows, propagate_errors, sum_shares
@@ -71,6 +71,8 @@ class KernelMean(nn.Module):
     weights: Tensor | None
     norm: Tensor
     error: Tensor
+    # The points, their version and what was prepared of them.
+    _prepared: tuple[Tensor, int, Landmarks] | None = None
 
     def __init__(
         self,
@@ -304,9 +306,24 @@ class KernelMean(nn.Module):
     def _arguments(self) -> Any:
         return kernel_arguments(self.kernel, self.bandwidth, self.bandwidth_weights)
 
+    def _landmarks(self, dtype: torch.dtype) -> Landmarks:
+        """The points in `dtype`, prepared once for the steps of a training."""
+        points, found = self.points, self._prepared
+        version = -1 if points.is_inference() else points._version
+        if found is not None and version >= 0 and found[0] is points and found[1] == version and found[2].z.dtype == dtype:
+            return found[2]
+        prepared = Landmarks.of(points.detach().to(dtype))
+        if version >= 0 and not prepared.z.is_inference():
+            self._prepared = points, version, prepared
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # To another device only: weights of lower precision would be other weights. A device without float64 is sent the rows of x instead.
         device = function(torch.empty(0, device=self.points.device)).device
+        self._prepared = None
         return super()._apply(lambda t: t if lacks_float64(device) else t.to(device), recurse)  # type: ignore[no-untyped-call]
 
 
@@ -345,7 +362,7 @@ def mmd_to_mean(
         with torch.autocast(x.device.type, enabled=False):
             return reference.mmd_to_mean(x, z, weights, mean.norm.to(x.dtype), estimator=estimator, x_weights=p, **options)
     if process_group is None and x_weights is None and (few := few_rows_of(mean.kernel, mean.bandwidth, mean.bandwidth_weights, backend)):
-        value = of_few_rows(ToMean(few, mean.norm, estimator == "unbiased"), x, z, mean.weights)
+        value = of_few_rows(ToMean(few, mean.norm, estimator == "unbiased", mean._landmarks), x, z, mean.weights)
         if value is not None:
             return value
     # The sweep takes weights that sum to one, so that the constants it subtracts from a kernel cancel. What they lack is given to the first

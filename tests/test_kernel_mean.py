@@ -409,3 +409,23 @@ def test_it_keeps_its_own_numbers():
     expected = mean.points.clone(), mean.weights.clone()
     points.zero_(), weights.zero_()
     torch.testing.assert_close((mean.points, mean.weights), expected, rtol=0, atol=0)
+
+
+def test_points_that_change_are_prepared_anew():
+    mean = KernelMean.fit(POOL, landmarks=LANDMARKS, bandwidth=1.5)
+
+    def compare(mean):
+        torch.testing.assert_close(fastvae.mmd(X, mean), dense(X, mean), rtol=1e-12, atol=1e-13)
+
+    compare(mean)
+    mean.points.mul_(1.5)
+    compare(mean)
+    other = copy.deepcopy(mean)
+    other.points.add_(0.5)
+    other.load_state_dict(mean.state_dict())
+    compare(other)
+    other.points = other.points + 0.25
+    compare(other)
+    compare(other.to(DEVICE))
+    assert set(mean.state_dict()) == {"points", "weights", "norm", "error", "_extra_state"}
+    assert "_prepared" not in mean.__getstate__()

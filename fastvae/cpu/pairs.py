@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from fastvae.radial import Kernel
 # With exponents to base e up to this, sums of k and their quotients are normal numbers.
 _REACH = {torch.float32: 60.0, torch.float64: 600.0}
 
+Exponents = tuple[Tensor, Tensor, Tensor, float]
 Gradients = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
 
@@ -53,10 +54,18 @@ class FewRows(NamedTuple):
         If K is to be `divided` by its sums, none may underflow: each row (`shift` −1) or column (−2) may then lack a factor; if neither
         may, the result is None.
         """
+        found = self.exponents(x, y)
+        return None if found is None else self.of_exponents(*found, slope, divided, shift)
+
+    def exponents(self, x: Tensor, y: Tensor, centred: bool = False, y_norm2: Tensor | None = None) -> Exponents | None:
+        """`pair_exponents` of the widest bandwidth."""
+        return pair_exponents(self.kernel, self.gamma * self.evaluator.exponent_scale, self.ratios[-1], x, y, centred, y_norm2)
+
+    def of_exponents(
+        self, x: Tensor, y: Tensor, exponent: Tensor, reach: float, slope: bool, divided: bool, shift: int | None
+    ) -> Pairs | None:
+        """`pairs` of what `exponents` found, which it may overwrite."""
         single = len(self.ratios) == 1
-        if (found := pair_exponents(self.kernel, self.gamma * self.evaluator.exponent_scale, self.ratios[-1], x, y)) is None:
-            return None
-        x, y, exponent, reach = found
         if not divided:
             mean = float(exponent.mean())
             if is_nearly_constant(self.kernel, 0.5 * mean * mean if self.kernel.takes_distance else -mean / self.evaluator.exponent_scale):
@@ -211,6 +220,20 @@ class Product:
         return *self.rows.gradients(pairs.x, pairs.y, weights, None, None, wanted), to_v if wanted[2] else None
 
 
+class Landmarks(NamedTuple):
+    """A fixed sample, prepared."""
+
+    centre: Tensor  # (D,)
+    z: Tensor  # (M, D), less the centre
+    norm2: Tensor  # ‖z‖²
+
+    @staticmethod
+    def of(points: Tensor) -> Landmarks:
+        centre = points.mean(0)
+        z = points - centre
+        return Landmarks(centre, z, torch.linalg.vecdot(z, z))
+
+
 @dataclass(frozen=True)
 class ToMean:
     """MMD² of x (N, D) to a fixed sample y (M, D) with weights of any sum, formula (1) of `fastvae.reference.kernel_mean`."""
@@ -219,28 +242,37 @@ class ToMean:
     rows: FewRows
     norm: Tensor
     unbiased: bool
+    landmarks: Callable[[torch.dtype], Landmarks]
 
     def evaluate(self, x: Tensor, y: Tensor, weights: Tensor | None, gradients: bool) -> tuple[Tensor | None, ...] | None:
         """The value in float64, and the tensors that `gradients` takes."""
         n = len(x)
-        columns = torch.cat([x, y])
-        if (pairs := self.rows.pairs(x, columns, gradients, False, None)) is None:
+        centre, z, z_norm2 = self.landmarks(x.dtype)
+        x = x - centre
+        across, own = self.rows.exponents(x, z, True, z_norm2), self.rows.exponents(x, x, True)
+        if across is None or own is None:
             return None
-        x, columns, k, slope, _ = pairs
+        exponent, reach = torch.cat([own[2], across[2]], 1), max(own[3], across[3])
+        if (pairs := self.rows.of_exponents(x, z, exponent, reach, gradients, False, None)) is None:
+            return None
+        k, slope = pairs.k, pairs.slope
         scale = math.exp(self.rows.log_scale)
-        factors = k.new_full((len(columns), 1), scale / (n - self.unbiased))
-        of_y = factors[n:]
-        of_y.fill_(-2 * scale / len(y)) if weights is None else torch.mul(weights.unsqueeze(1), -2 * scale, out=of_y)
+        factors = k.new_full((n + len(z), 1), scale / (n - self.unbiased))
+        of_z = factors[n:]
+        of_z.fill_(-2 * scale / len(z)) if weights is None else torch.mul(weights.unsqueeze(1), -2 * scale, out=of_z)
         for t in (k,) if slope is None or slope is k else (k, slope):
             t[:, :n].fill_diagonal_(0)
-        own = 0.0 if self.unbiased else self.rows.kernel.value_at_zero * scale * math.fsum(self.rows.weights)
-        value = (k @ factors).sum(dtype=torch.float64).add_(own).mul_(1 / n).add_(self.norm)
-        return value, factors, x, columns, slope
+        diagonal = 0.0 if self.unbiased else self.rows.kernel.value_at_zero * scale * math.fsum(self.rows.weights)
+        value = (k @ factors).sum(dtype=torch.float64).add_(diagonal).mul_(1 / n).add_(self.norm)
+        if gradients and slope is not None:
+            # Each row of x is in pairs as a row and as a column.
+            factors[:n].mul_(2)
+            slope.mul_(factors.mT)
+        return value, x, z, slope
 
     def gradients(self, grad: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
-        factors, x, columns, slope = tensors
-        # Each row of x is in pairs as a row and as a column.
-        factors = factors.clone()
-        factors[: len(x)].mul_(2)
-        u = grad.to(x.dtype) / len(x)
-        return self.rows.gradients(x, columns, slope, u, factors, (wanted[0], False))[0], None, None
+        x, z, slope = tensors
+        n, (x, z) = len(x), (t.to(slope.dtype) for t in (x, z))
+        moments = torch.addmm(slope[:, :n] @ x, slope[:, n:], z)
+        factor = grad.to(x.dtype) * (-2 * self.rows.gamma / n)
+        return (x * slope.sum(-1, keepdim=True)).sub_(moments).mul_(factor), None, None

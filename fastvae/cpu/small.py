@@ -36,8 +36,9 @@ from fastvae.radial import Kernel, terms_of
 
 # Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
-# Or up to four times as many where one sample has no more rows than this: for those tiles take most of their time to prepare the other.
-_FEW_ROWS = 64
+# Or up to four times as many where one sample has no more rows, or both have more features than this: tiles then take much of their time
+# to prepare the rows.
+_FEW_ROWS, _MANY_FEATURES = 64, 256
 # The same for a quadratic form, of which the streaming path computes half the tiles.
 _FORM_PAIRS = 3 << 18
 # The most pairs, and numbers of a sample, in the problems of a batch that are taken together: arrays that fit the second-level cache.
@@ -356,18 +357,20 @@ class SmallLogKernel(NamedTuple):
 def has_few_pairs(x: Tensor, y: Tensor) -> bool:
     """Whether one array of all pairs of x and y, or of all of a batch, is faster than tiles."""
     n, m = x.shape[-2], y.shape[-2]
-    return x.shape[:-2].numel() * n * m <= (_PAIRS if min(n, m) > _FEW_ROWS else 4 * _PAIRS)
+    prepares_much = min(n, m) <= _FEW_ROWS or x.shape[-1] > _MANY_FEATURES
+    return x.shape[:-2].numel() * n * m <= (4 * _PAIRS if prepares_much else _PAIRS)
 
 
 def pair_exponents(
-    kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False
+    kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False, y_norm2: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """x (..., N, D) and y (..., M, D), centred if that is needed; −γ·d² of each pair, or √(2γ)·d for a function of the distance; and a
     bound of its size.
 
     `narrowest` is the ratio of the largest γ to this one. None where neither products nor differences are accurate enough.
     """
-    x_norm2, y_norm2 = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+    x_norm2 = torch.linalg.vecdot(x, x)
+    y_norm2 = x_norm2 if x is y else torch.linalg.vecdot(y, y) if y_norm2 is None else y_norm2
     # Of γ·d², by products. An infinity or a nan is left to the streaming path.
     reach = 2 * gamma * (float(x_norm2.max()) + float(y_norm2.max()))
     error = 0.5 * reach * torch.finfo(x.dtype).eps
