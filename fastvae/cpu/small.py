@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from fastvae.kernel_sums import (
     rbf_normal_self_exponent,
     read,
 )
-from fastvae.radial import Kernel, terms_of
+from fastvae.radial import Kernel
 
 # Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
@@ -53,6 +53,8 @@ _READ = 256
 # Scales and mean squares whose products float32 can represent. Others are left to the streaming path.
 SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
+# Of distances in float64, for results in float32.
+_DISTANCE_ERROR = 2.0**-26
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -114,27 +116,22 @@ def mmd(
     unbiased: bool,
     x_grad: bool,
     y_grad: bool,
-    close: bool = False,
 ) -> Result | None:
     """MMD² (...) of x (..., N, D) and y (..., M, D), and the gradients to them or None, in the accumulation dtype.
 
-    The result is None where products are not accurate enough for this data; the streaming path then takes differences. `close` says that
-    some rows are close to each other.
+    The result is None where products are not accurate enough for this data; the streaming path then takes differences.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if kernel.takes_distance and result_dtype == torch.float64:
         return None
-    # A function of the distance is steep between rows close to each other, and sums of one that has no largest value cancel.
-    cancels = any(term.kernel.homogeneous for term in terms_of(kernel))
-    dtype = torch.float64 if kernel.takes_distance and (close or cancels) else result_dtype
+    # A function of the distance is steep between rows close to each other.
+    dtype = torch.float64 if kernel.takes_distance else result_dtype
     z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
     if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
-    if (exponent := _exponents(kernel, prepared, prepared)) is None:
-        options = kernel, bandwidth, bandwidth_weights, unbiased, x_grad, y_grad
-        return mmd(x, y, x_weights, y_weights, *options, close=True)
+    exponent = _exponents(kernel, prepared, prepared)
     plan, _, scaled, _ = prepared
     host_sum, wanted, x_rows = plan.host_sum, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
@@ -213,7 +210,7 @@ def quadratic_form(
         return None
     plan, _, scaled, _ = prepared
     v = v.to(scaled.dtype)
-    sums, _, slope = _sums(prepared, cast(Tensor, _exponents(kernel, prepared, prepared)), v, [], True, upstream is not None)
+    sums, _, slope = _sums(prepared, _exponents(kernel, prepared, prepared), v, [], True, upstream is not None)
     total = v.double().T @ sums.double()
     if plan.value_constant:
         total += plan.value_constant * pair_weights(v)
@@ -235,7 +232,7 @@ def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers
     if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
     total: Tensor | None = None
-    for _, weight, value, _ in _evaluated(prepared, cast(Tensor, _exponents(kernel, prepared, prepared)), False):
+    for _, weight, value, _ in _evaluated(prepared, _exponents(kernel, prepared, prepared), False):
         if total is not None:
             total.add_(value, alpha=weight)
         elif len(prepared.plan.host_sum.ratios) == 1:
@@ -270,7 +267,7 @@ class SmallKernelMatmul(NamedTuple):
     def matmul(self, v: Tensor) -> Tensor:
         """Σ_j k(x_i, y_j)·v_j, (N, C), for v (M, C), in the dtype of v."""
         weights = v.to(self.x.scaled.dtype)
-        sums, _, _ = _sums(self.x, cast(Tensor, _exponents(self.kernel, self.x, self.y)), weights, [], False, False)
+        sums, _, _ = _sums(self.x, _exponents(self.kernel, self.x, self.y), weights, [], False, False)
         return self._with_constant(sums, weights).to(v.dtype)
 
     def gradients(self, v: Tensor, grad: Tensor, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -278,7 +275,7 @@ class SmallKernelMatmul(NamedTuple):
         plan, dtype = self.x.plan, v.dtype
         v, grad = v.to(self.x.scaled.dtype), grad.to(self.x.scaled.dtype)
         # Pairs (y_j, x_i), whose sums over x are the gradient to v.
-        sums, _, slope = _sums(self.x, cast(Tensor, _exponents(self.kernel, self.y, self.x)), grad, [], False, x or y)
+        sums, _, slope = _sums(self.x, _exponents(self.kernel, self.y, self.x), grad, [], False, x or y)
         gradients: list[Tensor | None] = [None, None]
         if slope is not None:
             if plan.host_sum.slope_constant:
@@ -319,7 +316,7 @@ class SmallLogKernel(NamedTuple):
         plan, farthest, scaled, neg_half_norm2 = prepared
         parts = zip(scaled.split_with_sizes(sizes, -2), neg_half_norm2.split_with_sizes(sizes, -2), strict=True)
         rows, columns = (_Rows(plan, farthest, *part) for part in parts)
-        log2 = cast(Tensor, _exponents(kernel, rows, columns))
+        log2 = _exponents(kernel, rows, columns)
         return SmallLogKernel(rows, columns, log2, plan.evaluator.logarithm_(log2, torch.empty_like(log2) if slope else None, LOG2_E))
 
     def log2_sums(self, bias: Tensor | None, transposed: bool = False) -> Tensor:
@@ -361,6 +358,15 @@ def has_few_pairs(x: Tensor, y: Tensor) -> bool:
     return x.shape[:-2].numel() * n * m <= (4 * _PAIRS if prepares_much else _PAIRS)
 
 
+def are_exact(reach: float, least: float, narrowest: float) -> bool:
+    """Whether distances √(2t) from products in float64 are as exact as float32, in the value of the narrowest bandwidth and in its slope.
+
+    `reach` bounds 2·t, and `least` is the smallest 2·t. An error of t is one of √(2t) divided by that, and is relative to t in a slope.
+    """
+    error = 0.5 * reach * torch.finfo(torch.float64).eps
+    return least > 0 and error <= _DISTANCE_ERROR * min((least / narrowest) ** 0.5, least)
+
+
 def pair_exponents(
     kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False, y_norm2: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
@@ -369,6 +375,10 @@ def pair_exponents(
 
     `narrowest` is the ratio of the largest γ to this one. None where neither products nor differences are accurate enough.
     """
+    if kernel.takes_distance and not centred:
+        if x.dtype == torch.float64:
+            return None
+        x, y, y_norm2 = x.double(), y.double(), None
     x_norm2 = torch.linalg.vecdot(x, x)
     y_norm2 = x_norm2 if x is y else torch.linalg.vecdot(y, y) if y_norm2 is None else y_norm2
     # Of γ·d², by products. An infinity or a nan is left to the streaming path.
@@ -383,21 +393,18 @@ def pair_exponents(
         exponent = multiply(columns, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2.unsqueeze(-1), alpha=factor)
         if not kernel.takes_distance:
             return x, y, exponent, reach
-        # An error of t = γ·d² is one of √(2t) divided by that, and is relative to t in a slope.
-        least = float(exponent.amin())
-        if least > 0 and error <= limit * min((least / narrowest) ** 0.5, least):
+        if are_exact(reach, float(exponent.amin()), narrowest):
             return x, y, exponent.sqrt_(), (2 * reach) ** 0.5
     if not centred:
         centre = 0.5 * x.mean(-2, keepdim=True) + 0.5 * y.mean(-2, keepdim=True)
         return pair_exponents(kernel, gamma, narrowest, x - centre, y - centre, True)
-    if kernel.takes_distance and x.dtype == torch.float32 and error < math.inf:
-        x, y = x.double(), y.double()
+    if kernel.takes_distance and (reach * narrowest) ** 0.5 * torch.finfo(x.dtype).eps < _DISTANCE_ERROR:
         return x, y, torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mul_((2 * gamma) ** 0.5), (2 * reach) ** 0.5
     return None
 
 
-def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor | None:
-    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows. None where float32 is not accurate enough for it."""
+def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
+    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
     u, v = left.scaled, right.scaled
     if kernel.takes_distance:
         return _distances(left, right)
@@ -410,18 +417,15 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor | None:
     return product(u_half, u, v.mT).add_(v_half.mT)
 
 
-def _distances(left: _Rows, right: _Rows) -> Tensor | None:
-    """By products, or in float64 by differences if rows are close to each other."""
+def _distances(left: _Rows, right: _Rows) -> Tensor:
+    """In float64, by products, or by differences if rows are close to each other."""
     u, v = left.scaled, right.scaled
     multiply = torch.addmm if u.ndim == 2 else torch.baddbmm
     distances = multiply(left.neg_half_norm2, u, v.mT, beta=-2, alpha=-2).add_(right.neg_half_norm2.mT, alpha=-2)
     if left is right:
         distances.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-    # As in `pair_exponents`.
-    least, error = float(distances.amin()), left.farthest / (2 * LOG2_E) * torch.finfo(u.dtype).eps
-    limit = EXPONENT_ERROR[torch.float32] * min((least / left.plan.host_sum.ratios[-1]) ** 0.5, least) if least > 0 else 0.0
-    if not error <= limit:
-        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist") if u.dtype == torch.float64 else None
+    if not are_exact(left.farthest / (2 * LOG2_E), float(distances.amin()), left.plan.host_sum.ratios[-1]):
+        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
     if left is right:
         distances.diagonal(dim1=-2, dim2=-1).zero_()
     return distances.sqrt_()
