@@ -15,7 +15,7 @@ from fastvae.kernel_mean import _DrawnRows
 from fastvae.radial import Polynomial, RationalQuadratic
 from fastvae.reference.kernel_mean import nystrom
 from fastvae.reference.mmd import kernel_matrix
-from tests.cases import DEVICE, needs_triton
+from tests.cases import DEVICE, evaluate, needs_triton
 
 RIDGE = 1e-6
 
@@ -341,6 +341,18 @@ def test_the_error_is_not_negative(seed):
     pool = POOL.float()
     assert KernelMean.fit(pool, landmarks=pool, bandwidth=1.0 + seed, ridge=1e-10).error >= 0
     assert KernelMean.fit(pool, landmarks=pool, bandwidth=1.0, norm_rows=3, seed=seed).error >= 0
+
+
+@pytest.mark.parametrize("kernel", ["laplace", "energy", "matern32"])
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_float32_rows_close_to_each_other(kernel, far):
+    """Distances of such rows are differences, which float32 rounds relative to the rows' distance from the origin."""
+    x, pool = (X + far).float(), (POOL + far).float()
+    x[0], x[1], x[3] = pool[3], x[2], x[4] + 1e-4
+    mean = KernelMean.fit(pool, kernel=kernel, bandwidth=0.7, method="all")
+    exact = KernelMean(pool.double(), norm=mean.norm, kernel=kernel, bandwidth=0.7)
+    for a, e in zip(evaluate(fastvae.mmd, x, y=mean), evaluate(fastvae.mmd, x.double(), y=exact, backend="reference"), strict=True):
+        assert (a.double() - e).norm() < 5e-6 * e.norm()
 
 
 def test_wrong_shapes():

@@ -247,8 +247,13 @@ class ToMean:
     def evaluate(self, x: Tensor, y: Tensor, weights: Tensor | None, gradients: bool) -> tuple[Tensor | None, ...] | None:
         """The value in float64, and the tensors that `gradients` takes."""
         n = len(x)
-        centre, z, z_norm2 = self.landmarks(x.dtype)
-        x = x - centre
+        takes_distance = self.rows.kernel.takes_distance
+        if takes_distance and x.dtype == torch.float64:
+            return None
+        # As in `pair_exponents`.
+        dtype = torch.float64 if takes_distance else x.dtype
+        centre, z, z_norm2 = self.landmarks(dtype)
+        x = x.to(dtype) - centre
         across, own = self.rows.exponents(x, z, True, z_norm2), self.rows.exponents(x, x, True)
         if across is None or own is None:
             return None
