@@ -343,7 +343,7 @@ def test_the_error_is_not_negative(seed):
     assert KernelMean.fit(pool, landmarks=pool, bandwidth=1.0, norm_rows=3, seed=seed).error >= 0
 
 
-@pytest.mark.parametrize("kernel", ["laplace", "energy", "matern32"])
+@pytest.mark.parametrize("kernel", ["laplace", "energy"])
 @pytest.mark.parametrize("far", [0.0, 100.0])
 def test_float32_rows_close_to_each_other(kernel, far):
     """Distances of such rows are differences, which float32 rounds relative to the rows' distance from the origin."""
@@ -351,8 +351,9 @@ def test_float32_rows_close_to_each_other(kernel, far):
     x[0], x[3] = pool[3] + 0.02, x[4] + 0.01
     mean = KernelMean.fit(pool, kernel=kernel, bandwidth=0.7, method="all")
     exact = KernelMean(pool.double(), norm=mean.norm, kernel=kernel, bandwidth=0.7)
-    for a, e in zip(evaluate(fastvae.mmd, x, y=mean), evaluate(fastvae.mmd, x.double(), y=exact, backend="reference"), strict=True):
-        assert (a.double() - e).norm() < 5e-6 * e.norm()
+    (value, gradient), expected = evaluate(fastvae.mmd, x, y=mean), evaluate(fastvae.mmd, x.double(), y=exact, backend="reference")
+    assert value.item() == pytest.approx(expected[0].item(), rel=5e-6)
+    assert (gradient.double() - expected[1]).norm() < 1e-7 * expected[1].norm()
 
 
 def test_wrong_shapes():
