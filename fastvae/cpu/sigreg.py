@@ -17,7 +17,7 @@ from torch import Tensor
 from fastvae.dispatch import accumulation_dtype
 
 # Projections of a tile, for each thread, and its slices.
-BLOCK, SLICES = 1 << 16, 256
+BLOCK, SLICES = 7 << 13, 256
 
 
 class Points(NamedTuple):
