@@ -73,22 +73,18 @@ def drifting(
         checks.same_kind("generated", generated, name, z)
         if z.shape[:-2] != generated.shape[:-2]:
             raise ValueError(f"{name} must have the batch dimensions of generated, {tuple(generated.shape[:-2])}, got {tuple(z.shape)}")
-    for n, ((name, z), w) in enumerate(zip(samples, weights, strict=True)):
-        if w is not None and not isinstance(w, Tensor):
-            weights[n] = z.new_full(z.shape[:-1], checks.real(f"{name}_weights", w))
-        elif w is not None:
+    row_weights = []
+    for (name, z), w in zip(samples, weights, strict=True):
+        if isinstance(w, Tensor):
             checks.row_weights(f"{name}_weights", w, name, z)
+        else:
+            w = z.new_full(z.shape[:-1], 1.0 if w is None else checks.real(f"{name}_weights", w))
+        row_weights.append(w)
     radii = tuple(checks.positive_numbers("temperatures", temperatures))
     dtype, batch = accumulation_dtype(generated.dtype), generated.shape[:-2]
     with without_autocast(generated.device):
         parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
-        w = torch.cat(
-            [
-                z.new_ones(z.shape[:-1]) if not isinstance(w, Tensor) else w.to(dtype).reshape(z.shape[:-1])
-                for z, w in zip(parts, weights, strict=True)
-            ],
-            1,
-        )
+        w = torch.cat([w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, row_weights, strict=True)], 1)
         others = [z.detach() for z in parts[1:]]
         if torch.compiler.is_compiling() and not needs_grad(parts[0]):
             # The compiler cannot trace a Function of a variable number of tensors without a gradient.
