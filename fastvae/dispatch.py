@@ -14,14 +14,19 @@ def runs_on_triton(backend: str, x: Tensor) -> bool:
 def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
     """Whether PyTorch's dispatcher, 25 µs of a call, has to do more than choose between CPU and CUDA.
 
-    It has for the compiler, a transform of `torch.func`, a mode, or a subclass of Tensor.
+    It has for the compiler, a transform of `torch.func`, forward mode, a mode of dispatch, or a subclass of Tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode() or in_forward_mode():
         return True
     for t in (first, *others):
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
     return not (first.is_cpu or first.is_cuda)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -54,12 +54,8 @@ class Kernel:
         """log φ(t), elementwise, finite where φ(t) underflows."""
         raise NotImplementedError(f"{self.name} must define log_phi")
 
-    def dphi(self, t: Tensor) -> Tensor:
-        """φ'(t), elementwise. Only kernels of x·y need it."""
-        raise NotImplementedError(f"{self.name} must define dphi")
-
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """φ'(t) and φ''(t), elementwise. Only kernel Stein discrepancies need them."""
+        """φ'(t) and φ''(t), elementwise; 0 at t = 0 where they are infinite."""
         raise NotImplementedError(f"{self.name} must define derivatives")
 
     def gamma(self, bandwidth: Tensor, dim: int) -> Tensor:
@@ -134,6 +130,12 @@ def _root(t: Tensor) -> Tensor:
     """√t, with derivative 0 at 0."""
     zero = t <= 0
     return torch.where(zero, 0, torch.where(zero, 1, t).sqrt())
+
+
+def _inverse_root(t: Tensor) -> Tensor:
+    """1/√t, and 0 at 0."""
+    zero = t <= 0
+    return torch.where(zero, 0, torch.where(zero, 1, t).rsqrt())
 
 
 # The c_n of 1 − φ = u²·Σ_n c_n·(−u)^n with u = √(2ν)·d/h, to rounding for small u, where the formulas of φ and φ' lose digits.
@@ -238,6 +240,11 @@ class Laplace(Kernel):
     def log_phi(self, t: Tensor) -> Tensor:
         return -_root(2 * t)
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_root(2 * t)
+        slope = self.phi(t) * inverse
+        return -slope, slope * (inverse + inverse.square())
+
 
 @dataclass(frozen=True)
 class Matern32(Kernel):
@@ -260,6 +267,10 @@ class Matern32(Kernel):
     def log_phi(self, t: Tensor) -> Tensor:
         u = _root(6 * t)
         return _log_near_zero(u, 6 * t, MATERN_32, u.log1p() - u)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        power = (-_root(6 * t)).exp()
+        return -3 * power, 9 * power * _inverse_root(6 * t)
 
 
 @dataclass(frozen=True)
@@ -284,6 +295,11 @@ class Matern52(Kernel):
         u = _root(10 * t)
         return _log_near_zero(u, 10 * t, MATERN_52, (u + u * u / 3).log1p() - u)
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        u = _root(10 * t)
+        power = (-u).exp()
+        return -5 / 3 * (1 + u) * power, 25 / 3 * power
+
 
 @dataclass(frozen=True)
 class Energy(Kernel):
@@ -302,6 +318,9 @@ class Energy(Kernel):
 
     def phi(self, t: Tensor) -> Tensor:
         return -_root(2 * t)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return Riesz(1.0).derivatives(t)
 
     def canonical(self) -> tuple[Kernel, float]:
         return Riesz(1.0), 1.0
@@ -329,6 +348,12 @@ class Riesz(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         zero = t <= 0
         return torch.where(zero, 0, -(torch.where(zero, 1, 2 * t) ** (0.5 * self.r)))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_root(2 * t)
+        # 0 at 0, where the power is infinite.
+        slope = self.r * inverse ** (2 - self.r)
+        return -slope, (2 - self.r) * slope * inverse.square()
 
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         return [] if self.r == 1 else [torch.full_like(bandwidth[:1], float(self.r))]
@@ -363,8 +388,9 @@ class Polynomial(Kernel):
     def phi(self, t: Tensor) -> Tensor:
         return (t + self.coef0) ** int(self.degree)
 
-    def dphi(self, t: Tensor) -> Tensor:
-        return self.degree * (t + self.coef0) ** (int(self.degree) - 1)
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        degree, base = int(self.degree), t + self.coef0
+        return degree * base ** (degree - 1), degree * (degree - 1) * base ** max(degree - 2, 0)
 
     def triton_parameters(self, bandwidth: Tensor, weights: Tensor) -> list[Tensor]:
         coefficients = [*self.powers, (0, self.value_at_zero)]

@@ -323,7 +323,7 @@ class PairErrors:
         gradient = rows.new_zeros(len(rows), len(rows))
         if not kernel.radial:
             t = gamma * from_origin
-            dphi = kernel.dphi(t)
+            dphi = kernel.derivatives(t)[0]
             value = eps * t * dphi + (exact if shifted else eps) * kernel.phi(t)
             gradient_error = eps * gamma * from_origin.sqrt() * dphi * kernel.degree + gamma * least
             return PairErrors(roundings * float(a @ value), gradient + roundings * float(a @ gradient_error), underflow)

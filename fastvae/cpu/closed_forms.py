@@ -65,7 +65,7 @@ def diagonal(sample: Sample, kernel: KernelSum, gradient: Tensor | None) -> tupl
         value = sample.sum_of_squares * kernel.kernel.value_at_zero * (1 - kernel.subtract_constant)
         return value, torch.zeros_like(value)
     t = sample.z.square().sum(-1, keepdim=True, dtype=torch.float64) * kernel.gamma
-    weights, dphi = sample.exact_row_weights().square(), kernel.kernel.dphi(t)
+    weights, dphi = sample.exact_row_weights().square(), kernel.kernel.derivatives(t)[0]
     if gradient is not None:
         gradient += (2 * weights * (dphi @ (kernel.weights * kernel.gamma))[..., None]).to(gradient.dtype) * sample.z
     value = kernel.kernel.phi(t) - kernel.kernel.value_at_zero * kernel.subtract_constant[..., None, :]

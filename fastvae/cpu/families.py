@@ -7,7 +7,7 @@ function of the distance, t_0 of a kernel of x·y. Narrower bandwidths follow fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,6 +68,10 @@ class TileEvaluator:
         """
         raise NotImplementedError
 
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        """φ''(t_n) from what `evaluate` returned, k − φ(0) being taken of no bandwidth; where φ' counts as 0, so does φ''."""
+        raise NotImplementedError
+
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         """Overwrites the tile with unit·log k of its single bandwidth, an exponential's being the tile itself. Returns −φ'/φ, in `slope`;
         None if it is 1 or not wanted."""
@@ -89,6 +93,9 @@ class _RBFEvaluator(TileEvaluator):
         if out is not exponent:
             torch.mul(exponent, ratio if subtract == self.subtract_constant[0] else ratio * LOG2_E, out=out)
         return functions.expm1_(out) if subtract else functions.exp2_(out)
+
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        return neg_dphi
 
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         return None
@@ -114,6 +121,10 @@ class _RationalQuadraticEvaluator(TileEvaluator):
             out.add_(1).mul_(neg_dphi)
         return neg_dphi
 
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        alpha = self.kernel.alpha
+        return (exponent * (-ratio / alpha)).add_(1).reciprocal_().mul_(neg_dphi).mul_(1 + 1 / alpha)
+
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         exponent.mul_(-1 / self.kernel.alpha)
         if slope is not None:
@@ -135,6 +146,10 @@ class _LaplaceEvaluator(TileEvaluator):
             return out
         neg_dphi.addcmul_(neg_dphi, out) if subtract else neg_dphi.mul_(out)
         return neg_dphi if ratio == 1 else neg_dphi.mul_(1 / root)
+
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        inverse = (exponent * ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        return inverse.addcmul_(inverse, inverse).mul_(neg_dphi)
 
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         if slope is not None:
@@ -169,6 +184,10 @@ class _MaternEvaluator(TileEvaluator):
         torch.where(is_near, series, out.sub_(1), out=out)
         return neg_dphi
 
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        u = (exponent * (-self.factor * ratio)).clamp_(min=0).sqrt_()
+        return self._curvature(u).mul_(neg_dphi)
+
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         # Not infinite, as ∞ − ∞ is nan.
         u = exponent.mul_(-self.factor).clamp_(min=0, max=1e30).sqrt_()
@@ -180,6 +199,10 @@ class _MaternEvaluator(TileEvaluator):
 
     def _finish(self, out: Tensor, neg_dphi: Tensor) -> Tensor:
         """From u and exp(−u) to φ and −φ'."""
+        raise NotImplementedError
+
+    def _curvature(self, u: Tensor) -> Tensor:
+        """−φ''/φ', which may overwrite u."""
         raise NotImplementedError
 
     def _less_one(self, u: Tensor) -> Tensor:
@@ -198,6 +221,9 @@ class _Matern32Evaluator(_MaternEvaluator):
         out.add_(1).mul_(neg_dphi)
         return neg_dphi.mul_(3)
 
+    def _curvature(self, u: Tensor) -> Tensor:
+        return u.reciprocal_().mul_(3).masked_fill_(u == torch.inf, 0)
+
     def _less_one(self, u: Tensor) -> Tensor:
         return u.clone()
 
@@ -213,6 +239,9 @@ class _Matern52Evaluator(_MaternEvaluator):
         power = out * neg_dphi
         out.mul_(power).mul_(1 / 3).add_(neg_dphi.add_(power))
         return neg_dphi.mul_(5 / 3)
+
+    def _curvature(self, u: Tensor) -> Tensor:
+        return u.add_(1).reciprocal_().mul_(5)
 
     def _less_one(self, u: Tensor) -> Tensor:
         return torch.addcmul(u, u, u, value=1 / 3)
@@ -240,6 +269,10 @@ class _RieszEvaluator(TileEvaluator):
         out.neg_()
         return neg_dphi.masked_fill_(identical, 0)
 
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        inverse = (exponent * ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        return inverse.square_().mul_(neg_dphi).mul_(2 - self.kernel.r)
+
 
 class _PolynomialEvaluator(TileEvaluator):
     kernel: Polynomial
@@ -254,6 +287,9 @@ class _PolynomialEvaluator(TileEvaluator):
             out.add_(self.kernel.value_at_zero)
         return t.add_(self.kernel.coef0).pow_(highest[0] - 1).mul_(highest[0])
 
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        return self.kernel.derivatives(exponent * ratio)[1]
+
 
 class _SumEvaluator(TileEvaluator):
     kernel: Sum
@@ -261,15 +297,9 @@ class _SumEvaluator(TileEvaluator):
 
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor | None, functions: Exponentials) -> Tensor:
         total, value, slope = torch.zeros_like(exponent), torch.empty_like(exponent), torch.empty_like(exponent)
-        # The argument of the terms that are functions of t.
-        neg_t = exponent.square().mul_(-0.5) if self.kernel.takes_distance else exponent
         if neg_dphi is not None:
             neg_dphi.zero_()
-        for weight, kernel, scale in self.kernel.terms:
-            # Made anew, as it is cheap beside a tile.
-            part = _evaluator(kernel, (0,) * len(self.squarings), self.subtract_constant)
-            share = scale**-2
-            tile = exponent if kernel.takes_distance else neg_t
+        for weight, part, share, tile in self._parts(exponent):
             scratch: Any = None if neg_dphi is None and part.slope_is_optional else slope
             found = part.evaluate(n, ratio * share * part.exponent_scale, tile, value, scratch, functions)
             total.add_(value, alpha=weight)
@@ -280,6 +310,22 @@ class _SumEvaluator(TileEvaluator):
                 neg_dphi.add_(weight * share)
         out.copy_(total)
         return out if neg_dphi is None else neg_dphi
+
+    def _parts(self, exponent: Tensor) -> Iterator[tuple[float, TileEvaluator, float, Tensor]]:
+        """For each term its weight, its evaluator, by what factor its γ exceeds that of the sum, and the tile that it takes."""
+        neg_t = exponent.square().mul_(-0.5) if self.kernel.takes_distance else exponent
+        for weight, kernel, scale in self.kernel.terms:
+            # Made anew, as it is cheap beside a tile.
+            part = _evaluator(kernel, (0,) * len(self.squarings), self.subtract_constant)
+            yield weight, part, scale**-2, exponent if kernel.takes_distance else neg_t
+
+    def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
+        total, value, slope = torch.zeros_like(exponent), torch.empty_like(exponent), torch.empty_like(exponent)
+        for weight, part, share, tile in self._parts(exponent):
+            relative = ratio * share
+            found = part.evaluate(0, relative * part.exponent_scale, tile, value, slope, _EXPONENTIALS)
+            total.add_(part.curvature(relative, tile, found), alpha=weight * share * share)
+        return total
 
 
 _EVALUATORS: dict[type[Kernel], type[TileEvaluator]] = {

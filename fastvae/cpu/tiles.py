@@ -81,6 +81,8 @@ class BandwidthTile(NamedTuple):
     slope_weight: float  # a_b·γ_b/γ_0
     value: Tensor  # k_b, or k_b − φ(0)
     neg_dphi: Tensor  # −φ'(t_b), or φ'(t_b) for a kernel of x·y; see `TileEvaluator.evaluate`
+    curvature_weight: float  # a_b·(γ_b/γ_0)²
+    curvature: Tensor | None  # φ''(t_b)
 
 
 class Tiles:
@@ -150,19 +152,50 @@ class Tiles:
             return z.mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).to(a.z.dtype)
         return z.clamp_(-_LARGEST, _LARGEST).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).add_(a.far_row_gradient).to(a.z.dtype)
 
-    def evaluate_bandwidths(self, a: TiledSample, i: slice, b: TiledSample, j: slice) -> Iterator[BandwidthTile]:
+    def evaluate_bandwidths(self, a: TiledSample, i: slice, b: TiledSample, j: slice, curvature: bool = False) -> Iterator[BandwidthTile]:
         exponent = self._exponent(a, i, b, j)
-        value = exponent if all(self.host_sum.squarings[1:]) else self.buffer("value", i, j)
+        overwrites = all(self.host_sum.squarings[1:]) and (not curvature or self.evaluator.neg_dphi_is_value)
+        value = exponent if overwrites else self.buffer("value", i, j)
         scratch = value if self.evaluator.neg_dphi_is_value else self.buffer("neg_dphi", i, j)
         # The largest distance that two rows of the tile can have.
         reach = a.radius2[i.start] ** 0.5 + b.radius2[j.start] ** 0.5
         farthest = self.host_sum.gamma * LOG2_E * reach * reach
         for n, (ratio, weight) in enumerate(zip(self.host_sum.ratios, self.host_sum.weights, strict=True)):
             neg_dphi = self.evaluator.evaluate(n, ratio, exponent, value, scratch, exponentials(farthest * ratio, self.dtype))
+            second = self.evaluator.curvature(ratio, exponent, neg_dphi) if curvature else None
             if a is b and i == j:
-                value.fill_diagonal_(0)
-                neg_dphi.fill_diagonal_(0)
-            yield BandwidthTile(weight, weight * ratio, value, neg_dphi)
+                for t in (value, neg_dphi) if second is None else (value, neg_dphi, second):
+                    t.fill_diagonal_(0)
+            yield BandwidthTile(weight, weight * ratio, value, neg_dphi, weight * ratio * ratio, second)
+
+    def derivatives(
+        self, a: TiledSample, i: slice, b: TiledSample, j: slice, value: bool, curvature: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Σ_b a_b·k_b if `value`, W of `row_gradient` and, if `curvature`, Σ_b a_b·(γ_b/γ_0)²·φ''(t_b) over a tile; some may be the same.
+
+        No constant must be subtracted.
+        """
+        names = ("total", "slope total", "curvature total")
+        totals: list[Tensor | None] = [None] * 3
+        for tile in self.evaluate_bandwidths(a, i, b, j, curvature):
+            if self.single and tile.weight == 1:
+                return tile.value, tile.neg_dphi, tile.neg_dphi if tile.curvature is None else tile.curvature
+            parts = (
+                (tile.value if value else None, tile.weight),
+                (tile.neg_dphi, tile.slope_weight),
+                (tile.curvature, tile.curvature_weight),
+            )
+            for n, (name, (part, weight)) in enumerate(zip(names, parts, strict=True)):
+                total = totals[n]
+                if part is None:
+                    continue
+                if total is None:
+                    totals[n] = torch.mul(part, weight, out=self.buffer(name, i, j))
+                else:
+                    total.add_(part, alpha=weight)
+        total, slope, second = totals
+        assert slope is not None
+        return total, slope, slope if second is None else second
 
     def sums(self, a: TiledSample, i: slice, b: TiledSample, j: slice, slope: bool) -> tuple[Tensor, Tensor]:
         """Σ_b a_b·k_b and, if `slope`, W of `row_gradient` over a tile, each without the constants that are subtracted.
@@ -175,7 +208,7 @@ class Tiles:
             value.sub_(b.bias[j]).sub_(a.bias[i, None]).clamp_(min=LEAST_EXPONENT[self.dtype]).exp2_()
             return value, value if ratio is None else ratio.mul_(value)
         if self.single:
-            weight, slope_weight, value, neg_dphi = next(self.evaluate_bandwidths(a, i, b, j))
+            weight, slope_weight, value, neg_dphi, *_ = next(self.evaluate_bandwidths(a, i, b, j))
             if weight != 1:
                 value.mul_(weight)
                 if neg_dphi is not value:
@@ -184,7 +217,7 @@ class Tiles:
         total, slope_total = self.buffer("total", i, j).zero_(), self.buffer("slope total", i, j)
         if slope:
             slope_total.zero_()
-        for weight, slope_weight, value, neg_dphi in self.evaluate_bandwidths(a, i, b, j):
+        for weight, slope_weight, value, neg_dphi, *_ in self.evaluate_bandwidths(a, i, b, j):
             total.add_(value, alpha=weight)
             if slope:
                 slope_total.add_(neg_dphi, alpha=slope_weight)

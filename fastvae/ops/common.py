@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.checks import requires_grad
-from fastvae.dispatch import needs_dispatcher
+from fastvae.dispatch import in_forward_mode, needs_dispatcher
 from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, as_vector, rounding_of_sum
 from fastvae.radial import Kernel, kernel_of
 
@@ -172,6 +172,21 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def forward_mode(name: str, jvp: Callable[..., Any]) -> Any:
+    """The `jvp` of an autograd.Function. Within another forward mode it raises, as PyTorch would take all of its results for constants."""
+
+    def checked(ctx: Any, *tangents: Any) -> Any:
+        forward = torch._C._functorch.TransformType.Jvp
+        if sum(transform.key() == forward for transform in torch._C._functorch.get_interpreter_stack() or ()) > 1:
+            raise NotImplementedError(
+                f"{name} has no derivative in forward mode of one in forward mode: take one of the two in reverse mode, as in "
+                "torch.func.jacfwd(torch.func.jacrev(f)) or torch.func.hessian(f)"
+            )
+        return jvp(ctx, *tangents)
+
+    return staticmethod(checked)
+
+
 def no_forward_mode(name: str, has_reference: bool = True) -> Any:
     """The `jvp` of an autograd.Function without one: it raises."""
     message = f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev"
@@ -182,27 +197,31 @@ def no_forward_mode(name: str, has_reference: bool = True) -> Any:
     return staticmethod(jvp)
 
 
-def autograd_function(title: str, name: str, op: Any, setup_context: Any, backward: Any) -> Any:
+def autograd_function(title: str, name: str, op: Any, setup_context: Any, backward: Any, jvp: Any = None) -> Any:
     """The autograd.Function of a custom op, for transforms of `torch.func`; `backward` is registered for the compiler too.
 
     Args:
         title: its class name.
         name: what errors call the operation.
+        jvp: its derivative in forward mode, if it has one.
     """
     op.register_autograd(backward, setup_context=setup_context)
     methods = {"forward": op, "setup_context": setup_context, "backward": backward}
     statics = {key: staticmethod(method) for key, method in methods.items()}
-    return type(title, (torch.autograd.Function,), {"generate_vmap_rule": True, "jvp": no_forward_mode(name), **statics})
+    statics["jvp"] = forward_mode(name, jvp) if jvp else no_forward_mode(name)
+    return type(title, (torch.autograd.Function,), {"generate_vmap_rule": True, **statics})
 
 
-def differentiable(title: str, name: str, tensors: int, op: Any, evaluate: Any, setup_context: Any, backward: Any) -> Callable[..., Any]:
+def differentiable(
+    title: str, name: str, tensors: int, op: Any, evaluate: Any, setup_context: Any, backward: Any, jvp: Any = None
+) -> Callable[..., Any]:
     """A function that calls an operation such that autograd, `torch.func` and the compiler can differentiate it.
 
     All three use the same `setup_context` and `backward`. Where nothing needs the custom op `op`, `evaluate` is called in its place: the
     dispatcher and PyTorch's own call of `setup_context` take as long as a small problem. The first `tensors` arguments may be subclasses of
     Tensor.
     """
-    dispatched = autograd_function(title, name, op, setup_context, backward)
+    dispatched = autograd_function(title, name, op, setup_context, backward, jvp)
 
     def forward(ctx: Any, *args: Any) -> Any:
         result = evaluate(*args)
@@ -221,13 +240,12 @@ def differentiable(title: str, name: str, tensors: int, op: Any, evaluate: Any, 
     return apply
 
 
-class _ForbidSecondDerivative(torch.autograd.Function):
+class _ForbidDerivative(torch.autograd.Function):
     generate_vmap_rule = True
-    jvp = no_forward_mode("a gradient of fastvae")
 
     @staticmethod
-    def forward(message: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
+    def forward(message: str, t: Tensor, *inputs: Tensor | None) -> Tensor:
+        return t.view_as(t)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,13 +255,38 @@ class _ForbidSecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(ctx.message)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise NotImplementedError(ctx.message)
+
+
+def forbid_derivative(message: str, t: Tensor, *inputs: Tensor | None) -> Tensor:
+    """`t`, whose derivative with respect to itself and to `inputs` raises: otherwise autograd would take it for a constant."""
+    if not torch.is_grad_enabled() and not in_forward_mode():
+        return t
+    return cast(Tensor, _ForbidDerivative.apply(message, t, *inputs))  # type: ignore[no-untyped-call]
+
 
 def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None, has_reference: bool = True) -> Tensor:
-    """`grad`, whose derivative with respect to `inputs` raises: otherwise a double backward would take it for a constant."""
-    if not torch.is_grad_enabled():
-        return grad
+    """`grad`, which depends on `inputs`."""
     message = f"{name} has no second derivative" + (": pass backend='reference', which is dense and has one" if has_reference else "")
-    return cast(Tensor, _ForbidSecondDerivative.apply(message, grad, *inputs))  # type: ignore[no-untyped-call]
+    return forbid_derivative(message, grad, *inputs)
+
+
+def forbid_third_derivative(name: str, t: Tensor, *inputs: Tensor | None) -> Tensor:
+    """A second derivative `t`, which depends on `inputs`."""
+    return forbid_derivative(f"{name} has no third derivative: pass backend='reference', which is dense and has one", t, *inputs)
+
+
+def forbid_bandwidth_derivative(name: str, numbers: Tensor | None) -> Tensor | None:
+    """Bandwidths or their weights, on which a gradient depends that is to be differentiated."""
+    if numbers is None:
+        return None
+    message = (
+        f"{name} has no second derivative with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in "
+        "mmd(x / h, y / h), or pass backend='reference', which is dense and has one"
+    )
+    return forbid_derivative(message, numbers)
 
 
 def wanted_gradients(

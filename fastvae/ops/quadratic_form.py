@@ -205,7 +205,7 @@ def _add_pairs_with_self(problem: Problem, gradient: Tensor, to_sums: Tensor, un
     to_own = to_sums - torch.diag(to_sums.diagonal()) if unbiased else to_sums
     z, v = problem.z.double(), problem.v.double()
     gamma = family.gamma(as_vector(h, z.device), z.shape[1])
-    slopes = (family.dphi(z.square().sum(1, keepdim=True) * gamma) * gamma) @ as_vector(a, z.device)
+    slopes = (family.derivatives(z.square().sum(1, keepdim=True) * gamma)[0] * gamma) @ as_vector(a, z.device)
     return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
 
 

@@ -1,0 +1,171 @@
+"""The custom op of the Hessian of a sum over pairs times a direction. Formulas of `fastvae.reference.kernel_hvp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastvae.cpu import kernel_hvp as cpu
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.kernel_sums import as_vector, stable_mean
+from fastvae.ops.common import (
+    KERNEL_SCHEMA,
+    KernelArguments,
+    forbid_third_derivative,
+    kernel_arguments,
+    loop_over_batch,
+    matmul_precision,
+    without_autocast,
+    without_grad,
+)
+from fastvae.radial import terms_of
+
+SCHEMA = (
+    "(Tensor x, Tensor? y, Tensor u, Tensor v, Tensor? x_direction, Tensor? y_direction, Tensor? u_direction, Tensor? v_direction, "
+    f"{KERNEL_SCHEMA}, str precision, str backend, bool to_x, bool to_y, bool to_u, bool to_v) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_TENSORS = 8
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Problem(NamedTuple):
+    """The arguments of the op. All tensors but those of the kernel may have one batch dimension."""
+
+    x: Tensor
+    y: Tensor | None
+    u: Tensor
+    v: Tensor
+    x_direction: Tensor | None
+    y_direction: Tensor | None
+    u_direction: Tensor | None
+    v_direction: Tensor | None
+    kernel: KernelArguments
+    precision: str
+    backend: str
+    wanted: tuple[bool, ...]  # to x, y, u and v
+
+    @staticmethod
+    def of(*args: Any) -> Problem:
+        """From the arguments of the op, in the order of its schema."""
+        return Problem(*args[:_TENSORS], KernelArguments(*args[_TENSORS:-6]), *args[-6:-4], args[-4:])
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but those of the kernel."""
+        return cast("tuple[Tensor | None, ...]", self[:_TENSORS])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.x.dtype)
+
+    def rows(self) -> tuple[cpu.Rows, cpu.Rows]:
+        """x and y, which is x where there is none, in the accumulation dtype."""
+        x, y, u, v, *directions = (None if t is None else t.to(self.dtype) for t in self.tensors)
+        if y is None:
+            y, directions[1] = x, directions[0]
+        return cpu.Rows(x, u, *directions[::2]), cpu.Rows(y, v, *directions[1::2])  # type: ignore[arg-type]
+
+
+def _evaluate(*args: Any) -> Results:
+    """The results in the accumulation dtype. One not asked for is empty."""
+    problem = Problem.of(*args)
+    with without_autocast(problem.x.device):
+        empty = problem.x.new_empty(0, dtype=problem.dtype)
+        return cast(Results, tuple(empty if t is None else t for t in _results(problem)))
+
+
+def _results(problem: Problem) -> Sequence[Tensor | None]:
+    (x, y), same, (kernel, bandwidth, weights) = problem.rows(), problem.y is None, problem.kernel.unpack()
+    on_triton, batch = runs_on_triton(problem.backend, problem.x), problem.x.shape[:-2]
+    step = cpu.problems_at_once(x, y)
+    if step and (batch or not on_triton):
+        numbers = (as_vector(t, x.points.device).double() for t in (bandwidth, weights))
+        arguments = kernel, *numbers
+        parts = [slice(n, n + step) for n in range(0, batch[0], step)] if batch else [...]
+        found = [cpu.few_rows(*arguments, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
+        return found[0] if len(found) == 1 else [None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True)]
+    if batch:
+        return _stacked([_results(_item(problem, n)) for n in range(batch[0])])
+    if on_triton:
+        return _on_triton(problem)
+    centre = torch.zeros_like(x.points[0])
+    if kernel.radial:
+        centre = 0.5 * stable_mean(x.points) + 0.5 * stable_mean(y.points)
+    zero = zero_if_finite(*(t for t in problem.tensors if t is not None)).to(problem.dtype)
+    results = cpu.kernel_hvp(problem.kernel.sum(x.points.shape[1], x.points.device, None), x, y, same, centre, problem.wanted)
+    return [None if t is None else t + zero for t in results]
+
+
+def _of(rows: cpu.Rows, part: Any) -> cpu.Rows:
+    return cpu.Rows(*(None if t is None else t[part] for t in rows))  # type: ignore[arg-type]
+
+
+def _item(problem: Problem, n: int) -> Problem:
+    return Problem._make([*(None if t is None else t[n] for t in problem.tensors), *problem[_TENSORS:]])
+
+
+def _stacked(items: list[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    return [None if parts[0] is None else torch.stack(cast("list[Tensor]", parts)) for parts in zip(*items, strict=True)]
+
+
+def _on_triton(problem: Problem) -> Sequence[Tensor | None]:
+    import fastvae.kernels.kernel_hvp as kernels
+
+    kernel, bandwidth, weights = problem.kernel.unpack()
+    found: list[Sequence[Tensor | None]] = []
+    # A sum of unlike kernels takes a sweep for each.
+    for weight, term, scale in terms_of(kernel):
+        h, a = (
+            factor * numbers if isinstance(numbers, Tensor) else [factor * number for number in numbers]
+            for factor, numbers in ((scale, bandwidth), (weight, weights))
+        )
+        numbers = kernel_arguments(term, h, a).numbers(problem.x)
+        found.append(kernels.kernel_hvp(numbers, *problem[:4], problem[4:_TENSORS], problem.wanted, matmul_precision(problem.precision)))
+    if len(found) == 1:
+        return found[0]
+    return [None if parts[0] is None else torch.stack(cast("list[Tensor]", parts)).sum(0) for parts in zip(*found, strict=True)]
+
+
+def _fake(*args: Any) -> Results:
+    problem = Problem.of(*args)
+    shapes = (None if t is None else t.shape for t in problem[:4])
+    return cast(
+        Results,
+        tuple(
+            problem.x.new_empty(shape if want and shape is not None else (0,), dtype=problem.dtype)
+            for shape, want in zip(shapes, problem.wanted, strict=True)
+        ),
+    )
+
+
+kernel_hvp_op = torch.library.custom_op("fastvae::kernel_hvp", _evaluate, mutates_args=(), schema=SCHEMA)
+kernel_hvp_op.register_fake(_fake)
+
+
+@kernel_hvp_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """The op has a batch dimension of its own, into which this one goes."""
+    problem = Problem.of(*args)
+    if problem.x.ndim - (in_dims[0] is not None) == 3 or any(isinstance(dim, int) for dim in in_dims[_TENSORS:]):
+        return loop_over_batch(kernel_hvp_op, info.batch_size, in_dims, args)
+    tensors = [
+        t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(problem.tensors, in_dims[:_TENSORS], strict=True)
+    ]
+    results = kernel_hvp_op(*tensors, *args[_TENSORS:])
+    return results, tuple(0 if t.numel() else None for t in results)
+
+
+def kernel_hvp(name: str, *args: Any) -> list[Tensor | None]:
+    """The results that are wanted, whose derivative raises; arguments of `torch.ops.fastvae.kernel_hvp`.
+
+    Args:
+        name: what errors call the operation.
+    """
+    tensors = [t for t in args[:_TENSORS] if t is not None]
+    results = without_grad(kernel_hvp_op if needs_dispatcher(*tensors) else _evaluate, *args)
+    return [forbid_third_derivative(name, t, *tensors) if want else None for t, want in zip(results, args[-4:], strict=True)]
