@@ -220,6 +220,7 @@ def _mmd(
         unbiased,
         precision or "",
         backend or "",
+        "" if process_group is None else process_group.group_name,
     )
     if process_group is not None:
         return sum_shares(value, process_group)

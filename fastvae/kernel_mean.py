@@ -378,6 +378,7 @@ def mmd_to_mean(
         estimator == "unbiased",
         precision or "",
         backend or "",
+        "" if process_group is None else process_group.group_name,
     )
     if rest is not None:
         factor = (2 * rest).to(z.dtype).reshape(1, 1)

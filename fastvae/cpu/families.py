@@ -148,7 +148,7 @@ class _LaplaceEvaluator(TileEvaluator):
         return neg_dphi if ratio == 1 else neg_dphi.mul_(1 / root)
 
     def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
-        inverse = (exponent * ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        inverse = torch.mul(exponent, ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
         return inverse.addcmul_(inverse, inverse).mul_(neg_dphi)
 
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
@@ -270,7 +270,7 @@ class _RieszEvaluator(TileEvaluator):
         return neg_dphi.masked_fill_(identical, 0)
 
     def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
-        inverse = (exponent * ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        inverse = torch.mul(exponent, ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
         return inverse.square_().mul_(neg_dphi).mul_(2 - self.kernel.r)
 
 

@@ -55,6 +55,8 @@ def few_rows(kernel: Kernel, bandwidth: Tensor, weights: Tensor, x: Rows, y: Row
     s = _directional(x, y, kernel.radial)
     c = x.factors @ y.factors.mT
     e = _sum_of_products((x.factors, _transposed(y.factors_direction)), (x.factors_direction, y.factors.mT))
+    if same and e is not None:
+        e = 0.5 * (e + e.mT)
     p, q = slope * c, None
     if s is not None:
         q = curvature * s * c
@@ -171,7 +173,8 @@ class _Sweep:
         self.x = self._side(x, wanted[0], wanted[2])
         self.y = self._side(y, False, False, self.x.sample) if same else self._side(y, wanted[1], wanted[3])
         # s = left @ right, with the sign of the slope
-        self.left, self.right = (self._left(self.x), self._right(self.y)) if self.moves else (None, None)
+        self.left = self._left(self.x) if self.moves else None
+        self.right = self._right(self.y) if self.moves else None
 
     def _side(self, rows: Rows, wanted: bool, factors_wanted: bool, sample: TiledSample | None = None) -> _Side:
         sample, dim = sample or self.tiles.prepare(rows.points, None, False), rows.points.shape[1]
@@ -238,10 +241,12 @@ class _Sweep:
 
     def _factor_tile(self, i: slice, j: slice) -> Tensor:
         """e"""
-        pairs = ((self.x.factors, self.y.factors_direction), (self.x.factors_direction, self.y.factors))
+        u, v, du, dv = self.x.factors, self.y.factors, self.x.factors_direction, self.y.factors_direction
+        pairs = ((v, du), (du, v)) if self.same else ((u, dv), (du, v))
         given = [(left, right) for left, right in pairs if left is not None and right is not None]
         left, right = torch.cat([left[:, i] for left, _ in given]), torch.cat([right[:, j] for _, right in given])
-        return self.tiles.product("e", left.T, right)
+        e = self.tiles.product("e", left.T, right)
+        return e.mul_(0.5) if self.same else e
 
     def _add_factors_results(self, i: slice, j: slice, k: Tensor | None, slope: Tensor, s: Tensor | None) -> None:
         dk = None if s is None else torch.mul(slope, s, out=self.tiles.buffer("dk", i, j))
@@ -278,4 +283,4 @@ class _Sweep:
                 total = total - side.direction * p[:, None]
         if self.single:
             total = total * side.factors.T
-        return total * (self.tiles.scale / self.tiles.evaluator.exponent_scale * (2 if self.same else 1))
+        return torch.mul(total, self.tiles.scale / self.tiles.evaluator.exponent_scale * (2 if self.same else 1))

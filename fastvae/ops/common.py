@@ -235,9 +235,57 @@ def differentiable(
         # Outside of the compiler by way of a Function, which refuses derivatives in forward mode: the op would drop them.
         if torch.compiler.is_compiling():
             return compiled_op(name, op, *args)
-        return (dispatched if needs_dispatcher(*args[:tensors]) else eager).apply(*args)
+        return dispatched.apply(*leaves(args)) if needs_dispatcher(*args[:tensors]) else eager.apply(*args)
 
     return apply
+
+
+class _Leaf(list[float]):
+    """A list that transforms of `torch.func` take for one argument. They mistake the place of a tangent behind a list."""
+
+
+def leaves(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of an autograd.Function, with lists as leaves."""
+    return [_Leaf(argument) if type(argument) is list else argument for argument in arguments]
+
+
+def save_arguments(ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None], only_needed: bool = False) -> None:
+    """Saves tensors and others among the arguments of an operation, and results of it.
+
+    Args:
+        only_needed: whether arguments that need no gradient may change in place. A second derivative then raises.
+    """
+    tensors = [t if isinstance(t, Tensor) and (t.requires_grad or not only_needed) else None for t in arguments]
+    ctx.others = [None if t is not None else argument for t, argument in zip(tensors, arguments, strict=True)]
+    ctx.versions = [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in ctx.others] if only_needed else None
+    ctx.save_for_backward(*tensors, *results)
+    if not only_needed:
+        ctx.save_for_forward(*tensors, *results)
+
+
+def saved_arguments(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
+    """The arguments and the results of `save_arguments`."""
+    # Unpacked once: activation checkpointing allows no more.
+    tensors, count = ctx.saved_tensors, len(ctx.others)
+    return [other if t is None else t for t, other in zip(tensors[:count], ctx.others, strict=True)], tensors[count:]
+
+
+def check_versions(ctx: Any) -> None:
+    """Raises if an argument that `save_arguments` did not save has changed since."""
+    for t, version in zip(ctx.others, ctx.versions or (), strict=False):
+        if version is not None and t._version != version:
+            raise RuntimeError("a second derivative needs samples and weights that have not been changed in place since the forward pass")
+
+
+def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
+    """Σ left·right over samples, rows and features, for each problem of a batch; None if there are no pairs."""
+    products = [(t * other).sum((-2, -1)) for t, other in zip(left, right, strict=True) if t is not None and other is not None]
+    return torch.stack(products).sum(0) if products else None
+
+
+def scaled(rows: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Rows (..., N, D) times a factor for each problem (...)."""
+    return rows if rows is None else rows * (factor[..., None, None] if factor.ndim else factor)
 
 
 class _ForbidDerivative(torch.autograd.Function):
@@ -273,20 +321,27 @@ def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None, ha
     return forbid_derivative(message, grad, *inputs)
 
 
-def forbid_third_derivative(name: str, t: Tensor, *inputs: Tensor | None) -> Tensor:
-    """A second derivative `t`, which depends on `inputs`."""
+def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None) -> Tensor | None:
+    """What a second derivative depends on besides its direction, in which it is linear."""
+    if t is None:
+        return None
     return forbid_derivative(f"{name} has no third derivative: pass backend='reference', which is dense and has one", t, *inputs)
 
 
-def forbid_bandwidth_derivative(name: str, numbers: Tensor | None) -> Tensor | None:
-    """Bandwidths or their weights, on which a gradient depends that is to be differentiated."""
-    if numbers is None:
-        return None
-    message = (
-        f"{name} has no second derivative with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in "
-        "mmd(x / h, y / h), or pass backend='reference', which is dense and has one"
-    )
-    return forbid_derivative(message, numbers)
+_BANDWIDTHS = (
+    "with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in mmd(x / h, y / h), or pass "
+    "backend='reference', which is dense and has one"
+)
+
+
+def forbid_bandwidth_derivative(name: str, t: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Bandwidths or weights of them on which a gradient depends, or the gradient to these, which depends on `inputs`."""
+    return forbid_derivative(f"{name} has no second derivative {_BANDWIDTHS}", t, *inputs)
+
+
+def refuse_bandwidth_tangents(name: str, *tangents: Tensor | None) -> None:
+    if any(tangent is not None for tangent in tangents):
+        raise NotImplementedError(f"{name} has no derivative in forward mode {_BANDWIDTHS}")
 
 
 def wanted_gradients(

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_hvp as cpu
-from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
 from fastvae.kernel_sums import as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    differentiable,
     forbid_third_derivative,
     kernel_arguments,
     loop_over_batch,
     matmul_precision,
+    save_arguments,
+    saved_arguments,
     without_autocast,
-    without_grad,
 )
 from fastvae.radial import terms_of
 
@@ -51,7 +53,7 @@ class Problem(NamedTuple):
     @staticmethod
     def of(*args: Any) -> Problem:
         """From the arguments of the op, in the order of its schema."""
-        return Problem(*args[:_TENSORS], KernelArguments(*args[_TENSORS:-6]), *args[-6:-4], args[-4:])
+        return Problem._make([*args[:_TENSORS], KernelArguments(*args[_TENSORS:-6]), *args[-6:-4], args[-4:]])
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -74,8 +76,7 @@ def _evaluate(*args: Any) -> Results:
     """The results in the accumulation dtype. One not asked for is empty."""
     problem = Problem.of(*args)
     with without_autocast(problem.x.device):
-        empty = problem.x.new_empty(0, dtype=problem.dtype)
-        return cast(Results, tuple(empty if t is None else t for t in _results(problem)))
+        return cast(Results, tuple(problem.x.new_empty(0, dtype=problem.dtype) if t is None else t for t in _results(problem)))
 
 
 def _results(problem: Problem) -> Sequence[Tensor | None]:
@@ -83,10 +84,9 @@ def _results(problem: Problem) -> Sequence[Tensor | None]:
     on_triton, batch = runs_on_triton(problem.backend, problem.x), problem.x.shape[:-2]
     step = cpu.problems_at_once(x, y)
     if step and (batch or not on_triton):
-        numbers = (as_vector(t, x.points.device).double() for t in (bandwidth, weights))
-        arguments = kernel, *numbers
+        h, a = (as_vector(t, x.points.device).double() for t in (bandwidth, weights))
         parts = [slice(n, n + step) for n in range(0, batch[0], step)] if batch else [...]
-        found = [cpu.few_rows(*arguments, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
+        found = [cpu.few_rows(kernel, h, a, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
         return found[0] if len(found) == 1 else [None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True)]
     if batch:
         return _stacked([_results(_item(problem, n)) for n in range(batch[0])])
@@ -114,6 +114,7 @@ def _stacked(items: list[Sequence[Tensor | None]]) -> list[Tensor | None]:
 
 def _on_triton(problem: Problem) -> Sequence[Tensor | None]:
     import fastvae.kernels.kernel_hvp as kernels
+    from fastvae.kernels.quadratic_form import quadratic_form_backward
 
     kernel, bandwidth, weights = problem.kernel.unpack()
     found: list[Sequence[Tensor | None]] = []
@@ -124,10 +125,21 @@ def _on_triton(problem: Problem) -> Sequence[Tensor | None]:
             for factor, numbers in ((scale, bandwidth), (weight, weights))
         )
         numbers = kernel_arguments(term, h, a).numbers(problem.x)
-        found.append(kernels.kernel_hvp(numbers, *problem[:4], problem[4:_TENSORS], problem.wanted, matmul_precision(problem.precision)))
+        directions = problem.tensors[4:] if problem.y is not None else (problem.x_direction, None, None, None)
+        found.append(kernels.kernel_hvp(numbers, *problem[:4], directions, problem.wanted, matmul_precision(problem.precision)))
+    if problem.y is None and problem.u_direction is not None and problem.wanted[0]:
+        # e of (2), symmetric, is a quadratic form.
+        columns = torch.cat([problem.v, problem.u_direction], 1)
+        one = torch.eye(problem.v.shape[1], dtype=torch.float64, device=problem.x.device)
+        upstream = torch.kron(one.new_tensor([[0.0, 0.5], [0.5, 0.0]]), one)
+        numbers = problem.kernel.numbers(problem.x)
+        found.append(
+            [quadratic_form_backward(numbers, problem.x, columns, upstream, matmul_precision(problem.precision)), None, None, None]
+        )
     if len(found) == 1:
         return found[0]
-    return [None if parts[0] is None else torch.stack(cast("list[Tensor]", parts)).sum(0) for parts in zip(*found, strict=True)]
+    given = ([t for t in parts if t is not None] for parts in zip(*found, strict=True))
+    return [torch.stack(parts).sum(0) if parts else None for parts in given]
 
 
 def _fake(*args: Any) -> Results:
@@ -160,12 +172,39 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, 
     return results, tuple(0 if t.numel() else None for t in results)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.set_materialize_grads(False)
+    save_arguments(ctx, inputs, ())
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A Hessian is symmetric: the gradient to its direction is its product with the upstream."""
+    arguments, _ = saved_arguments(ctx)
+    wanted = ctx.needs_input_grad[4:_TENSORS]
+    to_directions: list[Tensor | None] = [None] * 4
+    # A result that was not asked for is empty, as its upstream may be.
+    directions = [None if grad is None or not grad.numel() else grad for grad in grads]
+    if any(grad is not None for grad in directions):
+        found = _apply(*arguments[:4], *directions, *arguments[_TENSORS:-4], *wanted)
+        to_directions = [t if want else None for t, want in zip(found, wanted, strict=True)]
+    return *[None] * 4, *to_directions, *[None] * (len(arguments) - _TENSORS)
+
+
+def _jvp(ctx: Any, *tangents: Tensor | None) -> list[Tensor]:
+    arguments, _ = saved_arguments(ctx)
+    if any(tangent is not None for tangent in tangents[:4]):
+        raise NotImplementedError("a second derivative of fastvae has no derivative: pass backend='reference', which is dense and has one")
+    return list(_apply(*arguments[:4], *tangents[4:_TENSORS], *arguments[_TENSORS:]))
+
+
+_apply = differentiable("KernelHVP", "a second derivative of fastvae", _TENSORS, kernel_hvp_op, _evaluate, _setup_context, _backward, _jvp)
+
+
 def kernel_hvp(name: str, *args: Any) -> list[Tensor | None]:
-    """The results that are wanted, whose derivative raises; arguments of `torch.ops.fastvae.kernel_hvp`.
+    """The results that are wanted, differentiable to the directions alone; arguments of `torch.ops.fastvae.kernel_hvp`.
 
     Args:
         name: what errors call the operation.
     """
-    tensors = [t for t in args[:_TENSORS] if t is not None]
-    results = without_grad(kernel_hvp_op if needs_dispatcher(*tensors) else _evaluate, *args)
-    return [forbid_third_derivative(name, t, *tensors) if want else None for t, want in zip(results, args[-4:], strict=True)]
+    x, y, u, v = (forbid_third_derivative(name, t) for t in args[:4])
+    return [t if want else None for t, want in zip(_apply(x, y, u, v, *args[4:]), args[-4:], strict=True)]

@@ -1,6 +1,7 @@
 """The custom op of MMD² and its derivatives. Formulas (1) to (3) of `fastvae.reference.mmd`.
 
-The op returns the value and the wanted gradients from one sweep over the pairs. As MMD² is a scalar, backward only scales them.
+The op returns the value and the wanted gradients from one sweep over the pairs. As MMD² is a scalar, backward only scales them. Where the
+gradients are to be differentiated themselves, they are results of `_Gradients`, whose derivative takes one more sweep.
 """
 
 from __future__ import annotations
@@ -11,22 +12,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastvae.dispatch import accumulation_dtype, needs_dispatcher
+from fastvae.dispatch import accumulation_dtype, in_forward_mode, needs_dispatcher
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
     autograd_function,
+    check_versions,
     compiled_op,
-    forbid_second_derivative,
+    dot,
+    forbid_bandwidth_derivative,
+    forbid_third_derivative,
+    forward_mode,
+    leaves,
     loop_over_batch,
     needs_grad,
+    refuse_bandwidth_tangents,
+    save_arguments,
+    saved_arguments,
+    scaled,
 )
-from fastvae.ops.mmd_problem import KERNEL, Problem, evaluate
+from fastvae.ops.mmd_problem import KERNEL, Problem, evaluate, hessian_product
 
 SCHEMA = (
     "(Tensor x, Tensor? y, Tensor? x_weights, Tensor? y_weights, Tensor? all_x, Tensor? all_y, Tensor? all_x_weights, "
     f"Tensor? all_y_weights, SymInt x_start, SymInt y_start, Tensor? y_norm, {KERNEL_SCHEMA}, "
-    "bool unbiased, str precision, str backend, bool x_grad, bool y_grad, bool bandwidth_grad) "
+    "bool unbiased, str precision, str backend, str group, bool x_grad, bool y_grad, bool bandwidth_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -81,77 +91,133 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.mark_non_differentiable(*output[1:])
     # Otherwise backward gets zeros for them, with a launch each.
     ctx.set_materialize_grads(False)
-    _save(ctx, [inputs[n] for n in _DIFFERENTIABLE], [ctx.needs_input_grad[n] for n in _DIFFERENTIABLE], output[1:])
+    save_arguments(ctx, inputs, output[1:])
 
 
 def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * _ARGUMENTS
     if grad_value is not None:
         wanted = [ctx.needs_input_grad[n] for n in _DIFFERENTIABLE]
-        for n, grad in zip(_DIFFERENTIABLE, _gradients(ctx, grad_value, wanted), strict=True):
+        for n, grad in zip(_DIFFERENTIABLE, _gradients(grad_value, *saved_arguments(ctx), wanted), strict=True):
             grads[n] = grad
     return tuple(grads)
 
 
-def _save(ctx: Any, sources: Sequence[Tensor | None], wanted: Sequence[bool], gradients: Sequence[Tensor | None]) -> None:
-    # The inputs are needed only to refuse their second derivative. One that needs no gradient may be changed in place meanwhile.
-    ctx.save_for_backward(*[source if want else None for source, want in zip(sources, wanted, strict=True)], *gradients)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_bandwidth_tangents("mmd", *tangents[KERNEL : KERNEL + 2])
+    arguments, gradients = saved_arguments(ctx)
+    x = arguments[0]
+    one = x.new_ones(x.shape[:-2], dtype=accumulation_dtype(x.dtype))
+    grads = _gradients(one, arguments, gradients, [tangent is not None for tangent in tangents[:2]] + [False, False])
+    return dot(grads[:2], tangents[:2]), None, None, None, None
 
 
-def _gradients(ctx: Any, grad_value: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
-    # Unpacked once: activation checkpointing allows no more.
-    tensors = ctx.saved_tensors
-    sources, gradients = tensors[:4], tensors[4:]
-    results: list[Tensor | None] = [None] * 4
-    for place in range(4):
-        if not wanted[place]:
-            continue
-        source, grad = sources[place], gradients[place]
-        if grad is None or grad.numel() == 0:
-            raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
-        grad = forbid_second_derivative("mmd", grad, *sources)
-        if place > 1:
-            # The same bandwidths for all of a batch.
-            results[place] = (grad_value[..., None] * grad).sum_to_size(source.shape).to(source)
-        else:
-            results[place] = (grad * (grad_value[:, None, None] if grad_value.ndim else grad_value)).to(source.dtype)
-    return results
+def _gradients(grad_value: Tensor, arguments: Sequence[Any], found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients to x, y, the bandwidths and their weights, from those of the value alone."""
+    found = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+    if any(want and (grad is None or grad.numel() == 0) for grad, want in zip(found, wanted, strict=True)):
+        raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
+    sources = [arguments[n] for n in _DIFFERENTIABLE]
+    to_rows = [t if t is None else t.to(sources[0].dtype) for t in (scaled(grad, grad_value) for grad in found[:2])]
+    if torch.is_grad_enabled() or in_forward_mode():
+        found = [*found[:2], *(t if t is None else forbid_bandwidth_derivative("mmd", t, *sources) for t in found[2:])]
+        if any(wanted[:2]):
+            numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in sources[2:]]
+            arguments = [*arguments[:KERNEL], *numbers, *arguments[KERNEL + 2 :]]
+            results = _Gradients.apply(grad_value, *found[:2], *leaves(arguments))  # type: ignore[no-untyped-call]
+            to_rows = [t if want else None for t, want in zip(results, wanted, strict=False)]
+    to_numbers = []
+    for grad, source in zip(found[2:], sources[2:], strict=True):
+        # The same for all of a batch.
+        to_numbers.append(None if grad is None else (grad_value[..., None] * grad).sum_to_size(source.shape).to(source))
+    return [*to_rows, *to_numbers]
 
 
-_MMD = autograd_function("MMD", "mmd", mmd_op, _setup_context, _backward)
+class _Gradients(torch.autograd.Function):
+    """The gradients to x and y, as functions of that of the value and of x and y.
+
+    Its first arguments are that of the value and the gradients for one of 1, None where they are not wanted; then come those of the op.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_value: Tensor, grad_x: Tensor | None, grad_y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        found = (scaled(grad, grad_value) for grad in (grad_x, grad_y))
+        empty = grad_value.new_empty(0)
+        return cast("tuple[Tensor, Tensor]", tuple(empty if t is None else t.to(arguments[0].dtype) for t in found))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        save_arguments(ctx, inputs[3:], inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments, (grad_value, *gradients) = saved_arguments(ctx)
+        problem = Problem.of(*arguments)
+        # The Hessian is symmetric.
+        to_rows = hessian_product(problem, *(scaled(t, cast(Tensor, grad_value)) for t in directions))
+        to_value = None
+        if ctx.needs_input_grad[0]:
+            to_value = dot([forbid_third_derivative("mmd", gradient, *problem[:2]) for gradient in gradients], directions)
+        return to_value, None, None, *to_rows, *[None] * (len(arguments) - 2)
+
+    @staticmethod
+    def derivative(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        refuse_bandwidth_tangents("mmd", *tangents[3 + KERNEL : 5 + KERNEL])
+        arguments, (grad_value, *gradients) = saved_arguments(ctx)
+        seconds = hessian_product(Problem.of(*arguments), *tangents[3:5])
+        results = []
+        for gradient, second in zip(gradients, seconds, strict=True):
+            parts = scaled(second, cast(Tensor, grad_value)), None if tangents[0] is None else scaled(gradient, tangents[0])
+            given = [part for part in parts if part is not None]
+            # Not None, which vmap takes for the result before it.
+            like = cast(Tensor, grad_value).new_empty(0) if gradient is None else gradient.to(arguments[0].dtype)
+            results.append(torch.stack(given).sum(0).to(like) if gradient is not None and given else torch.zeros_like(like))
+        return tuple(results)
+
+    jvp = forward_mode("mmd", derivative)
+
+
+_MMD = autograd_function("MMD", "mmd", mmd_op, _setup_context, _backward, _jvp)
 
 
 class _EagerMMD(torch.autograd.Function):
-    """MMD² where no transform of `torch.func` is active. Its inputs are the tensors that may have a derivative, then the problem.
+    """MMD² where there is neither a transform of `torch.func` nor forward mode. Its inputs are the tensors that may have a derivative, then
+    the problem.
 
     A Function of all arguments, with `setup_context`, takes 50 µs longer, as much as a small problem.
     """
 
-    jvp = _MMD.jvp
-
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         problem = args[-1]
-        value, *gradients = mmd_op(*problem.arguments()) if needs_dispatcher(*problem[:2]) else evaluate(problem)
-        _save(ctx, args[:4], ctx.needs_input_grad[:4], gradients)
+        arguments = problem.arguments()
+        value, *gradients = mmd_op(*arguments) if needs_dispatcher(*problem[:2]) else evaluate(problem)
+        save_arguments(ctx, arguments, gradients, only_needed=True)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grads[0], ctx.needs_input_grad), None, None, None)
+        if torch.is_grad_enabled():
+            check_versions(ctx)
+        return (*_gradients(grads[0], *saved_arguments(ctx), ctx.needs_input_grad[:4]), None)
 
 
-def apply_mmd(rows: Sequence[Any], kernel: KernelArguments, unbiased: bool, precision: str, backend: str) -> Tensor:
-    """MMD², differentiable. `rows` are the fields of `Problem` before the kernel."""
+def apply_mmd(rows: Sequence[Any], kernel: KernelArguments, unbiased: bool, precision: str, backend: str, group: str = "") -> Tensor:
+    """MMD², differentiable twice. `rows` are the fields of `Problem` before the kernel."""
     x, y, h, a = rows[0], rows[1], kernel.bandwidth, kernel.bandwidth_weights
-    options = unbiased, precision, backend, needs_grad(x), needs_grad(y), needs_grad(h, a)
-    # Outside of the compiler by way of a Function, which refuses derivatives in forward mode: the op would drop them.
+    tangents, y_norm = in_forward_mode(), rows[-1]
+    grads = needs_grad(x) or tangents, needs_grad(y) or (tangents and y is not None and y_norm is None), needs_grad(h, a)
+    options = unbiased, precision, backend, group, *grads
+    # Outside of the compiler by way of a Function: the op would drop derivatives in forward mode.
     if torch.compiler.is_compiling():
         return cast(Tensor, compiled_op("mmd", mmd_op, *rows, *kernel, *options)[0])
-    if torch._C._are_functorch_transforms_active():
-        return cast(Tensor, _MMD.apply(*rows, *kernel, *options)[0])
+    if torch._C._are_functorch_transforms_active() or tangents:
+        return cast(Tensor, _MMD.apply(*rows, *leaves(kernel), *options)[0])
     problem = Problem._make([*rows, kernel, *options])
-    # A Function takes as long as some of the sums. One is needed to refuse derivatives in forward mode.
-    if not needs_grad(*rows[:4], h, a) and torch.autograd.forward_ad._current_level < 0 and not needs_dispatcher(x, y, *rows[2:4], h, a):
+    # A Function takes as long as some of the sums.
+    if not needs_grad(*rows[:4], h, a) and not needs_dispatcher(x, y, *rows[2:4], h, a):
         return evaluate(problem)[0]
-    return cast(Tensor, _EagerMMD.apply(x, y, h, a, problem.x_weights, problem.y_weights, problem))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _EagerMMD.apply(x, y, h, a, problem))  # type: ignore[no-untyped-call]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fastvae.cpu import mmd as cpu
 from fastvae.cpu import small
-from fastvae.cpu.closed_forms import Sample, bandwidth_gradients
+from fastvae.cpu.closed_forms import Sample, bandwidth_gradients, diagonal_hessian_product, normal_hessian_product
 from fastvae.cpu.inductor import InductorSweep
 from fastvae.dispatch import accumulation_dtype, runs_on_triton
 from fastvae.kernel_sums import rounding_of_sum
 from fastvae.ops.common import KernelArguments, matmul_precision, unit_weights, without_autocast
+from fastvae.ops.kernel_hvp import kernel_hvp
 
 
 class Problem(NamedTuple):
@@ -27,6 +28,8 @@ class Problem(NamedTuple):
     of the whole samples, and the gradients to them are those of the whole MMD².
 
     With `y_norm`, y is fixed: no pair within y is taken, as their mean is `y_norm`, and `all_y` is None.
+
+    `group` names the process group whose ranks hold the other rows of `all_x` and `all_y`.
     """
 
     x: Tensor
@@ -44,6 +47,7 @@ class Problem(NamedTuple):
     unbiased: bool
     precision: str
     backend: str
+    group: str
     x_grad: bool
     y_grad: bool
     bandwidth_grad: bool
@@ -161,6 +165,92 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
     terms = (t.view(*value.shape, -1) for t in bandwidth_sums(kernel.kernel, sums, kernel.ratios))
     h = problem.kernel.unpack()[1]
     return value, grad_x, grad_y, *bandwidth_gradients(_prepared_samples(problem, dtype), kernel, h, problem.unbiased, *terms)
+
+
+def hessian_product(problem: Problem, x_direction: Tensor | None, y_direction: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The Hessian of MMD² times a direction of x and y, None for 0, in the accumulation dtype: for x and y, if they have a gradient.
+
+    Its derivative raises. In a process group each rank gives the direction of its rows and gets their result.
+    """
+    if x_direction is None and y_direction is None:
+        return None, None
+    x, *others = (_moving(problem, *given) for given in zip("xy", _samples(problem), (x_direction, y_direction), strict=False))
+    results: list[list[Tensor | None]] = [[], []]
+    for n, rows in enumerate((x, *others)):
+        if rows.gradient and not (n == 1 and problem.y_norm is not None):
+            results[n] += _within(problem, rows)
+    if others and problem.all_x is None:
+        for result, found in zip(results, _pairs(problem, x, others[0], -2.0), strict=True):
+            result.append(found)
+    elif others:
+        for n, (rows, whole) in enumerate(((x, others[0]), (others[0], x))):
+            if rows.gradient:
+                results[n].append(_pairs(problem, rows, whole.everywhere, -2.0)[0])
+    else:
+        results[0].append(normal_hessian_product(x.z, x.p, problem.kernel.sum(x.z.shape[-1], x.z.device, None), x.direction))
+    given = ([t for t in parts if t is not None] for parts in results)
+    return cast("tuple[Tensor | None, Tensor | None]", tuple(torch.stack(parts).sum(0) if parts else None for parts in given))
+
+
+class _Moving(NamedTuple):
+    """A sample, or some rows of one, that moves in a direction. All tensors may have a batch dimension."""
+
+    z: Tensor  # (N, D)
+    p: Tensor  # (N, 1)
+    direction: Tensor | None  # (N, D)
+    scale: Any = 1.0  # as that of `fastvae.cpu.closed_forms.Sample`
+    gradient: bool = False
+    all_rows: Any = None  # the whole sample, if these are some rows of it
+
+    @property
+    def everywhere(self) -> _Moving:
+        return self.all_rows or self
+
+
+def _moving(problem: Problem, name: str, sample: Any, direction: Tensor | None) -> _Moving:
+    (z, weights, whole, whole_weights, _, gradient), dtype = sample, accumulation_dtype(problem.x.dtype)
+    is_fixed = name == "y" and problem.y_norm is not None
+    total = whole if whole is not None else z
+    if weights is None:
+        p, all_p = (t.new_full((*t.shape[:-1], 1), 1 / total.shape[-2], dtype=dtype) for t in (z, total))
+        squares: Any = 1 / total.shape[-2]
+    else:
+        # Weights of fixed rows sum to one only as far as large ones of both signs can.
+        p = (weights.to(dtype) if is_fixed else unit_weights(weights, whole_weights, dtype))[..., None]
+        all_p = p if whole_weights is None else unit_weights(whole_weights, None, dtype)[..., None]
+        squares = all_p.double().square().sum((-2, -1), keepdim=True)
+    scale = 1 / (1 - squares) if problem.unbiased and not is_fixed else 1.0
+    direction = None if direction is None else direction.to(dtype)
+    everywhere = None
+    if whole is not None:
+        (moved,), _ = torch.ops.fastvae.gather_rows(
+            name, [torch.zeros_like(z) if direction is None else direction], problem.group, "biased"
+        )
+        everywhere = _Moving(whole, all_p, moved)
+    return _Moving(z, p, direction, scale, gradient, everywhere)
+
+
+def _pairs(problem: Problem, x: _Moving, y: _Moving | None, factor: Any) -> list[Tensor | None]:
+    """The Hessian of `factor` times Σ p_i·q_j·k(x_i, y_j) times the direction, for x and y; without y for x alone."""
+    z, q, moved = (x.z, x.p, None) if y is None else (y.z, y.p, y.direction)
+    to_y = y is not None and y.gradient
+    given = x.z, None if y is None else z, (factor * x.p).to(x.p.dtype), q, x.direction, moved, None, None
+    return kernel_hvp("mmd", *given, *problem.kernel, problem.precision, problem.backend, x.gradient, to_y, False, False)[:2]
+
+
+def _within(problem: Problem, x: _Moving) -> list[Tensor | None]:
+    """That of the mean over the pairs of one sample."""
+    kernel, parts = problem.kernel.sum(x.z.shape[-1], x.z.device, None), []
+    if x.all_rows is not None:
+        # One of the two places of each row, with the pairs of a row and itself.
+        parts.append(_pairs(problem, x, x.all_rows, 2 * x.scale)[0])
+    elif x.direction is not None:
+        parts.append(_pairs(problem, x, None, x.scale)[0])
+    # Only the biased estimator has pairs of a row and itself.
+    if not kernel.kernel.radial and x.direction is not None and problem.unbiased == (x.all_rows is not None):
+        own = diagonal_hessian_product(x.z, x.p, kernel, x.direction)
+        parts.append((-x.scale * own).to(own.dtype) if problem.unbiased else own)
+    return parts
 
 
 def _joined(parts: list[Found]) -> Found:

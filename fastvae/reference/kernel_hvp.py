@@ -18,13 +18,14 @@ For a kernel of t = γ·x·y, with s_ij = ẋ_i·y_j + x_i·ẏ_j, P = γφ'·c 
 
 At identical rows φ' and φ'' count as 0 where they are infinite, so that both derivatives of a kernel of the distance are 0 there.
 
-One sample against itself, y = None, is x in both places, without the pairs i = i. c and e are symmetric, and the result to x is the
-derivative through both places, twice the sum (3).
+One sample against itself, y = None, is x in both places, without the pairs i = i. c is symmetric, v̇ = 0, of e the symmetric half counts,
+½·(u̇_i·v_j + v_i·u̇_j), and the result to x is the derivative through both places, twice the sum (3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +67,6 @@ def kernel_hvp(
     return list(_derivative(form, (x, y, u, v), tangents))
 
 
-def _derivative(form: object, primals: tuple[Tensor, ...], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    gradient = torch.func.grad(form, argnums=tuple(range(len(primals))))  # type: ignore[arg-type]
-    found: tuple[Tensor, ...] = torch.func.jvp(gradient, primals, tuple(tangents))[1]
-    return found
+def _derivative(form: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    gradient: Any = torch.func.grad(form, argnums=tuple(range(len(primals))))
+    return cast("tuple[Tensor, ...]", torch.func.jvp(gradient, primals, tuple(tangents))[1])
