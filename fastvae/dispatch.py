@@ -19,7 +19,7 @@ def needs_dispatcher(first: Tensor, *others: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode() or in_forward_mode():
         return True
     for t in (first, *others):
-        if t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(t)):
+        if t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(t)):
             return True
     return not (first.is_cpu or first.is_cuda)
 

@@ -336,7 +336,8 @@ def kernel_matmul(
     family, h, a, product = _product_options(bandwidth, bandwidth_weights, backend, kernel, normalize, precision, x.device)
     batch, columns = x.shape[:-2], v if v.ndim > 1 else v[:, None]
     if product is not None and len(batch) < 2:
-        out = of_few_rows(product, x, y, columns)
+        streaming = None if normalize else lambda x, y, v: _kernel_matmul(x, y, v, family, h, a, precision, backend)
+        out = of_few_rows(product, x, y, columns, streaming)
         if out is not None:
             return out if v.ndim > 1 else out[:, 0]
     if isinstance(bandwidth, str):
@@ -355,23 +356,8 @@ def kernel_matmul(
         flat = [t.reshape(-1, *t.shape[-2:]) for t in (x, y, columns)]
         out = apply_normalized_matmul(*flat, *kernel_arguments(family, h, a), normalize, *options)[0]
         out = out.reshape(*batch, *out.shape[-2:])
-    elif terms := separate_terms(family):
-        parts = []
-        for weight, part, scale in terms:
-            if isinstance(part, Linear):
-                dtype = accumulation_dtype(x.dtype)
-                with without_autocast(x.device):
-                    parts.append(weight * _inverse_square(h, a, scale, x).to(dtype) * (x.to(dtype) @ (y.to(dtype).mT @ columns.to(dtype))))
-            else:
-                term_options: Any = {"bandwidth": _scaled(h, scale), "bandwidth_weights": a, "precision": precision, "backend": backend}
-                parts.append(weight * kernel_matmul(x, y, columns, kernel=part, **term_options))
-        out = torch.stack(parts).sum(0)
-    elif batch:
-        problems = zip(*(t.flatten(0, -3).unbind() for t in (x, y, columns)), strict=True)
-        out = torch.stack([_kernel_matmul(problem, family, h, a, options) for problem in problems])
-        out = out.reshape(*batch, *out.shape[-2:])
     else:
-        out = _kernel_matmul((x, y, columns), family, h, a, options)
+        out = _kernel_matmul(x, y, columns, family, h, a, precision, backend)
     return out if v.ndim > 1 else out[:, 0]
 
 
@@ -392,8 +378,24 @@ def _product_options(
     return family, h, a, None if few is None or (normalize is None and few.log_scale) else Product(few, normalize)
 
 
-def _kernel_matmul(problem: Sequence[Tensor], family: Kernel, h: Numbers, a: Numbers, options: tuple[str, str]) -> Tensor:
-    return _over_bandwidths(lambda h, a: apply_kernel_matmul(*problem, *kernel_arguments(family, h, a), *options), h, a)
+def _kernel_matmul(x: Tensor, y: Tensor, v: Tensor, family: Kernel, h: Numbers, a: Numbers, precision: Any, backend: Any) -> Tensor:
+    """K(x, y)·v by ops, (..., N, C)."""
+    if terms := separate_terms(family):
+        parts = []
+        for weight, part, scale in terms:
+            if isinstance(part, Linear):
+                x, y, v = (t.to(accumulation_dtype(t.dtype)) for t in (x, y, v))
+                with without_autocast(x.device):
+                    parts.append(weight * _inverse_square(h, a, scale, x).to(x.dtype) * (x @ (y.mT @ v)))
+            else:
+                parts.append(weight * _kernel_matmul(x, y, v, part, _scaled(h, scale), a, precision, backend))
+        return torch.stack(parts).sum(0)
+    if batch := x.shape[:-2]:
+        problems = zip(*(t.flatten(0, -3).unbind() for t in (x, y, v)), strict=True)
+        out = torch.stack([_kernel_matmul(z, t, columns, family, h, a, precision, backend) for z, t, columns in problems])
+        return out.reshape(*batch, *out.shape[-2:])
+    options = precision or "", backend or ""
+    return _over_bandwidths(lambda h, a: apply_kernel_matmul(x, y, v, *kernel_arguments(family, h, a), *options), h, a)
 
 
 @float64_on_cpu

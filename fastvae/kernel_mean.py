@@ -361,33 +361,39 @@ def mmd_to_mean(
         p = None if x_weights is None else x_weights.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return reference.mmd_to_mean(x, z, weights, mean.norm.to(x.dtype), estimator=estimator, x_weights=p, **options)
+    gathered = [None] * 4 if process_group is None else [whole, None, whole_weights, None]
+    options = estimator == "unbiased", precision or "", backend or "", "" if process_group is None else process_group.group_name
+
+    def streaming(x: Tensor, z: Tensor, weights: Tensor | None) -> Tensor:
+        return _to_mean_by_ops(mean, [x, z, x_weights, weights, *gathered, start, 0, mean.norm], options)
+
     if process_group is None and x_weights is None and (few := few_rows_of(mean.kernel, mean.bandwidth, mean.bandwidth_weights, backend)):
-        value = of_few_rows(ToMean(few, mean.norm, estimator == "unbiased", mean._landmarks), x, z, mean.weights)
+        to_mean = ToMean(few, mean.norm, estimator == "unbiased", mean._landmarks)
+        value = of_few_rows(to_mean, x, z, mean.weights, streaming)
         if value is not None:
             return value
+    value = streaming(x, z, mean.weights)
+    return value if process_group is None else sum_shares(value, process_group)
+
+
+def _to_mean_by_ops(mean: KernelMean, rows: list[Any], options: tuple[bool, str, str, str]) -> Tensor:
+    """MMD² to the embedding, or the share of some rows in it. `rows` are those of `apply_mmd`, with the weights of the embedding."""
+    x, z, x_weights, weights, all_x = rows[:5]
     # The sweep takes weights that sum to one, so that the constants it subtracts from a kernel cancel. What they lack is given to the first
     # point, and taken back as a sum over x alone.
-    weights, rest = mean.weights, None
+    rest = None
     if weights is not None:
         rest = 1 - weights.sum()
         weights = torch.cat([weights[:1] + rest, weights[1:]])
-    gathered = [None] * 4 if process_group is None else [whole, None, whole_weights, None]
-    value = apply_mmd(
-        [x, z, x_weights, weights, *gathered, start, 0, mean.norm],
-        mean._arguments(),
-        estimator == "unbiased",
-        precision or "",
-        backend or "",
-        "" if process_group is None else process_group.group_name,
-    )
-    if rest is not None:
-        factor = (2 * rest).to(z.dtype).reshape(1, 1)
-        at_first = apply_kernel_matmul(x, z[:1], factor, *mean._arguments(), precision or "", (backend or "").replace("inductor", "cpu"))
-        if x_weights is None:
-            value = value + at_first.sum() / whole.shape[0]
-        else:
-            value = value + (unit_weights(x_weights, whole_weights, x.dtype) * at_first[:, 0]).sum()
-    return value if process_group is None else sum_shares(value, process_group)
+    value: Tensor = apply_mmd([*rows[:3], weights, *rows[4:]], mean._arguments(), *options)
+    if rest is None:
+        return value
+    factor = (2 * rest).to(z.dtype).reshape(1, 1)
+    at_first: Tensor = apply_kernel_matmul(x, z[:1], factor, *mean._arguments(), options[1], options[2].replace("inductor", "cpu"))
+    if x_weights is None:
+        return value + at_first.sum() / len(x if all_x is None else all_x)
+    of_rows: Tensor = unit_weights(x_weights, rows[6], x.dtype) * at_first[:, 0]
+    return value + of_rows.sum()
 
 
 def _common(x: Tensor, mean: KernelMean) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,27 @@ from torch import Tensor
 
 from fastvae.cpu import kernel_matmul as cpu
 from fastvae.cpu.small import SmallKernelMatmul
-from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.dispatch import accumulation_dtype, in_forward_mode, needs_dispatcher, runs_on_triton, zero_if_finite
 from fastvae.kernel_sums import KernelSum, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    autograd_function,
     bandwidth_gradient,
     custom_op,
     differentiable,
+    forbid_bandwidth_derivative,
+    leaves,
     matmul_precision,
-    wanted_gradients,
+    needs_grad,
+    no_forward_mode,
+    refuse_bandwidth_tangents,
+    save_arguments,
+    saved_arguments,
     without_autocast,
     without_grad,
 )
+from fastvae.ops.kernel_hvp import kernel_hvp, kernel_hvp_op
 
 SCHEMA = f"Tensor x, Tensor y, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
 
@@ -128,15 +136,104 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], wanted: tuple[bool
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_forward(*inputs[:5])
     ctx.options = inputs[5:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sources, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+    nothing = [None] * (len(sources) + len(ctx.options) - 4)
+    if needs_grad(grad, *sources) or in_forward_mode():
+        x, y, v, *numbers = sources
+        numbers = [t if t is None else forbid_bandwidth_derivative("kernel_matmul", t) for t in numbers]
+        *found, to_bandwidth = _DifferentiableBackward.apply(grad, x, y, v, *numbers, *leaves(ctx.options), *wanted)
+        found.append(forbid_bandwidth_derivative("kernel_matmul", to_bandwidth) if wanted[3] else to_bandwidth)
+    else:
+        gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
+        found = without_grad(gradients_of, grad, *sources, *ctx.options, *wanted)
+    grads = (t.to(source) if want else None for t, source, want in zip(found, sources, wanted, strict=False))
+    return *grads, *nothing
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    ctx.set_materialize_grads(False)
+    save_arguments(ctx, inputs, ())
+
+
+def _double_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+    arguments, _ = saved_arguments(ctx)
+    wanted = ctx.needs_input_grad
+    given = [None if t is None or not t.numel() else t for t in directions[:3]]
+    if all(t is None for t in given):
+        return (None,) * len(arguments)
+    # The upstream is u, and its gradient is that to u: the results of `kernel_hvp` are to x, y, u and v.
+    found = _hessian_product(arguments, (given[0], given[1], None, given[2]), (wanted[1], wanted[2], wanted[0], wanted[3]))
+    to_x, to_y, to_grad, to_v = found
+    return to_grad, to_x, to_y, to_v, *[None] * (len(arguments) - 4)
+
+
+def _hessian_product(arguments: Sequence[Any], directions: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """`kernel_hvp` of the arguments of the backward op."""
+    grad, x, y, v, *options = arguments
+    dtype = accumulation_dtype(x.dtype)
+    given = (None if t is None else t.to(dtype) for t in directions)
+    found = kernel_hvp("kernel_matmul", x, y, grad, v, *given, *options[:-4], *wanted)
+    return [t if t is None else t.to(source.dtype) for t, source in zip(found, (x, y, grad, v), strict=True)]
+
+
+def _double_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    refuse_bandwidth_tangents("kernel_matmul", *tangents[4:6])
+    arguments, _ = saved_arguments(ctx)
+    x, wanted = arguments[1], arguments[-4:-1]
+    dtype = accumulation_dtype(x.dtype)
+    to_grad, to_x, to_y, to_v = tangents[:4]
+    found = _hessian_product(arguments, (to_x, to_y, to_grad, to_v), (wanted[0], wanted[1], False, wanted[2]))
+    found = [found[0], found[1], found[3]]
+    # Not None, which vmap takes for the result before it.
+    rows = (x.new_empty(0, dtype=dtype) if t is None else t.to(dtype) for t in found)
+    return *rows, x.new_zeros(int(arguments[-1]), dtype=torch.float64)
+
+
+def _jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    refuse_bandwidth_tangents("kernel_matmul", *tangents[3:5])
     sources = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:4]
-    gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
-    gradients = without_grad(gradients_of, grad, *sources, *ctx.options, *wanted)
-    return wanted_gradients("kernel_matmul", gradients, wanted, grad, sources[:4], len(sources) + len(ctx.options))
+    given = [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(sources[:3], tangents, strict=False)]
+    numbers = [t if t is None else forbid_bandwidth_derivative("kernel_matmul", t) for t in sources[3:]]
+    return cast(Tensor, _Tangent.apply(*sources[:3], *given, *numbers, *leaves(ctx.options)))  # type: ignore[no-untyped-call]
+
+
+class _Tangent(torch.autograd.Function):
+    """The directional derivative of K(x, y)·v along the tangents of x, y and v."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        x, y, v, x_tangent, y_tangent, v_tangent, *options = args
+        u = x.new_empty((x.shape[0], v.shape[1]), dtype=accumulation_dtype(x.dtype)).zero_()
+        directions = x_tangent, y_tangent, None, v_tangent
+        return cast(Tensor, kernel_hvp_op(x, y, u, v, *directions, *options, False, False, True, False)[2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save_arguments(ctx, inputs, ())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments, _ = saved_arguments(ctx)
+        (x, y, v), tangents, options = arguments[:3], arguments[3:6], arguments[6:]
+        wanted = ctx.needs_input_grad
+        backward = grad, x, y, v, *options
+        to_rows: list[Tensor | None] = [None] * 3
+        if any(wanted[:3]):
+            directions = tangents[0], tangents[1], None, tangents[2]
+            to_x, to_y, _, to_v = _hessian_product([*backward, *wanted[:3], False], directions, (wanted[0], wanted[1], False, wanted[2]))
+            to_rows = [to_x, to_y, to_v]
+        to_tangents = _DifferentiableBackward.apply(*backward, *wanted[3:6], False)[:3]
+        moved = (t.to(tangent) if want else None for t, tangent, want in zip(to_tangents, tangents, wanted[3:6], strict=True))
+        return *to_rows, *moved, *[None] * len(options)
+
+    jvp = no_forward_mode("a derivative of kernel_matmul in forward mode")
 
 
 kernel_matmul_op = custom_op("kernel_matmul", f"({SCHEMA}) -> Tensor", _evaluate, _fake)
@@ -146,5 +243,8 @@ kernel_matmul_backward_op = custom_op(
     _gradients,
     _backward_fake,
 )
-# K(x, y)·v, differentiable; arguments of `torch.ops.fastvae.kernel_matmul`.
-apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, _setup_context, _backward)
+_DifferentiableBackward = autograd_function(
+    "KernelMatmulBackward", "kernel_matmul", kernel_matmul_backward_op, _setup_double, _double_backward, _double_jvp
+)
+# K(x, y)·v, differentiable twice; arguments of `torch.ops.fastvae.kernel_matmul`.
+apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, _setup_context, _backward, _jvp)

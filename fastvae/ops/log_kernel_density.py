@@ -26,7 +26,6 @@ from fastvae.ops.common import (
     differentiable,
     forbid_second_derivative,
     matmul_precision,
-    no_forward_mode,
     wanted_gradients,
     without_autocast,
     without_grad,
@@ -294,27 +293,30 @@ apply_normalized_matmul = differentiable("NormalizedMatmul", "kernel_matmul", 3,
 
 
 class _FewRows(torch.autograd.Function):
-    """`Density` or `Product`, where no transform of `torch.func` is active."""
-
-    jvp = no_forward_mode("log_kernel_density or kernel_matmul")
+    """`Density`, `Product` or `ToMean`, where there is neither a transform of `torch.func` nor forward mode."""
 
     @staticmethod
-    def forward(ctx: Any, function: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
+    def forward(ctx: Any, function: Any, streaming: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
         if (found := function.evaluate(x, y, third, True)) is None:
             return None
-        # x and y as given only to refuse their second derivative.
+        # x and y as given only for their second derivative.
         ctx.save_for_backward(x, y, third, *found[1:])
-        ctx.function = function
+        ctx.function, ctx.streaming = function, streaming
         return cast(Tensor, found[0].to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Unpacked once: activation checkpointing allows no more.
         x, y, third, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() and ctx.streaming is not None:
+            sources = [t for t, want in zip((x, y, third), wanted, strict=True) if want]
+            again = iter(torch.autograd.grad([ctx.streaming(x, y, third)], sources, grads, create_graph=True))
+            return None, None, *(next(again) if want else None for want in wanted)
         with without_autocast(x.device):
-            found = without_grad(ctx.function.gradients, *grads, third, tensors, ctx.needs_input_grad[1:])
+            found = without_grad(ctx.function.gradients, *grads, third, tensors, wanted)
         operation = ctx.function.operation
-        return None, *(t if t is None else forbid_second_derivative(operation, t.to(x.dtype), *grads, x, y, third) for t in found)
+        return None, None, *(t if t is None else forbid_second_derivative(operation, t.to(x.dtype), *grads, x, y, third) for t in found)
 
 
 def few_rows_of(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: str | None, dim: int | None = None) -> FewRows | None:
@@ -333,19 +335,24 @@ def few_rows_of(kernel: Kernel, bandwidth: Numbers, weights: Numbers, backend: s
     return few_rows(kernel, tuple(factor * number for number in h), a, dim)
 
 
-def of_few_rows(function: Any, x: Tensor, y: Tensor, third: Tensor | None) -> Tensor | None:
-    """The result of a `Density` or a `Product`, in the dtype of x; None if it has to take an op.
+def of_few_rows(
+    function: Any, x: Tensor, y: Tensor, third: Tensor | None, streaming: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+) -> Tensor | None:
+    """The result of a `Density`, a `Product` or a `ToMean`, in the dtype of x; None if it has to take an op.
 
     Of so few numbers the sums take less time than the arguments of the op.
+
+    Args:
+        streaming: the same by ops, twice differentiable; None if it is not.
     """
     if not x.is_cpu or x.dtype not in (torch.float32, torch.float64) or needs_dispatcher(x, y, third) or not has_few_pairs(x, y):
         return None
     if torch.is_autocast_enabled("cpu"):
         with without_autocast(x.device):
-            return of_few_rows(function, x, y, third)
+            return of_few_rows(function, x, y, third, streaming)
     wants = x.requires_grad or y.requires_grad or (third is not None and third.requires_grad)
-    if (wants and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0:
-        return cast("Tensor | None", _FewRows.apply(function, x, y, third))  # type: ignore[no-untyped-call]
+    if wants and torch.is_grad_enabled():
+        return cast("Tensor | None", _FewRows.apply(function, streaming, x, y, third))  # type: ignore[no-untyped-call]
     if (found := function.evaluate(x, y, third, False)) is None:
         return None
     return cast(Tensor, found[0] if found[0].dtype == x.dtype else found[0].to(x.dtype))
