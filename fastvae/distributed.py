@@ -117,12 +117,18 @@ def _fake(name: str, tensors: Sequence[Tensor], group: str, estimator: str) -> t
 
 def _save_own_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], int]) -> None:
     ctx.own_rows = output[1], [t.shape[0] for t in inputs[1]]
-    ctx.world = dist.get_world_size(_named(inputs[2]))
+    ctx.group, ctx.twice = inputs[2], False
 
 
 def _backward(ctx: Any, grads: list[Tensor], _: None) -> tuple[None, list[Tensor], None, None]:
     start, rows = ctx.own_rows
-    return None, [grad.narrow(0, start, n) * ctx.world for grad, n in zip(grads, rows, strict=True)], None, None
+    group = _named(ctx.group)
+    if ctx.twice:
+        grads = [_sum_over_ranks(grad, group) for grad in grads]
+    else:
+        grads = [grad * dist.get_world_size(group) for grad in grads]
+    ctx.twice = torch.is_grad_enabled()
+    return None, [grad.narrow(0, start, n) for grad, n in zip(grads, rows, strict=True)], None, None
 
 
 _gather_op.register_autograd(_backward, setup_context=_save_own_rows)
@@ -184,11 +190,21 @@ def _all_gather(t: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
 class _SumShares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.world = dist.get_world_size(group)
+        ctx.group, ctx.twice = group, False
         total = share.detach().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.world, None
+        if ctx.twice:
+            return _sum_over_ranks(grads[0], ctx.group), None
+        ctx.twice = torch.is_grad_enabled()
+        return grads[0] * dist.get_world_size(ctx.group), None
+
+
+def _sum_over_ranks(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Where a gradient was differentiated, its loss need not be the same on each rank, so that the upstreams are added up."""
+    total = grad.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total

@@ -96,17 +96,17 @@ def _exp_or_expm1(exponent: Tensor, subtract_constant: Tensor) -> Tensor:
     return torch.where(subtract_constant > 0, exponent.expm1(), exponent.exp())
 
 
-def diagonal_hessian_product(z: Tensor, p: Tensor, kernel: KernelSum, direction: Tensor) -> Tensor:
-    """The Hessian of Σ_i p_i²·k(z_i, z_i) times a direction (N, D), for a kernel of x·y and p (N, 1); all may have a batch dimension."""
+def diagonal_hessian_product(z: Tensor, weights: Tensor, kernel: KernelSum, direction: Tensor) -> Tensor:
+    """The Hessian of Σ_i w_i·k(z_i, z_i) times a direction (N, D), for a kernel of x·y and w (N, 1); all may have a batch dimension."""
     x, v = z.double(), direction.double()
     slope, curvature = kernel.kernel.derivatives(x.square().sum(-1, keepdim=True) * kernel.gamma)
     along = (x * v).sum(-1, keepdim=True)
     first, second = (slope * kernel.gamma) @ kernel.weights, (curvature * kernel.gamma.square()) @ kernel.weights
-    return (p.double().square() * (2 * first[..., None] * v + 4 * second[..., None] * along * x)).to(direction.dtype)
+    return (weights.double() * (2 * first[..., None] * v + 4 * second[..., None] * along * x)).to(direction.dtype)
 
 
 def normal_hessian_product(x: Tensor, p: Tensor, kernel: KernelSum, direction: Tensor | None) -> Tensor | None:
-    """The Hessian of −2·Σ_i p_i·E_y k(x_i, y) with y ~ N(0, I) times a direction, as `diagonal_hessian_product`. From that of `prior`."""
+    """The Hessian of −2·Σ_i p_i·E_y k(x_i, y) with y ~ N(0, I) times a direction (N, D), with p (N, 1). Of the value of `prior`."""
     if direction is None:
         return None
     rows, v = x.double(), direction.double()

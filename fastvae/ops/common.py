@@ -329,7 +329,7 @@ def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None)
 
 
 _BANDWIDTHS = (
-    "with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in mmd(x / h, y / h), or pass "
+    "with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in x / h and y / h, or pass "
     "backend='reference', which is dense and has one"
 )
 

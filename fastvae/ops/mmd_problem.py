@@ -248,7 +248,7 @@ def _within(problem: Problem, x: _Moving) -> list[Tensor | None]:
         parts.append(_pairs(problem, x, None, x.scale)[0])
     # Only the biased estimator has pairs of a row and itself.
     if not kernel.kernel.radial and x.direction is not None and problem.unbiased == (x.all_rows is not None):
-        own = diagonal_hessian_product(x.z, x.p, kernel, x.direction)
+        own = diagonal_hessian_product(x.z, x.p.double().square(), kernel, x.direction)
         parts.append((-x.scale * own).to(own.dtype) if problem.unbiased else own)
     return parts
 

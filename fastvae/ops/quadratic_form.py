@@ -7,7 +7,7 @@ comparison would wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,19 +15,25 @@ from torch import Tensor
 
 from fastvae.cpu import quadratic_form as cpu
 from fastvae.cpu import small
-from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
+from fastvae.cpu.closed_forms import diagonal_hessian_product
+from fastvae.dispatch import accumulation_dtype, in_forward_mode, needs_dispatcher, runs_on_triton, zero_if_finite
 from fastvae.kernel_sums import as_vector, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    autograd_function,
     custom_op,
     differentiable,
-    forbid_second_derivative,
+    leaves,
     matmul_precision,
     needs_grad,
+    no_forward_mode,
+    save_arguments,
+    saved_arguments,
     without_autocast,
     without_grad,
 )
+from fastvae.ops.kernel_hvp import kernel_hvp, kernel_hvp_op
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
 
 SCHEMA = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
@@ -47,6 +53,12 @@ class Problem(NamedTuple):
     def of(z: Tensor, v: Tensor, *others: Any) -> Problem:
         """From the first arguments of an op, in the order of its schema."""
         return Problem(z, v, KernelArguments(*others[:-2]), *others[-2:])
+
+    def own_slopes(self) -> Tensor:
+        """The derivative of k(z_i, z_i) to ‖z_i‖², for a kernel of x·y, (N,) in float64."""
+        (family, h, a), z = self.kernel.unpack(), self.z.double()
+        gamma = family.gamma(as_vector(h, z.device), z.shape[1])
+        return (family.derivatives(z.square().sum(1, keepdim=True) * gamma)[0] * gamma) @ as_vector(a, z.device)
 
 
 # The arguments of each op that describe K and v.
@@ -198,15 +210,26 @@ def _evaluate(
 
 def _add_pairs_with_self(problem: Problem, gradient: Tensor, to_sums: Tensor, unbiased: bool) -> Tensor:
     """Adds to the gradient to z through S that through O, from the upstream of S."""
-    family, h, a = problem.kernel.unpack()
-    if family.radial:
+    if problem.kernel.unpack()[0].radial:
         return gradient
+    weights = _own_weights(problem, to_sums, unbiased)
+    return gradient + (2 * (problem.own_slopes() * weights)[:, None] * problem.z.double()).to(gradient.dtype)
+
+
+def _own_weights(problem: Problem, to_sums: Tensor, unbiased: bool) -> Tensor:
+    """How much k(z_i, z_i) counts in O times its upstream, (N,)."""
     # Only the biased estimator contains the diagonal of O.
     to_own = to_sums - torch.diag(to_sums.diagonal()) if unbiased else to_sums
-    z, v = problem.z.double(), problem.v.double()
-    gamma = family.gamma(as_vector(h, z.device), z.shape[1])
-    slopes = (family.derivatives(z.square().sum(1, keepdim=True) * gamma)[0] * gamma) @ as_vector(a, z.device)
-    return gradient + (2 * (slopes * ((v @ to_own) * v).sum(1))[:, None] * z).to(gradient.dtype)
+    v = problem.v.double()
+    return ((v @ to_own) * v).sum(1)
+
+
+def _own_hessian_product(problem: Problem, to_sums: Tensor, unbiased: bool, direction: Tensor) -> Tensor | float:
+    """The Hessian of O times its upstream, times a direction."""
+    kernel = problem.kernel.sum(problem.z.shape[1], problem.z.device, None)
+    if kernel.kernel.radial:
+        return 0.0
+    return diagonal_hessian_product(problem.z, _own_weights(problem, to_sums, unbiased)[:, None], kernel, direction)
 
 
 def quadratic_form_diagonal(*args: Any, progress: Callable[[float], None] | None = None) -> Tensor:
@@ -241,39 +264,120 @@ def _small_diagonal(problem: Problem) -> Tensor | None:
 
 
 def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    *ctx.options, ctx.diagonal = inputs[4:]
+    save_arguments(ctx, inputs, ())
 
 
 def _quadratic_form_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    z, *tensors = ctx.saved_tensors
-    gradient = without_grad(quadratic_form_backward_op, z, *tensors, *ctx.options, torch.diag(grad) if ctx.diagonal else grad)
-    gradient = forbid_second_derivative("quadratic_form", gradient.to(z.dtype), grad, z)
-    return (gradient, *[None] * _ARGUMENTS)
+    (*arguments, diagonal), _ = saved_arguments(ctx)
+    gradient = _form_gradient(torch.diag(grad) if diagonal else grad, arguments)
+    return (gradient.to(arguments[0].dtype), *[None] * _ARGUMENTS)
+
+
+def _form_gradient(upstream: Tensor, arguments: Sequence[Any]) -> Tensor:
+    """The gradient of S to z from its upstream (C, C), differentiable to both where that is wanted."""
+    if needs_grad(upstream, arguments[0]) or in_forward_mode():
+        return cast(Tensor, _FormGradient.apply(*leaves(arguments), upstream))
+    return cast(Tensor, without_grad(quadratic_form_backward_op, *arguments, upstream))
+
+
+def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save_arguments(ctx, inputs, ())
+
+
+def _double_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
+    (*arguments, upstream), _ = saved_arguments(ctx)
+    to_z, to_upstream = _hessian_product(arguments, upstream, direction, ctx.needs_input_grad[0], ctx.needs_input_grad[-1])
+    return to_z, *[None] * (len(arguments) - 1), to_upstream
+
+
+def _double_jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    (*arguments, upstream), _ = saved_arguments(ctx)
+    to_z = torch.zeros_like(arguments[0]) if tangents[0] is None else tangents[0]
+    gradient = cast(Tensor, _hessian_product(arguments, upstream, to_z, True, False)[0]).to(accumulation_dtype(to_z.dtype))
+    return gradient if tangents[-1] is None else gradient + _form_gradient(tangents[-1], arguments)
+
+
+def _hessian_product(
+    arguments: Sequence[Any], upstream: Tensor, direction: Tensor, z_grad: bool, upstream_grad: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of Σ_i direction_i·gradient_i to z and to the upstream of `_form_gradient`."""
+    problem, dtype = Problem.of(*arguments), accumulation_dtype(arguments[0].dtype)
+    v = problem.v.to(dtype)
+    # Formula (2) is the gradient of Σ_{i≠j} ½·(v_i·B·v_jᵀ)·k(z_i, z_j).
+    u = v @ (0.5 * (upstream + upstream.T)).to(dtype)
+    given = problem.z, None, u, v, direction.to(dtype), None, None, None
+    found = kernel_hvp("group_mmd", *given, *problem.kernel, problem.precision, problem.backend, z_grad, False, upstream_grad, False)
+    to_z, _, to_u, _ = found
+    return None if to_z is None else to_z.to(problem.z.dtype), None if to_u is None else (v.T @ to_u).to(upstream.dtype)
 
 
 def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # Only the values have a gradient.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    *weights, ctx.unbiased, given, _ = inputs[_ARGUMENTS:]
-    ctx.save_for_backward(*inputs[:4], *weights, given, output[3])
-    ctx.options = inputs[4:_ARGUMENTS]
+    save_arguments(ctx, inputs, output[3:])
 
 
 def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     nothing = [None] * (_ARGUMENTS + len(GroupArguments._fields))
     if grad is None:
         return (None, *nothing)
-    z, *tensors, given, expected_grad = ctx.saved_tensors
-    if expected_grad.numel() and given is None and not any(grad.stride()):
+    arguments, (expected_grad,) = saved_arguments(ctx)
+    z, groups = arguments[0], GroupArguments(*arguments[_ARGUMENTS:-1])
+    if needs_grad(z, grad) or in_forward_mode():
+        problem = arguments[:_ARGUMENTS]
+        to_sums = pair_upstreams(grad, groups.weights())
+        gradient = _add_pairs_with_self(Problem.of(*problem), _form_gradient(to_sums, problem), to_sums, groups.unbiased)
+    elif expected_grad is not None and expected_grad.numel() and groups.given is None and not any(grad.stride()):
         # The upstream is one number for all pairs, as that of their sum or mean is.
         gradient = grad[0, 0] * expected_grad
     else:
         backward = group_mmd_backward_op if needs_dispatcher(z, grad) else _group_mmd_gradient
-        gradient = without_grad(backward, z, *tensors[:3], *ctx.options, *tensors[3:], ctx.unbiased, given, grad, expected_grad)
-    gradient = forbid_second_derivative("group_mmd", gradient.to(z.dtype), grad, z)
-    return (gradient, *nothing)
+        gradient = without_grad(backward, *arguments[:-1], grad, expected_grad)
+    return (gradient.to(z.dtype), *nothing)
+
+
+def _group_mmd_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    arguments, _ = saved_arguments(ctx)
+    values = _GroupTangent.apply(tangents[0], *leaves(arguments))  # type: ignore[no-untyped-call]
+    return values, None, None, None
+
+
+class _GroupTangent(torch.autograd.Function):
+    """The directional derivative of MMD² between groups along the tangent of z, its first argument."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tangent: Tensor, *arguments: Any) -> Tensor:
+        problem, groups = Problem.of(*arguments[:_ARGUMENTS]), GroupArguments(*arguments[_ARGUMENTS:-1])
+        dtype = accumulation_dtype(problem.z.dtype)
+        v, direction = problem.v.to(dtype), tangent.to(dtype)
+        given = problem.z, None, v, v, direction, None, None, None
+        found = kernel_hvp_op(*given, *problem.kernel, problem.precision, problem.backend, False, False, True, False)
+        own: Tensor | float = 0.0
+        if not problem.kernel.unpack()[0].radial:
+            columns = problem.v.double()
+            own = columns.T @ (columns * (2 * problem.own_slopes() * (problem.z.double() * direction).sum(1))[:, None])
+        return pair_values(v.double().T @ found[2].double(), own, groups.weights()).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save_arguments(ctx, inputs, ())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (tangent, *arguments), _ = saved_arguments(ctx)
+        problem, groups = arguments[:_ARGUMENTS], GroupArguments(*arguments[_ARGUMENTS:-1])
+        to_sums = pair_upstreams(grad, groups.weights())
+        gradient = _add_pairs_with_self(Problem.of(*problem), _form_gradient(to_sums, problem), to_sums, groups.unbiased)
+        to_z = None
+        if ctx.needs_input_grad[1]:
+            to_z = cast(Tensor, _hessian_product(problem, to_sums, tangent, True, False)[0])
+            to_z = to_z + _own_hessian_product(Problem.of(*problem), to_sums, groups.unbiased, tangent)
+        return gradient.to(tangent.dtype), to_z, *[None] * (len(arguments) - 1)
+
+    jvp = no_forward_mode("a derivative of group_mmd in forward mode")
 
 
 quadratic_form_op = custom_op("quadratic_form", f"({SCHEMA}, bool diagonal) -> Tensor", _quadratic_form, _fake)
@@ -286,8 +390,11 @@ group_mmd_op = custom_op(
 group_mmd_backward_op = custom_op(
     "group_mmd_backward", f"({SCHEMA}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor", _group_mmd_gradient, _backward_fake
 )
+_FormGradient = autograd_function(
+    "QuadraticFormBackward", "group_mmd", quadratic_form_backward_op, _setup_double, _double_backward, _double_jvp
+)
 quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
-_apply = differentiable("GroupMMD", "group_mmd", 2, group_mmd_op, _group_mmd, _group_mmd_setup, _group_mmd_backward)
+_apply = differentiable("GroupMMD", "group_mmd", 2, group_mmd_op, _group_mmd, _group_mmd_setup, _group_mmd_backward, _group_mmd_jvp)
 
 
 def apply_group_mmd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
