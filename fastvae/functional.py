@@ -14,7 +14,7 @@ from fastvae.bandwidths import resolve
 from fastvae.cpu import reparameterize_kl as cpu
 from fastvae.cpu.pairs import Product
 from fastvae.devices import float64_on_cpu
-from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
+from fastvae.dispatch import accumulation_dtype, in_forward_mode, runs_on_triton, zero_if_finite
 from fastvae.distributed import gather, gather_rows, propagate_errors, sum_shares
 from fastvae.kernel_mean import KernelMean, mmd_to_mean
 from fastvae.kernel_sums import Numbers, as_vector
@@ -807,12 +807,12 @@ class Posterior(NamedTuple):
     def _apply(self, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         mu, s, _, *prior = self.tensors
         options, backend = self.options, self.options.backend
-        # The plain formulas run on every device and under every transform of torch.func, and the compiler fuses them on a CPU with the code
-        # around them, which an operation would prevent.
+        # The plain formulas run on every device, in forward mode and under every transform of torch.func. The compiler fuses them on a CPU
+        # with the code around them, which an operation would prevent.
         if torch.compiler.is_compiling():
             inlined = mu.device.type != "cuda"
         else:
-            inlined = torch._C._are_functorch_transforms_active() or not (mu.is_cpu or mu.is_cuda)
+            inlined = torch._C._are_functorch_transforms_active() or in_forward_mode() or not (mu.is_cpu or mu.is_cuda)
         if backend in ("cpu", "triton") or not (backend or inlined):
             return cast("tuple[Tensor, Tensor]", apply_reparameterize_kl(mu, s, noise, *prior, *options))
         tensors = PosteriorTensors(mu, s, noise, *prior)

@@ -192,13 +192,6 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(actual, exact)
 
 
-def test_second_derivative_is_refused():
-    x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
-    (grad,) = torch.autograd.grad(fastvae.kernel_matmul(x, y, v).sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="kernel_matmul has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_nan_out(backend):
     x, y, v = problem(5, 4, 3, 2)

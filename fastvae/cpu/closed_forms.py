@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvae.kernel_sums import KernelSum, Numbers, as_vector, rbf_normal_mean_exponent, rbf_normal_self_exponent
+from fastvae.radial import Kernel
 
 
 class Sample(NamedTuple):
@@ -96,22 +97,24 @@ def _exp_or_expm1(exponent: Tensor, subtract_constant: Tensor) -> Tensor:
     return torch.where(subtract_constant > 0, exponent.expm1(), exponent.exp())
 
 
-def diagonal_hessian_product(z: Tensor, weights: Tensor, kernel: KernelSum, direction: Tensor) -> Tensor:
-    """The Hessian of Σ_i w_i·k(z_i, z_i) times a direction (N, D), for a kernel of x·y and w (N, 1); all may have a batch dimension."""
+def diagonal_hessian_product(z: Tensor, weights: Tensor, kernel: Kernel, bandwidth: Tensor, a: Tensor, direction: Tensor) -> Tensor:
+    """The Hessian of Σ_i w_i·k(z_i, z_i) times a direction (N, D), for a kernel of x·y and w (N, 1); these may have a batch dimension.
+
+    Bandwidths and their weights a are (B,) in float64.
+    """
     x, v = z.double(), direction.double()
-    slope, curvature = kernel.kernel.derivatives(x.square().sum(-1, keepdim=True) * kernel.gamma)
+    gamma = kernel.gamma(bandwidth, x.shape[-1])
+    slope, curvature = kernel.derivatives(x.square().sum(-1, keepdim=True) * gamma)
     along = (x * v).sum(-1, keepdim=True)
-    first, second = (slope * kernel.gamma) @ kernel.weights, (curvature * kernel.gamma.square()) @ kernel.weights
+    first, second = (slope * gamma) @ a, (curvature * gamma.square()) @ a
     return (weights.double() * (2 * first[..., None] * v + 4 * second[..., None] * along * x)).to(direction.dtype)
 
 
-def normal_hessian_product(x: Tensor, p: Tensor, kernel: KernelSum, direction: Tensor | None) -> Tensor | None:
+def normal_hessian_product(x: Tensor, p: Tensor, bandwidth: Tensor, a: Tensor, direction: Tensor) -> Tensor:
     """The Hessian of −2·Σ_i p_i·E_y k(x_i, y) with y ~ N(0, I) times a direction (N, D), with p (N, 1). Of the value of `prior`."""
-    if direction is None:
-        return None
     rows, v = x.double(), direction.double()
-    steepness = 1 / (kernel.bandwidth.square() + 1)
-    terms = rbf_normal_mean_exponent(rows, kernel.bandwidth).exp() * kernel.weights * steepness
+    steepness = 1 / (bandwidth.square() + 1)
+    terms = rbf_normal_mean_exponent(rows, bandwidth).exp() * a * steepness
     along = (rows * v).sum(-1, keepdim=True)
     return (2 * p.double() * (terms.sum(-1, keepdim=True) * v - (terms @ steepness)[..., None] * along * rows)).to(direction.dtype)
 

@@ -39,6 +39,11 @@ class KernelArguments(NamedTuple):
         a: Numbers = self.weight_numbers if self.bandwidth_weights is None else self.bandwidth_weights
         return kernel_of(self.name, self.parameters), h, a
 
+    def vectors(self, device: torch.device) -> tuple[Kernel, Tensor, Tensor]:
+        """The kernel, and its bandwidths and their weights as float64 vectors."""
+        kernel, h, a = self.unpack()
+        return kernel, as_vector(h, device).double(), as_vector(a, device).double()
+
     def sum(self, dim: int, device: torch.device, mean_squared_distance: Tensor | None) -> KernelSum:
         """For the CPU, see `KernelSum.of`."""
         return KernelSum.of(*self.unpack(), dim, device, mean_squared_distance)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvae.cpu import kernel_hvp as cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
-from fastvae.kernel_sums import as_vector, stable_mean
+from fastvae.kernel_sums import stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
@@ -80,20 +80,19 @@ def _evaluate(*args: Any) -> Results:
 
 
 def _results(problem: Problem) -> Sequence[Tensor | None]:
-    (x, y), same, (kernel, bandwidth, weights) = problem.rows(), problem.y is None, problem.kernel.unpack()
+    (x, y), same, kernel = problem.rows(), problem.y is None, problem.kernel.vectors(problem.x.device)
     on_triton, batch = runs_on_triton(problem.backend, problem.x), problem.x.shape[:-2]
     step = cpu.problems_at_once(x, y)
     if step and (batch or not on_triton):
-        h, a = (as_vector(t, x.points.device).double() for t in (bandwidth, weights))
         parts = [slice(n, n + step) for n in range(0, batch[0], step)] if batch else [...]
-        found = [cpu.few_rows(kernel, h, a, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
+        found = [cpu.few_rows(*kernel, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
         return found[0] if len(found) == 1 else [None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True)]
     if batch:
         return _stacked([_results(_item(problem, n)) for n in range(batch[0])])
     if on_triton:
         return _on_triton(problem)
     centre = torch.zeros_like(x.points[0])
-    if kernel.radial:
+    if kernel[0].radial:
         centre = 0.5 * stable_mean(x.points) + 0.5 * stable_mean(y.points)
     zero = zero_if_finite(*(t for t in problem.tensors if t is not None)).to(problem.dtype)
     results = cpu.kernel_hvp(problem.kernel.sum(x.points.shape[1], x.points.device, None), x, y, same, centre, problem.wanted)

@@ -310,8 +310,10 @@ class _FewRows(torch.autograd.Function):
         x, y, third, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() and ctx.streaming is not None:
-            sources = [t for t, want in zip((x, y, third), wanted, strict=True) if want]
-            again = iter(torch.autograd.grad([ctx.streaming(x, y, third)], sources, grads, create_graph=True))
+            # Views, as one may depend on another.
+            views = [t if t is None else t.view_as(t) for t in (x, y, third)]
+            sources = [t for t, want in zip(views, wanted, strict=True) if want and t is not None]
+            again = iter(torch.autograd.grad([ctx.streaming(*views)], sources, grads, create_graph=True))
             return None, None, *(next(again) if want else None for want in wanted)
         with without_autocast(x.device):
             found = without_grad(ctx.function.gradients, *grads, third, tensors, wanted)

@@ -186,8 +186,8 @@ def hessian_product(problem: Problem, x_direction: Tensor | None, y_direction: T
         for n, (rows, whole) in enumerate(((x, others[0]), (others[0], x))):
             if rows.gradient:
                 results[n].append(_pairs(problem, rows, whole.everywhere, -2.0)[0])
-    else:
-        results[0].append(normal_hessian_product(x.z, x.p, problem.kernel.sum(x.z.shape[-1], x.z.device, None), x.direction))
+    elif x.direction is not None:
+        results[0].append(normal_hessian_product(x.z, x.p, *problem.kernel.vectors(x.z.device)[1:], x.direction))
     given = ([t for t in parts if t is not None] for parts in results)
     return cast("tuple[Tensor | None, Tensor | None]", tuple(torch.stack(parts).sum(0) if parts else None for parts in given))
 
@@ -240,15 +240,15 @@ def _pairs(problem: Problem, x: _Moving, y: _Moving | None, factor: Any) -> list
 
 def _within(problem: Problem, x: _Moving) -> list[Tensor | None]:
     """That of the mean over the pairs of one sample."""
-    kernel, parts = problem.kernel.sum(x.z.shape[-1], x.z.device, None), []
+    kernel, parts = problem.kernel.vectors(x.z.device), []
     if x.all_rows is not None:
         # One of the two places of each row, with the pairs of a row and itself.
         parts.append(_pairs(problem, x, x.all_rows, 2 * x.scale)[0])
     elif x.direction is not None:
         parts.append(_pairs(problem, x, None, x.scale)[0])
     # Only the biased estimator has pairs of a row and itself.
-    if not kernel.kernel.radial and x.direction is not None and problem.unbiased == (x.all_rows is not None):
-        own = diagonal_hessian_product(x.z, x.p.double().square(), kernel, x.direction)
+    if not kernel[0].radial and x.direction is not None and problem.unbiased == (x.all_rows is not None):
+        own = diagonal_hessian_product(x.z, x.p.double().square(), *kernel, x.direction)
         parts.append((-x.scale * own).to(own.dtype) if problem.unbiased else own)
     return parts
 

@@ -17,7 +17,7 @@ from fastvae.cpu import quadratic_form as cpu
 from fastvae.cpu import small
 from fastvae.cpu.closed_forms import diagonal_hessian_product
 from fastvae.dispatch import accumulation_dtype, in_forward_mode, needs_dispatcher, runs_on_triton, zero_if_finite
-from fastvae.kernel_sums import as_vector, stable_mean
+from fastvae.kernel_sums import stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
@@ -56,9 +56,9 @@ class Problem(NamedTuple):
 
     def own_slopes(self) -> Tensor:
         """The derivative of k(z_i, z_i) to ‖z_i‖², for a kernel of x·y, (N,) in float64."""
-        (family, h, a), z = self.kernel.unpack(), self.z.double()
-        gamma = family.gamma(as_vector(h, z.device), z.shape[1])
-        return (family.derivatives(z.square().sum(1, keepdim=True) * gamma)[0] * gamma) @ as_vector(a, z.device)
+        (family, h, a), z = self.kernel.vectors(self.z.device), self.z.double()
+        gamma = family.gamma(h, z.shape[1])
+        return (family.derivatives(z.square().sum(1, keepdim=True) * gamma)[0] * gamma) @ a
 
 
 # The arguments of each op that describe K and v.
@@ -226,10 +226,10 @@ def _own_weights(problem: Problem, to_sums: Tensor, unbiased: bool) -> Tensor:
 
 def _own_hessian_product(problem: Problem, to_sums: Tensor, unbiased: bool, direction: Tensor) -> Tensor | float:
     """The Hessian of O times its upstream, times a direction."""
-    kernel = problem.kernel.sum(problem.z.shape[1], problem.z.device, None)
-    if kernel.kernel.radial:
+    kernel = problem.kernel.vectors(problem.z.device)
+    if kernel[0].radial:
         return 0.0
-    return diagonal_hessian_product(problem.z, _own_weights(problem, to_sums, unbiased)[:, None], kernel, direction)
+    return diagonal_hessian_product(problem.z, _own_weights(problem, to_sums, unbiased)[:, None], *kernel, direction)
 
 
 def quadratic_form_diagonal(*args: Any, progress: Callable[[float], None] | None = None) -> Tensor:
