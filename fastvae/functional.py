@@ -23,7 +23,7 @@ from fastvae.ops.common import KernelArguments, cached_options, kernel_arguments
 from fastvae.ops.kernel_matmul import apply_kernel_matmul
 from fastvae.ops.log_kernel_density import apply_normalized_matmul, few_rows_of, of_few_rows
 from fastvae.ops.mmd import apply_mmd
-from fastvae.ops.quadratic_form import apply_group_mmd, quadratic_form_op
+from fastvae.ops.quadratic_form import apply_group_mmd, apply_shared_form
 from fastvae.ops.reparameterize_kl import Options as PosteriorOptions
 from fastvae.ops.reparameterize_kl import Tensors as PosteriorTensors
 from fastvae.ops.reparameterize_kl import apply_reparameterize_kl, epsilon, formula, fused_formula
@@ -541,18 +541,10 @@ def group_mmd(
     else:
         if backend == "reference":
             sums = reference.quadratic_form(z.to(dtype), v.to(dtype), bandwidth=h, bandwidth_weights=a, kernel=family).double()
-        else:
-            sums = quadratic_form_op(z, v, *arguments, False)
         if process_group is not None:
-            # Pairs of this rank's rows with other ranks' rows. Both ranks count them: half of the value is kept, and all of the gradient.
             place = torch.arange(all_z.shape[0], device=z.device)
             others = torch.where(((place < start) | (place >= start + z.shape[0]))[:, None], all_v, 0)
-            kernel_options: Any = {"bandwidth_weights": a, "kernel": family, "precision": precision, "backend": backend}
-            # For a wide bandwidth k is near 1, and float32 sums of k cancel badly; the sweep over own pairs sums k − 1 instead.
-            wide = torch.float64 if z.device.type == "cpu" else dtype
-            across = v.double().T @ kernel_matmul(z.to(wide), all_z.to(wide), others.to(wide), bandwidth=h, **kernel_options).double()
-            across = across + across.T
-            sums = sum_shares(sums + across - 0.5 * across.detach(), process_group)
+            sums = sum_shares(apply_shared_form(z, v, all_z, others, process_group.group_name, *arguments), process_group)
         own = pairs_with_self(z, v, family, h, a)
         if process_group is not None and isinstance(own, Tensor) and own.ndim:
             own = sum_shares(own, process_group)

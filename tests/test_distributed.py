@@ -35,8 +35,21 @@ def assert_is_global(rank, world, function, *tensors):
     parts = own(rank, world, *tensors)
     actual = function(*parts, dist.group.WORLD)
     torch.testing.assert_close(actual, value)
-    for gradient, part in zip(torch.autograd.grad(actual, parts), own(rank, world, *gradients), strict=True):
+    for gradient, part in zip(torch.autograd.grad(actual, parts, retain_graph=True), own(rank, world, *gradients), strict=True):
         torch.testing.assert_close(gradient / world, part)
+    try:
+        seconds = second_derivatives(function(*tensors, None), tensors, [t.detach().cos() for t in tensors])
+    except NotImplementedError:
+        return  # It has none on one process either.
+    directions = own(rank, world, *(t.detach().cos() for t in tensors))
+    for second, part in zip(second_derivatives(actual, parts, directions), own(rank, world, *seconds), strict=True):
+        torch.testing.assert_close(second / world, part)
+
+
+def second_derivatives(value, tensors, directions):
+    """The gradient of one along a direction, of a function of the value that is not linear."""
+    gradients = torch.autograd.grad(value.sin(), tensors, create_graph=True)
+    return torch.autograd.grad(sum((t * along).sum() for t, along in zip(gradients, directions, strict=True)), tensors)
 
 
 def losses(rank, world):

@@ -333,6 +333,16 @@ def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None)
     return forbid_derivative(f"{name} has no third derivative: pass backend='reference', which is dense and has one", t, *inputs)
 
 
+def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
+    """The rows of a direction from all ranks of a process group."""
+    (rows,), _ = torch.ops.fastvae.gather_rows(name, [direction.detach()], group, "biased")
+    message = (
+        "a Hessian-vector product in a process group has no derivative, which torch.autograd.functional.hvp takes: use vhp or call "
+        "torch.autograd.grad twice"
+    )
+    return forbid_derivative(message, rows, direction)
+
+
 _BANDWIDTHS = (
     "with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in x / h and y / h, or pass "
     "backend='reference', which is dense and has one"

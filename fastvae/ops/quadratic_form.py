@@ -24,6 +24,7 @@ from fastvae.ops.common import (
     autograd_function,
     custom_op,
     differentiable,
+    direction_of_all_ranks,
     leaves,
     matmul_precision,
     needs_grad,
@@ -34,6 +35,7 @@ from fastvae.ops.common import (
     without_grad,
 )
 from fastvae.ops.kernel_hvp import kernel_hvp, kernel_hvp_op
+from fastvae.ops.kernel_matmul import kernel_matmul_backward_op, kernel_matmul_op
 from fastvae.reference.quadratic_form import GroupWeights, pair_upstreams, pair_values, pairs_with_self
 
 SCHEMA = f"Tensor z, Tensor v, {KERNEL_SCHEMA}, str precision, str backend"
@@ -341,6 +343,63 @@ def _group_mmd_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, .
     arguments, _ = saved_arguments(ctx)
     values = _GroupTangent.apply(tangents[0], *leaves(arguments))  # type: ignore[no-untyped-call]
     return values, None, None, None
+
+
+class _SharedForm(torch.autograd.Function):
+    """The share in S of some rows of all, whose upstream gives the gradient of S to them. See `apply_shared_form`."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, v: Tensor, all_z: Tensor, others: Tensor, group: str, *options: Any) -> Tensor:
+        save_arguments(ctx, (z, v, all_z, others, group, *options), ())
+        form = quadratic_form_op if needs_dispatcher(z) else _quadratic_form
+        # For a wide bandwidth k is near 1, and float32 sums of k cancel badly; the sweep over own pairs sums k − 1 instead.
+        wide = torch.float64 if z.device.type == "cpu" else accumulation_dtype(z.dtype)
+        product = kernel_matmul_op(z.to(wide), all_z.to(wide), others.to(wide), *options)
+        across = v.double().T @ product.double()
+        # Both ranks count their common pairs, which are halves of S.
+        return cast(Tensor, form(z, v, *options, False) + 0.5 * (across + across.T))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (z, v, all_z, others, group, *options), _ = saved_arguments(ctx)
+        gradient = _form_gradient(grads[0], [z, v, *options])
+        factors = v.double() @ (grads[0] + grads[0].T)
+        across: Any = _AcrossGradient.apply(z, factors.to(gradient.dtype), all_z, others, group, *options)  # type: ignore[no-untyped-call]
+        return (gradient + across).to(z.dtype), *[None] * (len(options) + 4)
+
+
+class _AcrossGradient(torch.autograd.Function):
+    """Σ_j (u_i·v_j)·∂k(z_i, z_j)/∂z_i over the rows j of other ranks, differentiable to z and u."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, u: Tensor, all_z: Tensor, others: Tensor, group: str, *options: Any) -> Tensor:
+        save_arguments(ctx, (z, u, all_z, others, group, *options), ())
+        wide = accumulation_dtype(z.dtype)
+        return cast(
+            Tensor, kernel_matmul_backward_op(u, z.to(wide), all_z.to(wide), others.to(wide), *options, True, False, False, False)[0]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+        (z, u, all_z, others, group, *options), _ = saved_arguments(ctx)
+        (direction,), dtype = directions, accumulation_dtype(z.dtype)
+        everywhere = direction_of_all_ranks("z", direction, group)
+        rows = z.to(dtype), all_z.to(dtype), u, others.to(dtype)
+        # Each rank's gradient moves with its own rows and with those of the others.
+        to_z = kernel_hvp("group_mmd", *rows, direction, everywhere, None, None, *options, True, False, False, False)[0]
+        to_u = kernel_hvp("group_mmd", *rows, direction, None, None, None, *options, False, False, True, False)[2]
+        return to_z, to_u, *[None] * (len(options) + 3)
+
+
+def apply_shared_form(z: Tensor, v: Tensor, all_z: Tensor, others: Tensor, group: str, *options: Any) -> Tensor:
+    """The share of the rows z in S (C, C) of all rows, float64; its gradient is that of the whole S.
+
+    Args:
+        others: (M, C), the v of all rows, 0 for those of z.
+        group: the name of the process group whose ranks hold the other rows.
+        options: those of `Problem`.
+    """
+    return cast(Tensor, _SharedForm.apply(z, v, all_z, others, group, *options))  # type: ignore[no-untyped-call]
 
 
 class _GroupTangent(torch.autograd.Function):
