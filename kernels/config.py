@@ -322,6 +322,20 @@ def matmul_config(
     return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, limit, block_c=min(block_c, 32))
 
 
+def hvp_config(
+    dim: int, columns: int, precision: str, points: bool, bandwidths: int, architecture: int, powers: bool = False
+) -> MatmulConfig:
+    """For Hessian-vector products of rows of `dim` features and factors of `columns` columns, of which `points` says that the result is to
+    the rows; `precision` may also be that of `difference_products`."""
+    if precision in (difference_products(4), difference_products(8)):
+        return MatmulConfig(32, 16, 16, 4, 4, 1, block_c=16)
+    if precision == "float64":
+        return MatmulConfig(32, 16, 16, 16, 4, 1, block_c=16)
+    block_c = min(max(16, _next_power_of_2(columns)), 32)
+    block_d = min(max(16, _next_power_of_2(dim)), 64)
+    return MatmulConfig(64, 32, min(block_d, 32), block_d, 4, 1, block_c=block_c)
+
+
 def few_rows_config(rows: int, features: int) -> FewRowsConfig:
     """For problems of so many rows of both samples together. A thread keeps up to 16 sums of squares, or 32 for more than 16 rows: with
     more the kernel spills. Not measured."""

@@ -185,6 +185,34 @@ def phi(t, parameters, FAMILY: tl.constexpr, GRADIENT: tl.constexpr):
 
 
 @triton.jit
+def second_derivative(t, neg_dphi, parameters, FAMILY: tl.constexpr):
+    """The derivative to t' of the second result of `phi`, from t' and that result; of a Matérn kernel 0 at t' = 0."""
+    PARAMETERS: tl.constexpr = FAMILY.parameters
+    FIRST: tl.constexpr = FAMILY.first_parameter
+    derivative = tl.zeros_like(t)
+    if FAMILY.number == GAUSSIAN or FAMILY.number == LAPLACE:
+        derivative = neg_dphi * (1.0 / LOG2_E)
+    elif FAMILY.number == RATIONAL_QUADRATIC_ONE or FAMILY.number == RATIONAL_QUADRATIC_HALF:
+        root = tl.rsqrt(1.0 - t)
+        derivative = neg_dphi * (root * root) * (2.0 if FAMILY.number == RATIONAL_QUADRATIC_ONE else 1.5)
+    elif FAMILY.number == RATIONAL_QUADRATIC or FAMILY.number == RATIONAL_QUADRATIC_LARGE:
+        derivative = neg_dphi * (parameters[FIRST] + 1.0) / (1.0 - t)
+    elif FAMILY.number == MATERN_32:
+        # A comparison with nan is false: nan stays nan.
+        derivative = neg_dphi * tl.where(t >= 0.0, 0.0, tl.rsqrt(-t)) * (0.5 / LOG2_E)
+    elif FAMILY.number == MATERN_52:
+        derivative = tl.exp2(-tl.sqrt(tl.where(t > 0.0, 0.0, -t))) * (0.5 / (LOG2_E * LOG2_E))
+    elif FAMILY.number == RIESZ:
+        derivative = tl.where(t == 0.0, 0.0, neg_dphi * (parameters[FIRST] - 1.0) / t)
+    elif FAMILY.number == POLYNOMIAL:
+        for n in tl.static_range(PARAMETERS - 1):
+            derivative = derivative * t + parameters[n] * ((PARAMETERS - n) * (PARAMETERS - n - 1))
+    else:
+        tl.static_assert(FAMILY.number == ENERGY, "second_derivative has no branch for this family")
+    return derivative
+
+
+@triton.jit
 def log2_phi(t, parameters, FAMILY: tl.constexpr):
     """log₂ φ, finite where φ underflows, and −φ'/φ up to the factors of `Family.neg_dphi_factor`."""
     value = t

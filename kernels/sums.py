@@ -8,7 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvae import kernel_sums
-from fastvae.kernels.families import GAUSSIAN, MATERN_32, MATERN_52, MIXED, Family, family_of, inverse_distance, log2_phi, phi
+from fastvae.kernels.families import (
+    GAUSSIAN,
+    MATERN_32,
+    MATERN_52,
+    MIXED,
+    Family,
+    family_of,
+    inverse_distance,
+    log2_phi,
+    phi,
+    second_derivative,
+)
 from fastvae.kernels.products import DIFFERENCES
 from fastvae.radial import Kernel, Polynomial, RationalQuadratic, Riesz
 
@@ -201,6 +212,47 @@ def evaluate_sum(
         if FAMILY.radial and not FAMILY.homogeneous:
             value = value - value_constant
         return value, neg_dphi
+
+
+# From this inverse distance on a pair counts as identical for the second derivative, which it enters with its third power.
+_MOST_INVERSE, _MOST_INVERSE_DOUBLE = tl.constexpr(1e12), tl.constexpr(1e100)
+
+
+@triton.jit
+def evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY: tl.constexpr, CURVATURE: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """Value and slope of `evaluate_sum` without constants, and the derivative of the slope to the exponent: 0 unless CURVATURE.
+
+    The table is one for the gradient, without squarings. Sums of unlike kernels are evaluated one kernel at a time.
+    """
+    tl.static_assert(FAMILY.number != MIXED, "evaluate_curvature takes one kernel")
+    PARAMETERS: tl.constexpr = FAMILY.parameters
+    t = exponent
+    inverse = exponent
+    if FAMILY.takes_distance:
+        inverse = inverse_distance(exponent, parameters[PARAMETERS])
+        t = exponent * inverse
+    value, slope = phi(t, parameters, FAMILY, True)
+    derivative = slope
+    if CURVATURE:
+        derivative = second_derivative(t, slope, parameters, FAMILY)
+    if BANDWIDTHS > 1:
+        first = _entry(table, table_ptr, 2 * BANDWIDTHS, BANDWIDTHS)
+        value, slope, derivative = value * _entry(table, table_ptr, BANDWIDTHS, BANDWIDTHS), slope * first, derivative * first
+        for b in tl.static_range(1, BANDWIDTHS):
+            ratio = _entry(table, table_ptr, b, BANDWIDTHS)
+            weight = _entry(table, table_ptr, 2 * BANDWIDTHS + b, BANDWIDTHS)
+            k, s = phi(t * ratio, parameters, FAMILY, True)
+            value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
+            slope += s * weight
+            if CURVATURE:
+                derivative += second_derivative(t * ratio, s, parameters, FAMILY) * (weight * ratio)
+    if FAMILY.takes_distance:
+        if CURVATURE:
+            # Of Σ_b w_b·s_b(t'·ratio_b)/√−exponent, with t' = −√−exponent.
+            near = tl.minimum(inverse, _MOST_INVERSE_DOUBLE if exponent.dtype == tl.float64 else _MOST_INVERSE)
+            derivative = (derivative + slope * near) * (0.5 * near * near)
+        slope = slope * inverse
+    return value, slope, derivative
 
 
 @triton.jit

@@ -1,0 +1,104 @@
+"""The Triton kernels of Hessian-vector products against the dense Hessian in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvae.kernel_sums import KernelNumbers
+from fastvae.radial import Energy, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, RBF, Riesz
+from fastvae.reference.mmd import kernel_matrix
+from tests.cases import DEVICE, needs_triton
+
+pytestmark = [needs_triton, pytest.mark.interpreter, pytest.mark.usefixtures("interpreter_warnings")]
+
+RADIAL = [
+    RBF(),
+    RationalQuadratic(1.0),
+    RationalQuadratic(0.5),
+    RationalQuadratic(2.3),
+    RationalQuadratic(50.0),
+    Laplace(),
+    Matern32(),
+    Matern52(),
+    Energy(),
+    Riesz(1.5),
+    Riesz(0.7),
+]
+KERNELS = [*RADIAL, Polynomial(), Polynomial(1), Polynomial(2, coef0=0.5)]
+BANDWIDTHS = {1: (1.7,), 5: (0.8, 1.6, 2.0, 3.2, 6.4)}
+WEIGHTS = {1: (1.3,), 5: (0.5, 1.0, 2.0, -0.3, 0.7)}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+ALL = (True,) * 4
+
+
+def problem(n: int, m: int | None, d: int, c: int, offset: float = 0.0) -> list[Tensor | None]:
+    """x, y, u, v in float64; with m None u and v are the same, and there is no y."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(rows, d, dtype=torch.float64, generator=generator) * (3 / d) ** 0.5 + offset for rows in (n, m or 1))
+    u, v = (torch.randn(rows, c, dtype=torch.float64, generator=generator) for rows in (n, m or n))
+    x, y, u, v = (t.to(DEVICE) for t in (x, y, u, v))
+    return [x, None, u, u] if m is None else [x, y, u, v]
+
+
+def directions_of(inputs: list[Tensor | None], given: str) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(2)
+    x, y, u, v = (
+        None if t is None else torch.randn(t.shape, dtype=torch.float64, generator=generator).to(DEVICE) if name in given else None
+        for name, t in zip("xyuv", inputs, strict=True)
+    )
+    return [x, y, u, v] if inputs[1] is not None else [x, None, u, u]
+
+
+def dense(kernel: Kernel, bandwidths: int, inputs: list[Tensor | None], directions: list[Tensor | None]) -> list[Tensor | None]:
+    """The Hessian of the dense sum times the directions; of a sample against itself as `kernel_hvp` defines it."""
+    x, y, u, v = inputs
+    h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE) for t in (BANDWIDTHS[bandwidths], WEIGHTS[bandwidths]))
+    within = y is None
+
+    def s(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        pairs = (u @ v.T) * kernel_matrix(x, y, h, a, kernel)
+        return pairs.sum() - pairs.diagonal().sum() if within else pairs.sum()
+
+    points = (x, x if within else y, u, v)
+    changes = [directions[0] if within and n == 1 else t for n, t in enumerate(directions)]
+    points = tuple(z.clone().requires_grad_() for z in points)
+    gradients = torch.autograd.grad(s(*points), points, create_graph=True)
+    along = sum(((g * t).sum() for g, t in zip(gradients, changes, strict=True) if t is not None), start=0.0 * points[0].sum())
+    to_x, to_y, to_u, to_v = torch.autograd.grad(along, points, materialize_grads=True)
+    return [to_x + to_y, None, to_u, to_v] if within else [to_x, to_y, to_u, to_v]
+
+
+def evaluate(kernel, bandwidths, inputs, directions, dtype=torch.float32, precision="highest", wanted=ALL):
+    from fastvae.kernels.kernel_hvp import kernel_hvp
+
+    numbers = KernelNumbers.of(kernel, BANDWIDTHS[bandwidths], WEIGHTS[bandwidths], inputs[0].shape[1], False, inputs[0].device)
+    x, y, u, v, *directions = (None if t is None else t.to(dtype) for t in (*inputs, *directions))
+    wanted = [want and not (y is None and n == 1) for n, want in enumerate(wanted)]
+    return kernel_hvp(numbers, x, y, u, v, directions, wanted, precision)
+
+
+def errors(actual: list[Tensor | None], exact: list[Tensor | None]) -> list[float]:
+    """The largest error of each result relative to its largest entry."""
+    assert [a is None for a in actual] == [e is None for e in exact]
+    pairs = [(a, e) for a, e in zip(actual, exact, strict=True) if a is not None]
+    return [((a.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for a, e in pairs]
+
+
+def rounded(inputs, dtype):
+    return [None if t is None else t.to(dtype).double() for t in inputs]
+
+
+def check(kernel, bandwidths, inputs, directions, dtype=torch.float32, precision="highest", tolerance=None):
+    inputs, directions = rounded(inputs, dtype), rounded(directions, dtype)
+    actual = evaluate(kernel, bandwidths, inputs, directions, dtype, precision)
+    found = errors(actual, dense(kernel, bandwidths, inputs, directions))
+    assert max(found) < (tolerance or TOLERANCE[dtype]), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [50, None])
+@pytest.mark.parametrize("bandwidths", [1, 5])
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_families(kernel, bandwidths, m, dtype):
+    inputs = problem(70, m, 3, 3)
+    check(kernel, bandwidths, inputs, directions_of(inputs, "xyuv"), dtype)
