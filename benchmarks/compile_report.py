@@ -32,6 +32,7 @@ from fastvae.cpu.sigreg import Points
 from fastvae.kernels import (
     families,
     few_rows,
+    kernel_hvp,
     kernel_matmul,
     ksd_to_normal,
     log_kernel_density,
@@ -55,6 +56,7 @@ from fastvae.kernels.config import (
     density_config,
     difference_products,
     few_rows_config,
+    hvp_config,
     matmul_config,
     padded_dim,
     slice_config,
@@ -155,6 +157,24 @@ class Matmul:
     def name(self) -> str:
         parts = [self.direction, self.precision, f"D{self.dim}", f"C{self.columns}", f"bandwidths{self.bandwidths}"]
         return " ".join(parts + ["differences"] * self.differences + ["biased"] * self.biased + kernel_words(self.kernel))
+
+
+@dataclass(frozen=True)
+class HVP:
+    """One variant of a kernel of `kernel_hvp`, with every direction."""
+
+    to: str  # points or factors
+    precision: str
+    dim: int
+    columns: int
+    bandwidths: int = 1
+    kernel: Kernel = RBF()  # noqa: RUF009, frozen
+    differences: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = ["hvp", self.to, self.precision, f"D{self.dim}", f"C{self.columns}", f"bandwidths{self.bandwidths}"]
+        return " ".join(parts + ["differences"] * self.differences + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -277,7 +297,7 @@ class Slices:
         return (5, 1) if self.odd else (8, 2)
 
 
-Variant = Sweep | Differences | Matmul | Stein | Rows | Density | FewRows | Slices
+Variant = Sweep | Differences | Matmul | HVP | Stein | Rows | Density | FewRows | Slices
 # Kernel, binary, cycles and instructions by unit.
 Described = tuple[str, Binary, dict[str, float], dict[str, float]]
 
@@ -312,6 +332,7 @@ def variants(architecture: int) -> Iterator[Variant]:
     yield from _terms(architecture)
     yield from _matmuls(architecture)
     yield from _few_rows(architecture)
+    yield from _hvps(architecture)
     yield from _steins(architecture)
     yield from _biased_matmuls(architecture)
     for direction in ("forward", "backward"):
@@ -401,6 +422,26 @@ def _matmuls(architecture: int) -> Iterator[Variant]:
                 yield Matmul(direction, precision, 16, 16, 5, differences=True)
 
 
+def _hvps(architecture: int) -> Iterator[Variant]:
+    for to in ("points", "factors"):
+        for dim in (16, 64, 128):
+            yield HVP(to, "highest", dim, 64)
+        yield HVP(to, "highest", 64, 1)
+        yield HVP(to, "highest", 64, 1, 5, RationalQuadratic(2.3))
+        yield HVP(to, "float64", 64, 64, 5)
+        if architecture == 90:
+            yield HVP(to, "highest", 16, 1)
+            yield HVP(to, "highest", 256, 64)
+            for precision in ("high", "medium", "ieee"):
+                yield HVP(to, precision, 64, 64, 5)
+            for kernel in (RBF(), Laplace(), RationalQuadratic(2.3), Matern32(), Matern52()):
+                yield HVP(to, "highest", 64, 64, 5, kernel)
+            for kernel in (RBF(), Laplace(), RationalQuadratic(2.3), RationalQuadratic(1.0), Energy(), Polynomial()):
+                yield HVP(to, "highest", 64, 1, 1, kernel) if kernel != RBF() else HVP(to, "highest", 64, 1, 5)
+            for precision in ("highest", "float64"):
+                yield HVP(to, precision, 16, 16, 5, differences=True)
+
+
 def _few_rows(architecture: int) -> Iterator[Variant]:
     """Groups of four against four, as in inductive moment matching, and the most rows and bandwidths."""
     yield FewRows(8, 4096)
@@ -488,6 +529,12 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         powers = _powers(variant.kernel)
         sizes = variant.dim, variant.columns
         return matmul_config(*sizes, products, backward, variant.bandwidths, architecture, powers, variant.biased)
+    if isinstance(variant, HVP):
+        products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
+        if variant.differences:
+            products = difference_products(8 if variant.precision == "float64" else 4)
+        points, powers = variant.to == "points", _powers(variant.kernel)
+        return hvp_config(variant.dim, variant.columns, products, points, variant.bandwidths, architecture, powers)
     if isinstance(variant, Stein):
         products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
         if variant.differences:
@@ -512,8 +559,8 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
 def row(variant: Variant, architecture: int) -> dict[str, Any]:
     """Compile a variant and describe it."""
     describe: Any = {
-        Sweep: _sweep, Differences: _differences, Matmul: _matmul, Stein: _stein, Rows: _rows, Density: _density, FewRows: _few,
-        Slices: _slices,
+        Sweep: _sweep, Differences: _differences, Matmul: _matmul, HVP: _hvp, Stein: _stein, Rows: _rows, Density: _density,
+        FewRows: _few, Slices: _slices,
     }  # fmt: skip
     config = config_of(variant, architecture)
     kernel, binary, units, work = describe[type(variant)](variant, config, architecture)
@@ -687,6 +734,52 @@ def _matmul(variant: Matmul, config: MatmulConfig, architecture: int) -> Describ
     repeats = dim // config.block_d if backward else columns // config.block_c
     module = "log_kernel_density" if variant.direction == "log sums" else "kernel_matmul"
     return f"{module}.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+
+
+def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
+    points, dim = variant.to == "points", padded_dim(variant.dim, config)
+    fn = kernel_hvp.points_kernel if points else kernel_hvp.factors_kernel
+    multiplied = variant.columns <= kernel_hvp.MOST_MULTIPLIED
+    columns = variant.columns if multiplied else prepare.padded(variant.columns, config.block_c)
+    product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
+    if variant.differences:
+        product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
+    scalar = "*fp64" if variant.precision == "float64" else "*fp32"
+    types = {
+        **dict.fromkeys(("points", "directions"), prepare.Operands(*[scalar] * 4, "i32", "i32")),
+        "factors": kernel_hvp.Factors(*[scalar] * 4),
+        "plan_ptr": "*fp64",
+        "table_ptr": scalar,
+        "start": kernel_hvp.Start(*["i32"] * 5),
+        **({"sums": kernel_hvp.PointSums(scalar, scalar, scalar, "i32", "i32")} if points else {"out_ptr": scalar}),
+    }
+    options = config.launch()
+    blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
+    spec = kernel_hvp.HVPSpec(
+        PRECISION_PASS=int(variant.differences),
+        WITHIN=False,
+        PRODUCT=product,
+        MULTIPLIED=multiplied,
+        FAMILY=families.family_of(variant.kernel),
+        BANDWIDTHS=variant.bandwidths,
+        D=dim,
+        C=columns,
+        ROW_DIR=True,
+        COLUMN_DIR=True,
+        ROW_FACTOR_DIR=points,
+        COLUMN_FACTOR_DIR=True,
+        **blocks,
+    )
+    binary = compile_kernel(fn, types, {"SPEC": spec} | options, architecture)
+    steps = dim if variant.differences else dim // config.block_k
+    work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
+    gpu = GPUS[architecture]
+    units = _cycles(work, gpu.fp64)
+    of_factors = 0 if multiplied else 3 * columns if points else 2 * config.block_c
+    of_points = 0 if variant.differences else 3 * dim + (2 * config.block_d if points else 0)
+    units["products"] = _PRODUCTS[kind] * (of_points + of_factors) / _rate(kind, gpu)
+    repeats = dim // config.block_d if points else 1 if multiplied else columns // config.block_c
+    return f"kernel_hvp.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _stein(variant: Stein, config: SweepConfig, architecture: int) -> Described:

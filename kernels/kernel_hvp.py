@@ -583,7 +583,7 @@ def factors_finish_kernel(
 
 
 # Most columns of factors whose products are taken without products of matrices: a matrix product has at least 16.
-_MOST_MULTIPLIED = 2
+MOST_MULTIPLIED = 2
 # Most programs that store the rows of one operand.
 _MOST_PROGRAMS = 256
 
@@ -608,7 +608,7 @@ def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.
         for points in (False, True)
     }
     every = [*configs[False], *configs[True]]
-    multiplied = columns <= _MOST_MULTIPLIED
+    multiplied = columns <= MOST_MULTIPLIED
     return _LaunchChoice(
         configs,
         multiplied,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastvae.kernel_sums import KernelNumbers
-from fastvae.radial import Energy, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, RBF, Riesz
+from fastvae.radial import RBF, Energy, Kernel, Laplace, Matern32, Matern52, Polynomial, RationalQuadratic, Riesz
 from fastvae.reference.mmd import kernel_matrix
 from tests.cases import DEVICE, needs_triton
 
