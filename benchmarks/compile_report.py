@@ -744,7 +744,7 @@ def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
     product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
     if variant.differences:
         product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
-    scalar = "*fp64" if variant.precision == "float64" else "*fp32"
+    scalar, family = "*fp64" if variant.precision == "float64" else "*fp32", families.family_of(variant.kernel)
     types = {
         **dict.fromkeys(("points", "directions"), prepare.Operands(*[scalar] * 4, "i32", "i32")),
         "factors": kernel_hvp.Factors(*[scalar] * 4),
@@ -760,8 +760,9 @@ def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
         WITHIN=False,
         PRODUCT=product,
         MULTIPLIED=multiplied,
-        FAMILY=families.family_of(variant.kernel),
+        FAMILY=family,
         BANDWIDTHS=variant.bandwidths,
+        EXACT_NEAR=kernel_hvp.takes_exact_distances(family),
         D=dim,
         C=columns,
         ROW_DIR=True,

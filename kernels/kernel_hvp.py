@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastvae.kernel_sums import KernelNumbers
 from fastvae.kernels.config import MatmulConfig, column_splits, device_limits, hvp_config, padded_dim
+from fastvae.kernels.families import MATERN_32, Family
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.kernels.plan import (
     CONSTANT,
@@ -35,8 +36,10 @@ from fastvae.kernels.plan import (
 )
 from fastvae.kernels.prepare import ROW_BLOCK, Operands, Sample, as_product, block_of, padded, prepare
 from fastvae.kernels.products import (
+    BF16X3,
     DIFFERENCES,
     IEEE,
+    TF32X3,
     dot,
     load_block,
     load_parts,
@@ -102,6 +105,7 @@ class HVPSpec(NamedTuple):
     MULTIPLIED: bool  # one or two columns of factors, without products of matrices
     FAMILY: Any  # of `fastvae.kernels.families`
     BANDWIDTHS: int
+    EXACT_NEAR: bool  # tiles with near pairs take differences, see `takes_exact_distances`
     D: int
     C: int
     ROW_DIR: bool  # which directions there are
@@ -113,6 +117,11 @@ class HVPSpec(NamedTuple):
     BLOCK_K: int  # features of a step of the products that the exponent and its change are made of
     BLOCK_C: int  # columns of factors of a step, or of a program of `factors_kernel`
     BLOCK_D: int  # features of a block of moments
+
+
+# A pair is near if its squared distance is at most this share of its ‖x‖² + ‖y‖²: products of three parts then have an error of 2⁻¹⁵, those
+# of float64 one of 2⁻³⁸.
+_NEAR, _NEAR_DOUBLE = tl.constexpr(2.0**-7), tl.constexpr(2.0**-14)
 
 
 @triton.jit(do_not_specialize=["first_y", "rows"])
@@ -175,7 +184,40 @@ def store_kernel(
 
 
 @triton.jit
-def _exponent_and_change(rows, row_dirs, points, directions, start_m, scale, SPEC: tl.constexpr):
+def _load_feature(operands, offs, dtype: tl.constexpr, PRODUCT: tl.constexpr):
+    """One feature of rows as products see them."""
+    feature = tl.load(operands.hi_ptr + offs).to(dtype)
+    if PRODUCT == BF16X3 or PRODUCT == TF32X3:  # noqa: SIM109
+        feature += tl.load(operands.lo_ptr + offs).to(dtype)
+    return feature
+
+
+@triton.jit
+def _by_differences(points, directions, start_n, start_m, scale, dtype: tl.constexpr, SPEC: tl.constexpr):
+    """ε and dε of a tile by differences, feature by feature, of rows and directions that are multiplied by `scale`."""
+    PRODUCT: tl.constexpr = SPEC.PRODUCT
+    BLOCK_N: tl.constexpr = SPEC.BLOCK_N
+    BLOCK_M: tl.constexpr = SPEC.BLOCK_M
+    exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
+    change = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
+    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64) * SPEC.D
+    offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * SPEC.D
+    for k in range(SPEC.D):
+        row, column = _load_feature(points, offs_n + k, dtype, PRODUCT), _load_feature(points, offs_m + k, dtype, PRODUCT)
+        difference = (row[:, None] - column[None, :]) * scale
+        exponent -= difference * difference
+        if SPEC.ROW_DIR and SPEC.COLUMN_DIR:
+            row_dir = _load_feature(directions, offs_n + k, dtype, PRODUCT)
+            change -= difference * (row_dir[:, None] - _load_feature(directions, offs_m + k, dtype, PRODUCT)[None, :])
+        elif SPEC.ROW_DIR:
+            change -= difference * _load_feature(directions, offs_n + k, dtype, PRODUCT)[:, None]
+        elif SPEC.COLUMN_DIR:
+            change += difference * _load_feature(directions, offs_m + k, dtype, PRODUCT)[None, :]
+    return 0.5 * exponent, change * scale
+
+
+@triton.jit
+def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, scale, SPEC: tl.constexpr):
     """ε and dε of a tile, and the last features that it loaded of the columns and of their directions."""
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     FAMILY: tl.constexpr = SPEC.FAMILY
@@ -184,26 +226,15 @@ def _exponent_and_change(rows, row_dirs, points, directions, start_m, scale, SPE
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
     BLOCK_K: tl.constexpr = SPEC.BLOCK_K
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
-    exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
-    change = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
     col_hi, col_lo, dir_hi, dir_lo = rows.hi, rows.lo, rows.hi, rows.lo
     if PRODUCT == DIFFERENCES:
-        offs = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * D
-        for k in range(D):
-            difference = (tl.load(rows.ptrs + k)[:, None] - tl.load(points.hi_ptr + offs + k)[None, :]) * scale
-            exponent -= difference * difference
-            if SPEC.ROW_DIR and SPEC.COLUMN_DIR:
-                change -= difference * (tl.load(row_dirs.ptrs + k)[:, None] - tl.load(directions.hi_ptr + offs + k)[None, :])
-            elif SPEC.ROW_DIR:
-                change -= difference * tl.load(row_dirs.ptrs + k)[:, None]
-            elif SPEC.COLUMN_DIR:
-                change += difference * tl.load(directions.hi_ptr + offs + k)[None, :]
+        exponent, change = _by_differences(points, directions, start_n, start_m, scale, dtype, SPEC)
         if FAMILY.padding > -float("inf") and not FAMILY.homogeneous:
             # An infinite distance times its inverse, or times k = 0, is nan.
             exponent = tl.maximum(exponent, -1e308 if exponent.dtype == tl.float64 else -3e38)
-        exponent *= 0.5
-        change *= scale
     else:
+        exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
+        change = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         local_m = tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
         start = tl.cast(start_m, tl.int64) * D
@@ -234,6 +265,14 @@ def _exponent_and_change(rows, row_dirs, points, directions, start_m, scale, SPE
                 if SPEC.COLUMN_DIR:
                     right_hi, right_lo = load_parts(dir_hi_ptrs + start_k, dir_lo_ptrs + start_k, PRODUCT)
                     change = dot(row_hi, row_lo, tl.trans(right_hi), tl.trans(right_lo), change, PRODUCT)
+        if SPEC.EXACT_NEAR:
+            # Products lose the distance of near rows, on which these slopes depend most.
+            norms = rows.neg_half_norm2[:, None] + tl.load(points.neg_half_norm2_ptr + offs_m)[None, :]
+            near = exponent - (_NEAR_DOUBLE if dtype == tl.float64 else _NEAR) * norms
+            if SPEC.WITHIN:
+                near = tl.where(rows.offs_n[:, None] != offs_m[None, :], near, -1.0)
+            if tl.max(near) >= 0.0:
+                exponent, change = _by_differences(points, directions, start_n, start_m, 1.0, dtype, SPEC)
     return exponent, change, col_hi, col_lo, dir_hi, dir_lo
 
 
@@ -343,7 +382,8 @@ def points_kernel(
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
-    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, PRODUCT)
+    # Only a distance of exactly 0 counts as that of an identical pair.
+    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
     row_out = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
     row_dir_out = row_out
     if PRODUCT == DIFFERENCES:
@@ -359,7 +399,9 @@ def points_kernel(
     first, last = share_of(start.columns, share, tl.num_programs(2), BLOCK_M)
     for offset in range(first, last, BLOCK_M):
         start_m = start.column + offset
-        exponent, change, col_hi, col_lo, dir_hi, dir_lo = _exponent_and_change(rows, row_dirs, points, directions, start_m, scale, SPEC)
+        exponent, change, col_hi, col_lo, dir_hi, dir_lo = _exponent_and_change(
+            rows, row_dirs, points, directions, start_n, start_m, scale, SPEC
+        )
         _, slope, curvature = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, POINTS, BANDWIDTHS)
         c, e = _factor_tiles(factors, start.row_factor + row, start.column_factor + offset, dtype, SPEC)
         p = slope * c
@@ -449,7 +491,8 @@ def factors_kernel(
     # φ(0) of a polynomial
     constant = tl.load(plan_ptr + CONSTANT).to(dtype)
     table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
-    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, PRODUCT)
+    # Only a distance of exactly 0 counts as that of an identical pair.
+    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
 
     # compute
     out = tl.zeros([BLOCK_N, 8 if SPEC.MULTIPLIED else BLOCK_C], dtype=dtype)
@@ -457,7 +500,7 @@ def factors_kernel(
     first, last = share_of(start.columns, share, tl.num_programs(2), BLOCK_M)
     for offset in range(first, last, BLOCK_M):
         start_m = start.column + offset
-        exponent, change, _, _, _, _ = _exponent_and_change(rows, row_dirs, points, directions, start_m, scale, SPEC)
+        exponent, change, _, _, _, _ = _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, scale, SPEC)
         value, slope, _ = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, False, BANDWIDTHS)
         value = value * value_scale
         if not FAMILY.radial:
@@ -618,6 +661,11 @@ def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.
     )
 
 
+def takes_exact_distances(family: Family) -> bool:
+    """Whether φ' is a function of the distance, whose error products multiply by the inverse of the distance."""
+    return family.takes_distance or family.number == MATERN_32.value
+
+
 class _Problem:
     """What the sweeps of one problem share. x and y have the numbers 0 and 1; one sample against itself has both at the same rows."""
 
@@ -700,7 +748,7 @@ class _Problem:
         sizes = self.choice.features, self.choice.columns
         spec = HVPSpec(
             number, self.within, self.plan.precision_passes[number], self.choice.multiplied, self.plan.family, self.plan.bandwidths,
-            *sizes, *flags, **blocks,
+            takes_exact_distances(self.plan.family), *sizes, *flags, **blocks,
         )  # fmt: skip
         return {"SPEC": spec} | options
 

@@ -102,3 +102,107 @@ def check(kernel, bandwidths, inputs, directions, dtype=torch.float32, precision
 def test_families(kernel, bandwidths, m, dtype):
     inputs = problem(70, m, 3, 3)
     check(kernel, bandwidths, inputs, directions_of(inputs, "xyuv"), dtype)
+
+
+@pytest.mark.parametrize("given", ["x", "y", "u", "v", "xy", "uv", "xu", "yu", "xv"])
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("kernel", [RBF(), Polynomial()], ids=str)
+def test_absent_directions(kernel, c, given):
+    inputs = problem(40, 70, 5, c)
+    check(kernel, 1, inputs, directions_of(inputs, given), torch.float64)
+
+
+@pytest.mark.parametrize("given", ["x", "u"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_absent_directions_of_one_sample(c, given):
+    inputs = problem(70, None, 5, c)
+    check(RBF(), 1, inputs, directions_of(inputs, given), torch.float64)
+
+
+@pytest.mark.parametrize("only", range(4))
+def test_one_result(only):
+    wanted = [number == only for number in range(4)]
+    inputs = problem(40, 30, 3, 3)
+    directions = directions_of(inputs, "xyuv")
+    actual, exact = evaluate(RBF(), 1, inputs, directions, torch.float64, wanted=wanted), dense(RBF(), 1, inputs, directions)
+    assert max(errors(actual, [e if want else None for e, want in zip(exact, wanted, strict=True)])) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [3, 40, 130])
+@pytest.mark.parametrize("c", [1, 2, 3, 20, 70])
+@pytest.mark.parametrize("kernel", [RationalQuadratic(2.3), Laplace()], ids=str)
+def test_sizes(kernel, c, d, dtype):
+    inputs = problem(70, 30, d, c)
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"), dtype)
+
+
+@pytest.mark.parametrize("m", [520, None])
+def test_shares_of_columns(m):
+    """Few rows against many columns, which several programs share."""
+    inputs = problem(20 if m else 520, m, 3, 2)
+    check(RBF(), 5, inputs, directions_of(inputs, "xyuv"))
+
+
+@pytest.mark.parametrize("m", [50, None])
+@pytest.mark.parametrize("kernel", RADIAL, ids=str)
+def test_far_from_the_origin(kernel, m):
+    inputs = problem(70, m, 5, 3, offset=1000.0)
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 2e-5), ("high", 1e-2), ("medium", 1e-1)])
+@pytest.mark.parametrize("kernel", [RBF(), RationalQuadratic(2.3), Laplace(), Polynomial()], ids=str)
+def test_precisions(kernel, precision, tolerance):
+    inputs = problem(70, 50, 5, 20)
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"), precision=precision, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [50, None])
+@pytest.mark.parametrize("kernel", [RBF(), Laplace(), Matern32(), Energy(), Riesz(0.7), Riesz(1.5)], ids=str)
+def test_identical_rows(kernel, m, dtype):
+    """φ' and φ'' of a function of the distance count as 0 there."""
+    x, y, u, v = problem(70, m, 5, 3)
+    x[1], x[5] = x[0], x[4]
+    if y is not None:
+        y[3] = x[0]
+    inputs = [x, y, u, v]
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 100.0), (torch.float64, 1e4)])
+@pytest.mark.parametrize("m", [30, None])
+@pytest.mark.parametrize("given", ["xyuv", "x", "yu"])
+@pytest.mark.parametrize("kernel", [RBF(), RationalQuadratic(2.3), Laplace(), Energy()], ids=str)
+def test_clusters_far_apart(kernel, given, m, dtype, distance):
+    """Where products lose the distances within a cluster, differences keep them."""
+    inputs = [
+        0.3 * z + distance * (torch.arange(len(z), device=DEVICE) % 2)[:, None] if z is not None and n < 2 else z
+        for n, z in enumerate(problem(40, m, 3, 3))
+    ]
+    check(kernel, 1, inputs, directions_of(inputs, given), dtype)
+
+
+@pytest.mark.parametrize("m", [300, None])
+@pytest.mark.parametrize("distance", [0.2, 0.05, 0.01])
+@pytest.mark.parametrize("kernel", [Laplace(), Energy(), Riesz(0.7), Riesz(1.5), Matern32()], ids=str)
+def test_near_pairs(kernel, distance, m):
+    """One pair whose second derivative exceeds all others, and whose distance products of rows would lose."""
+    x, y, u, v = problem(300, m, 5, 3)
+    (x if y is None else y)[1] = x[0] + distance / 5**0.5
+    inputs = [x, y, u, v]
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_makes_every_result_nan(c, bad):
+    inputs = problem(20, 30, 3, c)
+    directions = directions_of(inputs, "xyuv")
+    for number in range(8):
+        changed = [t.clone() for t in (*inputs, *directions)]
+        changed[number][1, 0] = bad
+        for dtype in (torch.float32, torch.float64):
+            assert all(t.isnan().all() for t in evaluate(RBF(), 1, changed[:4], changed[4:], dtype)), number
