@@ -184,11 +184,11 @@ def store_kernel(
 
 
 @triton.jit
-def _load_feature(operands, offs, dtype: tl.constexpr, PRODUCT: tl.constexpr):
+def _load_feature(hi_ptr, lo_ptr, offs, dtype: tl.constexpr, PRODUCT: tl.constexpr):
     """One feature of rows as products see them."""
-    feature = tl.load(operands.hi_ptr + offs).to(dtype)
+    feature = tl.load(hi_ptr + offs).to(dtype)
     if PRODUCT == BF16X3 or PRODUCT == TF32X3:  # noqa: SIM109
-        feature += tl.load(operands.lo_ptr + offs).to(dtype)
+        feature += tl.load(lo_ptr + offs).to(dtype)
     return feature
 
 
@@ -200,19 +200,24 @@ def _by_differences(points, directions, start_n, start_m, scale, dtype: tl.const
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
     exponent = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
     change = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
-    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64) * SPEC.D
-    offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64) * SPEC.D
+    # Offsets of 32 bits to scalar pointers: fewer registers.
+    local_n, local_m = tl.arange(0, BLOCK_N) * SPEC.D, tl.arange(0, BLOCK_M) * SPEC.D
+    n, m = tl.cast(start_n, tl.int64) * SPEC.D, tl.cast(start_m, tl.int64) * SPEC.D
     for k in range(SPEC.D):
-        row, column = _load_feature(points, offs_n + k, dtype, PRODUCT), _load_feature(points, offs_m + k, dtype, PRODUCT)
+        row = _load_feature(points.hi_ptr + (n + k), points.lo_ptr + (n + k), local_n, dtype, PRODUCT)
+        column = _load_feature(points.hi_ptr + (m + k), points.lo_ptr + (m + k), local_m, dtype, PRODUCT)
         difference = (row[:, None] - column[None, :]) * scale
         exponent -= difference * difference
         if SPEC.ROW_DIR and SPEC.COLUMN_DIR:
-            row_dir = _load_feature(directions, offs_n + k, dtype, PRODUCT)
-            change -= difference * (row_dir[:, None] - _load_feature(directions, offs_m + k, dtype, PRODUCT)[None, :])
+            row = _load_feature(directions.hi_ptr + (n + k), directions.lo_ptr + (n + k), local_n, dtype, PRODUCT)
+            column = _load_feature(directions.hi_ptr + (m + k), directions.lo_ptr + (m + k), local_m, dtype, PRODUCT)
+            change -= difference * (row[:, None] - column[None, :])
         elif SPEC.ROW_DIR:
-            change -= difference * _load_feature(directions, offs_n + k, dtype, PRODUCT)[:, None]
+            row = _load_feature(directions.hi_ptr + (n + k), directions.lo_ptr + (n + k), local_n, dtype, PRODUCT)
+            change -= difference * row[:, None]
         elif SPEC.COLUMN_DIR:
-            change += difference * _load_feature(directions, offs_m + k, dtype, PRODUCT)[None, :]
+            column = _load_feature(directions.hi_ptr + (m + k), directions.lo_ptr + (m + k), local_m, dtype, PRODUCT)
+            change += difference * column[None, :]
     return 0.5 * exponent, change * scale
 
 
@@ -237,9 +242,7 @@ def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, s
         change = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         local_m = tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
-        start = tl.cast(start_m, tl.int64) * D
-        hi_ptrs, lo_ptrs = points.hi_ptr + start + local_m, points.lo_ptr + start + local_m
-        dir_hi_ptrs, dir_lo_ptrs = directions.hi_ptr + start + local_m, directions.lo_ptr + start + local_m
+        n, m = tl.cast(start_n, tl.int64) * D, tl.cast(start_m, tl.int64) * D
         if FAMILY.radial:
             exponent += rows.neg_half_norm2[:, None] + tl.load(points.neg_half_norm2_ptr + offs_m)[None, :]
             if SPEC.ROW_DIR:
@@ -247,23 +250,26 @@ def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, s
             if SPEC.COLUMN_DIR:
                 change += tl.load(directions.neg_half_norm2_ptr + offs_m)[None, :]
         if D == BLOCK_K:
-            col_hi, col_lo = load_parts(hi_ptrs, lo_ptrs, PRODUCT)
+            col_hi, col_lo = load_parts(points.hi_ptr + m + local_m, points.lo_ptr + m + local_m, PRODUCT)
             exponent = dot(rows.hi, rows.lo, tl.trans(col_hi), tl.trans(col_lo), exponent, PRODUCT)
             if SPEC.ROW_DIR:
                 change = dot(row_dirs.hi, row_dirs.lo, tl.trans(col_hi), tl.trans(col_lo), change, PRODUCT)
             if SPEC.COLUMN_DIR:
-                dir_hi, dir_lo = load_parts(dir_hi_ptrs, dir_lo_ptrs, PRODUCT)
+                dir_hi, dir_lo = load_parts(directions.hi_ptr + m + local_m, directions.lo_ptr + m + local_m, PRODUCT)
                 change = dot(rows.hi, rows.lo, tl.trans(dir_hi), tl.trans(dir_lo), change, PRODUCT)
         else:
+            # Offsets of 32 bits to scalar pointers: fewer registers.
+            local_n = tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
             for start_k in range(0, D, BLOCK_K):
-                row_hi, row_lo = load_parts(rows.hi_ptrs + start_k, rows.lo_ptrs + start_k, PRODUCT)
-                right_hi, right_lo = load_parts(hi_ptrs + start_k, lo_ptrs + start_k, PRODUCT)
+                at_n, at_m = n + start_k, m + start_k
+                row_hi, row_lo = load_parts(points.hi_ptr + at_n + local_n, points.lo_ptr + at_n + local_n, PRODUCT)
+                right_hi, right_lo = load_parts(points.hi_ptr + at_m + local_m, points.lo_ptr + at_m + local_m, PRODUCT)
                 exponent = dot(row_hi, row_lo, tl.trans(right_hi), tl.trans(right_lo), exponent, PRODUCT)
                 if SPEC.ROW_DIR:
-                    left_hi, left_lo = load_parts(row_dirs.hi_ptrs + start_k, row_dirs.lo_ptrs + start_k, PRODUCT)
+                    left_hi, left_lo = load_parts(directions.hi_ptr + at_n + local_n, directions.lo_ptr + at_n + local_n, PRODUCT)
                     change = dot(left_hi, left_lo, tl.trans(right_hi), tl.trans(right_lo), change, PRODUCT)
                 if SPEC.COLUMN_DIR:
-                    right_hi, right_lo = load_parts(dir_hi_ptrs + start_k, dir_lo_ptrs + start_k, PRODUCT)
+                    right_hi, right_lo = load_parts(directions.hi_ptr + at_m + local_m, directions.lo_ptr + at_m + local_m, PRODUCT)
                     change = dot(row_hi, row_lo, tl.trans(right_hi), tl.trans(right_lo), change, PRODUCT)
         if SPEC.EXACT_NEAR:
             # Products lose the distance of near rows, on which these slopes depend most.
@@ -325,16 +331,16 @@ def _factor_tiles(factors: Factors, row, column, dtype: tl.constexpr, SPEC: tl.c
         local_n = tl.arange(0, BLOCK_N)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
         local_m = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
         for start_c in range(0, C, BLOCK_C):
-            at_n, at_m = (left + start_c) + local_n, (right + start_c) + local_m
-            u_hi, u_lo = load_parts(factors.hi_ptr + at_n, factors.lo_ptr + at_n, PRODUCT)
-            v_hi, v_lo = load_parts(factors.hi_ptr + at_m, factors.lo_ptr + at_m, PRODUCT)
+            at_n, at_m = left + start_c, right + start_c
+            u_hi, u_lo = load_parts(factors.hi_ptr + at_n + local_n, factors.lo_ptr + at_n + local_n, PRODUCT)
+            v_hi, v_lo = load_parts(factors.hi_ptr + at_m + local_m, factors.lo_ptr + at_m + local_m, PRODUCT)
             if POINTS:
                 c = dot(u_hi, u_lo, tl.trans(v_hi), tl.trans(v_lo), c, PRODUCT)
             if SPEC.COLUMN_FACTOR_DIR:
-                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_m, factors.dir_lo_ptr + at_m, PRODUCT)
+                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_m + local_m, factors.dir_lo_ptr + at_m + local_m, PRODUCT)
                 e = dot(u_hi, u_lo, tl.trans(dir_hi), tl.trans(dir_lo), e, PRODUCT)
             if SPEC.ROW_FACTOR_DIR:
-                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_n, factors.dir_lo_ptr + at_n, PRODUCT)
+                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_n + local_n, factors.dir_lo_ptr + at_n + local_n, PRODUCT)
                 e = dot(dir_hi, dir_lo, tl.trans(v_hi), tl.trans(v_lo), e, PRODUCT)
     return c, e
 
@@ -403,11 +409,12 @@ def points_kernel(
             rows, row_dirs, points, directions, start_n, start_m, scale, SPEC
         )
         _, slope, curvature = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, POINTS, BANDWIDTHS)
+        curvature = curvature * change
         c, e = _factor_tiles(factors, start.row_factor + row, start.column_factor + offset, dtype, SPEC)
         p = slope * c
         q = slope * e
         if POINTS:
-            q = curvature * change * c
+            q = curvature * c
             if FACTORS:
                 q += slope * e
         if SPEC.WITHIN:
