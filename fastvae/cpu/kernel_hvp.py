@@ -145,8 +145,8 @@ class _Side:
     direction: Tensor | None  # (N, D), scaled
     factors: Tensor  # (C, N)
     factors_direction: Tensor | None
-    # The left factors of the moments of the other side: [direction; 1; 0] and [scaled; 0; 1], (D + 2, N). With one column of factors they
-    # are multiplied by it, and the other side's moments by its own.
+    # The left factors of the moments of the other side: [direction; 1; 0], or [1] without a direction, and [scaled; 0; 1], (D + 2, N). With
+    # one column of factors they are multiplied by it, and the other side's moments by its own.
     of_p: Tensor | None
     of_q: Tensor
     moments: Tensor | None  # (D + 2, N)
@@ -172,9 +172,7 @@ class _Sweep:
         self.rows = wanted[0] or wanted[1]
         self.x = self._side(x, wanted[0], wanted[2])
         self.y = self._side(y, False, False, self.x.sample) if same else self._side(y, wanted[1], wanted[3])
-        # s = left @ right, with the sign of the slope
-        self.left = self._left(self.x) if self.moves else None
-        self.right = self._right(self.y) if self.moves else None
+        self.factors_of_s = self._factors_of_s() if self.moves else None
 
     def _side(self, rows: Rows, wanted: bool, factors_wanted: bool, sample: TiledSample | None = None) -> _Side:
         sample, dim = sample or self.tiles.prepare(rows.points, None, False), rows.points.shape[1]
@@ -184,11 +182,11 @@ class _Sweep:
         of_p = None
         of_q = scaled.new_zeros(dim + 2, len(sample))
         of_q[:dim], of_q[dim + 1] = scaled.T, 1
-        if self.moves:
+        if self.moves and direction is None:
+            of_p = torch.ones_like(of_q[:1])
+        elif direction is not None:
             of_p = torch.zeros_like(of_q)
-            of_p[dim] = 1
-            if direction is not None:
-                of_p[:dim] = direction.T
+            of_p[:dim], of_p[dim] = direction.T, 1
         if self.single:
             of_q *= factors
             of_p = None if of_p is None else of_p * factors
@@ -197,21 +195,26 @@ class _Sweep:
             of_p, of_q, torch.zeros_like(of_q) if wanted else None, torch.zeros_like(factors) if factors_wanted else None,
         )  # fmt: skip
 
-    def _left(self, side: _Side) -> Tensor:
-        direction = torch.zeros_like(side.scaled) if side.direction is None else side.direction
-        parts = [side.scaled, direction]
+    def _factors_of_s(self) -> tuple[Tensor, Tensor]:
+        """left (N, …) and right (…, M), of which s is the product, with the sign of the slope."""
+        x, y, sign = self.x, self.y, -1 if self.radial else 1
+        left, right = [], []
+        if x.direction is not None:
+            left.append(x.direction)
+            right.append(sign * y.scaled)
+        if y.direction is not None:
+            left.append(x.scaled)
+            right.append(sign * y.direction)
         if self.radial:
-            own = (side.scaled * direction).sum(1, keepdim=True)
-            parts += [own, torch.ones_like(own)]
+            own = [None if side.direction is None else (side.scaled * side.direction).sum(1, keepdim=True) for side in (x, y)]
+            if own[0] is not None:
+                left.append(own[0])
+                right.append(torch.ones_like(y.scaled[:, :1]))
+            if own[1] is not None:
+                left.append(torch.ones_like(x.scaled[:, :1]))
+                right.append(own[1])
         # The slope of a radial kernel is −φ'.
-        return torch.cat(parts, 1).mul_((-1 if self.radial else 1) / self.tiles.evaluator.exponent_scale)
-
-    def _right(self, side: _Side) -> Tensor:
-        direction = torch.zeros_like(side.scaled) if side.direction is None else side.direction
-        if not self.radial:
-            return torch.cat([direction, side.scaled], 1)
-        own = (side.scaled * direction).sum(1, keepdim=True)
-        return torch.cat([-direction, -side.scaled, torch.ones_like(own), own], 1)
+        return torch.cat(left, 1).mul_(sign / self.tiles.evaluator.exponent_scale), torch.cat(right, 1).T
 
     def run(self) -> None:
         for n, i in enumerate(self.x.sample.tiles):
@@ -222,8 +225,8 @@ class _Sweep:
         tiles, x, y = self.tiles, self.x, self.y
         k, slope, curvature = tiles.derivatives(x.sample, i, y.sample, j, value=self.has_factors_direction, curvature=self.moves)
         s = None
-        if self.left is not None and self.right is not None:
-            s = tiles.product("s", self.left[i], self.right[j].T)
+        if self.factors_of_s is not None:
+            s = tiles.product("s", self.factors_of_s[0][i], self.factors_of_s[1][:, j])
         if self.x.factors_result is not None or self.y.factors_result is not None:
             self._add_factors_results(i, j, k, slope, s)
         if not self.rows:
@@ -258,14 +261,20 @@ class _Sweep:
         for part, pairs in products:
             if pairs is None:
                 continue
-            if (of := part(y)) is not None and (rows := total(x)) is not None:
-                self.tiles.add_product(rows[:, i], of[:, j], pairs.T, 1.0)
+            self._add_product(total(x), i, part(y), j, pairs.T)
             # Of one sample, a tile stands for its mirror image too.
-            across, back = (y, x) if self.same else (x, y)
-            if self.same and i == j:
-                continue
-            if (of := part(across)) is not None and (rows := total(back)) is not None:
-                self.tiles.add_product(rows[:, j], of[:, i], pairs, 1.0)
+            if not self.same:
+                self._add_product(total(y), j, part(x), i, pairs)
+            elif i != j:
+                self._add_product(total(x), j, part(y), i, pairs)
+
+    def _add_product(self, total: Tensor | None, rows: slice, left: Tensor | None, columns: slice, pairs: Tensor) -> None:
+        if total is None or left is None:
+            return
+        if len(left) == len(total):
+            self.tiles.add_product(total[:, rows], left[:, columns], pairs, 1.0)
+        else:
+            total[-2, rows].addmv_(pairs.T, left[0, columns])
 
     def results(self) -> list[Tensor | None]:
         sides = [self.x] if self.same else [self.x, self.y]
