@@ -42,6 +42,11 @@ class Kernel:
         return 1.0
 
     @property
+    def slope_takes_distance(self) -> bool:
+        """Whether φ' is a function of the distance with a slope at 0, or infinite there."""
+        return self.takes_distance
+
+    @property
     def steepness(self) -> float:
         """The largest −φ'(t) of a bounded slope: by what factor an error of t becomes one of k."""
         return 1.0
@@ -257,6 +262,10 @@ class Matern32(Kernel):
     positive = True
 
     @property
+    def slope_takes_distance(self) -> bool:
+        return True
+
+    @property
     def steepness(self) -> float:
         return 3.0
 
@@ -448,6 +457,10 @@ class Sum(Kernel):
     @property
     def takes_distance(self) -> bool:  # type: ignore[override]
         return any(term.kernel.takes_distance for term in self.terms)
+
+    @property
+    def slope_takes_distance(self) -> bool:
+        return any(term.kernel.slope_takes_distance for term in self.terms)
 
     @property
     def value_at_zero(self) -> float:

@@ -222,7 +222,8 @@ class _Matern32Evaluator(_MaternEvaluator):
         return neg_dphi.mul_(3)
 
     def _curvature(self, u: Tensor) -> Tensor:
-        return u.reciprocal_().mul_(3).masked_fill_(u == torch.inf, 0)
+        # The root of −0 is −0.
+        return u.reciprocal_().mul_(3).masked_fill_(u.isinf(), 0)
 
     def _less_one(self, u: Tensor) -> Tensor:
         return u.clone()

@@ -131,7 +131,7 @@ def kernel_hvp(kernel: KernelSum, x: Rows, y: Rows, same: bool, centre: Tensor, 
 
     No constant is subtracted from `kernel`.
     """
-    sweep = _Sweep(Tiles(kernel, [x.points] if same else [x.points, y.points], centre), x, y, same, wanted)
+    sweep = _Sweep(Tiles(kernel, [x.points] if same else [x.points, y.points], centre, True), x, y, same, wanted)
     sweep.run()
     return tuple(None if t is None else t.to(x.points.dtype).contiguous() for t in sweep.results())  # type: ignore[return-value]
 

@@ -88,9 +88,11 @@ class BandwidthTile(NamedTuple):
 class Tiles:
     """The tiles of a sum of kernels between samples, all of which are in `samples`. The pair of a row with itself counts as zero."""
 
-    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor) -> None:
+    def __init__(self, kernel: KernelSum, samples: Sequence[Tensor], centre: Tensor, second_derivative: bool = False) -> None:
         self.host_sum = HostKernelSum.of(kernel)
-        self.centre, self.limit = _arithmetic(self.host_sum, samples, centre)
+        # Whether the distances of near pairs have to be exact.
+        self.exact = kernel.kernel.slope_takes_distance if second_derivative else kernel.kernel.takes_distance
+        self.centre, self.limit = _arithmetic(self.host_sum, samples, centre, self.exact)
         self.dtype = self.centre.dtype
         self.kernel = self.host_sum.kernel
         self.single = len(self.host_sum.ratios) == 1
@@ -279,11 +281,14 @@ class Tiles:
             self._differences(a, i, b, j, out)
         else:
             out = self.product("exponent", self.left(a, i), b.right[j].T)
-            if self.kernel.takes_distance:
-                out.mul_(-2)
-                near = _NEAR_IN_ROUNDINGS * torch.finfo(self.dtype).eps * 2 * self.host_sum.gamma * sum(radius2)
+            if self.exact:
+                # 2·t_0 for a function of the distance, otherwise −t_0
+                out.mul_(-2 if self.kernel.takes_distance else -1)
+                near = _NEAR_IN_ROUNDINGS * torch.finfo(self.dtype).eps * self._scale_of_squares() * sum(radius2)
                 if float(out.min()) < near:
                     self._refine(a, i, b, j, out, near)
+                if not self.kernel.takes_distance:
+                    out.neg_()
         if self.kernel.takes_distance:
             out.sqrt_()
         return out
@@ -298,26 +303,32 @@ class Tiles:
             out.clamp_(-_LARGEST, _LARGEST)
 
     def _refine(self, a: TiledSample, i: slice, b: TiledSample, j: slice, out: Tensor, near: float) -> None:
-        """Computes the 2·t_0 of a tile that are below `near` from differences."""
+        """Computes the squared distances in a tile that are below `near` from differences."""
         left, right = (out < near).nonzero().unbind(1)
         if left.numel() * a.z.shape[1] > out.numel():
             self._differences(a, i, b, j, out)
+            if not self.kernel.takes_distance:
+                out.neg_()
             return
         x, y = self.centred(a.z[i][left]), self.centred(b.z[j][right])
         d2 = (x - y).square().sum(1)
         # Pairs closer than the rounding error of the rows count as identical: an unbounded slope would amplify a random direction.
         rounding = 16 * torch.finfo(self.dtype).eps
         d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
-        out[left, right] = d2 * (2 * self.host_sum.gamma)
+        out[left, right] = d2 * self._scale_of_squares()
+
+    def _scale_of_squares(self) -> float:
+        """Of what a tile has of ‖x − y‖²."""
+        return self.host_sum.gamma * (2 if self.kernel.takes_distance else 1)
 
 
-def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, float]:
+def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor, exact_distances: bool) -> tuple[Tensor, float]:
     """The centre, in the dtype of the tiles, and the largest ‖z − centre‖² at which products in that dtype are accurate enough."""
     dtype = samples[0].dtype
     steepest = host_sum.gamma * host_sum.ratios[-1] * host_sum.kernel.steepness / EXPONENT_ERROR[dtype]
     limit = float("inf") if not host_sum.kernel.radial else 1 / steepest
     exact = limit / torch.finfo(torch.float64).eps
-    if not host_sum.kernel.takes_distance:
+    if not exact_distances:
         limit = limit / torch.finfo(dtype).eps
         if all(float((z - centre).square().sum(1).max()) <= limit for z in samples):
             return centre, limit

@@ -1,5 +1,6 @@
 """The textbook formulas, dense, in any floating dtype, differentiable any number of times. Every test compares with them."""
 
+from fastvae.reference.kernel_hvp import kernel_hvp
 from fastvae.reference.kernel_matmul import kernel_matmul
 from fastvae.reference.kernel_mean import mmd_to_mean
 from fastvae.reference.ksd_to_normal import ksd_to_normal
@@ -13,6 +14,7 @@ from fastvae.reference.total_correlation import KLDecomposition, total_correlati
 __all__ = [
     "KLDecomposition",
     "gaussian_kl",
+    "kernel_hvp",
     "kernel_matmul",
     "ksd_to_normal",
     "log_kernel_density",
