@@ -9,7 +9,7 @@ import fastvae
 from fastvae import reference
 from fastvae.cpu import ksd_to_normal as cpu
 from fastvae.ops.common import kernel_arguments
-from fastvae.ops.ksd_to_normal import ksd_op
+from fastvae.ops.ksd_to_normal import hvp_op, ksd_op
 from fastvae.radial import IMQ, RBF, RationalQuadratic
 from fastvae.reference.ksd_to_normal import stein_kernel
 from fastvae.reference.mmd import bandwidths
@@ -286,3 +286,225 @@ def test_a_wide_inverse_multiquadric_in_float32(n, gradient):
     z = (0.01 * torch.randn(n, 8)).requires_grad_(gradient)
     exact = fastvae.ksd_to_normal(z.detach().double(), bandwidth=1e3)
     torch.testing.assert_close(fastvae.ksd_to_normal(z, bandwidth=1e3).detach().double(), exact, rtol=1e-5, atol=0)
+
+
+def second_derivative(function, z, direction):
+    z = z.clone().requires_grad_()
+    value = function(z)
+    (gradient,) = torch.autograd.grad(value, z, torch.ones_like(value), create_graph=True)
+    return torch.autograd.grad(gradient, z, direction)[0]
+
+
+def assert_second_derivative_as_reference(z, rtol, backend=None, **options):
+    direction = sample(*z.shape[-2:]).flip(0).to(z).expand_as(z)
+    actual = second_derivative(lambda z: 1.5 * fastvae.ksd_to_normal(z, backend=backend, **options), z, direction)
+    expected = second_derivative(lambda z: 1.5 * reference.ksd_to_normal(z, **options), z.double(), direction.double())
+    assert actual.dtype == z.dtype
+    assert (actual.double() - expected).abs().max() <= rtol * expected.abs().max()
+
+
+@each_backend
+@each_kernel
+@each_estimator
+@pytest.mark.parametrize("options", [{"bandwidth": 1.2}, LADDER], ids=["one", "ladder"])
+def test_second_derivative_in_float64(options, estimator, kernel, backend):
+    assert_second_derivative_as_reference(sample(40), 1e-10, backend, kernel=kernel, estimator=estimator, **options)
+
+
+@each_kernel
+@needs_cpu
+@pytest.mark.parametrize(
+    ("n", "d", "offset", "bandwidth"),
+    [
+        (1, 3, 0.0, 1.0),
+        (70, 1, 0.0, 2.0),
+        (70, 5, 0.0, 0.3),
+        (70, 5, 0.0, 1000.0),
+        (70, 5, 1000.0, 1.5),
+        pytest.param(600, 4, 0.0, 2.0, marks=pytest.mark.slow),
+        pytest.param(600, 4, 1000.0, 100.0, marks=pytest.mark.slow),
+    ],
+)
+def test_second_derivative_in_float32(kernel, n, d, offset, bandwidth):
+    z = sample(n, d, torch.float32, offset)
+    assert_second_derivative_as_reference(z, 1e-4, kernel=kernel, bandwidth=bandwidth)
+    if n == 70:
+        assert_second_derivative_as_reference(z, 1e-4, kernel=kernel, bandwidth=(bandwidth, 3 * bandwidth), estimator="unbiased")
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), RationalQuadratic(50.0)], ids=str)
+@pytest.mark.parametrize("options", [{"bandwidth": 2.0}, {"estimator": "unbiased", **LADDER}], ids=["one", "ladder"])
+def test_second_derivative_of_several_tiles(kernel, options):
+    assert_second_derivative_as_reference(sample(530, 3), 1e-10, kernel=kernel, **options)
+    assert_second_derivative_as_reference(sample(530, 3, torch.float32, 3.0), 1e-4, kernel=kernel, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("kernel", ["rbf", "imq"])
+def test_second_derivative_of_clusters_far_apart_and_duplicates(kernel, backend):
+    for offset in (3000, 3e7):
+        z = sample(60, 4, torch.float32)
+        z[:30] += offset
+        z[10:20] = z[0]
+        z[40:50] = z[35]
+        assert_second_derivative_as_reference(z, 1e-4, backend, kernel=kernel, bandwidth=0.5, estimator="unbiased")
+
+
+@each_backend
+@each_estimator
+@pytest.mark.parametrize("rows", [6, pytest.param(520, marks=pytest.mark.slow)])
+def test_second_derivative_of_batches(rows, estimator, backend):
+    if backend == "triton" and rows > 6:
+        pytest.skip("takes the same launches as few rows")
+    z = torch.stack([sample(rows, 3), 2 * sample(rows, 3) + 1, sample(rows, 3, offset=3e4)])
+    assert_second_derivative_as_reference(z, 1e-10, backend, estimator=estimator, bandwidth=(1.4, 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@each_backend
+def test_second_derivative_in_half_precision(dtype, backend):
+    assert_second_derivative_as_reference(sample(60, 4).to(dtype), 1e-2, backend)
+
+
+@each_backend
+@each_kernel
+def test_gradgradcheck(kernel, backend):
+    for z, options in ((sample(5, 2), {"estimator": "unbiased"}), (torch.stack([sample(4, 2), -sample(4, 2)]), {"bandwidth": [0.7, 2.0]})):
+        z.requires_grad_()
+        assert torch.autograd.gradgradcheck(
+            lambda z, options=options: fastvae.ksd_to_normal(z, kernel=kernel, backend=backend, **options),
+            (z,),
+            fast_mode=backend == "triton",
+            check_fwd_over_rev=backend is None,
+            check_rev_over_rev=True,
+        )
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [6, 530])
+def test_second_derivatives_of_autograd(rows):
+    """In reverse mode, in forward mode and in both, and twice to the factor of the loss."""
+    z, direction = sample(rows, 2), sample(rows, 2).flip(0)
+    ways = {
+        "hvp": lambda f: torch.autograd.functional.hvp(f, z, direction)[1],
+        "vhp": lambda f: torch.autograd.functional.vhp(f, z, direction)[1],
+        "jvp": lambda f: func.jvp(f, (z,), (direction,))[1],
+        "jvp(grad)": lambda f: func.jvp(func.grad(f), (z,), (direction,))[1],
+        "jvp(jvp)": lambda f: func.jvp(lambda z: func.jvp(f, (z,), (z,))[1], (z,), (direction,))[1],
+        "grad(jvp)": lambda f: func.grad(lambda z: func.jvp(f, (z,), (direction,))[1])(z),
+        "grad(grad)": lambda f: func.grad(lambda z: func.grad(f)(z).square().sum())(z),
+        "vmap(jvp(grad))": lambda f: torch.vmap(lambda v: func.jvp(func.grad(f), (z,), (v,))[1])(torch.stack([direction, z])),
+        "dual numbers": lambda f: dual_derivative(f, z, direction),
+        "dual numbers of a gradient": lambda f: dual_derivative(lambda z: torch.autograd.grad(f(z), z, create_graph=True)[0], z, direction),
+    }
+    if rows == 6:
+        ways |= {
+            "hessian": lambda f: torch.autograd.functional.hessian(f, z),
+            "hessian, forward mode": lambda f: torch.autograd.functional.hessian(
+                f, z, vectorize=True, outer_jacobian_strategy="forward-mode"
+            ),
+            "jacrev(jacfwd)": lambda f: func.jacrev(func.jacfwd(f))(z),
+            "jacfwd(jacfwd)": lambda f: func.jacfwd(func.jacfwd(f))(z),
+        }
+    for name, way in ways.items():
+        actual, expected = (
+            way(lambda z, b=backend: fastvae.ksd_to_normal(z, bandwidth=[1.0, 2.0], backend=b).square()) for backend in (None, "reference")
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def dual_derivative(function, z, direction):
+    z = z.clone().requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        result = function(torch.autograd.forward_ad.make_dual(z, direction))
+        return torch.autograd.forward_ad.unpack_dual(result).tangent.detach()
+
+
+@needs_cpu
+def test_a_gradient_of_a_derivative_in_forward_mode():
+    z, direction = sample(6, 2).requires_grad_(), sample(6, 2).flip(0)
+    gradients = []
+    for backend in (None, "reference"):
+        with torch.autograd.forward_ad.dual_level():
+            value = fastvae.ksd_to_normal(torch.autograd.forward_ad.make_dual(z, direction), backend=backend)
+            gradients += torch.autograd.grad(torch.autograd.forward_ad.unpack_dual(value).tangent, z)
+    torch.testing.assert_close(*gradients)
+
+
+@needs_cpu
+def test_a_third_derivative_raises_unless_z_is_constant_in_it():
+    z, direction = sample(6, 2), sample(6, 2).flip(0)
+
+    def of_factor(function):
+        return lambda h: func.jvp(lambda z: func.grad(lambda z: h**3 * function(z))(z), (z,), (direction,))[1].square().sum()
+
+    h = torch.tensor(1.3, dtype=z.dtype)
+    for derivative in (func.grad, func.jacfwd):
+        torch.testing.assert_close(
+            derivative(of_factor(fastvae.ksd_to_normal))(h), derivative(of_factor(reference.ksd_to_normal))(h), rtol=1e-9, atol=0
+        )
+    ways = [
+        lambda: func.grad(lambda z: func.jvp(func.grad(fastvae.ksd_to_normal), (z,), (direction,))[1].sum())(z),
+        lambda: func.jvp(func.hessian(fastvae.ksd_to_normal), (z,), (direction,)),
+        lambda: func.jacfwd(func.jacfwd(func.jacfwd(fastvae.ksd_to_normal)))(z),
+        lambda: second_derivative(lambda z: torch.autograd.grad(fastvae.ksd_to_normal(z), z, create_graph=True)[0].sum(), z, direction),
+    ]
+    for way in ways:
+        with pytest.raises(NotImplementedError, match="ksd_to_normal has no third derivative: pass backend='reference'"):
+            way()
+
+
+@needs_cpu
+def test_second_derivative_with_bandwidths_as_a_tensor():
+    z, bandwidths = sample(6, 2), torch.tensor([[1.0, 2.0], [0.5, 3.0]], dtype=torch.float64)
+    actual, expected = (
+        torch.vmap(lambda h, b=backend: func.hessian(lambda z: fastvae.ksd_to_normal(z, bandwidth=h, backend=b))(z))(bandwidths)
+        for backend in (None, "reference")
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@each_backend
+def test_opcheck_of_the_hessian_product(backend):
+    arguments = kernel_arguments(RationalQuadratic(1.0), [1.5, 2.0], [1.0, 1.0])
+    z, batch = sample(9, 2), torch.stack([sample(6, 2)] * 2)
+    for tensors, start in (((z, z, None, None), 0), ((batch, batch, None, None), 0), ((z[2:8], z[2:8], z, z), 2)):
+        torch.library.opcheck(hvp_op, (*tensors, *arguments, start, True, "", backend or ""))
+
+
+@each_backend
+@each_estimator
+def test_hessian_products_of_shares_are_rows_of_the_whole(estimator, backend):
+    z, direction, arguments = sample(100, 3), sample(100, 3).flip(0), kernel_arguments(RBF(), [1.5], [1.0])
+    parts = [
+        hvp_op(z[rows], direction[rows], z, direction, *arguments, rows.start, estimator == "unbiased", "", backend or "")
+        for rows in (slice(0, 70), slice(70, 71), slice(71, 100))
+    ]
+    expected = second_derivative(lambda z: reference.ksd_to_normal(z, kernel="rbf", bandwidth=1.5, estimator=estimator), z, direction)
+    torch.testing.assert_close(torch.cat(parts), expected)
+
+
+@each_backend
+@pytest.mark.parametrize("rows", [8, 600])
+def test_second_derivative_of_numbers_that_are_not_finite(rows, backend):
+    if backend == "triton" and rows > 8:
+        pytest.skip("the interpreter is slow")
+    z, direction = sample(rows, 3, torch.float32), torch.ones(rows, 3, device=DEVICE)
+    z[3, 1] = float("inf")
+    to_z = second_derivative(lambda z: fastvae.ksd_to_normal(z, bandwidth=0.1, kernel="rbf", backend=backend), z, direction)
+    assert to_z.isnan().any()
+
+
+@needs_cpu
+@pytest.mark.slow
+def test_memory_of_a_second_derivative():
+    """In one sweep of its own, after the value is freed with its tiles."""
+
+    def function(z):
+        (gradient,) = torch.autograd.grad(fastvae.ksd_to_normal(z, bandwidth=4.0), z, create_graph=True)
+        return gradient.sum()
+
+    small, large = (peak_bytes(function, [torch.randn(n, 16)]) for n in (2048, 8192))
+    assert large < 60 << 20
+    assert large - small < 120 * (8192 - 2048) * 16

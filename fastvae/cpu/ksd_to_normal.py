@@ -226,6 +226,7 @@ class _Plan(NamedTuple):
     stein: _Stein
     steepest: float  # γ of the narrowest bandwidth, over the scale squared
     weights: float  # Σ_b a_b
+    curvature: list[CurvatureBandwidth]
     diagonal: float  # 2·D·Σ_b a_b·γ_b
     near_origin: list[_Term]  # widest first; none for kernels that `near_origin` does not take
 
@@ -249,6 +250,7 @@ def _plan(kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ..
         _Stein.of(host_sum, exponent_scale, dim, dtype),
         host_sum.ratios[-1] / (2 * exponent_scale),
         math.fsum(weights),
+        CurvatureBandwidth.all_of(host_sum, exponent_scale, dim),
         2 * dim * gamma * math.fsum(ratio * weight for ratio, weight in pairs),
         near_origin,
     )
@@ -265,17 +267,12 @@ def few_rows(
     """KSD² of each problem of z (..., N, D), in float64, and its gradient. None where products of rows are not accurate enough."""
     plan, count = _plan(kernel, bandwidth, weights, z.shape[-1], z.dtype), z.shape[-2]
     bandwidths, scale = plan.stein
-    if not _SCALES[0] < scale < _SCALES[1]:
+    centred = _scaled(z, scale, plan.steepest)
+    if centred is None:
         return None
-    # In float64, as a rounded scale would be a bias too.
-    scaled = (z - z.mean(-2, keepdim=True)).double().mul_(scale).to(z.dtype)
-    minus_halves = scaled.square() @ _column(-0.5, z.shape[-1], z.dtype)
-    farthest = -2 * float(minus_halves.min())
-    if not farthest * plan.steepest * torch.finfo(z.dtype).eps <= EXPONENT_ERROR[z.dtype]:
-        return None
+    scaled, minus_halves, farthest = centred
     halves = z.double().square() @ _column(0.5, z.shape[-1], torch.float64)
-    multiply = torch.addmm if z.ndim == 2 else torch.baddbmm
-    exponent = multiply(minus_halves, scaled, scaled.mT).add_(minus_halves.mT)
+    exponent = _multiply_add(minus_halves, scaled, scaled.mT).add_(minus_halves.mT)
     # The arrays that are summed come first, so that one operation sums all of them.
     arrays = exponent.new_empty((4, *exponent.shape))
     out = _Pairs(*arrays.unbind(0))
@@ -308,6 +305,23 @@ def few_rows(
     moments = (slope @ scaled).addcmul_(scaled, slope_sums, value=-1).mul_(2 * factor / scale / number)
     phi_sums = sums[1] if unbiased else sums[1].add_(plan.weights)
     return value, moments.addcmul_(z, phi_sums, value=2 / number)
+
+
+def _scaled(z: Tensor, scale: float, steepest: float) -> tuple[Tensor, Tensor, float] | None:
+    """The rows, centred and scaled, −½ of their squares (..., N, 1) and the largest of these squares, unless they are too large."""
+    if not _SCALES[0] < scale < _SCALES[1]:
+        return None
+    # In float64, as a rounded scale would be a bias too.
+    scaled = (z - z.mean(-2, keepdim=True)).double().mul_(scale).to(z.dtype)
+    minus_halves = scaled.square() @ _column(-0.5, z.shape[-1], z.dtype)
+    farthest = -2 * float(minus_halves.min())
+    if not farthest * steepest * torch.finfo(z.dtype).eps <= EXPONENT_ERROR[z.dtype]:
+        return None
+    return scaled, minus_halves, farthest
+
+
+def _multiply_add(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return torch.addmm(total, left, right) if left.ndim == 2 else torch.baddbmm(total, left, right)
 
 
 def near_origin(
@@ -378,3 +392,247 @@ def _accumulated(total: Tensor | None, part: Tensor, factor: float) -> Tensor:
 def _column(number: float, rows: int, dtype: torch.dtype) -> Tensor:
     """A product with it takes half the time of a sum."""
     return torch.full((rows, 1), number, dtype=dtype, device="cpu")
+
+
+class CurvatureBandwidth(NamedTuple):
+    """The coefficients of one bandwidth in formula (5). With e as in `SteinBandwidth`, G = 1/(1 + t/α) and v = G or for a large α v = e·G
+
+    V = −(∂u/∂t)/(φ·G) = ½‖x‖² + ½‖y‖² + constant + linear·e + first·v + second·v²,
+    T = (∂²u/∂t²)/(φ·G²)/steep = V + more_first·G + more_second·G²,
+
+    and for the RBF kernel G = 1, V = ½‖x‖² + ½‖y‖² + constant + linear·e, T = V + more_first.
+    """
+
+    ratio: float  # γ_b/γ_0
+    weight: float
+    alpha: float  # inf for the RBF kernel
+    constant: float
+    linear: float
+    first: float
+    second: float
+    more_first: float
+    more_second: float
+    steep: float  # 1 + 1/α
+    twice_gamma: float
+    in_g: bool = False  # whether v is G
+
+    @staticmethod
+    def all_of(host_sum: HostKernelSum, exponent_scale: float, dim: int) -> list[CurvatureBandwidth]:
+        """Widest first, for rows of `dim` features."""
+        kernel, bandwidths = host_sum.kernel, []
+        for ratio, weight in zip(host_sum.ratios, host_sum.weights, strict=True):
+            gamma = ratio * host_sum.gamma
+            half_d2, twice = 0.5 / (host_sum.gamma * exponent_scale), 2 * gamma
+            if not isinstance(kernel, RationalQuadratic):
+                more = 2 + 4 * gamma
+                linear = half_d2 + more * ratio / exponent_scale
+                bandwidths.append(CurvatureBandwidth(ratio, weight, math.inf, twice * dim + more, linear, 0.0, 0.0, more, 0.0, 1.0, twice))
+                continue
+            alpha = float(kernel.alpha)
+            steep, curved = 1 + 1 / alpha, 4 * gamma * (alpha + 1)
+            first, second = (2 * alpha + twice * dim - curved) * steep, curved * (1 + 2 / alpha)
+            more_of_g = first / (alpha + 1), 2 * second / (alpha + 1), steep, twice
+            in_g = alpha <= _LARGEST_ALPHA
+            if in_g:
+                of_v = -2 * alpha, half_d2, first, second
+            else:
+                constant = 2 + twice * dim * steep + curved / alpha
+                of_v = constant, half_d2, ratio * (first + 2 * second) / alpha, second * (ratio / alpha) ** 2
+            bandwidths.append(CurvatureBandwidth(ratio, weight, alpha, *of_v, *more_of_g, in_g))
+        return bandwidths
+
+
+class _Curvature(NamedTuple):
+    """Arrays with one number for each pair, of formula (5)."""
+
+    phi: Tensor  # φ
+    of_direction: Tensor  # φ − P
+    of_rows: Tensor  # (φ'·dt − Q)/2γ
+    cross: Tensor  # −φ'·dt/2γ
+    g: Tensor
+    scratch: Tensor
+
+
+def _evaluate_curvature(
+    c: CurvatureBandwidth,
+    exponent: Tensor,
+    s: Tensor,
+    halves: tuple[Tensor, Tensor],
+    dots: tuple[Tensor, Tensor],
+    out: _Curvature,
+    functions: Exponentials,
+) -> _Curvature:
+    """Formula (5) in `out`. `halves` are ½‖x‖² and ½‖y‖² of rows that are not moved, `dots` their products with their directions."""
+    phi, of_direction, of_rows, cross, g, scratch = out
+    rows, columns = halves[0].to(phi.dtype), (halves[1] + c.constant).to(phi.dtype)
+    torch.add(rows, exponent, alpha=c.linear, out=of_direction).add_(columns)
+    # dq − s
+    torch.add(dots[0].to(phi.dtype), s, alpha=-2, out=of_rows).add_(dots[1].to(phi.dtype))
+    if c.alpha == math.inf:
+        functions.exp2_(torch.mul(exponent, c.ratio, out=phi))
+        minus_dphi = phi
+        # After φ, which may be zero where V is very large.
+        of_direction.mul_(phi)
+        torch.add(of_direction, phi, alpha=c.more_first, out=scratch)
+        of_rows.mul_(phi).addcmul_(s, scratch, value=-c.twice_gamma)
+    else:
+        torch.add(_scalar(1.0, g.dtype), exponent, alpha=-c.ratio / c.alpha, out=g).reciprocal_()
+        v = g if c.in_g else torch.mul(exponent, g, out=scratch)
+        of_direction.add_(v, alpha=c.first).addcmul_(v, v, value=c.second)
+        torch.add(of_direction, g, alpha=c.more_first, out=scratch).addcmul_(g, g, value=c.more_second).mul_(g)
+        of_rows.addcmul_(s, scratch, value=-c.twice_gamma * c.steep)
+        if c.alpha == 1:
+            phi = g  # itself, in place of a copy
+        elif c.alpha == 0.5:
+            torch.sqrt(g, out=phi)
+        else:
+            # log1p, as the rounding of 1 + t/α would be multiplied by a large α.
+            functions.exp2_(torch.mul(exponent, -c.ratio / c.alpha, out=phi).log1p_().mul_(-c.alpha * LOG2_E))
+        minus_dphi = torch.mul(phi, g, out=scratch)
+        of_direction.mul_(minus_dphi)
+        of_rows.mul_(minus_dphi)
+    torch.add(phi, of_direction, alpha=c.twice_gamma, out=of_direction)
+    torch.mul(s, minus_dphi, out=cross)
+    return out._replace(phi=phi)
+
+
+class _Directed(NamedTuple):
+    """A sample with a direction for each row, prepared for `_CurvatureSweep`."""
+
+    rows: TiledSample
+    right: Tensor  # (N, 2D + 2), the right factor of the product that is (z_i − z_j)·(a_i − a_j)
+    weighted: Tensor  # (D + 1, N): [a_j, 1]
+    moments: Tensor  # (D + 1, N): Σ_j (φ − P)_ij·[a_j, 1]
+    direction: Tensor
+    halves: Tensor
+    dots: Tensor  # (N,): z·a, in float64
+    phi_sums: Tensor  # (N,): Σ_j φ_ij
+    cross_sums: Tensor  # (N,): Σ_j φ'_ij·dt_ij
+
+
+class _CurvatureSweep(Tiles):
+    """The sums of formula (5) over pairs of rows of one problem, tile by tile."""
+
+    def __init__(self, kernel: KernelSum, z: Tensor, centre: Tensor) -> None:
+        super().__init__(kernel, [z], centre)
+        self.bandwidths = CurvatureBandwidth.all_of(self.host_sum, self.evaluator.exponent_scale, z.shape[1])
+        self._left_of_s: tuple[_Directed, slice, Tensor] | None = None
+
+    def directed(self, z: Tensor, direction: Tensor, moments: bool) -> _Directed:
+        rows = self.prepare(z, torch.ones_like(z[:, 0]), moments)
+        direction = direction.to(self.dtype)
+        centred = self.centred(z)
+        dots = torch.linalg.vecdot(z.double(), direction.double())
+        weighted = torch.cat([direction.T, torch.ones_like(direction.T[:1])])
+        right = torch.cat([direction, centred, weighted[-1:].T, torch.linalg.vecdot(centred, direction)[:, None]], 1)
+        halves = 0.5 * torch.cat([z[i].to(self.dtype).square().sum(1, dtype=torch.float64) for i in rows.tiles])
+        sums = self.centre.new_zeros((2, len(z)))
+        return _Directed(rows, right, weighted, torch.zeros_like(weighted), direction, halves, dots, *sums)
+
+    def s(self, a: _Directed, i: slice, b: _Directed, j: slice) -> Tensor:
+        """(z_i − z_j)·(a_i − a_j) over a tile."""
+        if max(a.rows.radius2[i.start], b.rows.radius2[j.start]) > self.limit:
+            return self._s_by_differences(a, i, b, j)
+        if self._left_of_s is None or self._left_of_s[0] is not a or self._left_of_s[1] != i:
+            dim = a.direction.shape[1]
+            direction, centred, one, dot = a.right[i].split_with_sizes((dim, dim, 1, 1), 1)
+            self._left_of_s = a, i, torch.cat([-centred, -direction, dot, one], 1)
+        return self.product("s", self._left_of_s[2], b.right[j].T)
+
+    def _s_by_differences(self, a: _Directed, i: slice, b: _Directed, j: slice) -> Tensor:
+        out, difference = self.buffer("s", i, j).zero_(), self.buffer("difference", i, j)
+        x, y, x_direction, y_direction = a.rows.z[i].double(), b.rows.z[j].double(), a.direction[i], b.direction[j]
+        for d in range(x.shape[1]):
+            torch.sub(x[:, d, None], y[:, d], out=difference)
+            out.addcmul_(difference, x_direction[:, d, None] - y_direction[:, d])
+        return out
+
+    def add_tile(self, a: _Directed, i: slice, b: _Directed, j: slice) -> None:
+        """Adds a tile's share to the sums of a, and of b if it is a."""
+        exponent, s = self._exponent(a.rows, i, b.rows, j), self.s(a, i, b, j)
+        out = _Curvature(*(self.buffer(name, i, j) for name in _Curvature._fields))
+        reach = a.rows.radius2[i.start] ** 0.5 + b.rows.radius2[j.start] ** 0.5
+        farthest = self.host_sum.gamma * LOG2_E * reach * reach
+        halves, dots = (a.halves[i, None], b.halves[None, j]), (a.dots[i, None], b.dots[None, j])
+        within, diagonal = a is b, a is b and i == j
+        of_direction, of_rows = out.of_direction, out.of_rows
+        if not self.single:
+            of_direction, of_rows = (self.buffer(f"total {name}", i, j).zero_() for name in ("of_direction", "of_rows"))
+        for c in self.bandwidths:
+            pairs = _evaluate_curvature(c, exponent, s, halves, dots, out, exponentials(farthest * c.ratio, self.dtype))
+            if diagonal:
+                for t in pairs[:4]:
+                    t.fill_diagonal_(0)
+            for total, tile, factor in ((0, pairs.phi, c.weight), (1, pairs.cross, -c.weight * c.twice_gamma)):
+                (a.phi_sums, a.cross_sums)[total][i].add_(tile.sum(1), alpha=factor)
+                if within and not diagonal:
+                    (a.phi_sums, a.cross_sums)[total][j].add_(tile.sum(0), alpha=factor)
+            if not self.single:
+                of_direction.add_(pairs.of_direction, alpha=c.weight)
+                of_rows.add_(pairs.of_rows, alpha=c.weight * c.twice_gamma)
+        weight, twice_gamma = (self.bandwidths[0].weight, self.bandwidths[0].twice_gamma) if self.single else (1.0, 1.0)
+        self.add_moments(of_rows, a.rows, i, b.rows, j, weight * twice_gamma)
+        self.add_product(a.moments[:, i], b.weighted[:, j], of_direction.T, weight)
+        if within and not diagonal:
+            self.add_product(a.moments[:, j], a.weighted[:, i], of_direction, weight)
+
+    def result(self, a: _Directed, weights: float) -> Tensor:
+        """Half of the Hessian of Σ_ij u_ij times the direction; `weights` is what φ of a row with itself adds."""
+        of_direction = a.direction * (a.phi_sums + weights - a.moments[-1])[:, None] + a.moments[:-1].T
+        return of_direction + a.rows.z * a.cross_sums[:, None] - self.row_gradient(a.rows)
+
+
+def hessian_product(kernel: KernelSum, z: Tensor, direction: Tensor, others: Sequence[tuple[Tensor, Tensor]], unbiased: bool) -> Tensor:
+    """The rows of z (N, D) in the Hessian of KSD² of them and `others` times a direction, which comes with each of these too."""
+    whole = torch.cat([z, *(rows for rows, _ in others)]) if others else z
+    sweep = _CurvatureSweep(kernel, whole, stable_mean(whole))
+    a = sweep.directed(z, direction, True)
+    for n, i in enumerate(a.rows.tiles):
+        for j in a.rows.tiles[n:]:
+            sweep.add_tile(a, i, a, j)
+    for rows, its_direction in others:
+        b = sweep.directed(rows, its_direction, False)
+        for i in a.rows.tiles:
+            for j in b.rows.tiles:
+                sweep.add_tile(a, i, b, j)
+    factor = 2 / (len(whole) * (len(whole) - unbiased)) + zero_if_finite(whole)
+    weights = 0.0 if unbiased else float(kernel.weights.sum())
+    return sweep.result(a, weights).mul_(factor).to(z.dtype)
+
+
+def hessian_product_of_few_rows(
+    kernel: Kernel, bandwidth: tuple[float, ...], weights: tuple[float, ...], z: Tensor, direction: Tensor, unbiased: bool
+) -> Tensor | None:
+    """`hessian_product` of each problem of z (..., N, D), from one array of pairs. None where products of rows are not accurate enough."""
+    plan, count = _plan(kernel, bandwidth, weights, z.shape[-1], z.dtype), z.shape[-2]
+    scale = plan.stein.scale
+    centred = _scaled(z, scale, plan.steepest)
+    if centred is None:
+        return None
+    scaled, minus_halves, farthest = centred
+    exponent = _multiply_add(minus_halves, scaled, scaled.mT).add_(minus_halves.mT)
+    # (z_i − z_j)·(a_i − a_j), less the two products of a row with its own direction
+    crossed = (scaled @ direction.mT).mul_(-1 / scale)
+    s = crossed + crossed.mT
+    own = crossed.diagonal(dim1=-2, dim2=-1)[..., None]
+    s.sub_(own).sub_(own.mT)
+    halves = z.double().square() @ _column(0.5, z.shape[-1], torch.float64)
+    dots = torch.linalg.vecdot(z.double(), direction.double())[..., None]
+    # The arrays that are summed come first, so that one operation sums all of them.
+    arrays = exponent.new_empty((len(_Curvature._fields), *exponent.shape))
+    out, summed = _Curvature(*arrays.unbind(0)), arrays[:4]
+    functions = exponentials(2 * LOG2_E * plan.steepest * farthest, z.dtype)
+    total: Tensor | None = None
+    for c in plan.curvature:
+        pairs = _evaluate_curvature(c, exponent, s, (halves, halves.mT), (dots, dots.mT), out, functions)
+        if pairs.phi is not out.phi:
+            out.phi.copy_(pairs.phi)
+        summed.diagonal(dim1=-2, dim2=-1).zero_()
+        sums = summed.sum(-1, keepdim=True)
+        of_rows = torch.addcmul((out.of_rows @ scaled).div_(scale), scaled, sums[2], value=-1 / scale).addcmul_(z, sums[3], value=-1)
+        part = (out.of_direction @ direction).addcmul_(direction, sums[0] - sums[1]).add_(of_rows, alpha=c.twice_gamma)
+        total = _accumulated(total, part, c.weight)
+    assert total is not None
+    if not unbiased:
+        total = total.add_(direction, alpha=plan.weights)
+    return total.mul_(2 / (count * (count - unbiased)))

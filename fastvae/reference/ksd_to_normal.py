@@ -13,6 +13,14 @@ The gradient of u to x is φ·y + c·(x − y) with
 
     c = 2γ·((x·y)·φ' + 2φ' + 2γ·(d² − D)·φ'' − 4γ·φ'' − 4γ²·d²·φ''')                                                (4)
 
+and the rows of the Hessian of Σ_ij u(x_i, x_j) times a direction a are
+
+    2·Σ_j [φ·a_j + φ'·dt·x_j + P·(a_i − a_j) + Q·(x_i − x_j)],   2·φ(0)·a_i of the pair j = i                        (5)
+
+    dt = 2γ·(x_i − x_j)·(a_i − a_j),   P = 2γ·u',   Q = 2γ·(φ'·(a_i·x_j + x_i·a_j) + u''·dt)
+
+with u' = c/2γ and u'' the derivatives of u to t at constant x·y: u'' = (x·y)·φ'' + 4φ'' + 2t·φ''' − 2γ·((D + 4)·φ''' + 2t·φ'''').
+
 Source: Liu et al. 2016, "A kernelized Stein discrepancy for goodness-of-fit tests", theorem 3.6; Gorham and Mackey 2017, "Measuring sample
 quality with kernels", for heavy-tailed kernels.
 """
