@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ from fastvae.kernels.config import (
     SHARED_MEMORY,
     DensityConfig,
     FewRowsConfig,
+    HessianConfig,
     MatmulConfig,
     RowConfig,
     SweepConfig,
@@ -61,6 +63,7 @@ from fastvae.kernels.config import (
     padded_dim,
     slice_config,
     stein_config,
+    stein_hessian_config,
     sweep_config,
     terms_config,
 )
@@ -179,7 +182,7 @@ class HVP:
 
 @dataclass(frozen=True)
 class Stein:
-    """One variant of `ksd_to_normal.ksd_kernel`."""
+    """One variant of `ksd_to_normal.ksd_kernel`, or of `hessian_kernel`."""
 
     precision: str
     dim: int
@@ -189,10 +192,12 @@ class Stein:
     second_pass: bool = False
     differences: bool = False
     batched: bool = False
+    hessian: bool = False
 
     @property
     def name(self) -> str:
-        parts = ["stein", "value+gradient" if self.gradient else "value", self.precision, f"D{self.dim}", f"bandwidths{self.bandwidths}"]
+        sums = "hessian" if self.hessian else "value+gradient" if self.gradient else "value"
+        parts = ["stein", sums, self.precision, f"D{self.dim}", f"bandwidths{self.bandwidths}"]
         parts += ["finer"] * self.second_pass + ["differences"] * self.differences + ["batched"] * self.batched
         return " ".join(parts + kernel_words(self.kernel))
 
@@ -456,20 +461,21 @@ def _few_rows(architecture: int) -> Iterator[Variant]:
 
 
 def _steins(architecture: int) -> Iterator[Variant]:
-    for gradient in (False, True):
-        yield Stein("highest", 64, gradient)
-        yield Stein("highest", 64, gradient, 5, RationalQuadratic(2.3))
+    for gradient, hessian in ((False, False), (True, False), (True, True)):
+        variant = functools.partial(Stein, gradient=gradient, hessian=hessian)
+        yield variant("highest", 64)
+        yield variant("highest", 64, bandwidths=5, kernel=RationalQuadratic(2.3))
         if architecture == 90:
             for dim in (16, 256):
-                yield Stein("highest", dim, gradient, 5, RationalQuadratic(2.3))
+                yield variant("highest", dim, bandwidths=5, kernel=RationalQuadratic(2.3))
             for precision in ("high", "medium", "ieee", "float64"):
-                yield Stein(precision, 64, gradient, 5)
+                yield variant(precision, 64, bandwidths=5)
             for kernel in (RBF(), RationalQuadratic(0.5), RationalQuadratic(50.0)):
-                yield Stein("highest", 64, gradient, kernel=kernel)
-            yield Stein("highest", 64, gradient, 5, RBF(), second_pass=True)
-            yield Stein("highest", 64, gradient, batched=True)
+                yield variant("highest", 64, kernel=kernel)
+            yield variant("highest", 64, bandwidths=5, kernel=RBF(), second_pass=True)
+            yield variant("highest", 64, batched=True)
             for precision in ("highest", "float64"):
-                yield Stein(precision, 16, gradient, 5, RationalQuadratic(2.3), differences=True)
+                yield variant(precision, 16, bandwidths=5, kernel=RationalQuadratic(2.3), differences=True)
 
 
 def _biased_matmuls(architecture: int) -> Iterator[Variant]:
@@ -509,6 +515,7 @@ def quick(variant: Variant, architecture: int) -> bool:
         *(Sweep("highest", 64, True, True, 5, squared=False, kernel=kernel) for kernel in (RationalQuadratic(2.3), Laplace())),
         *(Matmul(direction, "highest", 64, 64) for direction in ("forward", "backward")),
         Stein("highest", 64, True),
+        Stein("highest", 64, True, hessian=True),
         Stein("highest", 64, True, 5, RationalQuadratic(2.3)),
     }
     return variant in counted
@@ -540,6 +547,8 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         if variant.differences:
             products = difference_products(8 if variant.precision == "float64" else 4)
         power = ksd_to_normal.is_power(families.family_of(variant.kernel))
+        if variant.hessian:
+            return stein_hessian_config(variant.dim, products, variant.bandwidths, architecture, power)
         return stein_config(variant.dim, products, variant.gradient, variant.bandwidths, architecture, power)
     if isinstance(variant, Differences):
         products = difference_products(8 if variant.dtype == "fp64" else 4)
@@ -789,27 +798,35 @@ def _stein(variant: Stein, config: SweepConfig, architecture: int) -> Described:
     if variant.differences:
         product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
     scalar, family = "*fp64" if variant.precision == "float64" else "*fp32", families.family_of(variant.kernel)
-    types = {
-        "operands": prepare.Operands(*[scalar] * 4, "i32", "i32"),
-        "tables": prepare.PlanTables("*fp64", scalar, "*fp64"),
-        "stein": ksd_to_normal.Stein(scalar, scalar),
-        "part_sums": ksd_to_normal.PartSums(*[scalar] * 4, "i32", "i32"),
-        "swept": prepare.SweptRows(*["i32"] * len(prepare.SweptRows._fields)),
-        "n": "i32",
-    }
+    operands: Any = prepare.Operands(*[scalar] * 4, "i32", "i32")
+    types: dict[str, Any] = {"operands": operands, "tables": prepare.PlanTables("*fp64", scalar, "*fp64")}
+    if variant.hessian:
+        fn = ksd_to_normal.hessian_kernel
+        types |= {"directions": operands, "curvature": ksd_to_normal.Curvature(*[scalar] * 3)}
+        types["part_sums"] = ksd_to_normal.HessianSums(*[scalar] * 6, "i32", "i32")
+    else:
+        fn = ksd_to_normal.ksd_kernel
+        types |= {"stein": ksd_to_normal.Stein(scalar, scalar), "part_sums": ksd_to_normal.PartSums(*[scalar] * 4, "i32", "i32")}
+    types |= {"swept": prepare.SweptRows(*["i32"] * len(prepare.SweptRows._fields)), "n": "i32"}
     spec = ksd_to_normal.spec_of(
         config, int(variant.second_pass or variant.differences), variant.batched, variant.gradient, product, dim, family, variant.bandwidths
     )
     options = config.launch("BLOCK_N", "BLOCK_M", "BLOCK_K", "BLOCK_D")
-    binary = compile_kernel(ksd_to_normal.ksd_kernel, types, {"SPEC": spec} | options, architecture)
-    steps = dim if variant.differences else dim // config.block_k
+    if isinstance(config, HessianConfig):
+        options["SPLIT"] = config.split
+    binary = compile_kernel(fn, types, {"SPEC": spec} | options, architecture)
+    # In a loop, or a program each.
+    loop, repeats = (1, variant.bandwidths) if options.get("SPLIT") else (variant.bandwidths if variant.hessian else 1, 1)
+    # Of both loops within that over the columns, where there are two.
+    steps = max(loop, dim if variant.differences else dim // config.block_k)
     work = _per_unit(_inner_loop(binary, steps), config.block_n * config.block_m / (32 * config.num_warps))
     gpu = GPUS[architecture]
     units = _cycles(work, gpu.fp64)
     if not variant.differences:
-        units["products"] = _PRODUCTS[kind] * (dim + (config.block_d if variant.gradient else 0)) / _rate(kind, gpu)
-    repeats = dim // config.block_d if variant.gradient else 1
-    return "ksd_to_normal.ksd_kernel", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
+        features = 3 * dim + 2 * config.block_d if variant.hessian else dim + (config.block_d if variant.gradient else 0)
+        units["products"] = _PRODUCTS[kind] * features / _rate(kind, gpu)
+    repeats *= dim // config.block_d if variant.gradient else 1
+    return f"ksd_to_normal.{fn.__name__}", binary, {unit: repeats * cycles for unit, cycles in units.items()}, work
 
 
 def _rows(variant: Rows, config: RowConfig, architecture: int) -> Described:

@@ -68,6 +68,13 @@ class MatmulConfig(SweepConfig):
 
 
 @dataclass(frozen=True)
+class HessianConfig(SweepConfig):
+    """`SweepConfig` for the Hessian of a kernel Stein discrepancy times a direction."""
+
+    split: bool = field(kw_only=True)  # a program takes one bandwidth, and not all of them in a loop
+
+
+@dataclass(frozen=True)
 class TermsConfig(SweepConfig):
     """`SweepConfig` for the sums of which derivatives to bandwidths are made."""
 
@@ -262,6 +269,30 @@ def stein_config(dim: int, precision: str, gradient: bool, bandwidths: int, arch
         # Results of products pass through registers there.
         return replace(config, block_m=min(config.block_m, 32), block_d=min(config.block_d, 32) if several else config.block_d)
     return replace(config, block_k=min(config.block_k, 32)) if several and gradient and precision == "tf32x3" else config
+
+
+def stein_hessian_config(dim: int, precision: str, bandwidths: int, architecture: int, power: bool) -> HessianConfig:
+    """For the Hessian of a kernel Stein discrepancy times a direction: two products a tile more than its gradient, and as many moments
+    again. `power` says that φ takes a logarithm. The largest tiles that do not spill; not measured."""
+    # Results of products pass through registers on a B200, for which Triton 3.7 cannot compile a loop within that over the columns.
+    split = architecture in _TCGEN05
+    if precision == difference_products(4):
+        return HessianConfig(32, 16, 4, 8, 4, 1, split=split)
+    if precision == difference_products(8):
+        return HessianConfig(32, 8, 4, 4, 4, 1, split=split)
+    if precision == "float64":
+        return HessianConfig(32, 16, 16, 16, 4, 2, split=split)
+    if precision == "ieee":
+        return HessianConfig(64, 16, 16, min(max(16, _next_power_of_2(dim)), 32), 4, 2, split=split)
+    block = min(max(16, _next_power_of_2(dim)), 64)
+    block_k = min(block, 32) if precision == "tf32x3" or split else block
+    if split:
+        return HessianConfig(64, 16, block_k, block, 4, 1, split=split)
+    if block == 16:
+        return HessianConfig(64, 32, block_k, block, 4, 2, split=split)
+    if architecture in WGMMA:
+        return HessianConfig(128, 16, block_k, block, 8, 2, split=split)
+    return HessianConfig(64, 16, block_k, block, 4, 2, split=split)
 
 
 def terms_config(dim: int, precision: str, bandwidths: int, architecture: int, steep: bool) -> TermsConfig:

@@ -431,7 +431,7 @@ def _precision_pass(gammas, furthest, near_ptr, NEAR_BLOCKS: tl.constexpr, SUM: 
 
 
 @triton.jit
-def _store_rows(scaled, z, operands, offs, mask, precision_pass, SUM: tl.constexpr):
+def store_rows(scaled, z, operands, offs, mask, precision_pass, SUM: tl.constexpr):
     """Store rows as the pass that runs takes them, and return them as its products see them."""
     hi_ptr, lo_ptr = operands.hi_ptr, operands.lo_ptr
     rounded = scaled
@@ -509,7 +509,7 @@ def operands_kernel(
         scaled = (z - tl.load(centre_ptr + offs_d)[None, :]).to(tl.float64) * scale
         scaled = tl.where(mask, scaled, 0.0).to(dtype)
         offs = offs_n.to(tl.int64)[:, None] * SPEC.D + offs_d[None, :]
-        rounded = _store_rows(scaled, z, operands, offs, row_mask[:, None], precision_pass, SUM)
+        rounded = store_rows(scaled, z, operands, offs, row_mask[:, None], precision_pass, SUM)
         neg_half_norm2 -= 0.5 * tl.sum(rounded * rounded, 1)
         if SUM.CLOSED_FORM != NO_CLOSED_FORM:
             norm2 += tl.sum(z.to(tl.float64) * z.to(tl.float64), 1)
