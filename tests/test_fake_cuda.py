@@ -64,6 +64,13 @@ ksd_to_normal = functools.partial(fastvae.ksd_to_normal, bandwidth=8.0)
 kernel_matmul = functools.partial(fastvae.kernel_matmul, bandwidth=8.0)
 
 
+def second_derivative(function, z, direction):
+    z = z.detach().requires_grad_()
+    value = function(z)
+    (gradient,) = torch.autograd.grad(value, z, torch.ones_like(value), create_graph=True)
+    return torch.autograd.grad(gradient, z, direction)[0]
+
+
 def group_mmd(z, *weights, **options):
     groups = weights[0] if weights else z.new_empty(len(z), dtype=torch.int64)
     return fastvae.group_mmd(z, groups, num_groups=10, bandwidth=8.0, **options).mean()
@@ -133,6 +140,10 @@ CALLS = {
     "ksd_to_normal, gradient": Call(ksd_to_normal, (X,), (0,)),
     "ksd_to_normal, batch": Call(ksd_to_normal, ((8, N, D),), (0,), (((8,), f32),)),
     "ksd_to_normal, bandwidths on the device": Call(lambda z, h: fastvae.ksd_to_normal(z, bandwidth=h), (X, (3,)), (0,)),
+    "ksd_to_normal, second derivative": Call(functools.partial(second_derivative, ksd_to_normal), results=((X, f32),)),
+    "ksd_to_normal, batch, second derivative": Call(
+        functools.partial(second_derivative, ksd_to_normal), ((8, N, D), (8, N, D)), results=(((8, N, D), f32),)
+    ),
     "MMDLoss": Call(fastvae.MMDLoss(bandwidth=8.0), gradients=(0,)),
     "kernel_matmul": Call(kernel_matmul, (X, X, (N, 8)), (), (((N, 8), f32),)),
     "kernel_matmul, gradient to x": Call(kernel_matmul, (X, X, (N, 8)), (0,), (((N, 8), f32),)),
@@ -289,6 +300,7 @@ MEMORY = {
     "mmd of a mean, gradient": 12,
     "mmd_to_normal, gradient": 5,
     "ksd_to_normal, gradient": 5,
+    "ksd_to_normal, second derivative": 10,
     "kernel_matmul": 10,
     "kernel_matmul, gradients": 15,
     "log_kernel_density, gradients": 15,

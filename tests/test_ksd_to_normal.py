@@ -332,6 +332,50 @@ def test_second_derivative_in_float32(kernel, n, d, offset, bandwidth):
         assert_second_derivative_as_reference(z, 1e-4, kernel=kernel, bandwidth=(bandwidth, 3 * bandwidth), estimator="unbiased")
 
 
+@needs_triton
+@pytest.mark.interpreter
+@each_kernel
+@pytest.mark.parametrize(
+    ("n", "d", "offset", "options"),
+    [
+        (1, 3, 0.0, {"bandwidth": 1.0}),
+        (70, 17, 0.0, {"bandwidth": 4.0}),
+        (40, 5, 1000.0, {"bandwidth": 300.0, "estimator": "unbiased"}),
+        (40, 5, 0.0, {"bandwidth": (0.1, 2.0, 9.0), "estimator": "unbiased"}),
+    ],
+)
+def test_second_derivative_by_triton_in_float32(kernel, n, d, offset, options):
+    assert_second_derivative_as_reference(sample(n, d, torch.float32, offset), 1e-4, "triton", kernel=kernel, **options)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("precision", "rtol"), [("ieee", 2e-5), ("high", 5e-3), ("medium", 5e-2)])
+def test_precision_of_the_second_derivative(precision, rtol):
+    z = sample(80, 70, torch.float32)
+    direction = z.flip(0)
+    actual = second_derivative(lambda z: fastvae.ksd_to_normal(z, bandwidth=9.0, precision=precision, backend="triton"), z, direction)
+    exact = second_derivative(lambda z: reference.ksd_to_normal(z, bandwidth=9.0), z.double(), direction.double())
+    assert (actual - exact).abs().max() <= rtol * exact.abs().max()
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_second_derivative_by_triton_with_a_program_for_each_bandwidth(monkeypatch):
+    """As on a B200."""
+    from fastvae.kernels import ksd_to_normal as kernels
+    from fastvae.kernels.config import stein_hessian_config
+
+    monkeypatch.setattr(
+        kernels, "stein_hessian_config", lambda dim, products, count, _, power: stein_hessian_config(dim, products, count, 100, power)
+    )
+    kernels._hessian_configs.cache_clear()
+    z = torch.stack([sample(70, 3), 2 * sample(70, 3) + 1])
+    assert_second_derivative_as_reference(z, 1e-10, "triton", kernel="rbf", estimator="unbiased", **LADDER)
+    assert_second_derivative_as_reference(z[0], 1e-10, "triton", bandwidth=1.2)
+    kernels._hessian_configs.cache_clear()
+
+
 @needs_cpu
 @pytest.mark.parametrize("kernel", [RBF(), IMQ(), RationalQuadratic(50.0)], ids=str)
 @pytest.mark.parametrize("options", [{"bandwidth": 2.0}, {"estimator": "unbiased", **LADDER}], ids=["one", "ladder"])
