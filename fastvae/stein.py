@@ -83,7 +83,8 @@ def ksd_to_normal(
             return value + zero_if_finite(rows).to(rows.dtype)
     batch = z.shape[:-2]
     rows = z.flatten(0, -3) if len(batch) > 1 else z
-    value = apply_ksd_to_normal(rows, whole, arguments, start, estimator == "unbiased", precision or "", backend or "")
+    group = "" if process_group is None else process_group.group_name
+    value = apply_ksd_to_normal(rows, whole, arguments, start, estimator == "unbiased", precision or "", backend or "", group)
     if process_group is not None:
         return sum_shares(value, process_group)
     return value.reshape(batch) if len(batch) > 1 else value

@@ -132,11 +132,16 @@ def without_grad(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-def custom_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`torch.ops.fastvae.<name>`, which `torch.vmap` calls once for each item of a batch."""
+def custom_op(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any], batched: int = 0) -> Any:
+    """`torch.ops.fastvae.<name>`, which `torch.vmap` calls once for each item of a batch.
+
+    Args:
+        batched: how many of its first arguments may have a batch dimension, which then takes that of `torch.vmap`.
+    """
     op = torch.library.custom_op(f"fastvae::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(fake)
-    op.register_vmap(lambda info, in_dims, *args: loop_over_batch(op, info.batch_size, in_dims, args))
+    loop = lambda info, in_dims, *args: loop_over_batch(op, info.batch_size, in_dims, args)  # noqa: E731
+    op.register_vmap(fold_into_batch(op, batched) if batched else loop)
     return op
 
 
@@ -147,6 +152,25 @@ def loop_over_batch(op: Any, size: int, in_dims: tuple[int | None, ...], args: t
         return torch.stack(items), 0
     results = tuple(torch.stack(parts) if parts[0].numel() else parts[0] for parts in zip(*items, strict=True))
     return results, tuple(0 if parts.numel() else None for parts in items[0])
+
+
+def fold_into_batch(op: Any, tensors: int) -> Callable[..., Any]:
+    """The rule of `torch.vmap` for an op whose first tensors may have a batch dimension of their own."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        has_batch = args[0].ndim - (in_dims[0] is not None) == 3
+        if has_batch or any(isinstance(dim, int) for dim in in_dims[tensors:]):
+            return loop_over_batch(op, info.batch_size, in_dims, args)
+        folded = [
+            t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
+        ]
+        results = op(*folded, *args[tensors:])
+        if isinstance(results, Tensor):
+            return results, 0
+        return results, tuple(0 if t.numel() else None for t in results)
+
+    return rule
 
 
 def _differentiates() -> bool:
@@ -177,17 +201,32 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+class _Primals:
+    """The context of a `jvp`, whose saved tensors lack their tangents. A backward pass of the result would differentiate these too."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        unpack: Any = torch.autograd.forward_ad.unpack_dual
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            self.saved_tensors = tuple(t if t is None else unpack(t).primal for t in ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def forward_mode(name: str, jvp: Callable[..., Any]) -> Any:
     """The `jvp` of an autograd.Function. Within another forward mode it raises, as PyTorch would take all of its results for constants."""
 
     def checked(ctx: Any, *tangents: Any) -> Any:
         forward = torch._C._functorch.TransformType.Jvp
-        if sum(transform.key() == forward for transform in torch._C._functorch.get_interpreter_stack() or ()) > 1:
+        transforms = torch._C._functorch.get_interpreter_stack() or ()
+        if sum(transform.key() == forward for transform in transforms) > 1:
             raise NotImplementedError(
                 f"{name} has no derivative in forward mode of one in forward mode: take one of the two in reverse mode, as in "
                 "torch.func.jacfwd(torch.func.jacrev(f)) or torch.func.hessian(f)"
             )
-        return jvp(ctx, *tangents)
+        # Transforms of torch.func hide the tangents.
+        return jvp(ctx if transforms else _Primals(ctx), *tangents)
 
     return staticmethod(checked)
 

@@ -14,10 +14,10 @@ from fastvae.kernel_sums import stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
+    custom_op,
     differentiable,
     forbid_third_derivative,
     kernel_arguments,
-    loop_over_batch,
     matmul_precision,
     save_arguments,
     saved_arguments,
@@ -153,24 +153,6 @@ def _fake(*args: Any) -> Results:
     )
 
 
-kernel_hvp_op = torch.library.custom_op("fastvae::kernel_hvp", _evaluate, mutates_args=(), schema=SCHEMA)
-kernel_hvp_op.register_fake(_fake)
-
-
-@kernel_hvp_op.register_vmap
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """The op has a batch dimension of its own, into which this one goes."""
-    problem = Problem.of(*args)
-    if problem.x.ndim - (in_dims[0] is not None) == 3 or any(isinstance(dim, int) for dim in in_dims[_TENSORS:]):
-        return loop_over_batch(kernel_hvp_op, info.batch_size, in_dims, args)
-    tensors = [
-        t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        for t, dim in zip(problem.tensors, in_dims[:_TENSORS], strict=True)
-    ]
-    results = kernel_hvp_op(*tensors, *args[_TENSORS:])
-    return results, tuple(0 if t.numel() else None for t in results)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.set_materialize_grads(False)
     save_arguments(ctx, inputs, ())
@@ -196,6 +178,7 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> list[Tensor]:
     return list(_apply(*arguments[:4], *tangents[4:_TENSORS], *arguments[_TENSORS:]))
 
 
+kernel_hvp_op = custom_op("kernel_hvp", SCHEMA, _evaluate, _fake, batched=_TENSORS)
 _apply = differentiable("KernelHVP", "a second derivative of fastvae", _TENSORS, kernel_hvp_op, _evaluate, _setup_context, _backward, _jvp)
 
 
