@@ -759,7 +759,7 @@ def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
         "factors": kernel_hvp.Factors(*[scalar] * 4),
         "plan_ptr": "*fp64",
         "table_ptr": scalar,
-        "start": kernel_hvp.Start(*["i32"] * 5),
+        "start": kernel_hvp.Start(*["i32"] * len(kernel_hvp.Start._fields)),
         **({"sums": kernel_hvp.PointSums(scalar, scalar, scalar, "i32", "i32")} if points else {"out_ptr": scalar}),
     }
     options = config.launch()

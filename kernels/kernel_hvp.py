@@ -84,6 +84,8 @@ class Start(NamedTuple):
     row_factor: Any
     column_factor: Any
     columns: Any  # how many, with their padding
+    features: Any  # D and C, which the compiler is not to know where they bound a loop
+    factors: Any
 
 
 class PointSums(NamedTuple):
@@ -222,7 +224,7 @@ def _by_differences(points, directions, start_n, start_m, scale, dtype: tl.const
 
 
 @triton.jit
-def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, scale, SPEC: tl.constexpr):
+def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, scale, features, SPEC: tl.constexpr):
     """ε and dε of a tile, and the last features that it loaded of the columns and of their directions."""
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     FAMILY: tl.constexpr = SPEC.FAMILY
@@ -260,7 +262,8 @@ def _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, s
         else:
             # Offsets of 32 bits to scalar pointers: fewer registers.
             local_n = tl.arange(0, BLOCK_N)[:, None] * D + tl.arange(0, BLOCK_K)[None, :]
-            for start_k in range(0, D, BLOCK_K):
+            # A bound that the compiler does not know: unrolled, the loop would load everything at once into registers.
+            for start_k in range(0, features, BLOCK_K):
                 at_n, at_m = n + start_k, m + start_k
                 row_hi, row_lo = load_parts(points.hi_ptr + at_n + local_n, points.lo_ptr + at_n + local_n, PRODUCT)
                 right_hi, right_lo = load_parts(points.hi_ptr + at_m + local_m, points.lo_ptr + at_m + local_m, PRODUCT)
@@ -305,43 +308,50 @@ def _factors_as_product(factors: Factors, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _factor_tiles(factors: Factors, row, column, dtype: tl.constexpr, SPEC: tl.constexpr):
-    """c and e of a tile. `row` and `column` are the first ones among the factors."""
+def _add_factor_products(c, e, factors: Factors, at_n, at_m, SPEC: tl.constexpr):
+    """c and e of a tile with a block of columns of factors added, of which the first elements are at `at_n` and `at_m`."""
     PRODUCT: tl.constexpr = SPEC.PRODUCT
+    local_c = tl.arange(0, SPEC.BLOCK_C)[None, :]
+    local_n, local_m = tl.arange(0, SPEC.BLOCK_N)[:, None] * SPEC.C + local_c, tl.arange(0, SPEC.BLOCK_M)[:, None] * SPEC.C + local_c
+    u_hi, u_lo = load_parts(factors.hi_ptr + at_n + local_n, factors.lo_ptr + at_n + local_n, PRODUCT)
+    v_hi, v_lo = load_parts(factors.hi_ptr + at_m + local_m, factors.lo_ptr + at_m + local_m, PRODUCT)
+    if SPEC.ROW_DIR or SPEC.COLUMN_DIR:
+        c = dot(u_hi, u_lo, tl.trans(v_hi), tl.trans(v_lo), c, PRODUCT)
+    if SPEC.COLUMN_FACTOR_DIR:
+        dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_m + local_m, factors.dir_lo_ptr + at_m + local_m, PRODUCT)
+        e = dot(u_hi, u_lo, tl.trans(dir_hi), tl.trans(dir_lo), e, PRODUCT)
+    if SPEC.ROW_FACTOR_DIR:
+        dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_n + local_n, factors.dir_lo_ptr + at_n + local_n, PRODUCT)
+        e = dot(dir_hi, dir_lo, tl.trans(v_hi), tl.trans(v_lo), e, PRODUCT)
+    return c, e
+
+
+@triton.jit
+def _factor_tiles(factors: Factors, row, column, columns, dtype: tl.constexpr, SPEC: tl.constexpr):
+    """c and e of a tile. `row` and `column` are the first ones among the factors."""
     C: tl.constexpr = SPEC.C
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
     BLOCK_C: tl.constexpr = SPEC.BLOCK_C
-    POINTS: tl.constexpr = SPEC.ROW_DIR or SPEC.COLUMN_DIR
     c = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
     e = tl.zeros([BLOCK_N, BLOCK_M], dtype=dtype)
-    left, right = tl.cast(row, tl.int64) * C, tl.cast(column, tl.int64) * C
+    at_n, at_m = tl.cast(row, tl.int64) * C, tl.cast(column, tl.int64) * C
     if SPEC.MULTIPLIED:
-        left += tl.arange(0, BLOCK_N) * C
-        right += tl.arange(0, BLOCK_M) * C
+        local_n, local_m = tl.arange(0, BLOCK_N) * C, tl.arange(0, BLOCK_M) * C
         for k in tl.static_range(C):
-            u, v = tl.load(factors.hi_ptr + left + k)[:, None], tl.load(factors.hi_ptr + right + k)[None, :]
-            if POINTS:
+            u = tl.load(factors.hi_ptr + (at_n + k) + local_n)[:, None]
+            v = tl.load(factors.hi_ptr + (at_m + k) + local_m)[None, :]
+            if SPEC.ROW_DIR or SPEC.COLUMN_DIR:
                 c += u * v
             if SPEC.COLUMN_FACTOR_DIR:
-                e += u * tl.load(factors.dir_hi_ptr + right + k)[None, :]
+                e += u * tl.load(factors.dir_hi_ptr + (at_m + k) + local_m)[None, :]
             if SPEC.ROW_FACTOR_DIR:
-                e += tl.load(factors.dir_hi_ptr + left + k)[:, None] * v
+                e += tl.load(factors.dir_hi_ptr + (at_n + k) + local_n)[:, None] * v
+    elif C == BLOCK_C:
+        c, e = _add_factor_products(c, e, factors, at_n, at_m, SPEC)
     else:
-        local_n = tl.arange(0, BLOCK_N)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
-        local_m = tl.arange(0, BLOCK_M)[:, None] * C + tl.arange(0, BLOCK_C)[None, :]
-        for start_c in range(0, C, BLOCK_C):
-            at_n, at_m = left + start_c, right + start_c
-            u_hi, u_lo = load_parts(factors.hi_ptr + at_n + local_n, factors.lo_ptr + at_n + local_n, PRODUCT)
-            v_hi, v_lo = load_parts(factors.hi_ptr + at_m + local_m, factors.lo_ptr + at_m + local_m, PRODUCT)
-            if POINTS:
-                c = dot(u_hi, u_lo, tl.trans(v_hi), tl.trans(v_lo), c, PRODUCT)
-            if SPEC.COLUMN_FACTOR_DIR:
-                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_m + local_m, factors.dir_lo_ptr + at_m + local_m, PRODUCT)
-                e = dot(u_hi, u_lo, tl.trans(dir_hi), tl.trans(dir_lo), e, PRODUCT)
-            if SPEC.ROW_FACTOR_DIR:
-                dir_hi, dir_lo = load_parts(factors.dir_hi_ptr + at_n + local_n, factors.dir_lo_ptr + at_n + local_n, PRODUCT)
-                e = dot(dir_hi, dir_lo, tl.trans(v_hi), tl.trans(v_lo), e, PRODUCT)
+        for start_c in range(0, columns, BLOCK_C):
+            c, e = _add_factor_products(c, e, factors, at_n + start_c, at_m + start_c, SPEC)
     return c, e
 
 
@@ -387,7 +397,6 @@ def points_kernel(
         row_dirs = load_block(directions, start_n, PRODUCT, D, BLOCK_N, SPEC.BLOCK_K)
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
     # Only a distance of exactly 0 counts as that of an identical pair.
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
     row_out = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
@@ -406,11 +415,13 @@ def points_kernel(
     for offset in range(first, last, BLOCK_M):
         start_m = start.column + offset
         exponent, change, col_hi, col_lo, dir_hi, dir_lo = _exponent_and_change(
-            rows, row_dirs, points, directions, start_n, start_m, scale, SPEC
+            rows, row_dirs, points, directions, start_n, start_m, scale, start.features, SPEC
         )
+        # Read again for each tile: registers are few.
+        table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
         _, slope, curvature = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, POINTS, BANDWIDTHS)
         curvature = curvature * change
-        c, e = _factor_tiles(factors, start.row_factor + row, start.column_factor + offset, dtype, SPEC)
+        c, e = _factor_tiles(factors, start.row_factor + row, start.column_factor + offset, start.factors, dtype, SPEC)
         p = slope * c
         q = slope * e
         if POINTS:
@@ -497,7 +508,6 @@ def factors_kernel(
     change_scale = (-change_scale if FAMILY.radial else change_scale).to(dtype)
     # φ(0) of a polynomial
     constant = tl.load(plan_ptr + CONSTANT).to(dtype)
-    table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
     # Only a distance of exactly 0 counts as that of an identical pair.
     parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
 
@@ -507,7 +517,10 @@ def factors_kernel(
     first, last = share_of(start.columns, share, tl.num_programs(2), BLOCK_M)
     for offset in range(first, last, BLOCK_M):
         start_m = start.column + offset
-        exponent, change, _, _, _, _ = _exponent_and_change(rows, row_dirs, points, directions, start_n, start_m, scale, SPEC)
+        exponent, change, _, _, _, _ = _exponent_and_change(
+            rows, row_dirs, points, directions, start_n, start_m, scale, start.features, SPEC
+        )
+        table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
         value, slope, _ = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, False, BANDWIDTHS)
         value = value * value_scale
         if not FAMILY.radial:
@@ -739,7 +752,8 @@ class _Problem:
         """The start of a sweep over the rows of sample `side`, their number, and the constexprs of their directions."""
         other = 1 - side
         start = Start(
-            self.starts[side], self.starts[other], self.factor_starts[side], self.factor_starts[other], self.padded_sizes[other]
+            self.starts[side], self.starts[other], self.factor_starts[side], self.factor_starts[other], self.padded_sizes[other],
+            self.choice.features, self.choice.columns,
         )  # fmt: skip
         flags = self.point_dirs[side], self.point_dirs[other], points and self.factor_dirs[side], self.factor_dirs[other]
         return start, self.padded_sizes[side], flags
