@@ -540,8 +540,8 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
         if variant.differences:
             products = difference_products(8 if variant.precision == "float64" else 4)
-        points, powers = variant.to == "points", _powers(variant.kernel)
-        return hvp_config(variant.dim, variant.columns, products, points, variant.bandwidths, architecture, powers)
+        many = _powers(variant.kernel) or kernel_hvp.takes_exact_distances(families.family_of(variant.kernel))
+        return hvp_config(variant.dim, variant.columns, products, variant.to == "points", variant.bandwidths, architecture, many)
     if isinstance(variant, Stein):
         products = products_of(variant.kernel, variant.precision, variant.second_pass)[1]
         if variant.differences:

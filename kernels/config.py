@@ -353,18 +353,26 @@ def matmul_config(
     return MatmulConfig(64, 32, min(block_d, 32), min(block_d, 32), 4, 2, limit, block_c=min(block_c, 32))
 
 
-def hvp_config(
-    dim: int, columns: int, precision: str, points: bool, bandwidths: int, architecture: int, powers: bool = False
-) -> MatmulConfig:
+def hvp_config(dim: int, columns: int, precision: str, points: bool, bandwidths: int, architecture: int, many: bool) -> MatmulConfig:
     """For Hessian-vector products of rows of `dim` features and factors of `columns` columns, of which `points` says that the result is to
-    the rows; `precision` may also be that of `difference_products`."""
-    if precision in (difference_products(4), difference_products(8)):
-        return MatmulConfig(32, 16, 16, 4, 4, 1, block_c=16)
-    if precision == "float64":
-        return MatmulConfig(32, 16, 16, 16, 4, 1, block_c=16)
-    block_c = min(max(16, _next_power_of_2(columns)), 32)
+    the rows; `precision` may also be that of `difference_products`. `many` says that φ takes many registers. None of this is measured: each
+    is the largest tile that spills nothing in its loop, as `benchmarks/results/compile_report.jsonl` shows."""
     block_d = min(max(16, _next_power_of_2(dim)), 64)
-    return MatmulConfig(64, 32, min(block_d, 32), block_d, 4, 1, block_c=block_c)
+    if precision == difference_products(4):
+        return MatmulConfig(32, 32, 16, 8, 4, 1, block_c=16) if points else MatmulConfig(32, 64, 16, 16, 4, 1, block_c=16)
+    if precision == difference_products(8):
+        return MatmulConfig(32, 16, 16, 4, 4, 1, block_c=16) if points else MatmulConfig(32, 32, 16, 16, 4, 1, block_c=16)
+    if precision == "float64":
+        # Two stages keep what is loaded out of the registers.
+        return MatmulConfig(32, 16, 16, min(block_d, 32), 4, 2 if columns > 2 else 1, block_c=16)
+    if precision == "ieee":
+        return MatmulConfig(32, 32, 16, min(block_d, 32), 4, 1, block_c=16)
+    # Elsewhere products keep more of the factors in registers.
+    widest = 32 if architecture in WGMMA + _TCGEN05 or not points else 16
+    block_c = min(max(16, _next_power_of_2(columns)), widest)
+    if many and bandwidths > 1 and not points and columns > 2:
+        return MatmulConfig(64, 32, 16, block_d, 4, 2, block_c=block_c)
+    return MatmulConfig(64, 32, min(block_d, 32), block_d, 4, 1, 255, block_c=block_c)
 
 
 def few_rows_config(rows: int, features: int) -> FewRowsConfig:

@@ -666,8 +666,9 @@ class _LaunchChoice:
 def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> _LaunchChoice:
     architecture = device_limits(device).architecture
     names = [product_name(product, dtype) for product in plan.precision_passes]
+    many = plan.powers or takes_exact_distances(plan.family)
     configs = {
-        points: tuple(hvp_config(dim, columns, name, points, plan.bandwidths, architecture, plan.powers) for name in names)
+        points: tuple(hvp_config(dim, columns, name, points, plan.bandwidths, architecture, many) for name in names)
         for points in (False, True)
     }
     every = [*configs[False], *configs[True]]

@@ -33,7 +33,7 @@ def test_committed_rows_are_of_these_configurations(committed):
 # Instructions that save and restore registers around the inner loop, once for each block of rows: at D 128 and 256 of one bandwidth, where
 # tiles without them take twice the time (benchmarks/results/gpu.jsonl); and five of the Hessians of a batch.
 AROUND_THE_LOOP = 64
-MAY_SPILL_AROUND_IT = "mmd.sweep_kernel", "ksd_to_normal.ksd_kernel", "ksd_to_normal.hessian_kernel"
+MAY_SPILL_AROUND_IT = "mmd.sweep_kernel", "ksd_to_normal.ksd_kernel", "ksd_to_normal.hessian_kernel", "kernel_hvp.points_kernel"
 
 
 def assert_fits(key, row):
