@@ -173,11 +173,13 @@ class HVP:
     bandwidths: int = 1
     kernel: Kernel = RBF()  # noqa: RUF009, frozen
     differences: bool = False
+    within: bool = False
 
     @property
     def name(self) -> str:
         parts = ["hvp", self.to, self.precision, f"D{self.dim}", f"C{self.columns}", f"bandwidths{self.bandwidths}"]
-        return " ".join(parts + ["differences"] * self.differences + kernel_words(self.kernel))
+        parts += ["differences"] * self.differences + ["within"] * self.within
+        return " ".join(parts + kernel_words(self.kernel))
 
 
 @dataclass(frozen=True)
@@ -433,9 +435,12 @@ def _hvps(architecture: int) -> Iterator[Variant]:
             yield HVP(to, "highest", dim, 64)
         yield HVP(to, "highest", 64, 1)
         yield HVP(to, "highest", 64, 1, 5, RationalQuadratic(2.3))
+        yield HVP(to, "highest", 64, 1, within=True)
         yield HVP(to, "float64", 64, 64, 5)
         if architecture == 90:
             yield HVP(to, "highest", 16, 1)
+            for kernel in (RBF(), RationalQuadratic(2.3), Matern32()):
+                yield HVP(to, "highest", 64, 16, 5, kernel, within=True)
             yield HVP(to, "highest", 256, 64)
             for precision in ("high", "medium", "ieee"):
                 yield HVP(to, precision, 64, 64, 5)
@@ -537,7 +542,7 @@ def config_of(variant: Variant, architecture: int) -> SweepConfig | RowConfig | 
         sizes = variant.dim, variant.columns
         return matmul_config(*sizes, products, backward, variant.bandwidths, architecture, powers, variant.biased)
     if isinstance(variant, HVP):
-        products = products_of(variant.kernel, variant.precision, self_pairs=True)[1]
+        products = products_of(variant.kernel, variant.precision, self_pairs=not variant.within)[1]
         if variant.differences:
             products = difference_products(8 if variant.precision == "float64" else 4)
         many = _powers(variant.kernel) or kernel_hvp.takes_exact_distances(families.family_of(variant.kernel))
@@ -750,7 +755,7 @@ def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
     fn = kernel_hvp.points_kernel if points else kernel_hvp.factors_kernel
     multiplied = variant.columns <= kernel_hvp.MOST_MULTIPLIED
     columns = variant.columns if multiplied else prepare.padded(variant.columns, config.block_c)
-    product, kind = products_of(variant.kernel, variant.precision, self_pairs=True)
+    product, kind = products_of(variant.kernel, variant.precision, self_pairs=not variant.within)
     if variant.differences:
         product, kind = products.DIFFERENCES.value, "float64" if variant.precision == "float64" else "ieee"
     scalar, family = "*fp64" if variant.precision == "float64" else "*fp32", families.family_of(variant.kernel)
@@ -766,7 +771,7 @@ def _hvp(variant: HVP, config: MatmulConfig, architecture: int) -> Described:
     blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK")}
     spec = kernel_hvp.HVPSpec(
         PRECISION_PASS=int(variant.differences),
-        WITHIN=False,
+        WITHIN=variant.within,
         PRODUCT=product,
         MULTIPLIED=multiplied,
         FAMILY=family,

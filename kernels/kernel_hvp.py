@@ -140,7 +140,8 @@ def store_kernel(
     DIRECTIONS: tl.constexpr,  # to points, scaled as these; else factors
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    FIRST_PRODUCT: tl.constexpr,  # of the first pass
+    SECOND_PRODUCT: tl.constexpr,  # −1 if there is none before differences
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -174,15 +175,28 @@ def store_kernel(
             if DIRECTIONS:
                 scaled = (z.to(tl.float64) * scale).to(dtype)
             if precision_pass == 0:
-                rounded = store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, PRODUCT)
-                if DIRECTIONS:
-                    point = load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, dtype, PRODUCT)
-                    change -= tl.sum(point.to(tl.float64) * rounded.to(tl.float64), 1)
+                change += _store_products(scaled, points, hi_ptr, lo_ptr, offs, mask, DIRECTIONS, FIRST_PRODUCT)
+            elif SECOND_PRODUCT >= 0:
+                if precision_pass == 1:
+                    change += _store_products(scaled, points, hi_ptr, lo_ptr, offs, mask, DIRECTIONS, SECOND_PRODUCT)
+                else:
+                    store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, DIFFERENCES)
             else:
                 store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, DIFFERENCES)
         if DIRECTIONS:
             tl.store(change_ptr + row, change.to(dtype), mask=row < rows)
     tl.store(not_finite_ptr + tl.program_id(0), tl.sum(not_finite))
+
+
+@triton.jit
+def _store_products(scaled, points, hi_ptr, lo_ptr, offs, mask, DIRECTIONS: tl.constexpr, PRODUCT: tl.constexpr):
+    """Stores rows as operands of products. Returns −x·x_dir of each row as products see both, or 0."""
+    rounded = store_parts(scaled, scaled, hi_ptr, lo_ptr, offs, mask, PRODUCT)
+    if DIRECTIONS:
+        point = load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, scaled.dtype, PRODUCT)
+        return -tl.sum(point.to(tl.float64) * rounded.to(tl.float64), 1)
+    else:
+        return tl.zeros([scaled.shape[0]], dtype=tl.float64)
 
 
 @triton.jit
@@ -566,6 +580,19 @@ def factors_kernel(
         tl.store(out_ptr + local[:, None] + offs_c[None, :], out)
 
 
+@triton.jit
+def _row_terms(points, directions, sums: PointSums, row, offs, mask_n, mask, ROW_DIR: tl.constexpr, PRODUCT: tl.constexpr):
+    """x_dir_i·Σ_j P_ij + x_i·Σ_j Q_ij in a block of features."""
+    dtype: tl.constexpr = sums.p_ptr.dtype.element_ty
+    zeros = tl.zeros([mask.shape[0]], dtype=dtype)
+    q_sum = add_shares(zeros, sums.q_ptr + row, sums.rows, sums.splits, mask_n)
+    terms = q_sum[:, None] * load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, dtype, PRODUCT)
+    if ROW_DIR:
+        p_sum = add_shares(zeros, sums.p_ptr + row, sums.rows, sums.splits, mask_n)
+        terms += p_sum[:, None] * load_rounded_rows(directions.hi_ptr, directions.lo_ptr, offs, mask, dtype, PRODUCT)
+    return terms
+
+
 @triton.jit(do_not_specialize=["first_row", "n", "blocks"])
 def points_finish_kernel(
     points: Operands,
@@ -580,7 +607,8 @@ def points_finish_kernel(
     RADIAL: tl.constexpr,
     WITHIN: tl.constexpr,
     ROW_DIR: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    FIRST_PRODUCT: tl.constexpr,
+    SECOND_PRODUCT: tl.constexpr,
     FEATURES: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -601,14 +629,13 @@ def points_finish_kernel(
     if RADIAL:
         out = -out
         # Moments of differences already lack what belongs to the row.
-        if tl.load(plan_ptr + PRECISION_PASS) == 0:
-            offs = (first_row + row).to(tl.int64)[:, None] * D + offs_d[None, :]
-            zeros = tl.zeros([BLOCK_N], dtype=dtype)
-            q_sum = add_shares(zeros, sums.q_ptr + row, sums.rows, sums.splits, mask_n)
-            out += q_sum[:, None] * load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, dtype, PRODUCT)
-            if ROW_DIR:
-                p_sum = add_shares(zeros, sums.p_ptr + row, sums.rows, sums.splits, mask_n)
-                out += p_sum[:, None] * load_rounded_rows(directions.hi_ptr, directions.lo_ptr, offs, mask, dtype, PRODUCT)
+        precision_pass = tl.load(plan_ptr + PRECISION_PASS)
+        offs = (first_row + row).to(tl.int64)[:, None] * D + offs_d[None, :]
+        if precision_pass == 0:
+            out += _row_terms(points, directions, sums, row, offs, mask_n, mask, ROW_DIR, FIRST_PRODUCT)
+        if SECOND_PRODUCT >= 0:  # noqa: SIM102, one is known to the compiler and the other is not
+            if precision_pass == 1:
+                out += _row_terms(points, directions, sums, row, offs, mask_n, mask, ROW_DIR, SECOND_PRODUCT)
 
     # store
     tl.store(out_ptr + row.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], scale.to(dtype) * out, mask=mask)
@@ -701,7 +728,9 @@ class _Problem:
     ) -> None:
         self.within, self.device, self.dim, self.columns = y is None, x.device, x.shape[1], factors[0].shape[1]
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, self.dtype, precision, self_pairs=True)
+        plan = device_kernel_plan(kernel.kernel, kernel.count, kernel.squarings, self.dtype, precision, self_pairs=not self.within)
+        first, second = (*plan.precision_passes, -1)[:2]
+        self.products = first, second if second != DIFFERENCES.value else -1
         self.choice = _launch_choice(plan, self.dim, self.columns, self.dtype, self.device)
         samples = [x] if y is None else [x, y]
         self.plan, self.sizes = plan, (x.shape[0], samples[-1].shape[0])
@@ -732,8 +761,8 @@ class _Problem:
         x, y = (None if t is None else t.to(self.dtype).contiguous() for t in given)
         is_direction, multiplied = change is not None, self.choice.multiplied and change is None
         columns, c = (self.dim, self.choice.features) if is_direction else (self.columns, self.choice.columns)
-        first = IEEE.value if multiplied else self.plan.precision_passes[0]
-        hi, lo = operand_buffers((rows, c), self.dtype, (first,), self.device)
+        first, second = (IEEE.value, -1) if multiplied else self.products
+        hi, lo = operand_buffers((rows, c), self.dtype, (first, second), self.device)
         not_finite = self.not_finite[number * _MOST_PROGRAMS :]
         block_c = block_of(c)
         key = (
@@ -744,7 +773,8 @@ class _Problem:
             (Given(x, y, *self.sizes), self.prepared.operands, self.prepared.tables.plan_ptr, hi, lo,
              hi if change is None else change, not_finite, self.padded_sizes[0], rows),
             lambda: {
-                "DIRECTIONS": is_direction, "COLUMNS": columns, "C": c, "PRODUCT": first, "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
+                "DIRECTIONS": is_direction, "COLUMNS": columns, "C": c, "FIRST_PRODUCT": first, "SECOND_PRODUCT": second,
+                "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
             },
         )  # fmt: skip
         return hi, lo
@@ -796,7 +826,8 @@ class _Problem:
             points_finish_kernel, key, self.device, (triton.cdiv(size, ROW_BLOCK), d // block_d, 1),
             (self.prepared.operands, self.directions, sums, plan, self.not_finite, out, start.row, size, self.not_finite.numel()),
             lambda: {
-                "RADIAL": self.plan.family.radial, "WITHIN": self.within, "ROW_DIR": flags[0], "PRODUCT": self.plan.precision_passes[0],
+                "RADIAL": self.plan.family.radial, "WITHIN": self.within, "ROW_DIR": flags[0],
+                "FIRST_PRODUCT": self.products[0], "SECOND_PRODUCT": self.products[1],
                 "FEATURES": self.dim, "D": d, "BLOCK_N": ROW_BLOCK, "BLOCK_D": block_d,
             },
         )  # fmt: skip

@@ -206,3 +206,15 @@ def test_what_is_not_finite_makes_every_result_nan(c, bad):
         changed[number][1, 0] = bad
         for dtype in (torch.float32, torch.float64):
             assert all(t.isnan().all() for t in evaluate(RBF(), 1, changed[:4], changed[4:], dtype)), number
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 100.0])
+@pytest.mark.parametrize("kernel", [RBF(), RationalQuadratic(2.3), Matern32()], ids=str)
+def test_products_of_each_pass_of_one_sample(kernel, scale, c):
+    """Without pairs i = i the widest bandwidths take products of bfloat16, narrower ones those of TF32, and the narrowest differences."""
+    x, _, u, v = problem(70, None, 5, c)
+    x = scale * x
+    x[1::2] = x[::2] + 0.5 * torch.randn(35, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    inputs = [x, None, u, v]
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
