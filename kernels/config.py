@@ -372,6 +372,8 @@ def hvp_config(dim: int, columns: int, precision: str, points: bool, bandwidths:
     block_c = min(max(16, _next_power_of_2(columns)), widest)
     if many and bandwidths > 1 and not points and columns > 2:
         return MatmulConfig(64, 32, 16, block_d, 4, 2, block_c=block_c)
+    if many and bandwidths > 1 and points and precision == "highest":
+        return MatmulConfig(64, 16, min(block_d, 32), block_d, 4, 1, block_c=block_c)
     return MatmulConfig(64, 32, min(block_d, 32), block_d, 4, 1, 255, block_c=block_c)
 
 

@@ -129,10 +129,9 @@ def test_one_result(only):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("d", [3, 40, 130])
-@pytest.mark.parametrize("c", [1, 2, 3, 20, 70])
+@pytest.mark.parametrize(("d", "c"), [(3, 20), (3, 70), (40, 1), (40, 3), (130, 1), (130, 2), (130, 20)])
 @pytest.mark.parametrize("kernel", [RationalQuadratic(2.3), Laplace()], ids=str)
-def test_sizes(kernel, c, d, dtype):
+def test_sizes(kernel, d, c, dtype):
     inputs = problem(70, 30, d, c)
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"), dtype)
 
@@ -184,12 +183,12 @@ def test_clusters_far_apart(kernel, given, m, dtype, distance):
     check(kernel, 1, inputs, directions_of(inputs, given), dtype)
 
 
-@pytest.mark.parametrize("m", [300, None])
-@pytest.mark.parametrize("distance", [0.2, 0.05, 0.01])
+@pytest.mark.parametrize("m", [100, None])
+@pytest.mark.parametrize("distance", [0.1, 0.01])
 @pytest.mark.parametrize("kernel", [Laplace(), Energy(), Riesz(0.7), Riesz(1.5), Matern32()], ids=str)
 def test_near_pairs(kernel, distance, m):
     """One pair whose second derivative exceeds all others, and whose distance products of rows would lose."""
-    x, y, u, v = problem(300, m, 5, 3)
+    x, y, u, v = problem(100, m, 5, 3)
     (x if y is None else y)[1] = x[0] + distance / 5**0.5
     inputs = [x, y, u, v]
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
