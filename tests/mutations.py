@@ -143,8 +143,8 @@ FAULTS = [
     Fault(
         "KSD in Triton: the gradient of x·y at rows that are moved",
         "kernels/ksd_to_normal.py",
-        "of_row[:, None] * z.to(dtype)",
-        "of_row[:, None] * rounded",
+        "slope[:, None] * rounded) + of_row[:, None] * z.to(dtype)",
+        "slope[:, None] * rounded) + of_row[:, None] * rounded",
         ("tests/test_ksd_to_normal.py", "-k", "triton_in_float32"),
     ),
     Fault(
