@@ -528,6 +528,17 @@ class Pairs(NamedTuple):
     n: Any  # columns
 
 
+class DirectedRows(NamedTuple):
+    """The rows of a program and their directions."""
+
+    rows: Any  # `fastvae.kernels.products.BlockOfRows`
+    directions: Any
+    half: Any  # ½‖x‖²
+    dot: Any  # x·a
+    row_out: Any  # by differences, the features in the block of moments
+    direction_out: Any
+
+
 class _Curved(NamedTuple):
     """What a program accumulates over tiles, as `_Sums`."""
 
@@ -715,10 +726,10 @@ def _neg_s(
 
 @triton.jit
 def _add_curved_tile(
-    sums, rows, row_directions, row_half, row_dot, row_out, direction_out, operands, directions, curvature, parameters, scale, start_m, n,
-    d_out, MASKED: tl.constexpr, SPLIT: tl.constexpr, SPEC: tl.constexpr,
+    sums, block: DirectedRows, operands, directions, curvature, parameters, scale, start_m, n, d_out,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """The sums with those of one tile added. Differences take `row_out` and `direction_out`, of the block of moments."""
+    """The sums with those of one tile added."""
     FAMILY: tl.constexpr = SPEC.FAMILY
     PRODUCT: tl.constexpr = SPEC.PRODUCT
     BANDWIDTHS: tl.constexpr = SPEC.BANDWIDTHS
@@ -727,13 +738,14 @@ def _add_curved_tile(
     BLOCK_K: tl.constexpr = SPEC.BLOCK_K
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
     offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = block.rows
     offs_n = rows.offs_n
     exponent, col_hi, col_lo = tile_exponent(rows, operands, start_m, scale, FAMILY, PRODUCT, D, BLOCK_M, BLOCK_K)
-    neg_s, dir_hi, dir_lo = _neg_s(rows, row_directions, col_hi, col_lo, operands, directions, start_m, PRODUCT, D, BLOCK_M, BLOCK_K)
+    neg_s, dir_hi, dir_lo = _neg_s(rows, block.directions, col_hi, col_lo, operands, directions, start_m, PRODUCT, D, BLOCK_M, BLOCK_K)
     column_half = tl.load(curvature.half_ptr + offs_m)
     column_dot = tl.load(curvature.dot_ptr + offs_m)
     phi_acc, cross_acc, direction_acc, rows_acc = sums.phi, sums.cross, sums.of_direction, sums.of_rows
-    pairs = Pairs(exponent, neg_s, row_half, column_half, row_dot, column_dot, offs_n, offs_m, n)
+    pairs = Pairs(exponent, neg_s, block.half, column_half, block.dot, column_dot, offs_n, offs_m, n)
     if BANDWIDTHS == 1 or SPLIT:
         power, cross, of_direction, of_rows = _evaluate_curvature(pairs, curvature.coefficient_ptr, parameters, SPEC)
         phi_acc += row_sums(_counted(power, offs_n, offs_m, n, MASKED))
@@ -757,9 +769,9 @@ def _add_curved_tile(
     if PRODUCT == DIFFERENCES:
         offs = offs_m.to(tl.int64)[:, None] * D + (d_out * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
         col = tl.load(directions.hi_ptr + offs)
-        direction_moments += tl.sum(of_direction[:, :, None] * ((col[None, :, :] - direction_out[:, None, :]) / scale), 1)
+        direction_moments += tl.sum(of_direction[:, :, None] * ((col[None, :, :] - block.direction_out[:, None, :]) / scale), 1)
         col = tl.load(operands.hi_ptr + offs)
-        row_moments += tl.sum(of_rows[:, :, None] * ((col[None, :, :] - row_out[:, None, :]) * scale), 1)
+        row_moments += tl.sum(of_rows[:, :, None] * ((col[None, :, :] - block.row_out[:, None, :]) * scale), 1)
     else:
         direction_acc += row_sums(of_direction)
         rows_acc += row_sums(of_rows)
@@ -825,6 +837,7 @@ def hessian_kernel(
         offs = tl.cast(start_n, tl.int64) * D + (local_n + offs_d[None, :])
         row_out = tl.load(operands.hi_ptr + offs)
         direction_out = tl.load(directions.hi_ptr + offs)
+    block = DirectedRows(rows, row_directions, row_half, row_dot, row_out, direction_out)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
     parameters = load_parameters(tables.table_ptr, SPEC.FAMILY, SPEC.BANDWIDTHS, PRODUCT)
 
@@ -838,18 +851,12 @@ def hessian_kernel(
     sums = _Curved(zeros, zeros, zeros, zeros, moments, moments)
     for offset in range(first, last, BLOCK_M):
         start_m = tl.multiple_of(tl.where(offset >= band, band_end + (offset - band), offset), BLOCK_M)
-        sums = _add_curved_tile(
-            sums, rows, row_directions, row_half, row_dot, row_out, direction_out, operands, directions, curvature, parameters, scale,
-            start_m, n, d_out, False, SPLIT, SPEC,
-        )  # fmt: skip
+        sums = _add_curved_tile(sums, block, operands, directions, curvature, parameters, scale, start_m, n, d_out, False, SPLIT, SPEC)
     if share == 0:
         masked = band_end - band + tl.cdiv(n - whole, BLOCK_M) * BLOCK_M
         for offset in tl.range(0, masked, BLOCK_M, num_stages=1):
             start_m = tl.multiple_of(tl.where(band + offset < band_end, band + offset, whole), BLOCK_M)
-            sums = _add_curved_tile(
-                sums, rows, row_directions, row_half, row_dot, row_out, direction_out, operands, directions, curvature, parameters, scale,
-                start_m, n, d_out, True, SPLIT, SPEC,
-            )  # fmt: skip
+            sums = _add_curved_tile(sums, block, operands, directions, curvature, parameters, scale, start_m, n, d_out, True, SPLIT, SPEC)
 
     # store
     out = (tl.program_id(2).to(tl.int64) * (tl.num_programs(1) // d_blocks) + problem) * part_sums.rows + row
