@@ -53,7 +53,7 @@ def log_kernel_density(
             and "polynomial" have no logarithm.
         normalized: Multiply each k_b by (2πh_b²)^(−D/2), with which the RBF kernel is a density. Only for "rbf".
         precision: As in `mmd`.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one.
 
     Returns:
         log p, shape (..., N); float64 for float64 inputs, else float32. A problem with a nan or an infinity has nan in all rows.

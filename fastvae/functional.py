@@ -84,15 +84,16 @@ def mmd(
             gradient). "medium": bfloat16. None follows PyTorch's setting, `torch.set_float32_matmul_precision` or
             `torch.backends.cuda.matmul.fp32_precision`. float64 inputs stay in float64. A CPU keeps the precision of the input, except
             where PyTorch's setting is "medium" and the processor multiplies bfloat16 matrices (AMX).
-        backend: None chooses by device. "cpu", "triton" or "reference" (dense, differentiable more than once) forces one. "inductor" is
-            "cpu" with loops made by `torch.compile`, for the RBF kernel and samples of 1,024 rows or more. It is faster for up to 8
+        backend: None chooses by device. "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one. "inductor"
+            is "cpu" with loops made by `torch.compile`, for the RBF kernel and samples of 1,024 rows or more. It is faster for up to 8
             features, and for bandwidths whose h² differ by powers of two. It needs a C++ compiler, and compiles for some seconds at each
             new number of features, bandwidths or threads and at new ratios of bandwidths.
         process_group: A group of `torch.distributed` whose ranks each hold some rows of x and y, not necessarily equally many. The result
             is the MMD² of all rows, the same on each rank. Each rank sweeps its own rows against all rows. Its gradient is that of the
             global MMD² times the number of ranks and needs no communication: averaged over the ranks, as data parallelism does, it is the
-            gradient of one process with all rows. x_weights and y_weights sum to one over all ranks. A wrong argument on one rank is an
-            error on all of them. Not for batch dimensions, estimator="linear" or backend="reference". None: this process alone.
+            gradient of one process with all rows. So is a second derivative, for which the ranks exchange directions. x_weights and
+            y_weights sum to one over all ranks. A wrong argument on one rank is an error on all of them. Not for batch dimensions,
+            estimator="linear" or backend="reference". None: this process alone.
 
     Returns:
         MMD², shape (...), a scalar without batch dimensions; float64 for float64 inputs, else float32. nan if an input holds a nan or an
@@ -299,8 +300,9 @@ def kernel_matmul(
 
         out_i = Σ_j k(x_i, y_j)·v_j
 
-    This evaluates at x the mean embedding of y weighted by v. Differentiable once, with respect to x, y, v, the bandwidths and their
-    weights. Gradients of B > 1 bandwidths take B sweeps.
+    This evaluates at x the mean embedding of y weighted by v. Differentiable twice with respect to x, y and v, and in forward mode, as
+    `mmd` is; with `normalize` once, in reverse mode. Bandwidths and their weights have first derivatives in reverse mode, and gradients of
+    B > 1 bandwidths take B sweeps.
 
     With `normalize`, K is divided by its sums over rows or columns, which are computed as logarithms: right also where every k underflows.
     With "rows" it is attention: for the RBF kernel `scaled_dot_product_attention(x, y, v)` with scale 1/h² and the bias −‖y_j‖²/(2h²).
@@ -317,7 +319,7 @@ def kernel_matmul(
             product of these two. The kernel must then be "rbf", "imq", "rational_quadratic", "laplace", "matern32" or "matern52", the
             weights a_b at least 0, and the bandwidths and weights get no gradient.
         precision: As in `mmd`.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one.
 
     Returns:
         K·v, shape (N,) or (..., N, C); float64 for float64 inputs, else float32. An element is nan if a number that it depends on is nan or
@@ -483,8 +485,8 @@ def group_mmd(
     """MMD² between all pairs of G groups of rows, in one sweep over all pairs of rows, in memory O(N·(D + G)).
 
     With weights as `groups`, and `pairs` of the same class in two domains, this is the local MMD (LMMD) of subdomain adaptation.
-    Differentiable once, with respect to z. On a CPU the gradient is computed together with the value if the loss is a multiple of the sum
-    over all given pairs, as a mean is. Other losses, and all losses on a GPU, take a second sweep.
+    Differentiable twice with respect to z, and in forward mode, as `mmd` is. On a CPU the gradient is computed together with the value if
+    the loss is a multiple of the sum over all given pairs, as a mean is. Other losses, and all losses on a GPU, take a second sweep.
 
     Args:
         z: (N, D), floating point.
@@ -497,7 +499,7 @@ def group_mmd(
         kernel: As in `mmd`.
         estimator: "biased" or "unbiased".
         precision: As in `mmd`.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one.
         process_group: A group of `torch.distributed` whose ranks each hold some rows of z. The result is that of all rows, the same on each
             rank. Each rank sweeps its own rows against all rows, and again for the gradient. num_groups must be given. None: this process
             alone.
@@ -873,7 +875,7 @@ def total_correlation(
         estimator: "minibatch_weighted" has weights that sum to 1/dataset_size and so underestimates every density by a factor between N and
             dataset_size. It works well as a loss, but the total correlation is too large, and the dimension-wise KL too small, by about
             D·log(dataset_size). "minibatch_stratified" is unbiased for q(z) if the batch is drawn without replacement; it needs N ≥ 2.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one.
 
     Returns:
         `KLDecomposition(mutual_information, total_correlation, dimensionwise_kl)`, scalars in nats, float64 for float64 inputs, else

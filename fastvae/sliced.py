@@ -57,7 +57,7 @@ def sigreg(
         scale_by_n: Whether the factor N is included, as in LeJEPA; False for eb_jepa.
         generator: For the directions. It may be on another device than z.
         precision: As in `mmd`, for the projections and the gradient.
-        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable more than once) forces one.
+        backend: None chooses by device; "cpu", "triton" or "reference" (dense, differentiable any number of times) forces one.
         process_group: A group of `torch.distributed` whose ranks each hold some rows of z, not necessarily equally many. The result is that
             of all rows, the same on each rank; N is the number of all rows. All ranks take the directions of the first rank, drawn or
             given. They exchange the sums over their rows, 2·K·num_points numbers for each sample. The gradient is that of the global loss

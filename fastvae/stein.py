@@ -38,9 +38,8 @@ def ksd_to_normal(
         KSD² = mean of u(z_i, z_j),   u(x, y) = (x·y)·k + 2·(d² − D)·k' − 4·d²·k''
 
     with d = ‖x − y‖ and k' and k'' derivatives to d² of k = Σ_b a_b·k_b. The mean of u over N(0, I) is zero, so that no sample of N(0, I)
-    is needed, for any smooth radial kernel: `mmd_to_normal` has the RBF kernel only. Differentiable twice, with respect to z, in reverse
-    and in forward mode; with a process group once, in reverse mode. The gradient is computed together with the value, in one sweep over the
-    pairs of rows, and the Hessian times a direction in another one, in memory O(N·D) too. A third derivative raises NotImplementedError.
+    is needed, for any smooth radial kernel: `mmd_to_normal` has the RBF kernel only. Differentiable twice with respect to z, and in forward
+    mode. The gradient is computed together with the value, in one sweep over the pairs of rows; a product with the Hessian takes one more.
 
     Args:
         z: (..., N, D), floating point.

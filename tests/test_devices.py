@@ -32,6 +32,7 @@ CALLS = {
     "mmd by name": lambda x, y: fastvae.mmd(y=y, x=x),
     "mmd_to_normal": lambda x, y: fastvae.mmd_to_normal(x + y),
     "ksd_to_normal": lambda x, y: fastvae.ksd_to_normal(x + y, bandwidth=y.detach()[0].exp()),
+    "mmd, twice": lambda x, y: torch.autograd.grad(fastvae.mmd(x, y), x, create_graph=True)[0].square().sum(),
     "ksd_to_normal, twice": lambda x, y: torch.autograd.grad(fastvae.ksd_to_normal(x + y), x, create_graph=True)[0].square().sum(),
     "MMDLoss": lambda x, y: MMDLoss(bandwidth=x.detach()[0].exp())(x, y),
     "kernel_matmul": lambda x, y: fastvae.kernel_matmul(x, y, y),

@@ -131,6 +131,14 @@ CALLS = {
     "mmd, laplace": Call(mmd(kernel="laplace"), gradients=(0,)),
     "mmd, energy": Call(mmd(kernel="energy"), gradients=(0,)),
     "mmd, polynomial": Call(mmd(kernel="polynomial"), gradients=(0,)),
+    "mmd, second derivative": Call(lambda x, y, v: second_derivative(lambda x: mmd()(x, y), x, v), (X, X, X), results=((X, f32),)),
+    "mmd, second derivative, batch": Call(
+        lambda x, y, v: second_derivative(lambda x: mmd()(x, y), x, v), ((1024, 4, D),) * 3, results=(((1024, 4, D), f32),)
+    ),
+    "kernel_matmul, second derivative": Call(
+        lambda x, y, v: second_derivative(lambda x: kernel_matmul(x, y, y), x, v), (X, X, X), results=((X, f32),)
+    ),
+    "group_mmd, second derivative": Call(lambda z, v: second_derivative(group_mmd, z, v), (X, X), results=((X, f32),)),
     "mmd of a mean": Call(mmd_to_mean),
     "mmd of a mean, gradient": Call(mmd_to_mean, gradients=(0,)),
     "mmd_to_normal": Call(mmd_to_normal, (X,)),
