@@ -289,7 +289,7 @@ def stein_hessian_config(dim: int, precision: str, bandwidths: int, architecture
     if split:
         return HessianConfig(64, 16, block_k, block, 4, 1, split=split)
     if block == 16:
-        return HessianConfig(64, 32, block_k, block, 4, 2, split=split)
+        return HessianConfig(64, 16 if precision == "tf32x3" else 32, block_k, block, 4, 2, split=split)
     if architecture in WGMMA:
         return HessianConfig(128, 16, block_k, block, 8, 2, split=split)
     return HessianConfig(64, 16, block_k, block, 4, 2, split=split)
