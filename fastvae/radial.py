@@ -179,7 +179,8 @@ class RBF(Kernel):
         return -t
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return -(-t).exp(), (-t).exp()
+        power = (-t).exp()
+        return -power, power
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvae.cpu.small import pair_exponents
 from fastvae.cpu.tiles import TiledSample, Tiles
-from fastvae.kernel_sums import KernelSum
+from fastvae.kernel_sums import KernelSum, Numbers
 from fastvae.radial import Kernel, terms_of
 
-# One array of all pairs, in float64, takes less time than tiles up to about this many pairs.
-_FEW_PAIRS = 128 * 128
+# One array of all pairs takes less time than tiles up to about this many pairs.
+_FEW_PAIRS = 256 * 256
 # The most pairs of all problems of a batch in one array: each array of them is then 8 MiB.
 _PAIRS_AT_ONCE = 1 << 20
 
@@ -38,20 +39,17 @@ def problems_at_once(x: Rows, y: Rows) -> int:
     return _PAIRS_AT_ONCE // pairs if pairs <= _FEW_PAIRS else 0
 
 
-def few_rows(kernel: Kernel, bandwidth: Tensor, weights: Tensor, x: Rows, y: Rows, same: bool, wanted: Wanted) -> Results:
-    """From arrays of all pairs, in float64, on any device. `bandwidth` and `weights` are (B,) in float64; with `same` y is x."""
+def few_rows(kernel: Kernel, bandwidth: Numbers, weights: Numbers, x: Rows, y: Rows, same: bool, wanted: Wanted) -> Results:
+    """From arrays of all pairs, on any device; with `same` y is x. In float64, unless products of rows are exact enough in float32."""
     dtype = x.points.dtype
-    x, y = (Rows(*(None if t is None else t.double() for t in rows)) for rows in (x, y))  # type: ignore[arg-type]
-    if kernel.radial:
-        centre = x.points.mean(-2, keepdim=True)
-        x, y = (rows._replace(points=rows.points - centre) for rows in (x, y))
-        base = torch.cdist(x.points, y.points, compute_mode="donot_use_mm_for_euclid_dist").square()
-    else:
-        base = x.points @ y.points.mT
-    k, slope, curvature = _derivatives(kernel, bandwidth, weights, base, x.points.shape[-1])
+    x, y, base = _squared_distances(kernel, bandwidth, x, y)
+    has_factors_direction = x.factors_direction is not None or y.factors_direction is not None
+    k, slope, curvature = _derivatives(kernel, bandwidth, weights, base, x.points.shape[-1], has_factors_direction)
     if same:
-        for t in (k, slope, curvature):
+        for t in (slope, curvature):
             t.diagonal(dim1=-2, dim2=-1).zero_()
+        if k is not None:
+            k.diagonal(dim1=-2, dim2=-1).zero_()
     s = _directional(x, y, kernel.radial)
     c = x.factors @ y.factors.mT
     e = _sum_of_products((x.factors, _transposed(y.factors_direction)), (x.factors_direction, y.factors.mT))
@@ -59,9 +57,9 @@ def few_rows(kernel: Kernel, bandwidth: Tensor, weights: Tensor, x: Rows, y: Row
         e = 0.5 * (e + e.mT)
     p, q = slope * c, None
     if s is not None:
-        q = curvature * s * c
+        q = (curvature * s).mul_(c)
     if e is not None:
-        q = slope * e if q is None else q + slope * e
+        q = slope * e if q is None else q.addcmul_(slope, e)
     found: list[Tensor | None] = [None] * 4
     for n, (rows, others, transposed) in enumerate(((x, y, False), (y, x, True))):
         p_rows, q_rows = (None if t is None else t.mT if transposed else t for t in (p, q))
@@ -70,24 +68,48 @@ def few_rows(kernel: Kernel, bandwidth: Tensor, weights: Tensor, x: Rows, y: Row
         if wanted[2 + n]:
             dk, values = None if s is None else slope * s, k
             if transposed:
-                dk, values = None if dk is None else dk.mT, k.mT
+                dk, values = None if dk is None else dk.mT, None if values is None else values.mT
             total = _sum_of_products((dk, others.factors), (values, others.factors_direction))
             found[2 + n] = torch.zeros_like(rows.factors) if total is None else total
     return tuple(None if t is None else t.to(dtype) for t in found)  # type: ignore[return-value]
 
 
-def _derivatives(kernel: Kernel, bandwidth: Tensor, weights: Tensor, base: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_b a_b of k_b, of its derivative to t/γ times 2 for a radial kernel, and of the second one times 4. `base` is t/γ."""
-    factor = 2 if kernel.radial else 1
-    totals = base.new_zeros((3, *base.shape))
+def _squared_distances(kernel: Kernel, bandwidth: Numbers, x: Rows, y: Rows) -> tuple[Rows, Rows, Tensor]:
+    """The rows, centred, and ‖x − y‖² or x·y of each pair, in the dtype in which they are exact enough."""
+    if kernel.radial and not kernel.slope_takes_distance and x.points.dtype == torch.float32 and x.points.is_cpu:
+        narrowest = min(scale for *_, scale in terms_of(kernel)) * min(float(h) for h in bandwidth)
+        gamma = 0.5 / narrowest**2
+        centre = x.points.mean(-2, keepdim=True)
+        found = pair_exponents(kernel, gamma, 1.0, x.points - centre, y.points - centre, True) if 1e-8 < narrowest < 1e8 else None
+        if found is not None:
+            return x._replace(points=found[0]), y._replace(points=found[1]), found[2].mul_(-1 / gamma).clamp_(min=0)
+    x, y = (Rows(*(None if t is None else t.double() for t in rows)) for rows in (x, y))  # type: ignore[arg-type]
+    if not kernel.radial:
+        return x, y, x.points @ y.points.mT
+    centre = x.points.mean(-2, keepdim=True)
+    x, y = (rows._replace(points=rows.points - centre) for rows in (x, y))
+    return x, y, torch.cdist(x.points, y.points, compute_mode="donot_use_mm_for_euclid_dist").square_()
+
+
+def _derivatives(
+    kernel: Kernel, bandwidth: Numbers, weights: Numbers, base: Tensor, dim: int, value: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Σ_b a_b of k_b, if `value`, of its derivative to t/γ times 2 for a radial kernel, and of the second one times 4. `base` is t/γ."""
+    totals: list[Tensor | None] = [None] * 3
     for weight, term, scale in terms_of(kernel):
-        for h, a in zip(scale * bandwidth, weight * weights, strict=True):
-            gamma = term.gamma(h, dim)
-            slope, curvature = term.derivatives(gamma * base)
-            totals[0].add_(a * term.phi(gamma * base))
-            totals[1].add_(a * factor * gamma * slope)
-            totals[2].add_(a * (factor * gamma).square() * curvature)
-    return totals[0], totals[1], totals[2]
+        factor = 2 if term.radial else 1
+        for h, a in zip(bandwidth, weights, strict=True):
+            gamma = (0.5 if term.radial else 1 / dim) / (scale * h) ** 2
+            t = base * gamma
+            slope, curvature = term.derivatives(t)
+            parts = term.phi(t) if value else None, slope * (a * weight * factor * gamma), curvature * (a * weight * (factor * gamma) ** 2)
+            for n, part in enumerate((parts[0] if parts[0] is None else parts[0] * (a * weight), *parts[1:])):
+                total = totals[n]
+                totals[n] = part if total is None or part is None else total.add_(part)
+    k, total_slope, total_curvature = totals
+    assert total_slope is not None
+    assert total_curvature is not None
+    return k, total_slope, total_curvature
 
 
 def _directional(x: Rows, y: Rows, radial: bool) -> Tensor | None:

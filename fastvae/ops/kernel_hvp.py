@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvae.cpu import kernel_hvp as cpu
 from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
-from fastvae.kernel_sums import stable_mean
+from fastvae.kernel_sums import read, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
@@ -80,12 +80,14 @@ def _evaluate(*args: Any) -> Results:
 
 
 def _results(problem: Problem) -> Sequence[Tensor | None]:
-    (x, y), same, kernel = problem.rows(), problem.y is None, problem.kernel.vectors(problem.x.device)
+    (x, y), same, kernel = problem.rows(), problem.y is None, problem.kernel.unpack()
     on_triton, batch = runs_on_triton(problem.backend, problem.x), problem.x.shape[:-2]
     step = cpu.problems_at_once(x, y)
     if step and (batch or not on_triton):
         parts = [slice(n, n + step) for n in range(0, batch[0], step)] if batch else [...]
-        found = [cpu.few_rows(*kernel, _of(x, part), _of(y, part), same, problem.wanted) for part in parts]
+        found = [
+            cpu.few_rows(kernel[0], read(kernel[1]), read(kernel[2]), _of(x, part), _of(y, part), same, problem.wanted) for part in parts
+        ]
         return found[0] if len(found) == 1 else [None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True)]
     if batch:
         return _stacked([_results(_item(problem, n)) for n in range(batch[0])])
