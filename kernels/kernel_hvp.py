@@ -191,9 +191,10 @@ def store_kernel(
 @triton.jit
 def _store_products(scaled, points, hi_ptr, lo_ptr, offs, mask, DIRECTIONS: tl.constexpr, PRODUCT: tl.constexpr):
     """Stores rows as operands of products. Returns −x·x_dir of each row as products see both, or 0."""
+    dtype: tl.constexpr = scaled.dtype
     rounded = store_parts(scaled, scaled, hi_ptr, lo_ptr, offs, mask, PRODUCT)
     if DIRECTIONS:
-        point = load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, scaled.dtype, PRODUCT)
+        point = load_rounded_rows(points.hi_ptr, points.lo_ptr, offs, mask, dtype, PRODUCT)
         return -tl.sum(point.to(tl.float64) * rounded.to(tl.float64), 1)
     else:
         return tl.zeros([scaled.shape[0]], dtype=tl.float64)
@@ -411,8 +412,9 @@ def points_kernel(
         row_dirs = load_block(directions, start_n, PRODUCT, D, BLOCK_N, SPEC.BLOCK_K)
     dtype: tl.constexpr = rows.neg_half_norm2.dtype
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    # Only a distance of exactly 0 counts as that of an identical pair.
-    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
+    # By differences only a distance of 0 counts as that of an identical pair.
+    IDENTICAL: tl.constexpr = DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT
+    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, IDENTICAL)
     row_out = tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype)
     row_dir_out = row_out
     if PRODUCT == DIFFERENCES:
@@ -522,11 +524,13 @@ def factors_kernel(
     change_scale = (-change_scale if FAMILY.radial else change_scale).to(dtype)
     # φ(0) of a polynomial
     constant = tl.load(plan_ptr + CONSTANT).to(dtype)
-    # Only a distance of exactly 0 counts as that of an identical pair.
-    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT)
+    # By differences only a distance of 0 counts as that of an identical pair.
+    IDENTICAL: tl.constexpr = DIFFERENCES if SPEC.EXACT_NEAR else PRODUCT
+    parameters = load_parameters(table_ptr, FAMILY, BANDWIDTHS, IDENTICAL)
 
     # compute
-    out = tl.zeros([BLOCK_N, 8 if SPEC.MULTIPLIED else BLOCK_C], dtype=dtype)
+    WIDTH: tl.constexpr = 8 if SPEC.MULTIPLIED else BLOCK_C
+    out = tl.zeros([BLOCK_N, WIDTH], dtype=dtype)
     second = tl.zeros([BLOCK_N, 8], dtype=dtype)
     first, last = share_of(start.columns, share, tl.num_programs(2), BLOCK_M)
     for offset in range(first, last, BLOCK_M):

@@ -277,11 +277,43 @@ assert_fits(1, 8, 65536, "*fp64", "seed", True, True, False, True, Parametrisati
 """
 
 
+_AROUND_KERNEL_HVP = """
+from benchmarks.sass import argument_types, compile_kernel
+from fastvae.kernels import kernel_hvp as kernels, prepare
+from fastvae.kernels.products import BF16X3, IEEE, TF32, TF32X3
+
+def assert_fits(kernel, scalar, given, constants):
+    def pick(name):
+        return "*fp64" if name in ("plan_ptr", "not_finite_ptr") else scalar if name.endswith("_ptr") else "i32"
+    types = argument_types(kernel, pick)
+    if kernel is kernels.store_kernel:
+        types["given"] = kernels.Given(*(scalar if there else None for there in given), "i32", "i32")
+    binary = compile_kernel(kernel, types, constants | {"num_warps": 4}, 90)
+    assert binary.stack == binary.local == 0, (kernel, scalar, constants, binary.registers)
+
+for scalar, first, second in (("*fp32", BF16X3, TF32X3), ("*fp32", TF32X3, -1), ("*fp32", TF32, -1), ("*fp64", IEEE, -1)):
+    products = {"FIRST_PRODUCT": first.value, "SECOND_PRODUCT": getattr(second, "value", second), "BLOCK_N": 64}
+    for given in ((True, True), (True, False), (False, True)):
+        for directions in (False, True):
+            stored = {"DIRECTIONS": directions, "COLUMNS": 20, "C": 32, "BLOCK_C": 32}
+            assert_fits(kernels.store_kernel, scalar, given, products | stored)
+    for radial, within, row_dir in ((True, True, True), (True, False, False), (False, False, True)):
+        of = {"RADIAL": radial, "WITHIN": within, "ROW_DIR": row_dir, "FEATURES": 20, "D": 32, "BLOCK_D": 32}
+        assert_fits(kernels.points_finish_kernel, scalar, given, products | of)
+    for columns in (1, 2):
+        stored = {"DIRECTIONS": False, "COLUMNS": columns, "C": columns, "BLOCK_C": columns}
+        assert_fits(kernels.store_kernel, scalar, (True, True), products | stored | {"FIRST_PRODUCT": IEEE.value, "SECOND_PRODUCT": -1})
+        finished = {"COLUMNS": columns, "C": columns, "BLOCK_N": 64, "BLOCK_C": columns}
+        assert_fits(kernels.factors_finish_kernel, scalar, given, finished)
+    assert_fits(kernels.factors_finish_kernel, scalar, given, {"COLUMNS": 20, "C": 32, "BLOCK_N": 64, "BLOCK_C": 32})
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
-    [_AROUND_THE_SWEEP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS, _OF_POSTERIORS],
-    ids=["mmd", "total_correlation", "few_pairs", "reparameterize_kl"],
+    [_AROUND_THE_SWEEP, _AROUND_KERNEL_HVP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS, _OF_POSTERIORS],
+    ids=["mmd", "kernel_hvp", "total_correlation", "few_pairs", "reparameterize_kl"],
 )
 def test_other_kernels_compile_without_spills(code):
     """The interpreter takes what the compiler refuses, such as a name of two types."""
