@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.checks import requires_grad
 from fastvae.dispatch import in_forward_mode, needs_dispatcher
@@ -330,6 +331,23 @@ def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor
 def scaled(rows: Tensor | None, factor: Tensor) -> Tensor | None:
     """Rows (..., N, D) times a factor for each problem (...)."""
     return rows if rows is None else rows * (factor[..., None, None] if factor.ndim else factor)
+
+
+def gradient_to(rows: Tensor, gradient: Tensor, grad_value: Tensor) -> Tensor:
+    """`scaled` in the dtype of the rows that it is the gradient to."""
+    if is_in_torch_dispatch_mode():
+        return cast(Tensor, gradient_to_op(rows, gradient, grad_value))
+    return _gradient_to(rows, gradient, grad_value)
+
+
+def _gradient_to(rows: Tensor, gradient: Tensor, grad_value: Tensor) -> Tensor:
+    return cast(Tensor, scaled(gradient, grad_value)).to(rows.dtype)
+
+
+# Where PyTorch compiles a backward pass, it refuses its derivatives to what the pass takes, and takes all others for zero.
+gradient_to_op = custom_op(
+    "gradient_to", "(Tensor rows, Tensor gradient, Tensor grad_value) -> Tensor", _gradient_to, lambda rows, *_: rows.new_empty(rows.shape)
+)
 
 
 class _ForbidDerivative(torch.autograd.Function):

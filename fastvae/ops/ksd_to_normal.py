@@ -24,6 +24,7 @@ from fastvae.ops.common import (
     dot,
     forbid_third_derivative,
     forward_mode,
+    gradient_to,
     leaves,
     matmul_precision,
     needs_grad,
@@ -212,7 +213,7 @@ def _gradient(grad_value: Tensor, gradient: Tensor, arguments: Sequence[Any]) ->
         raise RuntimeError("fastvae::ksd_to_normal was called without the gradient that backward needs: call fastvae.ksd_to_normal")
     if torch.is_grad_enabled() or in_forward_mode():
         return cast(Tensor, _Gradient.apply(grad_value, gradient, *leaves(arguments)))  # type: ignore[no-untyped-call]
-    return cast(Tensor, scaled(gradient, grad_value)).to(arguments[0].dtype)
+    return gradient_to(arguments[0], gradient, grad_value)
 
 
 class _Gradient(torch.autograd.Function):

@@ -23,6 +23,7 @@ from fastvae.ops.common import (
     forbid_bandwidth_derivative,
     forbid_third_derivative,
     forward_mode,
+    gradient_to,
     leaves,
     loop_over_batch,
     needs_grad,
@@ -118,14 +119,16 @@ def _gradients(grad_value: Tensor, arguments: Sequence[Any], found: Sequence[Ten
     if any(want and (grad is None or grad.numel() == 0) for grad, want in zip(found, wanted, strict=True)):
         raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
     sources = [arguments[n] for n in _DIFFERENTIABLE]
-    to_rows = [t if t is None else t.to(sources[0].dtype) for t in (scaled(grad, grad_value) for grad in found[:2])]
     if torch.is_grad_enabled() or in_forward_mode():
         found = [*found[:2], *(t if t is None else forbid_bandwidth_derivative("mmd", t, *sources) for t in found[2:])]
+        to_rows: list[Tensor | None] = [None, None]
         if any(wanted[:2]):
             numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in sources[2:]]
             arguments = [*arguments[:KERNEL], *numbers, *arguments[KERNEL + 2 :]]
             results = _Gradients.apply(grad_value, *found[:2], *leaves(arguments))  # type: ignore[no-untyped-call]
             to_rows = [t if want else None for t, want in zip(results, wanted, strict=False)]
+    else:
+        to_rows = [None if grad is None else gradient_to(z, grad, grad_value) for z, grad in zip(sources[:2], found[:2], strict=True)]
     to_numbers = []
     for grad, source in zip(found[2:], sources[2:], strict=True):
         # The same for all of a batch.
