@@ -67,6 +67,27 @@ class Given(NamedTuple):
     m: Any
 
 
+class Stored(NamedTuple):
+    """What `store_kernel` writes."""
+
+    hi_ptr: Any  # (rows, C)
+    lo_ptr: Any
+    change_ptr: Any  # (rows,), −x·x_dir of each row, if they are directions to points
+    not_finite_ptr: Any  # (programs,), float64, 0, or nan if a number is not finite
+    first_y: Any
+    rows: Any
+
+
+class PointResult(NamedTuple):
+    """The result to x or y, and what is needed for it besides the sums."""
+
+    out_ptr: Any  # (n, FEATURES)
+    not_finite_ptr: Any  # (blocks,)
+    first_row: Any  # of the operands
+    n: Any
+    blocks: Any
+
+
 class Factors(NamedTuple):
     """Factors and their direction as operands of `dot`, 0 in the padding."""
 
@@ -126,17 +147,12 @@ class HVPSpec(NamedTuple):
 _NEAR, _NEAR_DOUBLE = tl.constexpr(2.0**-7), tl.constexpr(2.0**-14)
 
 
-@triton.jit(do_not_specialize=["first_y", "rows"])
+@triton.jit
 def store_kernel(
     given: Given,
     points: Operands,  # not read unless DIRECTIONS
     plan_ptr,
-    hi_ptr,  # (rows, C)
-    lo_ptr,
-    change_ptr,  # (rows,), −x·x_dir of each row, if DIRECTIONS
-    not_finite_ptr,  # (programs,), float64, 0, or nan if a number is not finite
-    first_y,
-    rows,
+    stored: Stored,
     DIRECTIONS: tl.constexpr,  # to points, scaled as these; else factors
     COLUMNS: tl.constexpr,
     C: tl.constexpr,
@@ -147,6 +163,7 @@ def store_kernel(
 ):
     """A share of the rows as operands of `dot`, as the pass that runs takes them."""
     # where
+    hi_ptr, lo_ptr, first_y, rows = stored.hi_ptr, stored.lo_ptr, stored.first_y, stored.rows
     dtype: tl.constexpr = hi_ptr.dtype.element_ty
     first, last = share_of(rows, tl.program_id(0), tl.num_programs(0), BLOCK_N)
     precision_pass = tl.load(plan_ptr + PRECISION_PASS)
@@ -184,8 +201,8 @@ def store_kernel(
             else:
                 store_parts(scaled, z, hi_ptr, lo_ptr, offs, mask, DIFFERENCES)
         if DIRECTIONS:
-            tl.store(change_ptr + row, change.to(dtype), mask=row < rows)
-    tl.store(not_finite_ptr + tl.program_id(0), tl.sum(not_finite))
+            tl.store(stored.change_ptr + row, change.to(dtype), mask=row < rows)
+    tl.store(stored.not_finite_ptr + tl.program_id(0), tl.sum(not_finite))
 
 
 @triton.jit
@@ -597,17 +614,13 @@ def _row_terms(points, directions, sums: PointSums, row, offs, mask_n, mask, ROW
     return terms
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "blocks"])
+@triton.jit
 def points_finish_kernel(
     points: Operands,
     directions: Operands,
     sums: PointSums,
     plan_ptr,
-    not_finite_ptr,  # (blocks,)
-    out_ptr,  # (n, FEATURES)
-    first_row,
-    n,
-    blocks,
+    result: PointResult,
     RADIAL: tl.constexpr,
     WITHIN: tl.constexpr,
     ROW_DIR: tl.constexpr,
@@ -622,19 +635,19 @@ def points_finish_kernel(
     # where
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_n = row < n
+    mask_n = row < result.n
     mask = mask_n[:, None] & (offs_d < FEATURES)[None, :]
     dtype: tl.constexpr = sums.p_ptr.dtype.element_ty
 
     # load and compute
-    scale = (1.0 if WITHIN else 0.5) * tl.load(plan_ptr + GRADIENT_SCALE) + total(not_finite_ptr, blocks, 1, 1024)
+    scale = (1.0 if WITHIN else 0.5) * tl.load(plan_ptr + GRADIENT_SCALE) + total(result.not_finite_ptr, result.blocks, 1, 1024)
     moment_ptrs = sums.moment_ptr + row.to(tl.int64)[:, None] * D + offs_d[None, :]
     out = add_shares(tl.zeros([BLOCK_N, BLOCK_D], dtype=dtype), moment_ptrs, tl.cast(sums.rows, tl.int64) * D, sums.splits, mask)
     if RADIAL:
         out = -out
         # Moments of differences already lack what belongs to the row.
         precision_pass = tl.load(plan_ptr + PRECISION_PASS)
-        offs = (first_row + row).to(tl.int64)[:, None] * D + offs_d[None, :]
+        offs = (result.first_row + row).to(tl.int64)[:, None] * D + offs_d[None, :]
         if precision_pass == 0:
             out += _row_terms(points, directions, sums, row, offs, mask_n, mask, ROW_DIR, FIRST_PRODUCT)
         if SECOND_PRODUCT >= 0:  # noqa: SIM102, one is known to the compiler and the other is not
@@ -642,7 +655,7 @@ def points_finish_kernel(
                 out += _row_terms(points, directions, sums, row, offs, mask_n, mask, ROW_DIR, SECOND_PRODUCT)
 
     # store
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], scale.to(dtype) * out, mask=mask)
+    tl.store(result.out_ptr + row.to(tl.int64)[:, None] * FEATURES + offs_d[None, :], scale.to(dtype) * out, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "n", "blocks"])
@@ -774,8 +787,8 @@ class _Problem:
         )  # fmt: skip
         launch(
             store_kernel, key, self.device, (min(triton.cdiv(rows, ROW_BLOCK), _MOST_PROGRAMS), 1, 1),
-            (Given(x, y, *self.sizes), self.prepared.operands, self.prepared.tables.plan_ptr, hi, lo,
-             hi if change is None else change, not_finite, self.padded_sizes[0], rows),
+            (Given(x, y, *self.sizes), self.prepared.operands, self.prepared.tables.plan_ptr,
+             Stored(hi, lo, hi if change is None else change, not_finite, self.padded_sizes[0], rows)),
             lambda: {
                 "DIRECTIONS": is_direction, "COLUMNS": columns, "C": c, "FIRST_PRODUCT": first, "SECOND_PRODUCT": second,
                 "BLOCK_N": ROW_BLOCK, "BLOCK_C": block_c,
@@ -828,7 +841,8 @@ class _Problem:
         block_d = block_of(d)
         launch(
             points_finish_kernel, key, self.device, (triton.cdiv(size, ROW_BLOCK), d // block_d, 1),
-            (self.prepared.operands, self.directions, sums, plan, self.not_finite, out, start.row, size, self.not_finite.numel()),
+            (self.prepared.operands, self.directions, sums, plan,
+             PointResult(out, self.not_finite, start.row, size, self.not_finite.numel())),
             lambda: {
                 "RADIAL": self.plan.family.radial, "WITHIN": self.within, "ROW_DIR": flags[0],
                 "FIRST_PRODUCT": self.products[0], "SECOND_PRODUCT": self.products[1],
