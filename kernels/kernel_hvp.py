@@ -727,7 +727,7 @@ def _launch_choice(plan: DeviceKernelPlan, dim: int, columns: int, dtype: torch.
 
 
 def takes_exact_distances(family: Family) -> bool:
-    """Whether φ' is a function of the distance, whose error products multiply by the inverse of the distance."""
+    """Whether φ' is a function of the distance: products lose that of near rows, and this is what their second derivative depends on."""
     return family.takes_distance or family.number == MATERN_32.value
 
 
@@ -755,7 +755,7 @@ class _Problem:
         points = self.prepared.operands
         first_y = padded(x.shape[0], self.choice.block)
         rows = first_y + padded(self.sizes[1], self.choice.block)
-        self.factor_starts, self.factor_rows = (0, first_y), rows
+        self.factor_starts = 0, first_y
         self.starts = (0, 0) if self.within else (0, first_y)
         self.padded_sizes = first_y, rows - first_y
 
@@ -763,9 +763,8 @@ class _Problem:
         self.point_dirs = (x_dir is not None,) * 2 if self.within else (x_dir is not None, y_dir is not None)
         self.factor_dirs = tuple(direction is not None for direction in factor_dirs)
         self.not_finite = torch.zeros(3 * _MOST_PROGRAMS, dtype=torch.float64, device=self.device)
-        u, v = self._stored((factors[0], factors[1]), rows, 0)
-        u_dir, v_dir = self._stored(factor_dirs, rows, 1) if any(self.factor_dirs) else (u, v)
-        self.factors = Factors(u, v, u_dir, v_dir)
+        stored = self._stored(factors, rows, 0)
+        self.factors = Factors(*stored, *(self._stored(factor_dirs, rows, 1) if any(self.factor_dirs) else stored))
         self.directions = points
         if any(self.point_dirs):
             change = torch.empty(points.rows, dtype=self.dtype, device=self.device)
