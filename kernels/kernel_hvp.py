@@ -52,7 +52,7 @@ from fastvae.kernels.products import (
     store_parts,
 )
 from fastvae.kernels.reductions import add_shares, share_of, total
-from fastvae.kernels.sums import evaluate_curvature, load_parameters, load_table
+from fastvae.kernels.sums import evaluate_change, load_parameters, load_table
 
 # Tuples hold pointers in a kernel and tensors on the host. C and D are columns of u and v and features with their padding; rows are those
 # of `fastvae.kernels.prepare.Operands`. In tuples "factors" are u, and from row `first_y` on v.
@@ -452,13 +452,12 @@ def points_kernel(
         )
         # Read again for each tile: registers are few.
         table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
-        _, slope, curvature = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, POINTS, BANDWIDTHS)
-        curvature = curvature * change
+        _, slope, slope_change = evaluate_change(exponent, change, table, table_ptr, parameters, FAMILY, POINTS, BANDWIDTHS)
         c, e = _factor_tiles(factors, start.row_factor + row, start.column_factor + offset, start.factors, dtype, SPEC)
         p = slope * c
         q = slope * e
         if POINTS:
-            q = curvature * c
+            q = slope_change * c
             if FACTORS:
                 q += slope * e
         if SPEC.WITHIN:
@@ -556,7 +555,7 @@ def factors_kernel(
             rows, row_dirs, points, directions, start_n, start_m, scale, start.features, SPEC
         )
         table = load_table(table_ptr, FAMILY, True, BANDWIDTHS, 0)
-        value, slope, _ = evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY, False, BANDWIDTHS)
+        value, slope, _ = evaluate_change(exponent, change, table, table_ptr, parameters, FAMILY, False, BANDWIDTHS)
         value = value * value_scale
         if not FAMILY.radial:
             value += constant

@@ -214,17 +214,17 @@ def evaluate_sum(
         return value, neg_dphi
 
 
-# From this inverse distance on a pair counts as identical for the second derivative, which it enters with its third power.
-_MOST_INVERSE, _MOST_INVERSE_DOUBLE = tl.constexpr(1e12), tl.constexpr(1e100)
+# The largest inverse distance of which the square is finite with some room.
+_MOST_INVERSE, _MOST_INVERSE_DOUBLE = tl.constexpr(1e18), tl.constexpr(1e150)
 
 
 @triton.jit
-def evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY: tl.constexpr, CURVATURE: tl.constexpr, BANDWIDTHS: tl.constexpr):
-    """Value and slope of `evaluate_sum` without constants, and the derivative of the slope to the exponent: 0 unless CURVATURE.
+def evaluate_change(exponent, change, table, table_ptr, parameters, FAMILY: tl.constexpr, OF_SLOPE: tl.constexpr, BANDWIDTHS: tl.constexpr):
+    """Value and slope of `evaluate_sum` without constants, and if OF_SLOPE by how much the slope changes as the exponent does by `change`.
 
     The table is one for the gradient, without squarings. Sums of unlike kernels are evaluated one kernel at a time.
     """
-    tl.static_assert(FAMILY.number != MIXED, "evaluate_curvature takes one kernel")
+    tl.static_assert(FAMILY.number != MIXED, "evaluate_change takes one kernel")
     PARAMETERS: tl.constexpr = FAMILY.parameters
     t = exponent
     inverse = exponent
@@ -233,7 +233,7 @@ def evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY: tl.conste
         t = exponent * inverse
     value, slope = phi(t, parameters, FAMILY, True)
     derivative = slope
-    if CURVATURE:
+    if OF_SLOPE:
         derivative = second_derivative(t, slope, parameters, FAMILY)
     if BANDWIDTHS > 1:
         first = _entry(table, table_ptr, 2 * BANDWIDTHS, BANDWIDTHS)
@@ -244,14 +244,17 @@ def evaluate_curvature(exponent, table, table_ptr, parameters, FAMILY: tl.conste
             k, s = phi(t * ratio, parameters, FAMILY, True)
             value += k * _entry(table, table_ptr, BANDWIDTHS + b, BANDWIDTHS)
             slope += s * weight
-            if CURVATURE:
+            if OF_SLOPE:
                 derivative += second_derivative(t * ratio, s, parameters, FAMILY) * (weight * ratio)
     if FAMILY.takes_distance:
-        if CURVATURE:
-            # Of Σ_b w_b·s_b(t'·ratio_b)/√−exponent, with t' = −√−exponent.
+        if OF_SLOPE:
+            # Of Σ_b w_b·s_b(t'·ratio_b)/√−exponent, with t' = −√−exponent. Its third power may overflow where that of the change times it
+            # does not.
             near = tl.minimum(inverse, _MOST_INVERSE_DOUBLE if exponent.dtype == tl.float64 else _MOST_INVERSE)
-            derivative = (derivative + slope * near) * (0.5 * near * near)
+            derivative = (derivative + slope * near) * (0.5 * near) * (near * change)
         slope = slope * inverse
+    elif OF_SLOPE:
+        derivative = derivative * change
     return value, slope, derivative
 
 

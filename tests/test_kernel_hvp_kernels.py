@@ -194,6 +194,14 @@ def test_near_pairs(kernel, distance, m):
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+@pytest.mark.parametrize("kernel", [RBF(), Laplace(), Energy(), Riesz(0.7)], ids=str)
+def test_tiny_and_huge_rows(kernel, scale):
+    x, y, u, v = problem(40, 30, 3, 1)
+    inputs = [scale * x, scale * y, u, v]
+    check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
