@@ -1,11 +1,13 @@
 """Every public operation under every transform of PyTorch: as the dense reference has it, or refused in a sentence."""
 
+import functools
+
 import pytest
 import torch
 from torch import func
 
 import fastvae
-from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional
+from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional, vae
 from fastvae.ops.reparameterize_kl import epsilon
 
 # Of PyTorch's own, on the first forward-mode call.
@@ -259,6 +261,95 @@ def test_gradients_of_each_sample_of_a_vae(posterior, objective):
         expected = objective(model(x[n : n + 1], eps=noise[n : n + 1], **options), x[n : n + 1]).loss
         for name, gradient in zip(parameters, torch.autograd.grad(expected, list(parameters.values())), strict=True):
             torch.testing.assert_close(actual[name][n], gradient, rtol=1e-4, atol=1e-5)
+
+
+WEIGHTS = {name: torch.randn(3, 4, generator=generator, dtype=torch.float64) for name in ("mu", "logvar")}
+ROWS = torch.randn(5, 6, 3, generator=generator, dtype=torch.float64)
+NOISE = torch.randn(5, 6, 4, generator=generator, dtype=torch.float64)
+
+
+def noise_loss(weights, x, eps=None, moments=False, **options):
+    """A loss of one item, some rows x; its value and the noise that it had."""
+    mu, logvar = x @ weights["mu"], x @ weights["logvar"]
+    if moments:
+        z, kl = fastvae.reparameterize_kl_moments(torch.cat([mu, logvar], 1), eps=eps, **options)
+    else:
+        z, kl = fastvae.reparameterize_kl(mu, logvar, eps=eps, **options)
+    loss = kl.mean() + z.sin().sum()
+    return loss, (loss, (z - mu) / (0.5 * logvar).exp())
+
+
+def gradients_of_each_item_are_those_of_a_loop(gradient, loop, weights, x, noise, randomness="different", tolerance=1e-7):
+    """`gradient` and `loop` are functions of the weights, one item and its noise, which is drawn if it is None; the second takes noise."""
+    if noise is None:
+        found, (values, noise) = torch.vmap(gradient, (None, 0), randomness=randomness)(weights, x)
+        assert ((noise[0] - noise[1]).abs().max() > 0.1) == (randomness == "different")
+        assert noise.abs().max() > 0.5
+    else:
+        found, (values, _) = torch.vmap(gradient, (None, 0, 0))(weights, x, noise)
+    for n, (item, eps) in enumerate(zip(x, noise, strict=True)):
+        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        value, _ = loop(leaves, item, eps)
+        torch.testing.assert_close(values[n], value.detach(), rtol=tolerance, atol=tolerance)
+        for name, expected in zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True):
+            torch.testing.assert_close(found[name][n], expected, rtol=10 * tolerance, atol=tolerance)
+
+
+def make_noise_from_seeds(monkeypatch):
+    """As on a GPU, where each item of a batch has its own seed."""
+    monkeypatch.setattr(functional, "_noise", lambda *_: torch.randint(2**63 - 1, (1,)))
+    monkeypatch.setattr(functional, "epsilon", lambda tensors, options: epsilon(tensors, options._replace(backend="triton")))
+
+
+NOISES = {"given": (NOISE, "error"), "drawn": (None, "different"), "drawn once": (None, "same")}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("backend", [None, "cpu", pytest.param("triton", marks=pytest.mark.interpreter), "seeds"])
+def test_gradients_of_each_item_of_reparameterize_kl(backend, moments, noise, monkeypatch, interpreter_warnings):
+    if backend == "seeds":
+        make_noise_from_seeds(monkeypatch)
+        backend = None
+    gradient = func.grad(lambda *args: noise_loss(*args, moments=moments, backend=backend), has_aux=True)
+    gradients_of_each_item_are_those_of_a_loop(
+        gradient, lambda *args: noise_loss(*args, backend="reference"), WEIGHTS, ROWS, *NOISES[noise]
+    )
+
+
+def vae_of_rows():
+    model = VAE.mlp(3, latent_dim=4, hidden=(8,), likelihood=Gaussian(0.7)).double()
+    objective = VAEObjective(kl_weight=2)
+
+    def loss(parameters, x, eps=None):
+        output = func.functional_call(model, parameters, (x,), {"eps": eps})
+        value = objective(output, x).loss
+        return value, (value, (output.z - output.mu) / (0.5 * output.logvar).exp())
+
+    return loss, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("backend", [None, pytest.param("triton", marks=pytest.mark.interpreter), "seeds"])
+def test_gradients_of_each_small_batch_of_a_vae(backend, noise, monkeypatch, interpreter_warnings):
+    loss, parameters = vae_of_rows()
+    if backend == "seeds":
+        make_noise_from_seeds(monkeypatch)
+    elif backend:
+        monkeypatch.setattr(vae, "reparameterize_kl", functools.partial(fastvae.reparameterize_kl, backend=backend))
+    gradients_of_each_item_are_those_of_a_loop(func.grad(loss, has_aux=True), loss, parameters, ROWS, *NOISES[noise])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", NOISES)
+def test_compiled_gradients_of_each_small_batch_of_a_vae(noise):
+    """On a CPU the noise and the plain formulas are a part of the graph."""
+    loss, parameters = vae_of_rows()
+    eps, randomness = NOISES[noise]
+    gradient = torch.vmap(func.grad(loss, has_aux=True), (None, 0, None if eps is None else 0), randomness=randomness)
+    found, (_, drawn) = compiled(gradient, fullgraph=True)(parameters, ROWS, eps)
+    expected, _ = torch.vmap(func.grad(loss, has_aux=True), (None, 0, 0))(parameters, ROWS, drawn)
+    torch.testing.assert_close(found, expected)
 
 
 def test_noise_drawn_within_vmap():
