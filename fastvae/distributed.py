@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvae import checks
+from fastvae.dispatch import in_forward_mode
 
 Module = TypeVar("Module", bound="GroupModule")
 DTYPES = (*checks.FLOAT_DTYPES, torch.int64)
@@ -32,6 +33,7 @@ def gather_rows(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup, 
 
     Ranks may differ in n_r. If they differ in anything else, or have too few rows for `estimator`, all ranks raise the same error.
     """
+    _refuse_transforms()
     rows, start = torch.ops.fastvae.gather_rows(name, [t.detach() for t in tensors], group.group_name, estimator)
     return list(rows), start
 
@@ -55,12 +57,14 @@ def gather(name: str, x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Any loss of the result is the loss of the global batch, the same on each rank, but each rank does all of the work.
     """
+    _refuse_transforms()
     (rows,), _ = torch.ops.fastvae.gather_rows(name, [x], group.group_name, "biased")
     return cast(Tensor, rows)
 
 
 def sum_shares(share: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of all ranks' shares. The gradient of this rank's share is multiplied by the number of ranks."""
+    _refuse_transforms()
     return cast(Tensor, _SumShares.apply(share, group))  # type: ignore[no-untyped-call]
 
 
@@ -185,6 +189,14 @@ def _all_gather(t: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before PyTorch 2.13
     gather(rows, t, group=group)
     return rows
+
+
+def _refuse_transforms() -> None:
+    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or in_forward_mode()):
+        raise NotImplementedError(
+            "a loss of a process group must not be called within a transform of torch.func or in forward mode: call torch.autograd.grad or "
+            "backward, twice for a second derivative"
+        )
 
 
 class _SumShares(torch.autograd.Function):

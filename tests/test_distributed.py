@@ -397,6 +397,7 @@ def test_a_rank_that_dies_stops_the_others_with_an_error(tmp_path):
     assert [rank.exitcode for rank in ranks] == [7, 9]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of PyTorch's own, on the first forward-mode call
 def test_one_process_is_a_group_too(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -412,6 +413,21 @@ def test_one_process_is_a_group_too(tmp_path):
             assert twin.process_group is dist.group.WORLD
             assert twin.weight is not module.weight
             assert torch.equal(twin.weight, module.weight)
+        for loss in (
+            lambda x: fastvae.mmd(x, y, process_group=dist.group.WORLD),
+            lambda x: fastvae.mmd_to_normal(x, process_group=dist.group.WORLD),
+            lambda x: fastvae.ksd_to_normal(x, process_group=dist.group.WORLD),
+            lambda x: fastvae.group_mmd(x, torch.arange(5) % 2, num_groups=2, process_group=dist.group.WORLD).mean(),
+            lambda x: fastvae.sigreg(x, directions=torch.eye(2), process_group=dist.group.WORLD),
+            lambda x: distributed.gather("x", x, dist.group.WORLD).sum(),
+        ):
+            with pytest.raises(NotImplementedError, match=r"process group must not be called within a transform of torch\.func"):
+                torch.func.grad(loss)(x)
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match="or in forward mode: call"),
+        ):
+            fastvae.mmd(torch.autograd.forward_ad.make_dual(x, x), y, process_group=dist.group.WORLD)
         with pytest.raises(ValueError, match="num_groups must be given with a process_group"):
             fastvae.group_mmd(x, torch.zeros(5, dtype=torch.int64), process_group=dist.group.WORLD)
     finally:
