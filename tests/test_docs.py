@@ -201,7 +201,11 @@ EXAMPLES = {
     "two_sample_test": "--n 400",
     "domain_adaptation": "--steps 60",
     "train_autoencoder": "--steps 25",
+    "mmd_flow": "--n 50 --steps 8",
+    "gradient_penalty": "--steps 15 --batch 64",
 }
+# Those that draw a picture.
+DRAWING = ("mmd_flow", "gradient_penalty")
 
 
 def test_each_example_is_run():
@@ -209,20 +213,40 @@ def test_each_example_is_run():
 
 
 @pytest.mark.parametrize(("example", "options"), EXAMPLES.items())
-def test_examples_run(example, options, monkeypatch, capsys):
-    path = ROOT / "examples" / f"{example}.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
-    monkeypatch.setattr(sys, "argv", [str(path), *options.split()])
+def test_examples_run(example, options, monkeypatch, capsys, tmp_path):
+    path, picture = ROOT / "examples" / f"{example}.py", tmp_path / "picture.png"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < (140 if example in DRAWING else 60)
+    drawing = ["--out", str(picture)] if example in DRAWING else []
+    monkeypatch.setattr(sys, "argv", [str(path), *options.split(), *drawing])
     found = runpy.run_path(str(path))["main"]()
     assert capsys.readouterr().out
+    assert picture.exists() == bool(drawing)
     if example == "two_sample_test":
         assert found["shifted"] < 0.05 < found["same"]
     elif example == "domain_adaptation":
         assert found["with MMD²"] > found["source only"]
     elif example == "train_autoencoder":
         assert found[1] < 0.9 * found[0]
+    elif example == "mmd_flow":
+        assert 2 * found["newton"] < found["gradient"] < 0.01 * found["start"]
+    elif example == "gradient_penalty":
+        assert all(rows[-1].mmd < 0.5 * rows[0].mmd for rows in found.values())
     else:
         assert 0 < found < 45
+
+
+@pytest.mark.slow
+def test_the_example_of_a_gradient_penalty_trains(monkeypatch, capsys):
+    """The penalty holds the mean slope near 1, where it goes to hundreds without one, and MMD² to held-out points falls further."""
+    path = ROOT / "examples" / "gradient_penalty.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", "100", "--batch", "96"])
+    without, held = (rows for rows in runpy.run_path(str(path))["main"]().values())
+    assert held[0].slope < 0.5
+    assert all(0.5 < row.slope < 1.2 for row in held[-10:])
+    assert all(row.slope > 10 for row in without[-10:])
+    late, late_without = (sum(row.mmd for row in rows[-10:]) / 10 for rows in (held, without))
+    assert late < 0.1 * held[0].mmd
+    assert late < 0.7 * late_without
 
 
 @pytest.mark.slow
