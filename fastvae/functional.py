@@ -56,8 +56,9 @@ def mmd(
 
         MMD² = mean k(x, x') + mean k(y, y') − 2·mean k(x, y),   k = Σ_b a_b·k_b of bandwidth h_b
 
-    Differentiable once, with respect to x, y, the bandwidths and their weights. The gradients that an input requires are computed together
-    with the value, in one sweep over the pairs of rows.
+    Differentiable twice with respect to x and y, and in forward mode; once, in reverse mode, with respect to the bandwidths and their
+    weights. The gradients that an input requires are computed together with the value, in one sweep over the pairs of rows, and the Hessian
+    times a direction in another one. A third derivative raises NotImplementedError.
 
     Args:
         x: (..., N, D), floating point. More than one batch dimension raises a warning, as images are often meant: x.flatten(1) makes one
