@@ -221,8 +221,8 @@ FAULTS = [
     Fault(
         "a second derivative takes bandwidths for constants",
         "fastvae/ops/mmd.py",
-        'numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in sources[2:]]',
-        "numbers = sources[2:]",
+        'numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in given[KERNEL : KERNEL + 2]]',
+        "numbers = given[KERNEL : KERNEL + 2]",
         ("tests/test_kernel_hvp.py", "-k", "bandwidths_say"),
     ),
     Fault(

@@ -935,7 +935,7 @@ def test_samples_that_need_no_gradient_may_change_in_place():
     value, expected = fastvae.mmd(x, y), torch.func.grad(fastvae.mmd)(x.detach(), y.clone())
     y.zero_()
     torch.testing.assert_close(torch.autograd.grad(value, x, retain_graph=True)[0], expected)
-    with pytest.raises(RuntimeError, match="a second derivative needs samples and weights that have not been changed in place"):
+    with pytest.raises(RuntimeError, match="a second derivative needs samples and weights that have not changed since"):
         torch.autograd.grad(value, x, create_graph=True)
 
 

@@ -294,18 +294,12 @@ def leaves(arguments: Sequence[Any]) -> list[Any]:
     return [_Leaf(argument) if type(argument) is list else argument for argument in arguments]
 
 
-def save_arguments(ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None], only_needed: bool = False) -> None:
-    """Saves tensors and others among the arguments of an operation, and results of it.
-
-    Args:
-        only_needed: whether arguments that need no gradient may change in place. A second derivative then raises.
-    """
-    tensors = [t if isinstance(t, Tensor) and (t.requires_grad or not only_needed) else None for t in arguments]
-    ctx.others = [None if t is not None else argument for t, argument in zip(tensors, arguments, strict=True)]
-    ctx.versions = [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in ctx.others] if only_needed else None
+def save_arguments(ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> None:
+    """Saves the arguments of an operation, and results of it, for a backward pass and for forward mode."""
+    tensors = [t if isinstance(t, Tensor) else None for t in arguments]
+    ctx.others = [argument if t is None else None for t, argument in zip(tensors, arguments, strict=True)]
     ctx.save_for_backward(*tensors, *results)
-    if not only_needed:
-        ctx.save_for_forward(*tensors, *results)
+    ctx.save_for_forward(*tensors, *results)
 
 
 def saved_arguments(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
@@ -313,13 +307,6 @@ def saved_arguments(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     # Unpacked once: activation checkpointing allows no more.
     tensors, count = ctx.saved_tensors, len(ctx.others)
     return [other if t is None else t for t, other in zip(tensors[:count], ctx.others, strict=True)], tensors[count:]
-
-
-def check_versions(ctx: Any) -> None:
-    """Raises if an argument that `save_arguments` did not save has changed since."""
-    for t, version in zip(ctx.others, ctx.versions or (), strict=False):
-        if version is not None and t._version != version:
-            raise RuntimeError("a second derivative needs samples and weights that have not been changed in place since the forward pass")
 
 
 def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:

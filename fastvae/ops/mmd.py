@@ -6,7 +6,7 @@ gradients are to be differentiated themselves, they are results of `_Gradients`,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,6 @@ from fastvae.ops.common import (
     KERNEL_SCHEMA,
     KernelArguments,
     autograd_function,
-    check_versions,
     compiled_op,
     dot,
     forbid_bandwidth_derivative,
@@ -99,41 +98,54 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
     grads: list[Tensor | None] = [None] * _ARGUMENTS
     if grad_value is not None:
         wanted = [ctx.needs_input_grad[n] for n in _DIFFERENTIABLE]
-        for n, grad in zip(_DIFFERENTIABLE, _gradients(grad_value, *saved_arguments(ctx), wanted), strict=True):
+        for n, grad in zip(_DIFFERENTIABLE, _gradients_of(grad_value, ctx, wanted), strict=True):
             grads[n] = grad
     return tuple(grads)
 
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_bandwidth_tangents("mmd", *tangents[KERNEL : KERNEL + 2])
-    arguments, gradients = saved_arguments(ctx)
-    x = arguments[0]
+    x = saved_arguments(ctx)[0][0]
     one = x.new_ones(x.shape[:-2], dtype=accumulation_dtype(x.dtype))
-    grads = _gradients(one, arguments, gradients, [tangent is not None for tangent in tangents[:2]] + [False, False])
+    grads = _gradients_of(one, ctx, [tangent is not None for tangent in tangents[:2]] + [False, False])
     return dot(grads[:2], tangents[:2]), None, None, None, None
 
 
-def _gradients(grad_value: Tensor, arguments: Sequence[Any], found: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients to x, y, the bandwidths and their weights, from those of the value alone."""
+def _gradients_of(grad_value: Tensor, ctx: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    arguments, found = saved_arguments(ctx)
+    return _gradients(grad_value, [arguments[n] for n in _DIFFERENTIABLE], found, wanted, lambda: arguments)
+
+
+def _gradients(
+    grad_value: Tensor,
+    sources: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    arguments: Callable[[], Sequence[Any]],
+) -> list[Tensor | None]:
+    """The gradients to x, y, the bandwidths and their weights, from those of the value alone. `arguments` are those of the op."""
     found = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-    if any(want and (grad is None or grad.numel() == 0) for grad, want in zip(found, wanted, strict=True)):
-        raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
-    sources = [arguments[n] for n in _DIFFERENTIABLE]
+    for grad, want in zip(found, wanted, strict=True):
+        if want and (grad is None or grad.numel() == 0):
+            raise RuntimeError("fastvae::mmd was called without the gradient that backward needs: call fastvae.mmd, which asks for it")
+    results: list[Tensor | None] = [None] * 4
     if torch.is_grad_enabled() or in_forward_mode():
         found = [*found[:2], *(t if t is None else forbid_bandwidth_derivative("mmd", t, *sources) for t in found[2:])]
-        to_rows: list[Tensor | None] = [None, None]
         if any(wanted[:2]):
-            numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in sources[2:]]
-            arguments = [*arguments[:KERNEL], *numbers, *arguments[KERNEL + 2 :]]
-            results = _Gradients.apply(grad_value, *found[:2], *leaves(arguments))  # type: ignore[no-untyped-call]
-            to_rows = [t if want else None for t, want in zip(results, wanted, strict=False)]
+            given = arguments()
+            numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in given[KERNEL : KERNEL + 2]]
+            given = leaves([*given[:KERNEL], *numbers, *given[KERNEL + 2 :]])
+            to_rows = _Gradients.apply(grad_value, *found[:2], *given)  # type: ignore[no-untyped-call]
+            results[:2] = [t if want else None for t, want in zip(to_rows, wanted, strict=False)]
     else:
-        to_rows = [None if grad is None else gradient_to(z, grad, grad_value) for z, grad in zip(sources[:2], found[:2], strict=True)]
-    to_numbers = []
-    for grad, source in zip(found[2:], sources[2:], strict=True):
-        # The same for all of a batch.
-        to_numbers.append(None if grad is None else (grad_value[..., None] * grad).sum_to_size(source.shape).to(source))
-    return [*to_rows, *to_numbers]
+        for place, (t, grad) in enumerate(zip(sources[:2], found[:2], strict=True)):
+            results[place] = None if t is None or grad is None else gradient_to(t, grad, grad_value)
+    for place in (2, 3):
+        grad, source = found[place], sources[place]
+        if grad is not None and source is not None:
+            # The same for all of a batch.
+            results[place] = (grad_value[..., None] * grad).sum_to_size(source.shape).to(source)
+    return results
 
 
 class _Gradients(torch.autograd.Function):
@@ -196,16 +208,28 @@ class _EagerMMD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         problem = args[-1]
-        arguments = problem.arguments()
-        value, *gradients = mmd_op(*arguments) if needs_dispatcher(*problem[:2]) else evaluate(problem)
-        save_arguments(ctx, arguments, gradients, only_needed=True)
+        value, *gradients = mmd_op(*problem.arguments()) if needs_dispatcher(*problem[:2]) else evaluate(problem)
+        # Samples and weights that need no gradient may change in place, as long as no second derivative needs them.
+        ctx.versions = [None if t is None or t.is_inference() else t._version for t in problem[:4]]
+        wanted = ctx.needs_input_grad[:4]
+        ctx.problem = problem._make([*(None if want else t for t, want in zip(problem[:2], wanted, strict=False)), *problem[2:]])
+        ctx.save_for_backward(*(t if want else None for t, want in zip(args[:4], wanted, strict=True)), *gradients)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            check_versions(ctx)
-        return (*_gradients(grads[0], *saved_arguments(ctx), ctx.needs_input_grad[:4]), None)
+        # Unpacked once: activation checkpointing allows no more.
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+
+        def arguments() -> tuple[Any, ...]:
+            rows = [t if want else fixed for t, want, fixed in zip(tensors, wanted, ctx.problem[:2], strict=False)]
+            problem = Problem._make([*rows, *ctx.problem[2:]])
+            for t, version in zip(problem[:4], ctx.versions, strict=True):
+                if t is not None and version not in (None, t._version):
+                    raise RuntimeError("a second derivative needs samples and weights that have not changed since the forward pass")
+            return problem.arguments()
+
+        return (*_gradients(grads[0], tensors[:4], tensors[4:], wanted, arguments), None)
 
 
 def apply_mmd(rows: Sequence[Any], kernel: KernelArguments, unbiased: bool, precision: str, backend: str, group: str = "") -> Tensor:
