@@ -791,6 +791,7 @@ def hessian_kernel(
 ):
     """The sums of formula (5) of a block of rows over a share of the columns. Programs are those of `ksd_kernel`."""
     # where
+    FAMILY: tl.constexpr = SPEC.FAMILY
     D: tl.constexpr = SPEC.D
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_M: tl.constexpr = SPEC.BLOCK_M
@@ -839,7 +840,7 @@ def hessian_kernel(
         direction_out = tl.load(directions.hi_ptr + offs)
     block = DirectedRows(rows, row_directions, row_half, row_dot, row_out, direction_out)
     scale = tl.load(plan_ptr + SCALE).to(dtype)
-    parameters = load_parameters(tables.table_ptr, SPEC.FAMILY, SPEC.BANDWIDTHS, PRODUCT)
+    parameters = load_parameters(tables.table_ptr, FAMILY, SPEC.BANDWIDTHS, PRODUCT)
 
     # compute, as in `ksd_kernel`
     whole = n // BLOCK_M * BLOCK_M
@@ -894,6 +895,7 @@ def hessian_finish_kernel(
 ):
     """Formula (5) over the number of pairs, of a block of rows."""
     # where
+    FAMILY: tl.constexpr = SUM.FAMILY
     KERNELS: tl.constexpr = SUM.KERNELS
     BLOCK_N: tl.constexpr = SPEC.BLOCK_N
     BLOCK_D: tl.constexpr = SPEC.BLOCK_D
@@ -902,7 +904,7 @@ def hessian_finish_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     plan_ptr = tables.plan_ptr + problem * PLAN
     values = load_numbers(numbers, SUM.NUMBERS, SUM.ON_DEVICE)
-    gammas = gammas_of(values, SUM.FAMILY, KERNELS, SPEC.FEATURES)
+    gammas = gammas_of(values, FAMILY, KERNELS, SPEC.FEATURES)
     # With one bandwidth the sums lack its weight and 2γ.
     weight = values[KERNELS] if KERNELS == 1 else values[KERNELS] * 0.0 + 1.0
     steep_weight = weight * (2.0 * gammas[0]) if KERNELS == 1 else weight

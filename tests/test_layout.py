@@ -1,6 +1,7 @@
 """The layout of the repository: an operation has one name in every layer, and a module imports only from its own layer or lower ones."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,10 @@ def test_imports_without_what_is_optional():
     result = subprocess.run([sys.executable, "-c", code, *blocked], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 0
+
+
+def test_a_family_is_a_constant_of_its_own_in_kernels():
+    """Triton 3.6 does not take the attribute of a tuple as a constexpr argument."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not re.search(r"(SPEC|SUM)\.FAMILY[,)]", line), f"{path.name}:{number}"
