@@ -200,12 +200,20 @@ def test_second_derivatives_are_zero_at_identical_rows():
     assert (torch.func.hessian(lambda x: fastvae.kernel_matmul(x, torch.ones_like(x), x, kernel="matern32").sum())(x) != 0).any()
 
 
-def test_nan_in_nan_out():
+@pytest.mark.parametrize("way", ["few rows", "tiles"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_in_nan_out(bad, way, monkeypatch):
+    """Of few rows, results that depend on the number."""
+    if way == "tiles":
+        monkeypatch.setattr(cpu, "_FEW_PAIRS", 0)
     for place in range(4):
-        tensors, directions = problem(200, 190, 3, 2, False, (1, 1, 1, 1))
-        tensors[place][3, 0] = torch.nan
+        tensors, directions = problem(40, 30, 3, 2, False, (1, 1, 1, 1))
+        tensors[place][3, 0] = bad
         found = torch.ops.fastvae.kernel_hvp(*tensors, *directions, *kernel_arguments(RBF(), (1.0,), (1.0,)), "", "", *[True] * 4)
-        assert all(t.isnan().all() for t in found)
+        assert found[0].isnan().any() if way == "few rows" else all(t.isnan().all() for t in found)
+        x, y = tensors[0], tensors[1]
+        if place < 2:
+            assert torch.autograd.functional.vhp(lambda x, y=y: fastvae.mmd(x, y), x, directions[0])[1].isnan().all()
 
 
 def test_is_deterministic_and_linear_in_memory():
