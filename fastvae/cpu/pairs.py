@@ -171,7 +171,7 @@ class Density:
 class Product:
     """(2), or K·v."""
 
-    operation: ClassVar[str] = "kernel_matmul"
+    operation: ClassVar[str] = "kernel_matmul with normalize"
     rows: FewRows
     normalize: str | None
 

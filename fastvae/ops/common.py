@@ -190,7 +190,7 @@ def compiled_op(name: str, op: Any, *args: Any) -> Any:
     if _differentiates():
         raise NotImplementedError(
             f"{name} within torch.func.grad or another derivative of torch.func must not be compiled with fullgraph=True: without it the "
-            "function runs uncompiled, or compile a function that calls torch.autograd.grad or backward"
+            "function runs uncompiled; for a first derivative compile a function that calls torch.autograd.grad or backward"
         )
     return op(*args)
 
@@ -388,8 +388,8 @@ def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
 
 
 _BANDWIDTHS = (
-    "with respect to bandwidths and their weights: divide the samples by one bandwidth instead, as in x / h and y / h, or pass "
-    "backend='reference', which is dense and has one"
+    "with respect to bandwidths and their weights: detach them, or divide the samples by one bandwidth, as in x / h and y / h, or "
+    " pass backend='reference', which is dense and has one"
 )
 
 

@@ -266,7 +266,7 @@ def _product_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple
     wanted = ctx.needs_input_grad[:3]
     function = product_backward_op if needs_dispatcher(grad, *sources[:3]) else _product_gradients
     found = without_grad(function, grad, out, row, column, *sources, *ctx.options, *wanted)
-    return wanted_gradients("kernel_matmul", found, wanted, grad, sources[:3], len(sources) + len(ctx.options))
+    return wanted_gradients("kernel_matmul with normalize", found, wanted, grad, sources[:3], len(sources) + len(ctx.options))
 
 
 density_op = custom_op("log_kernel_density", f"({DENSITY_SCHEMA}) -> Tensor", _density, _density_fake)
@@ -289,7 +289,9 @@ product_backward_op = custom_op(
 apply_log_kernel_density = differentiable(
     "LogKernelDensity", "log_kernel_density", 3, density_op, _density, _setup_density, _density_backward
 )
-apply_normalized_matmul = differentiable("NormalizedMatmul", "kernel_matmul", 3, product_op, _product, _setup_product, _product_backward)
+apply_normalized_matmul = differentiable(
+    "NormalizedMatmul", "kernel_matmul with normalize", 3, product_op, _product, _setup_product, _product_backward
+)
 
 
 class _FewRows(torch.autograd.Function):

@@ -226,7 +226,10 @@ class _EagerMMD(torch.autograd.Function):
             problem = Problem._make([*rows, *ctx.problem[2:]])
             for t, version in zip(problem[:4], ctx.versions, strict=True):
                 if t is not None and version not in (None, t._version):
-                    raise RuntimeError("a second derivative needs samples and weights that have not changed since the forward pass")
+                    raise RuntimeError(
+                        "a second derivative needs samples and weights that have not changed since the forward pass: pass a clone of one "
+                        "that changes"
+                    )
             return problem.arguments()
 
         return (*_gradients(grads[0], tensors[:4], tensors[4:], wanted, arguments), None)
