@@ -44,33 +44,32 @@ def few_rows(kernel: Kernel, bandwidth: Numbers, weights: Numbers, x: Rows, y: R
     dtype = x.points.dtype
     x, y, base = _squared_distances(kernel, bandwidth, x, y)
     has_factors_direction = x.factors_direction is not None or y.factors_direction is not None
-    k, slope, curvature = _derivatives(kernel, bandwidth, weights, base, x.points.shape[-1], has_factors_direction)
+    derivatives = _derivatives(kernel, bandwidth, weights, base, x.points.shape[-1], has_factors_direction)
     if same:
-        for t in (slope, curvature):
+        for t in derivatives:
             t.diagonal(dim1=-2, dim2=-1).zero_()
-        if k is not None:
-            k.diagonal(dim1=-2, dim2=-1).zero_()
+    slope, curvature, *values = derivatives
+    k = values[0] if values else None
     s = _directional(x, y, kernel.radial)
     c = x.factors @ y.factors.mT
     e = _sum_of_products((x.factors, _transposed(y.factors_direction)), (x.factors_direction, y.factors.mT))
     if same and e is not None:
         e = 0.5 * (e + e.mT)
-    p, q = slope * c, None
+    p: Tensor | None = slope * c
+    q: Tensor | None = None
     if s is not None:
         q = (curvature * s).mul_(c)
     if e is not None:
         q = slope * e if q is None else q.addcmul_(slope, e)
+    dk = slope * s if s is not None and any(wanted[2:]) else None
     found: list[Tensor | None] = [None] * 4
-    for n, (rows, others, transposed) in enumerate(((x, y, False), (y, x, True))):
-        p_rows, q_rows = (None if t is None else t.mT if transposed else t for t in (p, q))
+    for n, (rows, others) in enumerate(((x, y), (y, x))):
         if wanted[n]:
-            found[n] = _row_results(rows, others, p_rows, q_rows, kernel.radial).mul_(2 if same else 1)
+            found[n] = _row_results(rows, others, p, q, kernel.radial).mul_(2 if same else 1)
         if wanted[2 + n]:
-            dk, values = None if s is None else slope * s, k
-            if transposed:
-                dk, values = None if dk is None else dk.mT, None if values is None else values.mT
-            total = _sum_of_products((dk, others.factors), (values, others.factors_direction))
+            total = _sum_of_products((dk, others.factors), (k, others.factors_direction))
             found[2 + n] = torch.zeros_like(rows.factors) if total is None else total
+        p, q, dk, k = (_transposed(t) for t in (p, q, dk, k))
     return tuple(None if t is None else t.to(dtype) for t in found)  # type: ignore[return-value]
 
 
@@ -91,29 +90,23 @@ def _squared_distances(kernel: Kernel, bandwidth: Numbers, x: Rows, y: Rows) -> 
     return x, y, torch.cdist(x.points, y.points, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
-def _derivatives(
-    kernel: Kernel, bandwidth: Numbers, weights: Numbers, base: Tensor, dim: int, value: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Σ_b a_b of k_b, if `value`, of its derivative to t/γ times 2 for a radial kernel, and of the second one times 4. `base` is t/γ."""
-    totals: list[Tensor | None] = [None] * 3
+def _derivatives(kernel: Kernel, bandwidth: Numbers, weights: Numbers, base: Tensor, dim: int, value: bool) -> list[Tensor]:
+    """Σ_b a_b·2γ_b·φ'(t_b), Σ_b a_b·4γ_b²·φ''(t_b) and, if `value`, Σ_b a_b·k_b, from `base` = t/γ; with 1 in place of 2 for x·y."""
+    totals: list[Tensor] = []
     for weight, term, scale in terms_of(kernel):
-        factor = 2 if term.radial else 1
         for h, a in zip(bandwidth, weights, strict=True):
             gamma = (0.5 if term.radial else 1 / dim) / (scale * h) ** 2
-            t = base * gamma
+            rate, t = (2 if term.radial else 1) * gamma, base * gamma
             slope, curvature = term.derivatives(t)
-            parts = term.phi(t) if value else None, slope * (a * weight * factor * gamma), curvature * (a * weight * (factor * gamma) ** 2)
-            for n, part in enumerate((parts[0] if parts[0] is None else parts[0] * (a * weight), *parts[1:])):
-                total = totals[n]
-                totals[n] = part if total is None or part is None else total.add_(part)
-    k, total_slope, total_curvature = totals
-    assert total_slope is not None
-    assert total_curvature is not None
-    return k, total_slope, total_curvature
+            parts = [slope * (a * weight * rate), curvature * (a * weight * rate**2)]
+            if value:
+                parts.append(term.phi(t) * (a * weight))
+            totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+    return totals
 
 
 def _directional(x: Rows, y: Rows, radial: bool) -> Tensor | None:
-    """s of each pair; None if it is 0."""
+    """s_ij of (2) or (4) for each pair; None if no points have a direction."""
     across = _sum_of_products((x.direction, y.points.mT), (x.points, _transposed(y.direction)))
     if across is None or not radial:
         return across
@@ -265,7 +258,7 @@ class _Sweep:
         self._add(i, j, lambda side: side.moments, (lambda side: side.of_p, p), (lambda side: side.of_q, q))
 
     def _factor_tile(self, i: slice, j: slice) -> Tensor:
-        """e"""
+        """e_ij of (2) over a tile."""
         u, v, du, dv = self.x.factors, self.y.factors, self.x.factors_direction, self.y.factors_direction
         pairs = ((v, du), (du, v)) if self.same else ((u, dv), (du, v))
         given = [(left, right) for left, right in pairs if left is not None and right is not None]

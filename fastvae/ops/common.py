@@ -309,6 +309,12 @@ def saved_arguments(ctx: Any) -> tuple[list[Any], tuple[Tensor | None, ...]]:
     return [other if t is None else t for t, other in zip(tensors[:count], ctx.others, strict=True)], tensors[count:]
 
 
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The `setup_context` of an operation whose derivatives need its inputs alone. Of several results, one without an upstream has None."""
+    ctx.set_materialize_grads(isinstance(output, Tensor))
+    save_arguments(ctx, inputs, ())
+
+
 def dot(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor | None:
     """Σ left·right over samples, rows and features, for each problem of a batch; None if there are no pairs."""
     products = [(t * other).sum((-2, -1)) for t, other in zip(left, right, strict=True) if t is not None and other is not None]
@@ -389,7 +395,7 @@ def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
 
 _BANDWIDTHS = (
     "with respect to bandwidths and their weights: detach them, or divide the samples by one bandwidth, as in x / h and y / h, or "
-    " pass backend='reference', which is dense and has one"
+    "pass backend='reference', which is dense and has one"
 )
 
 

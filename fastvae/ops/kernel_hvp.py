@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +19,7 @@ from fastvae.ops.common import (
     forbid_third_derivative,
     kernel_arguments,
     matmul_precision,
-    save_arguments,
+    save_inputs,
     saved_arguments,
     without_autocast,
 )
@@ -88,9 +88,9 @@ def _results(problem: Problem) -> Sequence[Tensor | None]:
         found = [
             cpu.few_rows(kernel[0], read(kernel[1]), read(kernel[2]), _of(x, part), _of(y, part), same, problem.wanted) for part in parts
         ]
-        return found[0] if len(found) == 1 else [None if part[0] is None else torch.cat(part) for part in zip(*found, strict=True)]
+        return found[0] if len(found) == 1 else _joined(torch.cat, found)
     if batch:
-        return _stacked([_results(_item(problem, n)) for n in range(batch[0])])
+        return _joined(torch.stack, [_results(_item(problem, n)) for n in range(batch[0])])
     if on_triton:
         return _on_triton(problem)
     centre = torch.zeros_like(x.points[0])
@@ -109,8 +109,8 @@ def _item(problem: Problem, n: int) -> Problem:
     return Problem._make([*(None if t is None else t[n] for t in problem.tensors), *problem[_TENSORS:]])
 
 
-def _stacked(items: list[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    return [None if parts[0] is None else torch.stack(cast("list[Tensor]", parts)) for parts in zip(*items, strict=True)]
+def _joined(join: Callable[[list[Tensor]], Tensor], found: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    return [None if parts[0] is None else join(cast("list[Tensor]", parts)) for parts in zip(*found, strict=True)]
 
 
 def _on_triton(problem: Problem) -> Sequence[Tensor | None]:
@@ -155,11 +155,6 @@ def _fake(*args: Any) -> Results:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    ctx.set_materialize_grads(False)
-    save_arguments(ctx, inputs, ())
-
-
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """A Hessian is symmetric: the gradient to its direction is its product with the upstream."""
     arguments, _ = saved_arguments(ctx)
@@ -181,7 +176,7 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> list[Tensor]:
 
 
 kernel_hvp_op = custom_op("kernel_hvp", SCHEMA, _evaluate, _fake, batched=_TENSORS)
-_apply = differentiable("KernelHVP", "a second derivative of fastvae", _TENSORS, kernel_hvp_op, _evaluate, _setup_context, _backward, _jvp)
+_apply = differentiable("KernelHVP", "a second derivative of fastvae", _TENSORS, kernel_hvp_op, _evaluate, save_inputs, _backward, _jvp)
 
 
 def kernel_hvp(name: str, *args: Any) -> list[Tensor | None]:

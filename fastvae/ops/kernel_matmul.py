@@ -25,7 +25,7 @@ from fastvae.ops.common import (
     needs_grad,
     no_forward_mode,
     refuse_bandwidth_tangents,
-    save_arguments,
+    save_inputs,
     saved_arguments,
     without_autocast,
     without_grad,
@@ -134,30 +134,22 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], wanted: tuple[bool
     return cast(Gradients, (*found, grad_bandwidth))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.save_for_forward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    sources, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
-    nothing = [None] * (len(sources) + len(ctx.options) - 4)
-    if needs_grad(grad, *sources) or in_forward_mode():
-        x, y, v, *numbers = sources
-        numbers = [t if t is None else forbid_bandwidth_derivative("kernel_matmul", t) for t in numbers]
-        *found, to_bandwidth = _DifferentiableBackward.apply(grad, x, y, v, *numbers, *leaves(ctx.options), *wanted)
+    (arguments, _), wanted = saved_arguments(ctx), ctx.needs_input_grad[:4]
+    if needs_grad(grad, *arguments[:5]) or in_forward_mode():
+        *found, to_bandwidth = _DifferentiableBackward.apply(grad, *leaves(_numbers_forbidden(arguments)), *wanted)
         found.append(forbid_bandwidth_derivative("kernel_matmul", to_bandwidth) if wanted[3] else to_bandwidth)
     else:
-        gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *sources[:3]) else _gradients
-        found = without_grad(gradients_of, grad, *sources, *ctx.options, *wanted)
-    grads = (t.to(source) if want else None for t, source, want in zip(found, sources, wanted, strict=False))
-    return *grads, *nothing
+        gradients_of = kernel_matmul_backward_op if needs_dispatcher(grad, *arguments[:3]) else _gradients
+        found = without_grad(gradients_of, grad, *arguments, *wanted)
+    grads = (t.to(source) if want else None for t, source, want in zip(found, arguments, wanted, strict=False))
+    return *grads, *[None] * (len(arguments) - 4)
 
 
-def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    ctx.set_materialize_grads(False)
-    save_arguments(ctx, inputs, ())
+def _numbers_forbidden(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments of the forward op, whose derivatives with respect to bandwidths and their weights raise."""
+    numbers = (t if t is None else forbid_bandwidth_derivative("kernel_matmul", t) for t in arguments[3:5])
+    return [*arguments[:3], *numbers, *arguments[5:]]
 
 
 def _double_backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,10 +188,9 @@ def _double_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
     refuse_bandwidth_tangents("kernel_matmul", *tangents[3:5])
-    sources = ctx.saved_tensors
-    given = [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(sources[:3], tangents, strict=False)]
-    numbers = [t if t is None else forbid_bandwidth_derivative("kernel_matmul", t) for t in sources[3:]]
-    return cast(Tensor, _Tangent.apply(*sources[:3], *given, *numbers, *leaves(ctx.options)))  # type: ignore[no-untyped-call]
+    x, y, v, *others = leaves(_numbers_forbidden(saved_arguments(ctx)[0]))
+    given = [torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip((x, y, v), tangents, strict=False)]
+    return cast(Tensor, _Tangent.apply(x, y, v, *given, *others))  # type: ignore[no-untyped-call]
 
 
 class _Tangent(torch.autograd.Function):
@@ -214,9 +205,7 @@ class _Tangent(torch.autograd.Function):
         directions = x_tangent, y_tangent, None, v_tangent
         return cast(Tensor, kernel_hvp_op(x, y, u, v, *directions, *options, False, False, True, False)[2])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save_arguments(ctx, inputs, ())
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,7 +233,7 @@ kernel_matmul_backward_op = custom_op(
     _backward_fake,
 )
 _DifferentiableBackward = autograd_function(
-    "KernelMatmulBackward", "kernel_matmul", kernel_matmul_backward_op, _setup_double, _double_backward, _double_jvp
+    "KernelMatmulBackward", "kernel_matmul", kernel_matmul_backward_op, save_inputs, _double_backward, _double_jvp
 )
 # K(x, y)·v, differentiable twice; arguments of `torch.ops.fastvae.kernel_matmul`.
-apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, _setup_context, _backward, _jvp)
+apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, save_inputs, _backward, _jvp)

@@ -29,6 +29,7 @@ from fastvae.ops.common import (
     matmul_precision,
     needs_grad,
     save_arguments,
+    save_inputs,
     saved_arguments,
     scaled,
     without_autocast,
@@ -266,10 +267,6 @@ def _directed(arguments: Sequence[Any], direction: Tensor | None) -> Tensor:
     return cast(Tensor, _apply_hessian(rows, direction, all_z, everywhere, *options)).to(z.dtype)
 
 
-def _setup_hessian(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save_arguments(ctx, inputs, ())
-
-
 def _hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (z, _, *others), _ = saved_arguments(ctx)
     return None, _apply_hessian(z, grad, *others), *[None] * len(others)
@@ -284,7 +281,7 @@ ksd_op = custom_op("ksd_to_normal", SCHEMA, _evaluate, _fake)
 hvp_op = custom_op("ksd_to_normal_hvp", HVP_SCHEMA, _hessian_product, _fake_hessian_product, batched=2)
 _apply = differentiable("KSDToNormal", "ksd_to_normal", 2, ksd_op, _evaluate, _setup_context, _backward, _jvp)
 _apply_hessian = differentiable(
-    "KSDToNormalHVP", "a second derivative of ksd_to_normal", 4, hvp_op, _hessian_product, _setup_hessian, _hessian_backward, _hessian_jvp
+    "KSDToNormalHVP", "a second derivative of ksd_to_normal", 4, hvp_op, _hessian_product, save_inputs, _hessian_backward, _hessian_jvp
 )
 
 

@@ -30,6 +30,7 @@ from fastvae.ops.common import (
     needs_grad,
     no_forward_mode,
     save_arguments,
+    save_inputs,
     saved_arguments,
     without_autocast,
     without_grad,
@@ -265,10 +266,6 @@ def _small_diagonal(problem: Problem) -> Tensor | None:
         return form
 
 
-def _quadratic_form_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save_arguments(ctx, inputs, ())
-
-
 def _quadratic_form_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (*arguments, diagonal), _ = saved_arguments(ctx)
     gradient = _form_gradient(torch.diag(grad) if diagonal else grad, arguments)
@@ -280,10 +277,6 @@ def _form_gradient(upstream: Tensor, arguments: Sequence[Any]) -> Tensor:
     if needs_grad(upstream, arguments[0]) or in_forward_mode():
         return cast(Tensor, _FormGradient.apply(*leaves(arguments), upstream))
     return cast(Tensor, without_grad(quadratic_form_backward_op, *arguments, upstream))
-
-
-def _setup_double(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save_arguments(ctx, inputs, ())
 
 
 def _double_backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
@@ -420,9 +413,7 @@ class _GroupTangent(torch.autograd.Function):
             own = columns.T @ (columns * (2 * problem.own_slopes() * (problem.z.double() * direction).sum(1))[:, None])
         return pair_values(v.double().T @ found[2].double(), own, groups.weights()).to(dtype)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save_arguments(ctx, inputs, ())
+    setup_context = staticmethod(save_inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -450,9 +441,9 @@ group_mmd_backward_op = custom_op(
     "group_mmd_backward", f"({SCHEMA}, {WEIGHTS}, Tensor upstream, Tensor expected_grad) -> Tensor", _group_mmd_gradient, _backward_fake
 )
 _FormGradient = autograd_function(
-    "QuadraticFormBackward", "group_mmd", quadratic_form_backward_op, _setup_double, _double_backward, _double_jvp
+    "QuadraticFormBackward", "group_mmd", quadratic_form_backward_op, save_inputs, _double_backward, _double_jvp
 )
-quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=_quadratic_form_setup)
+quadratic_form_op.register_autograd(_quadratic_form_backward, setup_context=save_inputs)
 _apply = differentiable("GroupMMD", "group_mmd", 2, group_mmd_op, _group_mmd, _group_mmd_setup, _group_mmd_backward, _group_mmd_jvp)
 
 
