@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 generator = torch.Generator().manual_seed(0)
 y, v, eps, logvar = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (5, 2), (6, 3), (6, 3)))
-labels = torch.tensor([0, 0, 1, 1, 0, 1])
+labels, h = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([1.0, 2.0])
 
 mean = fastvae.KernelMean.fit(y.double(), landmarks=y[:3] + 0.1, bandwidth=[1.0, 2.0])
 
@@ -33,6 +33,7 @@ OPERATIONS = {
     "kernel_matmul": lambda x, **options: fastvae.kernel_matmul(x, y, v, **options).square().sum(),
     "kernel_matmul of v": lambda x, **options: fastvae.kernel_matmul(y, 2 * x, x, **options).square().sum(),
     "kernel_matmul of a bandwidth": lambda x, **options: fastvae.kernel_matmul(y, y, v, bandwidth=x.exp()[0], **options).square().sum(),
+    "kernel_matmul of constants": lambda x, **options: fastvae.kernel_matmul(x, y, v, bandwidth=h, bandwidth_weights=h, **options).norm(),
     "kernel_matmul, normalised": lambda x, **options: fastvae.kernel_matmul(x, y, v, normalize="both", **options).square().sum(),
     "log_kernel_density": lambda x, **options: fastvae.log_kernel_density(x, y, bandwidth=[1.0, 2.0], **options).square().sum(),
     "log_kernel_density of weights": lambda x, **options: fastvae.log_kernel_density(y, x, y_weights=x[:, 0].exp(), **options).sum(),
@@ -48,8 +49,8 @@ OPERATIONS = {
 PLAIN = {"mmd, linear", "reparameterize_kl"}
 # Sums over pairs of rows, with derivatives in forward mode and second ones.
 PAIRS = {
-    "mmd", "mmd of several", "mmd of a rule", "mmd of a mean", "mmd_to_normal", "kernel_matmul", "kernel_matmul of v", "witness",
-    "group_mmd", "group_mmd of weights", "ksd_to_normal", "ksd_to_normal of several",
+    "mmd", "mmd of several", "mmd of a rule", "mmd of a mean", "mmd_to_normal", "kernel_matmul", "kernel_matmul of v", "kernel_matmul of constants",
+    "witness", "group_mmd", "group_mmd of weights", "ksd_to_normal", "ksd_to_normal of several",
 }  # fmt: skip
 OF_BANDWIDTHS = {"mmd of a bandwidth", "kernel_matmul of a bandwidth"}
 TWICE = {*PLAIN, *PAIRS, "reparameterize_kl, forced"}

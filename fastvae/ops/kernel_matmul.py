@@ -134,8 +134,16 @@ def _wanted(problem: Problem, grads: Sequence[Tensor | None], wanted: tuple[bool
     return cast(Gradients, (*found, grad_bandwidth))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save_inputs(ctx, inputs, output)
+    # Otherwise a constant bandwidth has a tangent of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     (arguments, _), wanted = saved_arguments(ctx), ctx.needs_input_grad[:4]
+    if grad is None:
+        return (None,) * len(arguments)
     if needs_grad(grad, *arguments[:5]) or in_forward_mode():
         *found, to_bandwidth = _DifferentiableBackward.apply(grad, *leaves(_numbers_forbidden(arguments)), *wanted)
         found.append(forbid_bandwidth_derivative("kernel_matmul", to_bandwidth) if wanted[3] else to_bandwidth)
@@ -236,4 +244,4 @@ _DifferentiableBackward = autograd_function(
     "KernelMatmulBackward", "kernel_matmul", kernel_matmul_backward_op, save_inputs, _double_backward, _double_jvp
 )
 # K(x, y)·v, differentiable twice; arguments of `torch.ops.fastvae.kernel_matmul`.
-apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, save_inputs, _backward, _jvp)
+apply_kernel_matmul = differentiable("KernelMatmul", "kernel_matmul", 3, kernel_matmul_op, _evaluate, _setup_context, _backward, _jvp)
