@@ -530,7 +530,8 @@ def group_mmd(
             checks.known_groups(num_groups)
         index = None if pairs is None else _on_device(checks.pairs(pairs, size), z.device)
     dtype = accumulation_dtype(z.dtype)
-    groups = groups.detach() if groups.is_floating_point() else groups.long()
+    # Weights are not detached, so that their tangents are refused.
+    groups = groups if groups.is_floating_point() else groups.long()
     all_z, all_groups, start = z, groups, 0
     if process_group is not None:
         (all_z, all_groups), start = gather_rows("z", [z, groups], process_group)

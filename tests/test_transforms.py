@@ -49,8 +49,8 @@ OPERATIONS = {
 PLAIN = {"mmd, linear", "reparameterize_kl"}
 # Sums over pairs of rows, with derivatives in forward mode and second ones.
 PAIRS = {
-    "mmd", "mmd of several", "mmd of a rule", "mmd of a mean", "mmd_to_normal", "kernel_matmul", "kernel_matmul of v", "kernel_matmul of constants",
-    "witness", "group_mmd", "group_mmd of weights", "ksd_to_normal", "ksd_to_normal of several",
+    "mmd", "mmd of several", "mmd of a rule", "mmd of a mean", "mmd_to_normal", "kernel_matmul", "kernel_matmul of v",
+    "kernel_matmul of constants", "witness", "group_mmd", "group_mmd of weights", "ksd_to_normal", "ksd_to_normal of several",
 }  # fmt: skip
 OF_BANDWIDTHS = {"mmd of a bandwidth", "kernel_matmul of a bandwidth"}
 TWICE = {*PLAIN, *PAIRS, "reparameterize_kl, forced"}
@@ -222,6 +222,42 @@ def test_second_derivative_is_right_or_refused(transform, name, x):
 def test_third_derivative_is_refused(name, x):
     with pytest.raises(NotImplementedError, match=r"has no third derivative: pass backend='reference', which is dense and has one"):
         func.grad(lambda x: func.grad(lambda x: func.grad(OPERATIONS[name])(x).square().sum())(x).square().sum())(x)
+
+
+CONSTANTS = {
+    "x_weights": lambda x, t: fastvae.mmd(x, y, x_weights=t[:, 0].softmax(0)),
+    "y_weights": lambda x, t: fastvae.mmd(y, x, y_weights=t[:, 0].softmax(0)),
+    "groups": lambda x, t: fastvae.group_mmd(x, t.exp()).values.norm(),
+    "bandwidth": lambda x, t: fastvae.ksd_to_normal(x, bandwidth=t.exp()[0]),
+    "bandwidth_weights": lambda x, t: fastvae.group_mmd(x, labels, bandwidth=[1.0, 2.0, 3.0], bandwidth_weights=t.exp()[0]).values.norm(),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("transform", [*FORWARD_MODE, "jvp(grad)"])
+def test_tangents_of_constants_are_refused(transform, name, x):
+    f = CONSTANTS[name]
+    for function in (lambda t: f(t, t), lambda t: f(x, t)):
+        with pytest.raises((NotImplementedError, ValueError), match=f"{name}.* must be constant"):
+            (FORWARD_MODE | MIXED)[transform](function, x)
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "polynomial"])
+def test_second_derivative_within_autocast(kernel, x):
+    z, t, w = x.float(), y.float(), v.float()
+    options = {"bandwidth": [1.0, 2.0], "kernel": kernel}
+    functions = {
+        "mmd": lambda x: fastvae.mmd(x, t, **options),
+        "kernel_matmul": lambda x: fastvae.kernel_matmul(x, t, w, **options).norm(),
+        "group_mmd": lambda x: fastvae.group_mmd(x, logvar.exp(), **options).values.norm(),
+        "ksd_to_normal": fastvae.ksd_to_normal,
+    }
+    for function in functions.values():
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(penalty(function, z.clone().requires_grad_()))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6 * float(found[0].abs().max()))
 
 
 @pytest.mark.parametrize("rows", [6, 6_000])

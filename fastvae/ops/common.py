@@ -404,6 +404,11 @@ def forbid_bandwidth_derivative(name: str, t: Tensor, *inputs: Tensor | None) ->
     return forbid_derivative(f"{name} has no second derivative {_BANDWIDTHS}", t, *inputs)
 
 
+def refuse_tangents(name: str, argument: str, *tangents: Tensor | None) -> None:
+    if any(tangent is not None for tangent in tangents):
+        raise NotImplementedError(f"{name} has no derivative with respect to {argument}, which must be constant: pass {argument}.detach()")
+
+
 def refuse_bandwidth_tangents(name: str, *tangents: Tensor | None) -> None:
     if any(tangent is not None for tangent in tangents):
         raise NotImplementedError(f"{name} has no derivative in forward mode {_BANDWIDTHS}")

@@ -28,6 +28,7 @@ from fastvae.ops.common import (
     leaves,
     matmul_precision,
     needs_grad,
+    refuse_tangents,
     save_arguments,
     save_inputs,
     saved_arguments,
@@ -202,6 +203,8 @@ def _backward(ctx: Any, grad_value: Tensor | None, _: Tensor | None) -> tuple[Te
 
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+    for argument, tangent in zip(("bandwidth", "bandwidth_weights"), tangents[2:], strict=False):
+        refuse_tangents("ksd_to_normal", argument, tangent)
     arguments, (gradient,) = saved_arguments(ctx)
     z = arguments[0]
     one = z.new_ones(z.shape[:-2], dtype=accumulation_dtype(z.dtype))

@@ -27,6 +27,7 @@ from fastvae.ops.common import (
     loop_over_batch,
     needs_grad,
     refuse_bandwidth_tangents,
+    refuse_tangents,
     save_arguments,
     saved_arguments,
     scaled,
@@ -105,6 +106,8 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_bandwidth_tangents("mmd", *tangents[KERNEL : KERNEL + 2])
+    for n, argument in enumerate(("x_weights", "y_weights"), 2):
+        refuse_tangents("mmd", argument, tangents[n])
     x = saved_arguments(ctx)[0][0]
     one = x.new_ones(x.shape[:-2], dtype=accumulation_dtype(x.dtype))
     grads = _gradients_of(one, ctx, [tangent is not None for tangent in tangents[:2]] + [False, False])

@@ -29,6 +29,7 @@ from fastvae.ops.common import (
     matmul_precision,
     needs_grad,
     no_forward_mode,
+    refuse_tangents,
     save_arguments,
     save_inputs,
     saved_arguments,
@@ -299,11 +300,14 @@ def _hessian_product(
     problem, dtype = Problem.of(*arguments), accumulation_dtype(arguments[0].dtype)
     v = problem.v.to(dtype)
     # Formula (2) is the gradient of Σ_{i≠j} ½·(v_i·B·v_jᵀ)·k(z_i, z_j).
-    u = v @ (0.5 * (upstream + upstream.T)).to(dtype)
+    with without_autocast(v.device):
+        u = v @ (0.5 * (upstream + upstream.T)).to(dtype)
     given = problem.z, None, u, v, direction.to(dtype), None, None, None
     found = kernel_hvp("group_mmd", *given, *problem.kernel, problem.precision, problem.backend, z_grad, False, upstream_grad, False)
     to_z, _, to_u, _ = found
-    return None if to_z is None else to_z.to(problem.z.dtype), None if to_u is None else (v.T @ to_u).to(upstream.dtype)
+    with without_autocast(v.device):
+        to_upstream = None if to_u is None else (v.T @ to_u).to(upstream.dtype)
+    return None if to_z is None else to_z.to(problem.z.dtype), to_upstream
 
 
 def _group_mmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -333,6 +337,8 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
 
 
 def _group_mmd_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    for argument, tangent in zip(("groups", "bandwidth", "bandwidth_weights"), tangents[1:], strict=False):
+        refuse_tangents("group_mmd", argument, tangent)
     arguments, _ = saved_arguments(ctx)
     values = _GroupTangent.apply(tangents[0], *leaves(arguments))  # type: ignore[no-untyped-call]
     return values, None, None, None
