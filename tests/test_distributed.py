@@ -47,9 +47,10 @@ def assert_is_global(rank, world, function, *tensors):
 
 
 def second_derivatives(value, tensors, directions):
-    """The gradient of one along a direction, of a function of the value that is not linear."""
-    gradients = torch.autograd.grad(value.sin(), tensors, create_graph=True)
-    return torch.autograd.grad(sum((t * along).sum() for t, along in zip(gradients, directions, strict=True)), tensors)
+    """The gradients along a direction, one backward pass after the other, of two functions of the value that are not linear."""
+    found = [torch.autograd.grad(function(value), tensors, create_graph=True) for function in (torch.sin, torch.cos)]
+    along = [sum((t * direction).sum() for t, direction in zip(gradients, directions, strict=True)) for gradients in found]
+    return [second for total in along for second in torch.autograd.grad(total, tensors, retain_graph=True)]
 
 
 def losses(rank, world):
@@ -97,6 +98,13 @@ def losses(rank, world):
     for kernel, estimator in itertools.product((Linear(), RBF() + Linear()), ("biased", "unbiased")):
         options = {"kernel": kernel, "estimator": estimator, "bandwidth": (0.9, 1.8)}
         assert_is_global(rank, world, lambda x, y, g, o=options: fastvae.mmd(x, y, x_weights=part(weights, g), process_group=g, **o), x, y)
+    (rows,) = own(rank, world, x)
+    (gradient,) = torch.autograd.grad(
+        fastvae.mmd(rows, 2 * rows, kernel=Linear(), process_group=dist.group.WORLD).sin(), rows, create_graph=True
+    )
+    (second,) = torch.autograd.grad((gradient * gradient.cos()).sum(), rows, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivative"):
+        torch.autograd.grad(second.sum(), rows)
     h = torch.tensor([0.9, 1.8, 0.4], dtype=torch.float64, requires_grad=True)
     gradients = []
     for points, group in (((x, y), None), (own(rank, world, x, y), dist.group.WORLD)):
