@@ -180,6 +180,18 @@ def test_compiled_derivatives_run_uncompiled_or_say_so(transform, name, x):
         COMPILED_DERIVATIVES[transform](OPERATIONS[name], x, fullgraph=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PAIRS & {*OF_EACH}))
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")  # of PyTorch's own, where it leaves the graph
+def test_dual_numbers_of_what_is_compiled(name, x):
+    f, dual = OPERATIONS[name], torch.autograd.forward_ad
+    function = compiled(f)
+    torch.testing.assert_close(function(x), f(x))
+    with dual.dual_level():
+        tangent = dual.unpack_dual(function(dual.make_dual(x, x.cos()))).tangent
+    torch.testing.assert_close(tangent, FORWARD_MODE["jvp"](f, x))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("transform", {**FORWARD_MODE, **MIXED})
 def test_forward_mode_is_right_or_refused(transform, name, x):

@@ -187,7 +187,8 @@ _differentiates._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def compiled_op(name: str, op: Any, *args: Any) -> Any:
     """Calls the op for the compiler."""
     # PyTorch cannot take derivatives of torch.func of a custom op in a graph. Without fullgraph=True it then calls the function uncompiled.
-    if _differentiates():
+    # Of dual numbers outside of torch.func, the op would drop the tangents.
+    if _differentiates() or in_forward_mode():
         raise NotImplementedError(
             f"{name} within torch.func.grad or another derivative of torch.func must not be compiled with fullgraph=True: without it the "
             "function runs uncompiled; for a first derivative compile a function that calls torch.autograd.grad or backward"
