@@ -53,6 +53,14 @@ def second_derivatives(value, tensors, directions):
     return [second for total in along for second in torch.autograd.grad(total, tensors, retain_graph=True)]
 
 
+def hvp_is_refused(rank, world):
+    """Its derivative to the direction would lack what other ranks need."""
+    x, y, v = torch.randn(3, sum(ROWS[world]), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y, v = own(rank, world, x, y, v)
+    with pytest.raises(NotImplementedError, match=r"a Hessian-vector product in a process group .* use vhp"):
+        torch.autograd.functional.hvp(lambda x: fastvae.mmd(x, y, process_group=dist.group.WORLD), x, v)
+
+
 def losses(rank, world):
     torch.manual_seed(0)
     n = sum(ROWS[world])
@@ -385,7 +393,7 @@ def gathering(rank, world):
 def test_on_ranks(world, tmp_path):
     # Together, as the processes take longer to start than to run.
     checks = gathering, gathering_is_one_write, losses, gradients_that_average_to_the_whole, latents_with_locations, fully_sharded
-    checks += (matching_a_fixed_sample,)
+    checks += (matching_a_fixed_sample, hvp_is_refused)
     run_on_ranks(checks, world, tmp_path)
 
 

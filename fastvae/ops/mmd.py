@@ -174,7 +174,7 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
         arguments, (grad_value, *gradients) = saved_arguments(ctx)
         problem = Problem.of(*arguments)
-        # The Hessian is symmetric.
+        # The Hessian is symmetric: its product with the upstream is the gradient.
         to_rows = hessian_product(problem, *(scaled(t, cast(Tensor, grad_value)) for t in directions))
         to_value = None
         if ctx.needs_input_grad[0]:

@@ -17,7 +17,7 @@ from fastvae.cpu.closed_forms import Sample, bandwidth_gradients, diagonal_hessi
 from fastvae.cpu.inductor import InductorSweep
 from fastvae.dispatch import accumulation_dtype, runs_on_triton
 from fastvae.kernel_sums import rounding_of_sum
-from fastvae.ops.common import KernelArguments, matmul_precision, unit_weights, without_autocast
+from fastvae.ops.common import KernelArguments, direction_of_all_ranks, matmul_precision, unit_weights, without_autocast
 from fastvae.ops.kernel_hvp import kernel_hvp
 
 
@@ -183,9 +183,9 @@ def hessian_product(problem: Problem, x_direction: Tensor | None, y_direction: T
         for result, found in zip(results, _pairs(problem, x, others[0], -2.0), strict=True):
             result.append(found)
     elif others:
-        for n, (rows, whole) in enumerate(((x, others[0]), (others[0], x))):
+        for n, (rows, other) in enumerate(((x, others[0]), (others[0], x))):
             if rows.gradient:
-                results[n].append(_pairs(problem, rows, whole.everywhere, -2.0)[0])
+                results[n].append(_pairs(problem, rows, other.whole, -2.0)[0])
     elif x.direction is not None:
         results[0].append(normal_hessian_product(x.z, x.p, *problem.kernel.vectors(x.z.device)[1:], x.direction))
     given = ([t for t in parts if t is not None] for parts in results)
@@ -193,17 +193,17 @@ def hessian_product(problem: Problem, x_direction: Tensor | None, y_direction: T
 
 
 class _Moving(NamedTuple):
-    """A sample, or some rows of one, that moves in a direction. All tensors may have a batch dimension."""
+    """A sample, or some rows of one, with its direction; None for 0. All tensors may have a batch dimension."""
 
     z: Tensor  # (N, D)
-    p: Tensor  # (N, 1)
+    p: Tensor  # (N, 1), its weights
     direction: Tensor | None  # (N, D)
     scale: Any = 1.0  # as that of `fastvae.cpu.closed_forms.Sample`
     gradient: bool = False
     all_rows: Any = None  # the whole sample, if these are some rows of it
 
     @property
-    def everywhere(self) -> _Moving:
+    def whole(self) -> _Moving:
         return self.all_rows or self
 
 
@@ -221,13 +221,11 @@ def _moving(problem: Problem, name: str, sample: Any, direction: Tensor | None) 
         squares = all_p.double().square().sum((-2, -1), keepdim=True)
     scale = 1 / (1 - squares) if problem.unbiased and not is_fixed else 1.0
     direction = None if direction is None else direction.to(dtype)
-    everywhere = None
+    all_rows = None
     if whole is not None:
-        (moved,), _ = torch.ops.fastvae.gather_rows(
-            name, [torch.zeros_like(z) if direction is None else direction], problem.group, "biased"
-        )
-        everywhere = _Moving(whole, all_p, moved)
-    return _Moving(z, p, direction, scale, gradient, everywhere)
+        moved = direction_of_all_ranks(name, torch.zeros_like(z) if direction is None else direction, problem.group)
+        all_rows = _Moving(whole, all_p, moved)
+    return _Moving(z, p, direction, scale, gradient, all_rows)
 
 
 def _pairs(problem: Problem, x: _Moving, y: _Moving | None, factor: Any) -> list[Tensor | None]:
@@ -239,14 +237,14 @@ def _pairs(problem: Problem, x: _Moving, y: _Moving | None, factor: Any) -> list
 
 
 def _within(problem: Problem, x: _Moving) -> list[Tensor | None]:
-    """That of the mean over the pairs of one sample."""
+    """The same for the mean of k over the pairs of one sample."""
     kernel, parts = problem.kernel.vectors(x.z.device), []
     if x.all_rows is not None:
         # One of the two places of each row, with the pairs of a row and itself.
         parts.append(_pairs(problem, x, x.all_rows, 2 * x.scale)[0])
     elif x.direction is not None:
         parts.append(_pairs(problem, x, None, x.scale)[0])
-    # Only the biased estimator has pairs of a row and itself.
+    # Pairs of a row and itself: the biased estimator adds them, the unbiased one takes them from the sum over all rows.
     if not kernel[0].radial and x.direction is not None and problem.unbiased == (x.all_rows is not None):
         own = diagonal_hessian_product(x.z, x.p.double().square(), *kernel, x.direction)
         parts.append((-x.scale * own).to(own.dtype) if problem.unbiased else own)
