@@ -219,6 +219,18 @@ def large() -> str:
     return markdown(["", "extra memory", "time", "relative error", "script and date"], lines)
 
 
+def second_derivatives() -> str:
+    providers, quantities = ("fastvae", "eager", "KeOps"), ("value and gradient", "product", "all")
+    newest = {(row["n"], row["dim"], row["provider"], row["quantity"]): row for row in rows_of("kernel_hvp_cpu", status="ok")}
+    lines = []
+    for n, dim in dict.fromkeys(key[:2] for key in newest):
+        for provider in providers:
+            rows = [newest.get((n, dim, provider, quantity)) for quantity in quantities]
+            times = [duration(row["median_ms"]) if row else "–" for row in rows]
+            lines.append([f"{n:,}", str(dim), provider, *times, memory(rows[2]["extra_mib"]) if rows[2] else "–"])
+    return markdown(["N = M", "D", "", "value and gradient", "product with the Hessian", "both", "extra memory of both"], lines)
+
+
 # GPU
 
 
@@ -382,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "moments on a CPU": moments,
     "small batches": small,
     "large samples": large,
+    "second derivatives": second_derivatives,
     "mmd on a GPU": gpu_mmd,
     "large samples on a GPU": gpu_large,
     "peers on a GPU": gpu_peers,

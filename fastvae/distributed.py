@@ -215,6 +215,12 @@ class _SumShares(torch.autograd.Function):
         return grads[0] * dist.get_world_size(ctx.group), None
 
 
+NO_DERIVATIVE_OF_A_PRODUCT = (
+    "a Hessian-vector product in a process group has no derivative, which torch.autograd.functional.hvp takes: use vhp or call "
+    "torch.autograd.grad twice"
+)
+
+
 def _sum_over_ranks(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Where a gradient was differentiated, its loss need not be the same on each rank, so that the upstreams are added up."""
     total = grad.detach().clone(memory_format=torch.contiguous_format)
@@ -236,6 +242,9 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         own, total = (t.detach() for t in ctx.saved_tensors)
+        if not total.any():
+            # As the directions by which torch.autograd.functional.hvp differentiates.
+            raise NotImplementedError(NO_DERIVATIVE_OF_A_PRODUCT)
         if not torch.allclose(total, own * ctx.world, rtol=1e-3, atol=1e-3 * float(total.abs().max())):
             raise NotImplementedError("a loss of a process group has no third derivative")
         return grads[0] * ctx.world, None, None

@@ -57,8 +57,9 @@ def hvp_is_refused(rank, world):
     """Its derivative to the direction would lack what other ranks need."""
     x, y, v = torch.randn(3, sum(ROWS[world]), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, y, v = own(rank, world, x, y, v)
-    with pytest.raises(NotImplementedError, match=r"a Hessian-vector product in a process group .* use vhp"):
-        torch.autograd.functional.hvp(lambda x: fastvae.mmd(x, y, process_group=dist.group.WORLD), x, v)
+    for kernel in (RBF(), Linear(), RBF() + Linear()):
+        with pytest.raises(NotImplementedError, match=r"a Hessian-vector product in a process group .* use vhp"):
+            torch.autograd.functional.hvp(lambda x, k=kernel: fastvae.mmd(x, y, kernel=k, process_group=dist.group.WORLD), x, v)
 
 
 def losses(rank, world):

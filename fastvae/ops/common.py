@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastvae.checks import requires_grad
 from fastvae.dispatch import in_forward_mode, needs_dispatcher
+from fastvae.distributed import NO_DERIVATIVE_OF_A_PRODUCT
 from fastvae.kernel_sums import KernelNumbers, KernelSum, Numbers, as_vector, rounding_of_sum
 from fastvae.radial import Kernel, kernel_of
 
@@ -387,11 +388,7 @@ def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None)
 def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
     """The rows of a direction from all ranks of a process group."""
     (rows,), _ = torch.ops.fastvae.gather_rows(name, [direction.detach()], group, "biased")
-    message = (
-        "a Hessian-vector product in a process group has no derivative, which torch.autograd.functional.hvp takes: use vhp or call "
-        "torch.autograd.grad twice"
-    )
-    return forbid_derivative(message, rows, direction)
+    return forbid_derivative(NO_DERIVATIVE_OF_A_PRODUCT, rows, direction)
 
 
 _BANDWIDTHS = (
