@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvae.cpu import kernel_hvp as cpu
-from fastvae.dispatch import accumulation_dtype, runs_on_triton, zero_if_finite
+from fastvae.dispatch import accumulation_dtype, needs_dispatcher, runs_on_triton, zero_if_finite
 from fastvae.kernel_sums import read, stable_mean
 from fastvae.ops.common import (
     KERNEL_SCHEMA,
@@ -185,5 +185,8 @@ def kernel_hvp(name: str, *args: Any) -> list[Tensor | None]:
     Args:
         name: what errors call the operation.
     """
-    x, y, u, v = (forbid_third_derivative(name, t) for t in args[:4])
-    return [t if want else None for t, want in zip(_apply(x, y, u, v, *args[4:]), args[-4:], strict=True)]
+    if not torch.is_grad_enabled() and not needs_dispatcher(*args[:_TENSORS]):
+        results = _evaluate(*args)
+    else:
+        results = _apply(*(forbid_third_derivative(name, t) for t in args[:4]), *args[4:])
+    return [t if want else None for t, want in zip(results, args[-4:], strict=True)]
