@@ -170,7 +170,7 @@ def _triton_sweep(problem: Problem, precision: str) -> Found:
 def hessian_product(problem: Problem, x_direction: Tensor | None, y_direction: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The Hessian of MMD² times a direction of x and y, None for 0, in the accumulation dtype: for x and y, if they have a gradient.
 
-    Its derivative raises. In a process group each rank gives the direction of its rows and gets their result.
+    Differentiable to the direction alone. In a process group each rank gives the direction of its rows and gets their result.
     """
     if x_direction is None and y_direction is None:
         return None, None
