@@ -160,17 +160,20 @@ def fold_into_batch(op: Any, tensors: int) -> Callable[..., Any]:
     """The rule of `torch.vmap` for an op whose first tensors may have a batch dimension of their own."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        has_batch = args[0].ndim - (in_dims[0] is not None) == 3
-        if has_batch or any(isinstance(dim, int) for dim in in_dims[tensors:]):
+        if any(isinstance(dim, int) for dim in in_dims[tensors:]):
             return loop_over_batch(op, info.batch_size, in_dims, args)
-        folded = [
-            t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
-        ]
+        has_batch = args[0].ndim - (in_dims[0] is not None) == 3
+        folded = []
+        for t, dim in zip(args[:tensors], in_dims[:tensors], strict=True):
+            t = t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            folded.append(t.flatten(0, 1) if t is not None and has_batch else t)
         results = op(*folded, *args[tensors:])
-        if isinstance(results, Tensor):
-            return results, 0
-        return results, tuple(0 if t.numel() else None for t in results)
+        single = isinstance(results, Tensor)
+        parts = (results,) if single else results
+        if has_batch:
+            parts = tuple(t.unflatten(0, (info.batch_size, -1)) if t.numel() else t for t in parts)
+        dims = tuple(0 if t.numel() else None for t in parts)
+        return (parts[0], dims[0]) if single else (parts, dims)
 
     return rule
 

@@ -18,13 +18,13 @@ from fastvae.ops.common import (
     KernelArguments,
     autograd_function,
     compiled_op,
+    custom_op,
     dot,
     forbid_bandwidth_derivative,
     forbid_third_derivative,
     forward_mode,
     gradient_to,
     leaves,
-    loop_over_batch,
     needs_grad,
     refuse_bandwidth_tangents,
     refuse_tangents,
@@ -48,8 +48,7 @@ _DIFFERENTIABLE = (0, 1, KERNEL, KERNEL + 1)
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("fastvae::mmd", mutates_args=(), schema=SCHEMA)
-def mmd_op(*args: Any) -> Result:
+def _op(*args: Any) -> Result:
     """MMD² and its gradients to x, y, bandwidths and their weights, in the accumulation dtype, the last two in float64.
 
     y = None is N(0, I). A gradient not asked for is empty.
@@ -60,7 +59,6 @@ def mmd_op(*args: Any) -> Result:
     return cast(Result, (value, *empty))
 
 
-@mmd_op.register_fake
 def _fake(*args: Any) -> Result:
     problem = Problem.of(*args)
     x, y, dtype = problem.x, problem.y, accumulation_dtype(problem.x.dtype)
@@ -72,20 +70,8 @@ def _fake(*args: Any) -> Result:
     return x.new_empty(batch, dtype=dtype), grad_x, grad_y, grad_h, grad_a
 
 
-@mmd_op.register_vmap
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Result, tuple[int | None, ...]]:
-    """The op has a batch dimension of its own, into which this one goes."""
-    problem = Problem.of(*args)
-    if any(isinstance(dim, int) for dim in in_dims[4:]):
-        return cast("tuple[Result, tuple[int | None, ...]]", loop_over_batch(mmd_op, info.batch_size, in_dims, args))
-    tensors, batched = [], problem.x.ndim - (in_dims[0] is not None) == 3
-    for t, dim in zip(problem[:4], in_dims[:4], strict=True):
-        t = t if t is None else t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-        tensors.append(t.flatten(0, 1) if t is not None and batched else t)
-    results = mmd_op(*tensors, *args[4:])
-    if batched:
-        results = tuple(t.unflatten(0, (info.batch_size, -1)) if t.numel() else t for t in results)
-    return cast(Result, tuple(results)), tuple(0 if t.numel() else None for t in results)
+# x, y and their weights may have a batch dimension.
+mmd_op = custom_op("mmd", SCHEMA, _op, _fake, batched=4)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:

@@ -324,9 +324,7 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
     arguments, (expected_grad,) = saved_arguments(ctx)
     z, groups = arguments[0], GroupArguments(*arguments[_ARGUMENTS:-1])
     if needs_grad(z, grad) or in_forward_mode():
-        problem = arguments[:_ARGUMENTS]
-        to_sums = pair_upstreams(grad, groups.weights())
-        gradient = _add_pairs_with_self(Problem.of(*problem), _form_gradient(to_sums, problem), to_sums, groups.unbiased)
+        gradient = _gradient_through_sums(pair_upstreams(grad, groups.weights()), arguments)
     elif expected_grad is not None and expected_grad.numel() and groups.given is None and not any(grad.stride()):
         # The upstream is one number for all pairs, as that of their sum or mean is.
         gradient = grad[0, 0] * expected_grad
@@ -334,6 +332,12 @@ def _group_mmd_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tens
         backward = group_mmd_backward_op if needs_dispatcher(z, grad) else _group_mmd_gradient
         gradient = without_grad(backward, *arguments[:-1], grad, expected_grad)
     return (gradient.to(z.dtype), *nothing)
+
+
+def _gradient_through_sums(to_sums: Tensor, arguments: Sequence[Any]) -> Tensor:
+    """The gradient of MMD² between groups to z, from that to S, differentiable to both. `arguments` are those of `group_mmd_op`."""
+    problem, unbiased = arguments[:_ARGUMENTS], GroupArguments(*arguments[_ARGUMENTS:-1]).unbiased
+    return _add_pairs_with_self(Problem.of(*problem), _form_gradient(to_sums, problem), to_sums, unbiased)
 
 
 def _group_mmd_jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -426,7 +430,7 @@ class _GroupTangent(torch.autograd.Function):
         (tangent, *arguments), _ = saved_arguments(ctx)
         problem, groups = arguments[:_ARGUMENTS], GroupArguments(*arguments[_ARGUMENTS:-1])
         to_sums = pair_upstreams(grad, groups.weights())
-        gradient = _add_pairs_with_self(Problem.of(*problem), _form_gradient(to_sums, problem), to_sums, groups.unbiased)
+        gradient = _gradient_through_sums(to_sums, arguments)
         to_z = None
         if ctx.needs_input_grad[1]:
             to_z = cast(Tensor, _hessian_product(problem, to_sums, tangent, True, False)[0])
