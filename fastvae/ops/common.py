@@ -388,6 +388,55 @@ def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None)
     return forbid_derivative(f"{name} has no third derivative: pass backend='reference', which is dense and has one", t, *inputs)
 
 
+def gradients_function(
+    name: str, samples: int, hessian_product: Callable[..., Sequence[Tensor | None]], refuse: Callable[..., None]
+) -> Any:
+    """An autograd.Function of the gradients of a scalar to its first arguments, as functions of that of the value and of these.
+
+    Its arguments are the gradient of the value; the gradients for one of 1, None where they are not wanted; and those of the scalar.
+
+    Args:
+        name: what errors call the scalar.
+        samples: how many gradients there are.
+        hessian_product: from the arguments of the scalar and a direction of each sample, None for 0.
+        refuse: raises if one of the other arguments has a tangent; takes the tangents of all.
+    """
+
+    def forward(grad_value: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found, rows = inputs[:samples], inputs[samples]
+        return tuple(grad_value.new_empty(0) if grad is None else _gradient_to(rows, grad, grad_value) for grad in found)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        save_arguments(ctx, inputs[1 + samples :], inputs[: 1 + samples])
+
+    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
+        arguments, (grad_value, *gradients) = saved_arguments(ctx)
+        # The Hessian is symmetric: its product with the upstream is the gradient.
+        to_rows = hessian_product(arguments, *(scaled(t, cast(Tensor, grad_value)) for t in directions))
+        to_value = None
+        if ctx.needs_input_grad[0]:
+            to_value = dot([forbid_third_derivative(name, gradient, *arguments[:samples]) for gradient in gradients], directions)
+        return to_value, *[None] * samples, *to_rows, *[None] * (len(arguments) - samples)
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        refuse(tangents[1 + samples :])
+        arguments, (grad_value, *gradients) = saved_arguments(ctx)
+        seconds = hessian_product(arguments, *tangents[1 + samples : 1 + 2 * samples])
+        results = []
+        for gradient, second in zip(gradients, seconds, strict=True):
+            parts = scaled(second, cast(Tensor, grad_value)), None if tangents[0] is None else scaled(gradient, tangents[0])
+            given = [part for part in parts if part is not None]
+            # Not None, which vmap takes for the result before it.
+            like = cast(Tensor, grad_value).new_empty(0) if gradient is None else gradient.to(arguments[0].dtype)
+            results.append(torch.stack(given).sum(0).to(like) if gradient is not None and given else torch.zeros_like(like))
+        return tuple(results)
+
+    methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    statics: dict[str, Any] = {key: staticmethod(method) for key, method in methods.items()}
+    return type("Gradients", (torch.autograd.Function,), {"generate_vmap_rule": True, "jvp": forward_mode(name, jvp), **statics})
+
+
 def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
     """The rows of a direction from all ranks of a process group."""
     (rows,), _ = torch.ops.fastvae.gather_rows(name, [direction.detach()], group, "biased")

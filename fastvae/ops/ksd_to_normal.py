@@ -23,8 +23,8 @@ from fastvae.ops.common import (
     direction_of_all_ranks,
     dot,
     forbid_third_derivative,
-    forward_mode,
     gradient_to,
+    gradients_function,
     leaves,
     matmul_precision,
     needs_grad,
@@ -32,7 +32,6 @@ from fastvae.ops.common import (
     save_arguments,
     save_inputs,
     saved_arguments,
-    scaled,
     without_autocast,
 )
 
@@ -203,8 +202,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, _: Tensor | None) -> tuple[Te
 
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
-    for argument, tangent in zip(("bandwidth", "bandwidth_weights"), tangents[2:], strict=False):
-        refuse_tangents("ksd_to_normal", argument, tangent)
+    _refuse_tangents(tangents)
     arguments, (gradient,) = saved_arguments(ctx)
     z = arguments[0]
     one = z.new_ones(z.shape[:-2], dtype=accumulation_dtype(z.dtype))
@@ -216,58 +214,32 @@ def _gradient(grad_value: Tensor, gradient: Tensor, arguments: Sequence[Any]) ->
     if not gradient.numel():
         raise RuntimeError("fastvae::ksd_to_normal was called without the gradient that backward needs: call fastvae.ksd_to_normal")
     if torch.is_grad_enabled() or in_forward_mode():
-        return cast(Tensor, _Gradient.apply(grad_value, gradient, *leaves(arguments)))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Gradient.apply(grad_value, gradient, *leaves(arguments))[0])
     return gradient_to(arguments[0], gradient, grad_value)
 
 
-class _Gradient(torch.autograd.Function):
-    """The gradient to z, as a function of that of the value and of z.
+def _directed(arguments: Sequence[Any], direction: Tensor | None) -> list[Tensor | None]:
+    """The Hessian of KSD² times a direction, differentiable to that alone, in the dtype of z.
 
-    Its first arguments are that of the value and the gradient for one of 1; then come those of the op but for the last.
+    `arguments` are those of the op but the last.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad_value: Tensor, gradient: Tensor, *arguments: Any) -> Tensor:
-        return cast(Tensor, scaled(gradient, grad_value)).to(arguments[0].dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        save_arguments(ctx, inputs[2:], inputs[:2])
-
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments, (grad_value, gradient) = saved_arguments(ctx)
-        to_z = to_value = None
-        if directions[0] is not None:
-            # The Hessian is symmetric.
-            to_z = _directed(arguments, scaled(directions[0], cast(Tensor, grad_value)))
-            if ctx.needs_input_grad[0]:
-                to_value = dot([forbid_third_derivative("ksd_to_normal", gradient, arguments[0])], directions)
-        return to_value, None, to_z, *[None] * (len(arguments) - 1)
-
-    @staticmethod
-    def derivative(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        arguments, (grad_value, gradient) = saved_arguments(ctx)
-        result = torch.zeros_like(cast(Tensor, gradient))
-        if tangents[0] is not None:
-            result = result + cast(Tensor, scaled(gradient, tangents[0]))
-        if tangents[2] is not None:
-            result = result + cast(Tensor, scaled(_directed(arguments, tangents[2]), cast(Tensor, grad_value)))
-        return result.to(arguments[0].dtype)
-
-    jvp = forward_mode("ksd_to_normal", derivative)
-
-
-def _directed(arguments: Sequence[Any], direction: Tensor | None) -> Tensor:
-    """The Hessian of KSD² times a direction, differentiable to that alone, in the dtype of z. `arguments` are those of `_Gradient`."""
+    if direction is None:
+        return [None]
     z, all_z, *options, group = arguments
-    direction = cast(Tensor, direction).to(accumulation_dtype(z.dtype))
+    direction = direction.to(accumulation_dtype(z.dtype))
     everywhere = None if all_z is None else direction_of_all_ranks("z", direction, group)
     rows = forbid_third_derivative("ksd_to_normal", z)
-    return cast(Tensor, _apply_hessian(rows, direction, all_z, everywhere, *options)).to(z.dtype)
+    return [_apply_hessian(rows, direction, all_z, everywhere, *options).to(z.dtype)]
+
+
+def _refuse_tangents(tangents: Sequence[Tensor | None]) -> None:
+    """Of all arguments but z."""
+    for argument, tangent in zip(("bandwidth", "bandwidth_weights"), tangents[2:], strict=False):
+        refuse_tangents("ksd_to_normal", argument, tangent)
+
+
+# The gradient to z.
+_Gradient = gradients_function("ksd_to_normal", 1, _directed, _refuse_tangents)
 
 
 def _hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,16 +21,14 @@ from fastvae.ops.common import (
     custom_op,
     dot,
     forbid_bandwidth_derivative,
-    forbid_third_derivative,
-    forward_mode,
     gradient_to,
+    gradients_function,
     leaves,
     needs_grad,
     refuse_bandwidth_tangents,
     refuse_tangents,
     save_arguments,
     saved_arguments,
-    scaled,
 )
 from fastvae.ops.mmd_problem import KERNEL, Problem, evaluate, hessian_product
 
@@ -91,9 +89,7 @@ def _backward(ctx: Any, grad_value: Tensor | None, *_: Tensor | None) -> tuple[T
 
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_bandwidth_tangents("mmd", *tangents[KERNEL : KERNEL + 2])
-    for n, argument in enumerate(("x_weights", "y_weights"), 2):
-        refuse_tangents("mmd", argument, tangents[n])
+    _refuse_tangents(tangents)
     x = saved_arguments(ctx)[0][0]
     one = x.new_ones(x.shape[:-2], dtype=accumulation_dtype(x.dtype))
     grads = _gradients_of(one, ctx, [tangent is not None for tangent in tangents[:2]] + [False, False])
@@ -124,7 +120,7 @@ def _gradients(
             given = arguments()
             numbers = [t if t is None else forbid_bandwidth_derivative("mmd", t) for t in given[KERNEL : KERNEL + 2]]
             given = leaves([*given[:KERNEL], *numbers, *given[KERNEL + 2 :]])
-            to_rows = _Gradients.apply(grad_value, *found[:2], *given)  # type: ignore[no-untyped-call]
+            to_rows = _Gradients.apply(grad_value, *found[:2], *given)
             results[:2] = [t if want else None for t, want in zip(to_rows, wanted, strict=False)]
     else:
         for place, (t, grad) in enumerate(zip(sources[:2], found[:2], strict=True)):
@@ -137,53 +133,17 @@ def _gradients(
     return results
 
 
-class _Gradients(torch.autograd.Function):
-    """The gradients to x and y, as functions of that of the value and of x and y.
-
-    Its first arguments are that of the value and the gradients for one of 1, None where they are not wanted; then come those of the op.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad_value: Tensor, grad_x: Tensor | None, grad_y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-        found = (scaled(grad, grad_value) for grad in (grad_x, grad_y))
-        empty = grad_value.new_empty(0)
-        return cast("tuple[Tensor, Tensor]", tuple(empty if t is None else t.to(arguments[0].dtype) for t in found))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)
-        save_arguments(ctx, inputs[3:], inputs[:3])
-
-    @staticmethod
-    def backward(ctx: Any, *directions: Tensor | None) -> tuple[Tensor | None, ...]:
-        arguments, (grad_value, *gradients) = saved_arguments(ctx)
-        problem = Problem.of(*arguments)
-        # The Hessian is symmetric: its product with the upstream is the gradient.
-        to_rows = hessian_product(problem, *(scaled(t, cast(Tensor, grad_value)) for t in directions))
-        to_value = None
-        if ctx.needs_input_grad[0]:
-            to_value = dot([forbid_third_derivative("mmd", gradient, *problem[:2]) for gradient in gradients], directions)
-        return to_value, None, None, *to_rows, *[None] * (len(arguments) - 2)
-
-    @staticmethod
-    def derivative(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        refuse_bandwidth_tangents("mmd", *tangents[3 + KERNEL : 5 + KERNEL])
-        arguments, (grad_value, *gradients) = saved_arguments(ctx)
-        seconds = hessian_product(Problem.of(*arguments), *tangents[3:5])
-        results = []
-        for gradient, second in zip(gradients, seconds, strict=True):
-            parts = scaled(second, cast(Tensor, grad_value)), None if tangents[0] is None else scaled(gradient, tangents[0])
-            given = [part for part in parts if part is not None]
-            # Not None, which vmap takes for the result before it.
-            like = cast(Tensor, grad_value).new_empty(0) if gradient is None else gradient.to(arguments[0].dtype)
-            results.append(torch.stack(given).sum(0).to(like) if gradient is not None and given else torch.zeros_like(like))
-        return tuple(results)
-
-    jvp = forward_mode("mmd", derivative)
+def _refuse_tangents(tangents: Sequence[Tensor | None]) -> None:
+    """Of all arguments but x and y."""
+    refuse_bandwidth_tangents("mmd", *tangents[KERNEL : KERNEL + 2])
+    for n, argument in enumerate(("x_weights", "y_weights"), 2):
+        refuse_tangents("mmd", argument, tangents[n])
 
 
+# The gradients to x and y.
+_Gradients = gradients_function(
+    "mmd", 2, lambda arguments, *directions: hessian_product(Problem.of(*arguments), *directions), _refuse_tangents
+)
 _MMD = autograd_function("MMD", "mmd", mmd_op, _setup_context, _backward, _jvp)
 
 
