@@ -118,7 +118,8 @@ def test_every_kernel_value_underflows(kernel, backend, streaming, monkeypatch):
     x, y, v = problem(9, 7, 3, 2, dtype=torch.float32)
     options = {"bandwidth": 0.02 if kernel == "rbf" else 0.003, "kernel": kernel}
     x = x + 5
-    assert (fastvae.kernel_matmul(x, y, v, **options) == 0).all()
+    # Powers are clamped at 2^-100 in float32.
+    assert (fastvae.kernel_matmul(x, y, v, **options).abs() < 1e-28).all()
     density = fastvae.log_kernel_density(x, y, backend=backend, **options)
     exact = fastvae.log_kernel_density(x.double(), y.double(), backend="reference", **options)
     torch.testing.assert_close(density.double(), exact, rtol=1e-6, atol=0)

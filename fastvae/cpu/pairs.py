@@ -57,9 +57,9 @@ class FewRows(NamedTuple):
         found = self.exponents(x, y)
         return None if found is None else self.of_exponents(*found, slope, divided, shift)
 
-    def exponents(self, x: Tensor, y: Tensor, centred: bool = False, y_norm2: Tensor | None = None) -> Exponents | None:
+    def exponents(self, x: Tensor, y: Tensor, *options: Any) -> Exponents | None:
         """`pair_exponents` of the widest bandwidth."""
-        return pair_exponents(self.kernel, self.gamma * self.evaluator.exponent_scale, self.ratios[-1], x, y, centred, y_norm2)
+        return pair_exponents(self.kernel, self.gamma * self.evaluator.exponent_scale, self.ratios[-1], x, y, *options)
 
     def of_exponents(
         self, x: Tensor, y: Tensor, exponent: Tensor, reach: float, slope: bool, divided: bool, shift: int | None
@@ -246,15 +246,11 @@ class ToMean:
 
     def evaluate(self, x: Tensor, y: Tensor, weights: Tensor | None, gradients: bool) -> tuple[Tensor | None, ...] | None:
         """The value in float64, and the tensors that `gradients` takes."""
-        n = len(x)
-        takes_distance = self.rows.kernel.takes_distance
-        if takes_distance and x.dtype == torch.float64:
-            return None
+        n, dtype = len(x), x.dtype
         # As in `pair_exponents`.
-        dtype = torch.float64 if takes_distance else x.dtype
-        centre, z, z_norm2 = self.landmarks(dtype)
-        x = x.to(dtype) - centre
-        across, own = self.rows.exponents(x, z, True, z_norm2), self.rows.exponents(x, x, True)
+        centre, z, z_norm2 = self.landmarks(torch.float64 if self.rows.kernel.takes_distance else dtype)
+        x = x.to(centre.dtype) - centre
+        across, own = self.rows.exponents(x, z, True, z_norm2, dtype), self.rows.exponents(x, x, True, None, dtype)
         if across is None or own is None:
             return None
         exponent, reach = torch.cat([own[2], across[2]], 1), max(own[3], across[3])

@@ -53,8 +53,11 @@ _READ = 256
 # Scales and mean squares whose products float32 can represent. Others are left to the streaming path.
 SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
-# Of distances in float64, for results in float32.
+# Of distances from products in float64.
 _DISTANCE_ERROR = 2.0**-26
+# Distances and their slopes are taken on in float32 where the least squared distance is at least this share of the largest: the moments of
+# a gradient lose that many digits.
+_LEAST_SHARE = 2.0**-12
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -122,17 +125,15 @@ def mmd(
     The result is None where products are not accurate enough for this data; the streaming path then takes differences.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if kernel.takes_distance and result_dtype == torch.float64:
-        return None
-    # A function of the distance is steep between rows close to each other.
-    dtype = torch.float64 if kernel.takes_distance else result_dtype
-    z = given = (x if y is None else torch.cat([x, y], -2)).to(dtype)
+    z = given = (x if y is None else torch.cat([x, y], -2)).to(torch.float64 if kernel.takes_distance else result_dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
     if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, y is None)) is None:
         return None
-    exponent = _exponents(kernel, prepared, prepared)
+    if (exponent := _exponents(kernel, prepared, prepared, result_dtype)) is None:
+        return None
     plan, _, scaled, _ = prepared
+    dtype, scaled = exponent.dtype, scaled.to(exponent.dtype)
     host_sum, wanted, x_rows = plan.host_sum, (x_grad, y_grad), x.shape[-2]
     signed, samples, row_weights, extras, sum_of_squares = _Weights.of(x, y, x_weights, y_weights, unbiased, dtype)
 
@@ -206,11 +207,12 @@ def quadratic_form(
     The result is None where z has too many rows, and as that of `mmd`.
     """
     result_dtype = z.dtype
-    if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
+    if (found := _pairs_of_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
+    prepared, exponent = found
     plan, _, scaled, _ = prepared
-    v = v.to(scaled.dtype)
-    sums, _, slope = _sums(prepared, _exponents(kernel, prepared, prepared), v, [], True, upstream is not None)
+    v, scaled = v.to(exponent.dtype), scaled.to(exponent.dtype)
+    sums, _, slope = _sums(prepared, exponent, v, [], True, upstream is not None)
     total = v.double().T @ sums.double()
     if plan.value_constant:
         total += plan.value_constant * pair_weights(v)
@@ -229,10 +231,11 @@ def quadratic_form(
 
 def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[Tensor, float] | None:
     """K (N, N) of z (N, D) less a constant, with 0 on its diagonal, and this constant. None as from `quadratic_form`."""
-    if (prepared := _prepare_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
+    if (found := _pairs_of_one_sample(kernel, bandwidth, bandwidth_weights, z)) is None:
         return None
+    prepared, exponent = found
     total: Tensor | None = None
-    for _, weight, value, _ in _evaluated(prepared, _exponents(kernel, prepared, prepared), False):
+    for _, weight, value, _ in _evaluated(prepared, exponent, False):
         if total is not None:
             total.add_(value, alpha=weight)
         elif len(prepared.plan.host_sum.ratios) == 1:
@@ -244,38 +247,31 @@ def kernel_matrix(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers
 
 
 class SmallKernelMatmul(NamedTuple):
-    """`kernel_matmul` of few rows of x and y, and its gradients."""
+    """`kernel_matmul` of few rows of x and y, or its gradients, of which one call overwrites the exponents."""
 
     kernel: Kernel
     x: _Rows
     y: _Rows
+    exponent: Tensor  # (N, M)
 
     @staticmethod
     def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, bandwidth_weights: Numbers) -> SmallKernelMatmul | None:
         """None where there are too many rows, and as from `mmd`."""
-        if not problems_at_once(x.shape[0] + y.shape[0], x.shape[1]) or (kernel.takes_distance and x.dtype == torch.float64):
-            return None
-        z = torch.cat([x, y])
-        z = _centred(kernel, z.double() if kernel.takes_distance else z, len(x))
-        if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, False)) is None:
-            return None
-        plan, farthest, scaled, neg_half_norm2 = prepared
-        sizes = x.shape[0], y.shape[0]
-        parts = zip(scaled.split_with_sizes(sizes), neg_half_norm2.split_with_sizes(sizes), strict=True)
-        return SmallKernelMatmul(kernel, *(_Rows(plan, farthest, *part) for part in parts))
+        found = _pairs_of_two_samples(kernel, bandwidth, bandwidth_weights, x, y, True)
+        return None if found is None else SmallKernelMatmul(kernel, *found)
 
     def matmul(self, v: Tensor) -> Tensor:
         """Σ_j k(x_i, y_j)·v_j, (N, C), for v (M, C), in the dtype of v."""
-        weights = v.to(self.x.scaled.dtype)
-        sums, _, _ = _sums(self.x, _exponents(self.kernel, self.x, self.y), weights, [], False, False)
+        weights = v.to(self.exponent.dtype)
+        sums, _, _ = _sums(self.x, self.exponent, weights, [], False, False)
         return self._with_constant(sums, weights).to(v.dtype)
 
     def gradients(self, v: Tensor, grad: Tensor, x: bool, y: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The gradients of Σ_ij grad_i·v_j·k(x_i, y_j) to x and y, or None, and to v, in the dtype of v."""
         plan, dtype = self.x.plan, v.dtype
-        v, grad = v.to(self.x.scaled.dtype), grad.to(self.x.scaled.dtype)
+        v, grad = v.to(self.exponent.dtype), grad.to(self.exponent.dtype)
         # Pairs (y_j, x_i), whose sums over x are the gradient to v.
-        sums, _, slope = _sums(self.x, _exponents(self.kernel, self.y, self.x), grad, [], False, x or y)
+        sums, _, slope = _sums(self.x, self.exponent.T.contiguous(), grad, [], False, x or y)
         gradients: list[Tensor | None] = [None, None]
         if slope is not None:
             if plan.host_sum.slope_constant:
@@ -306,18 +302,10 @@ class SmallLogKernel(NamedTuple):
     @staticmethod
     def of(kernel: Kernel, x: Tensor, y: Tensor, bandwidth: Numbers, slope: bool) -> SmallLogKernel | None:
         """None where there are too many rows, and as from `mmd`. For gradients `slope` must be set."""
-        sizes = x.shape[-2], y.shape[-2]
-        if not problems_at_once(sum(sizes), x.shape[-1]) or (kernel.takes_distance and x.dtype == torch.float64):
+        if (found := _pairs_of_two_samples(kernel, bandwidth, [1.0], x, y, False)) is None:
             return None
-        z = torch.cat([x, y], -2)
-        z = _centred(kernel, z.double() if kernel.takes_distance else z, sizes[0])
-        if (prepared := _prepare(kernel, bandwidth, [1.0], z, False, subtract=False)) is None:
-            return None
-        plan, farthest, scaled, neg_half_norm2 = prepared
-        parts = zip(scaled.split_with_sizes(sizes, -2), neg_half_norm2.split_with_sizes(sizes, -2), strict=True)
-        rows, columns = (_Rows(plan, farthest, *part) for part in parts)
-        log2 = _exponents(kernel, rows, columns)
-        return SmallLogKernel(rows, columns, log2, plan.evaluator.logarithm_(log2, torch.empty_like(log2) if slope else None, LOG2_E))
+        rows, columns, log2 = found
+        return SmallLogKernel(rows, columns, log2, rows.plan.evaluator.logarithm_(log2, torch.empty_like(log2) if slope else None, LOG2_E))
 
     def log2_sums(self, bias: Tensor | None, transposed: bool = False) -> Tensor:
         log2 = self.log2.mT if transposed else self.log2
@@ -368,19 +356,26 @@ def are_exact(reach: float, least: float, narrowest: float) -> bool:
 
 
 def pair_exponents(
-    kernel: Kernel, gamma: float, narrowest: float, x: Tensor, y: Tensor, centred: bool = False, y_norm2: Tensor | None = None
+    kernel: Kernel,
+    gamma: float,
+    narrowest: float,
+    x: Tensor,
+    y: Tensor,
+    centred: bool = False,
+    y_norm2: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """x (..., N, D) and y (..., M, D), centred if that is needed; −γ·d² of each pair, or √(2γ)·d for a function of the distance; and a
-    bound of its size.
+    bound of its size. In `dtype`, that of x if None, or in float64.
 
     `narrowest` is the ratio of the largest γ to this one. None where neither products nor differences are accurate enough.
     """
-    if kernel.takes_distance and not centred:
-        if x.dtype == torch.float64:
-            return None
-        x, y, y_norm2 = x.double(), y.double(), None
+    dtype, same = dtype or x.dtype, x is y
+    if kernel.takes_distance:
+        x = x.double()
+        y = x if same else y.double()
     x_norm2 = torch.linalg.vecdot(x, x)
-    y_norm2 = x_norm2 if x is y else torch.linalg.vecdot(y, y) if y_norm2 is None else y_norm2
+    y_norm2 = x_norm2 if same else torch.linalg.vecdot(y, y) if y_norm2 is None else y_norm2
     # Of γ·d², by products. An infinity or a nan is left to the streaming path.
     reach = 2 * gamma * (float(x_norm2.max()) + float(y_norm2.max()))
     error = 0.5 * reach * torch.finfo(x.dtype).eps
@@ -393,42 +388,48 @@ def pair_exponents(
         exponent = multiply(columns, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2.unsqueeze(-1), alpha=factor)
         if not kernel.takes_distance:
             return x, y, exponent, reach
-        if are_exact(reach, float(exponent.amin()), narrowest):
-            return x, y, exponent.sqrt_(), (2 * reach) ** 0.5
+        if (distances := _roots(exponent, same, reach, narrowest, dtype)) is not None:
+            return x.to(distances.dtype), y.to(distances.dtype), distances, (2 * reach) ** 0.5
     if not centred:
         centre = 0.5 * x.mean(-2, keepdim=True) + 0.5 * y.mean(-2, keepdim=True)
-        return pair_exponents(kernel, gamma, narrowest, x - centre, y - centre, True)
-    if kernel.takes_distance and (reach * narrowest) ** 0.5 * torch.finfo(x.dtype).eps < _DISTANCE_ERROR:
+        x = x - centre
+        return pair_exponents(kernel, gamma, narrowest, x, x if same else y - centre, True, dtype=dtype)
+    if dtype == torch.float32 and kernel.takes_distance and (reach * narrowest) ** 0.5 * torch.finfo(x.dtype).eps < _DISTANCE_ERROR:
         return x, y, torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mul_((2 * gamma) ** 0.5), (2 * reach) ** 0.5
     return None
 
 
-def _exponents(kernel: Kernel, left: _Rows, right: _Rows) -> Tensor:
-    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows."""
+def _roots(squares: Tensor, same: bool, reach: float, narrowest: float, dtype: torch.dtype) -> Tensor | None:
+    """√(2t) from 2t, products in float64, which it overwrites; None where they are not exact. For a sample and itself, `same`, its diagonal
+    is 0. In `dtype`, or in float64 where moments in float32 would lose too many digits."""
+    diagonal = squares.diagonal(dim1=-2, dim2=-1)
+    if same:
+        diagonal.fill_(math.inf)
+    least = float(squares.amin())
+    if not are_exact(reach, least, narrowest):
+        return None
+    if same:
+        diagonal.zero_()
+    # The limit keeps squares finite in float32.
+    return (squares.to(dtype) if _LEAST_SHARE * reach <= least < 1e30 and reach < 1e30 else squares).sqrt_()
+
+
+def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) -> Tensor | None:
+    """The array that `TileEvaluator.evaluate` takes: a number for each pair of rows, in `dtype` or in float64. None as from `mmd`."""
     u, v = left.scaled, right.scaled
-    if kernel.takes_distance:
-        return _distances(left, right)
     if not kernel.radial:
         return _product(u, v.mT)
     u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
+    product = torch.addmm if u.ndim == 2 else torch.baddbmm
+    if kernel.takes_distance:
+        squares = product(u_half, u, v.mT, beta=-2, alpha=-2).add_(v_half.mT, alpha=-2)
+        distances = _roots(squares, left is right, left.farthest / (2 * LOG2_E), left.plan.host_sum.ratios[-1], dtype)
+        if distances is None and dtype != torch.float64:
+            return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances
     if u.ndim == 2 and u.shape[0] * v.shape[0] > _PAIRS_OF_SUMS:
         return _product(torch.cat([u, u_half, torch.ones_like(u_half)], 1), torch.cat([v, torch.ones_like(v_half), v_half], 1).T)
-    product = torch.addmm if u.ndim == 2 else torch.baddbmm
     return product(u_half, u, v.mT).add_(v_half.mT)
-
-
-def _distances(left: _Rows, right: _Rows) -> Tensor:
-    """In float64, by products, or by differences if rows are close to each other."""
-    u, v = left.scaled, right.scaled
-    multiply = torch.addmm if u.ndim == 2 else torch.baddbmm
-    distances = multiply(left.neg_half_norm2, u, v.mT, beta=-2, alpha=-2).add_(right.neg_half_norm2.mT, alpha=-2)
-    if left is right:
-        distances.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
-    if not are_exact(left.farthest / (2 * LOG2_E), float(distances.amin()), left.plan.host_sum.ratios[-1]):
-        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
-    if left is right:
-        distances.diagonal(dim1=-2, dim2=-1).zero_()
-    return distances.sqrt_()
 
 
 def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor, prior: bool, subtract: bool = True) -> _Rows | None:
@@ -470,12 +471,34 @@ def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: 
     return _Rows(plan, 4 * LOG2_E * scale * most, scaled, neg_half_norm2)
 
 
-def _prepare_one_sample(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> _Rows | None:
-    """`_prepare` for z (N, D) as given; None if it has too many rows."""
-    if z.shape[0] ** 2 > _FORM_PAIRS or (kernel.takes_distance and z.dtype == torch.float64):
+def _pairs_of_one_sample(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: Tensor) -> tuple[_Rows, Tensor] | None:
+    """Prepared rows, and the exponents of their pairs, for z (N, D) as given; None if it has too many rows."""
+    if z.shape[0] ** 2 > _FORM_PAIRS:
         return None
-    z = _centred(kernel, z.double() if kernel.takes_distance else z)
-    return _prepare(kernel, bandwidth, bandwidth_weights, z, False)
+    rows = _centred(kernel, z.double() if kernel.takes_distance else z)
+    if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, rows, False)) is None:
+        return None
+    exponent = _exponents(kernel, prepared, prepared, z.dtype)
+    return None if exponent is None else (prepared, exponent)
+
+
+def _pairs_of_two_samples(
+    kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, x: Tensor, y: Tensor, subtract: bool
+) -> tuple[_Rows, _Rows, Tensor] | None:
+    """The same for each pair of x (..., N, D) and y (..., M, D); `subtract` as for `_prepare`."""
+    sizes = x.shape[-2], y.shape[-2]
+    if not problems_at_once(sum(sizes), x.shape[-1]):
+        return None
+    z = torch.cat([x, y], -2)
+    z = _centred(kernel, z.double() if kernel.takes_distance else z, sizes[0])
+    if (prepared := _prepare(kernel, bandwidth, bandwidth_weights, z, False, subtract)) is None:
+        return None
+    plan, farthest, *parts = prepared
+    left, right = (_Rows(plan, farthest, *part) for part in zip(*(t.split_with_sizes(sizes, -2) for t in parts), strict=True))
+    if (exponent := _exponents(kernel, left, right, x.dtype)) is None:
+        return None
+    left, right = (rows._replace(scaled=rows.scaled.to(exponent.dtype)) for rows in (left, right))
+    return left, right, exponent
 
 
 def _centred(kernel: Kernel, z: Tensor, x_rows: int | None = None) -> Tensor:
