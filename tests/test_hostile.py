@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvae
 from fastvae import reference
+from fastvae.cpu import small
 from fastvae.radial import RBF, RationalQuadratic
 from tests.cases import DEVICE, DISTANCE_KERNELS, evaluate, needs_cpu, needs_triton
 
@@ -33,6 +34,22 @@ def test_each_point_near_another_of_the_other_sample(kernel, dtype, distance):
     exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel)
     for a, e in zip(actual[1:], exact[1:], strict=True):
         assert relative(a, e) < (1e-6 if distance == 1e-6 else 1e-4)
+
+
+@needs_cpu
+@pytest.mark.parametrize("pairs", [0, 1 << 20])
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.3, 2.0])
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
+def test_near_rows(kernel, distance, pairs, monkeypatch):
+    """Distances, and moments made of them, are float32 only where no two rows are too near each other."""
+    monkeypatch.setattr(small, "_PAIRS", pairs)
+    x, y = torch.randn(150, 16) + 3, torch.randn(120, 16) + 3
+    x[1:40:2] = x[:40:2] + distance * torch.randn(20, 16) / 4
+    y[:20] = x[60:80] + distance * torch.randn(20, 16) / 4
+    actual = evaluate(fastvae.mmd, x, y, kernel=kernel, bandwidth=4.0, backend="cpu")
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=4.0)
+    for a, e in zip(actual, exact, strict=True):
+        assert relative(a, e) < 4e-6
 
 
 @pytest.mark.parametrize("outlier", [1e6, 1e10, 1e15])

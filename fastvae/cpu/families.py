@@ -133,13 +133,18 @@ class _RationalQuadraticEvaluator(TileEvaluator):
         return slope
 
 
+def _zero_if_infinite_(slope: Tensor) -> Tensor:
+    """In place: 0 for a pair of identical rows. A mask would take ten times as long."""
+    return slope.nan_to_num_(nan=math.nan, posinf=0.0)
+
+
 class _LaplaceEvaluator(TileEvaluator):
     slope_is_optional = True
 
     def evaluate(self, n: int, ratio: Any, exponent: Tensor, out: Tensor, neg_dphi: Tensor | None, functions: Exponentials) -> Tensor:
         root, subtract = ratio**0.5, self.subtract_constant[n]
         if neg_dphi is not None:
-            torch.reciprocal(exponent, out=neg_dphi).masked_fill_(exponent == 0, 0)
+            _zero_if_infinite_(torch.reciprocal(exponent, out=neg_dphi))
         torch.mul(exponent, -root if subtract else -LOG2_E * root, out=out)
         functions.expm1_(out) if subtract else functions.exp2_(out)
         if neg_dphi is None:
@@ -148,12 +153,12 @@ class _LaplaceEvaluator(TileEvaluator):
         return neg_dphi if ratio == 1 else neg_dphi.mul_(1 / root)
 
     def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
-        inverse = torch.mul(exponent, ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        inverse = _zero_if_infinite_(torch.mul(exponent, ratio**0.5).reciprocal_())
         return inverse.addcmul_(inverse, inverse).mul_(neg_dphi)
 
     def logarithm_(self, exponent: Tensor, slope: Tensor | None, unit: float) -> Tensor | None:
         if slope is not None:
-            torch.reciprocal(exponent, out=slope).masked_fill_(exponent == 0, 0)
+            _zero_if_infinite_(torch.reciprocal(exponent, out=slope))
         exponent.mul_(-unit)
         return slope
 
@@ -260,7 +265,6 @@ class _RieszEvaluator(TileEvaluator):
         torch.mul(exponent, ratio**0.5, out=out)
         if neg_dphi is None:
             return out.neg_() if r == 1 else out.log_().mul_(r).exp_().neg_()
-        identical = out == 0
         if r == 1:
             torch.reciprocal(out, out=neg_dphi)
         else:
@@ -268,10 +272,10 @@ class _RieszEvaluator(TileEvaluator):
             torch.mul(out.log_(), r - 2, out=neg_dphi).exp_().mul_(r)
             out.mul_(r).exp_()
         out.neg_()
-        return neg_dphi.masked_fill_(identical, 0)
+        return _zero_if_infinite_(neg_dphi)
 
     def curvature(self, ratio: float, exponent: Tensor, neg_dphi: Tensor) -> Tensor:
-        inverse = torch.mul(exponent, ratio**0.5).reciprocal_().masked_fill_(exponent == 0, 0)
+        inverse = _zero_if_infinite_(torch.mul(exponent, ratio**0.5).reciprocal_())
         return inverse.square_().mul_(neg_dphi).mul_(2 - self.kernel.r)
 
 

@@ -26,7 +26,7 @@ class Streaming:
         bias = None if bias is None else bias.to(tiles.dtype)
         # A finite number, from which −∞ can be subtracted.
         least = torch.finfo(tiles.dtype).min
-        highest = tiles.centre.new_full((len(a),), least)
+        highest = tiles.centre.new_full((len(a),), least, dtype=tiles.dtype)
         sums = torch.zeros_like(highest)
         for i in a.tiles:
             for j in b.tiles:

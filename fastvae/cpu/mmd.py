@@ -7,7 +7,7 @@ w_j·φ'(t_ij)·(z_i − z_j), so that it follows from the moments Σ_j w_j·φ'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class CPUSweep(Tiles):
     The notation is that of formula (1) of `fastvae.reference.mmd`; k stands for k − φ(0) where the constant is subtracted. The row gradient
     of a is the sum of scale·Σ_j w_j·W_ij·(z_i − z_j) over all sums that a takes part in, with W as in `Tiles.row_gradient`.
     """
+
+    takes_slope: ClassVar[bool] = False  # without a gradient too
 
     def within(self, a: TiledSample, scale: float) -> Any:
         """Σ_{i≠j} w_i·w_j·k(a_i, a_j), in a subclass followed by its other sums."""
@@ -49,7 +51,7 @@ class CPUSweep(Tiles):
         """Σ w·w·k over a tile, whose share is added to the moments."""
         gradient = a.moments is not None or b.moments is not None
         total, slope = 0.0, None
-        for n, tile in enumerate(self.evaluate_bandwidths(a, i, b, j)):
+        for n, tile in enumerate(self.evaluate_bandwidths(a, i, b, j, gradient or self.takes_slope)):
             total += self._sums(n, tile, a, i, b, j)
             if not gradient:
                 continue
@@ -76,6 +78,8 @@ class CPUSweep(Tiles):
 class CPUBandwidthSweep(CPUSweep):
     """For gradients to bandwidths. After the sum over the kernel come those over each k_b, or k_b − φ(0) where the constant is subtracted,
     and those over each ∂k_b/∂log h_b = −2·t_b·φ'(t_b)."""
+
+    takes_slope = True
 
     def _exponent(self, a: TiledSample, i: slice, b: TiledSample, j: slice) -> Tensor:
         exponent = super()._exponent(a, i, b, j)

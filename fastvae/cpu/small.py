@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvae.cpu.families import TileEvaluator, exponentials, tile_evaluator
 from fastvae.cpu.products import is_faster_by_onednn, multiply, onednn_product
 from fastvae.cpu.quadratic_form import pair_weights
-from fastvae.cpu.tiles import LEAST_EXPONENT
+from fastvae.cpu.tiles import LEAST_EXPONENT, LEAST_SHARE, LEAST_SHARE_OF_MOMENTS
 from fastvae.kernel_sums import (
     EXPONENT_ERROR,
     LOG2_E,
@@ -55,9 +55,8 @@ SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
 # Of distances from products in float64.
 _DISTANCE_ERROR = 2.0**-26
-# Distances and their slopes are taken on in float32 where the least squared distance is at least this share of the largest: the moments of
-# a gradient lose that many digits.
-_LEAST_SHARE = 2.0**-12
+# With fewer pairs products in float32 gain nothing.
+_FEWEST_PAIRS = 1 << 13
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -381,15 +380,17 @@ def pair_exponents(
     error = 0.5 * reach * torch.finfo(x.dtype).eps
     # Rows as given only where their mean adds no error worth mentioning.
     limit = EXPONENT_ERROR[x.dtype] * (1 if centred else 0.1)
-    if error * narrowest * kernel.steepness <= limit or kernel.takes_distance:
+    if kernel.takes_distance:
+        left = x, x_norm2[..., None]
+        right = left if same else (y, y_norm2[..., None])
+        found = _distances(kernel, left, right, 2 * gamma, reach, narrowest, dtype)
+        if found is not None:
+            return x.to(found.dtype), y.to(found.dtype), found, (2 * reach) ** 0.5
+    elif error * narrowest * kernel.steepness <= limit:
         multiply = torch.addmm if x.ndim == 2 else torch.baddbmm
         columns = y_norm2 if x.ndim == 2 else y_norm2.unsqueeze(-2)
-        factor = 2 * gamma if kernel.takes_distance else -gamma
-        exponent = multiply(columns, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2.unsqueeze(-1), alpha=factor)
-        if not kernel.takes_distance:
-            return x, y, exponent, reach
-        if (distances := _roots(exponent, same, reach, narrowest, dtype)) is not None:
-            return x.to(distances.dtype), y.to(distances.dtype), distances, (2 * reach) ** 0.5
+        exponent = multiply(columns, x, y.mT, alpha=2 * gamma, beta=-gamma).add_(x_norm2.unsqueeze(-1), alpha=-gamma)
+        return x, y, exponent, reach
     if not centred:
         centre = 0.5 * x.mean(-2, keepdim=True) + 0.5 * y.mean(-2, keepdim=True)
         x = x - centre
@@ -399,19 +400,38 @@ def pair_exponents(
     return None
 
 
-def _roots(squares: Tensor, same: bool, reach: float, narrowest: float, dtype: torch.dtype) -> Tensor | None:
-    """√(2t) from 2t, products in float64, which it overwrites; None where they are not exact. For a sample and itself, `same`, its diagonal
-    is 0. In `dtype`, or in float64 where moments in float32 would lose too many digits."""
-    diagonal = squares.diagonal(dim1=-2, dim2=-1)
-    if same:
-        diagonal.fill_(math.inf)
-    least = float(squares.amin())
-    if not are_exact(reach, least, narrowest):
+def _distances(
+    kernel: Kernel,
+    left: tuple[Tensor, Tensor],
+    right: tuple[Tensor, Tensor],
+    factor: float,
+    reach: float,
+    narrowest: float,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """√(2t) = √factor·‖x−y‖ from products of rows, in float64 with their ‖x‖² (..., N, 1); None where they are not exact enough.
+
+    In `dtype`, or in float64 where float32 would lose too many digits. For a sample and itself, the same object twice, the diagonal is 0.
+    `reach` bounds factor·(‖x‖² + ‖y‖²).
+    """
+    rounding = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps
+    is_in_range = reach < 1e30 and (kernel.homogeneous or rounding <= EXPONENT_ERROR[dtype])
+    multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
+    many = left[0].shape[-2] * right[0].shape[-2] >= _FEWEST_PAIRS
+    for product_dtype in (dtype, torch.float64) if is_in_range and many and dtype != torch.float64 else (torch.float64,):
+        (x, x_norm2), (y, y_norm2) = ([t.to(product_dtype) for t in side] for side in (left, right))
+        squares = multiply(y_norm2.mT, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2, alpha=factor)
+        diagonal = squares.diagonal(dim1=-2, dim2=-1)
+        if left is right:
+            diagonal.fill_(math.inf)
+        least = float(squares.amin())
+        if least >= LEAST_SHARE * reach if product_dtype == torch.float32 else are_exact(reach, least, narrowest):
+            break
+    else:
         return None
-    if same:
+    if left is right:
         diagonal.zero_()
-    # The limit keeps squares finite in float32.
-    return (squares.to(dtype) if _LEAST_SHARE * reach <= least < 1e30 and reach < 1e30 else squares).sqrt_()
+    return (squares.to(dtype) if is_in_range and least >= LEAST_SHARE_OF_MOMENTS * reach else squares).sqrt_()
 
 
 def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) -> Tensor | None:
@@ -420,15 +440,15 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) ->
     if not kernel.radial:
         return _product(u, v.mT)
     u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
-    product = torch.addmm if u.ndim == 2 else torch.baddbmm
     if kernel.takes_distance:
-        squares = product(u_half, u, v.mT, beta=-2, alpha=-2).add_(v_half.mT, alpha=-2)
-        distances = _roots(squares, left is right, left.farthest / (2 * LOG2_E), left.plan.host_sum.ratios[-1], dtype)
+        sides = [(rows.scaled, -2 * rows.neg_half_norm2) for rows in ((left,) if left is right else (left, right))]
+        distances = _distances(kernel, sides[0], sides[-1], 1.0, left.farthest / LOG2_E, left.plan.host_sum.ratios[-1], dtype)
         if distances is None and dtype != torch.float64:
             return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
         return distances
     if u.ndim == 2 and u.shape[0] * v.shape[0] > _PAIRS_OF_SUMS:
         return _product(torch.cat([u, u_half, torch.ones_like(u_half)], 1), torch.cat([v, torch.ones_like(v_half), v_half], 1).T)
+    product = torch.addmm if u.ndim == 2 else torch.baddbmm
     return product(u_half, u, v.mT).add_(v_half.mT)
 
 

@@ -5,10 +5,11 @@ Every pairwise operation on a CPU goes through them one after another. `fastvae.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ _LARGEST = 1e270
 # are computed from differences.
 _NEAR_IN_ROUNDINGS = 2.0**26
 
+# For float32 samples and functions of the distance: the least ‖x−y‖² of a tile relative to the largest ‖x‖² + ‖y‖² from which products in
+# float32 are accurate enough, and that from which moments in float32 are.
+LEAST_SHARE, LEAST_SHARE_OF_MOMENTS = 2.0**-6, 2.0**-12
+
 
 @dataclass
 class TiledSample:
@@ -47,7 +52,7 @@ class TiledSample:
     right: Tensor  # (N, D + 2), the right factor of the product of which `Tiles.left` is the left one
     weighted: Tensor  # (D + 1, N): w_j·[z_j, 1], centred
     moments: Tensor | None  # (D + 1, N): Σ_j w_j·W_ij·[z_j, 1], over the tiles that are not far
-    far_row_gradient: Tensor | None  # (N, D): Σ_j w_j·W_ij·(z_i − z_j) over the far tiles
+    direct: Tensor | None  # (N, D): Σ_j w_j·W_ij·(z_i − z_j) over tiles whose moments would lose digits
     tiles: list[slice]
     radius2: dict[int, float]  # the largest ‖z‖² in each tile of rows, centred; keyed by the tile's first row
     bias: Tensor | None = field(default=None, kw_only=True)  # (N,), see `Tiles.sums`
@@ -80,7 +85,7 @@ class BandwidthTile(NamedTuple):
     weight: float  # a_b
     slope_weight: float  # a_b·γ_b/γ_0
     value: Tensor  # k_b, or k_b − φ(0)
-    neg_dphi: Tensor  # −φ'(t_b), or φ'(t_b) for a kernel of x·y; see `TileEvaluator.evaluate`
+    neg_dphi: Tensor  # −φ'(t_b), or φ'(t_b) for a kernel of x·y; see `TileEvaluator.evaluate`. Only if the slope is wanted
     curvature_weight: float  # a_b·(γ_b/γ_0)²
     curvature: Tensor | None  # φ''(t_b)
 
@@ -93,7 +98,11 @@ class Tiles:
         # Whether the distances of near pairs have to be exact.
         self.exact = kernel.kernel.slope_takes_distance if second_derivative else kernel.kernel.takes_distance
         self.centre, self.limit = _arithmetic(self.host_sum, samples, centre, self.exact)
-        self.dtype = self.centre.dtype
+        # Only distances need float64, and only where rows are near each other.
+        self.mixed = self.exact and not second_derivative and _are_distances_in_range(self.host_sum, samples, self.centre)
+        self.dtype = samples[0].dtype if self.mixed else self.centre.dtype
+        # Of a mixed tile: whether its moments, and whether any distance so far, needed float64.
+        self._is_near = self._was_near = False
         self.kernel = self.host_sum.kernel
         self.single = len(self.host_sum.ratios) == 1
         self.evaluator = tile_evaluator(self.host_sum)
@@ -110,7 +119,7 @@ class Tiles:
 
     def prepare(self, z: Tensor, weights: Tensor | None, gradient: bool, tiles: list[slice] | None = None) -> TiledSample:
         """A sample (N, D) with weights (N,), or 1/N each."""
-        (n, dim), new = z.shape, self.centre.new_empty
+        (n, dim), new = z.shape, functools.partial(self.centre.new_empty, dtype=self.dtype)
         w = new(n).fill_(1 / n) if weights is None else weights.to(self.dtype)
         right, weighted = new(n, dim + 2), new(dim + 1, n)
         tiles = tiles_of(n) if tiles is None else tiles
@@ -132,7 +141,7 @@ class Tiles:
         return TiledSample(z, w, weights is None, right, weighted, torch.zeros_like(weighted) if gradient else None, None, tiles, radius2)
 
     def centred(self, z: Tensor) -> Tensor:
-        return z.to(self.dtype) - self.centre
+        return (z.to(self.centre.dtype) - self.centre).to(self.dtype)
 
     def left(self, a: TiledSample, i: slice) -> Tensor:
         """(rows, D + 2); its product with `right` of other rows is the exponent of the widest bandwidth."""
@@ -150,15 +159,21 @@ class Tiles:
         if not self.kernel.radial:
             return (-0.5 * a.moments[:-1].T).to(a.z.dtype)
         z = self.centred(a.z)
-        if a.far_row_gradient is None:
+        if a.direct is None:
             return z.mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).to(a.z.dtype)
-        return z.clamp_(-_LARGEST, _LARGEST).mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).add_(a.far_row_gradient).to(a.z.dtype)
+        if z.dtype == torch.float64:
+            z.clamp_(-_LARGEST, _LARGEST)
+        return z.mul_(a.moments[-1:].T).sub_(a.moments[:-1].T).add_(a.direct).to(a.z.dtype)
 
-    def evaluate_bandwidths(self, a: TiledSample, i: slice, b: TiledSample, j: slice, curvature: bool = False) -> Iterator[BandwidthTile]:
+    def evaluate_bandwidths(
+        self, a: TiledSample, i: slice, b: TiledSample, j: slice, slope: bool = True, curvature: bool = False
+    ) -> Iterator[BandwidthTile]:
         exponent = self._exponent(a, i, b, j)
         overwrites = all(self.host_sum.squarings[1:]) and (not curvature or self.evaluator.neg_dphi_is_value)
         value = exponent if overwrites else self.buffer("value", i, j)
-        scratch = value if self.evaluator.neg_dphi_is_value else self.buffer("neg_dphi", i, j)
+        scratch: Any = value if self.evaluator.neg_dphi_is_value else None
+        if scratch is None and (slope or not self.evaluator.slope_is_optional):
+            scratch = self.buffer("neg_dphi", i, j)
         # The largest distance that two rows of the tile can have.
         reach = a.radius2[i.start] ** 0.5 + b.radius2[j.start] ** 0.5
         farthest = self.host_sum.gamma * LOG2_E * reach * reach
@@ -179,7 +194,7 @@ class Tiles:
         """
         names = ("total", "slope total", "curvature total")
         totals: list[Tensor | None] = [None] * 3
-        for tile in self.evaluate_bandwidths(a, i, b, j, curvature):
+        for tile in self.evaluate_bandwidths(a, i, b, j, curvature=curvature):
             if self.single and tile.weight == 1:
                 return tile.value, tile.neg_dphi, tile.neg_dphi if tile.curvature is None else tile.curvature
             parts = (
@@ -210,7 +225,7 @@ class Tiles:
             value.sub_(b.bias[j]).sub_(a.bias[i, None]).clamp_(min=LEAST_EXPONENT[self.dtype]).exp2_()
             return value, value if ratio is None else ratio.mul_(value)
         if self.single:
-            weight, slope_weight, value, neg_dphi, *_ = next(self.evaluate_bandwidths(a, i, b, j))
+            weight, slope_weight, value, neg_dphi, *_ = next(self.evaluate_bandwidths(a, i, b, j, slope))
             if weight != 1:
                 value.mul_(weight)
                 if neg_dphi is not value:
@@ -219,7 +234,7 @@ class Tiles:
         total, slope_total = self.buffer("total", i, j).zero_(), self.buffer("slope total", i, j)
         if slope:
             slope_total.zero_()
-        for weight, slope_weight, value, neg_dphi, *_ in self.evaluate_bandwidths(a, i, b, j):
+        for weight, slope_weight, value, neg_dphi, *_ in self.evaluate_bandwidths(a, i, b, j, slope):
             total.add_(value, alpha=weight)
             if slope:
                 slope_total.add_(neg_dphi, alpha=slope_weight)
@@ -231,32 +246,46 @@ class Tiles:
         return exponent, self.evaluator.logarithm_(exponent, self.buffer("neg_dphi", i, j) if slope else None, LOG2_E)
 
     def add_moments(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
-        """Adds a tile's share to the moments of a, and of b unless the tile is on the diagonal of one sample."""
-        if max(a.radius2[i.start], b.radius2[j.start]) > _FAR * self.limit:
-            self._add_far_row_gradient(slope, a, i, b, j, scale)
+        """Adds a tile's share to the moments of a, and of b unless the tile is on the diagonal of one sample. `slope` is that of the tile
+        evaluated last."""
+        is_far = max(a.radius2[i.start], b.radius2[j.start]) > _FAR * self.limit
+        if is_far or self._is_near:
+            for sample in (a, b):
+                if sample.moments is not None and sample.direct is None:
+                    sample.direct = torch.zeros_like(sample.z, dtype=self.dtype)
+            (self._add_far_row_gradient if is_far else self._add_near_row_gradient)(slope, a, i, b, j, scale)
             return
         if a.moments is not None:
             self.add_product(a.moments[:, i], b.weighted[:, j], slope.T, scale)
         if b.moments is not None and not (a is b and i == j):
             self.add_product(b.moments[:, j], a.weighted[:, i], slope, scale)
 
-    def _add_far_row_gradient(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
-        for sample in (a, b):
-            if sample.moments is not None and sample.far_row_gradient is None:
-                sample.far_row_gradient = torch.zeros_like(sample.z, dtype=self.dtype)
-        x, y = a.z[i].double(), b.z[j].double()
-        for d in range(x.shape[1]):
-            pairs = torch.sub(x[:, d, None], y[:, d], out=self.buffer("difference", i, j)).clamp_(-_LARGEST, _LARGEST).mul_(slope)
-            if a.far_row_gradient is not None:
-                a.far_row_gradient[i, d].add_(pairs @ b.weights[j], alpha=scale)
-            if b.far_row_gradient is not None and not (a is b and i == j):
-                b.far_row_gradient[j, d].sub_(a.weights[i] @ pairs, alpha=scale)
+    def _add_near_row_gradient(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
+        """From moments in float64."""
+        x, y, w = a.z[i].double() - self.centre, b.z[j].double() - self.centre, slope.double()
+        if a.direct is not None:
+            right = b.weights[j, None].double()
+            a.direct[i].add_((x * (w @ right)).sub_(w @ (y * right)), alpha=scale)
+        if b.direct is not None and not (a is b and i == j):
+            left = a.weights[i, None].double()
+            b.direct[j].add_((y * (w.T @ left)).sub_(w.T @ (x * left)), alpha=scale)
 
-    def buffer(self, name: str, i: slice, j: slice) -> Tensor:
-        """A tile for this name, kept for the next call."""
+    def _add_far_row_gradient(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
+        """From differences."""
+        x, y, difference = a.z[i].double(), b.z[j].double(), self.buffer("difference", i, j, torch.float64)
+        left, right = a.weights[i].double(), b.weights[j].double()
+        for d in range(x.shape[1]):
+            pairs = torch.sub(x[:, d, None], y[:, d], out=difference).clamp_(-_LARGEST, _LARGEST).mul_(slope)
+            if a.direct is not None:
+                a.direct[i, d].add_(pairs @ right, alpha=scale)
+            if b.direct is not None and not (a is b and i == j):
+                b.direct[j, d].sub_(left @ pairs, alpha=scale)
+
+    def buffer(self, name: str, i: slice, j: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """A tile for this name, kept for the next call, in the dtype of the tiles or another one."""
         rows, columns = i.stop - i.start, j.stop - j.start
         if name not in self._buffers or self._buffers[name].numel() < rows * columns:
-            self._buffers[name] = self.centre.new_empty(rows * columns)
+            self._buffers[name] = self.centre.new_empty(rows * columns, dtype=dtype or self.dtype)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -276,50 +305,84 @@ class Tiles:
     def _exponent(self, a: TiledSample, i: slice, b: TiledSample, j: slice) -> Tensor:
         """The tile that `TileEvaluator.evaluate` takes."""
         radius2 = a.radius2[i.start], b.radius2[j.start]
-        if max(radius2) > self.limit:
-            out = self.buffer("exponent", i, j)
-            self._differences(a, i, b, j, out)
+        is_far, self._is_near = max(radius2) > self.limit, False
+        if not (self.exact or is_far):
+            return self.product("exponent", self.left(a, i), b.right[j].T)
+        largest, diagonal = self._scale_of_squares() * sum(radius2), a is b and i == j
+        if self.mixed and not (is_far or self._was_near):
+            out = self.product("exponent", self.left(a, i), b.right[j].T).mul_(-2)
+            if self._least(out, diagonal) >= LEAST_SHARE * largest:
+                return out.sqrt_()
+            # So have other tiles, most likely.
+            self._was_near = True
+        # In float64. 2·t_0 for a function of the distance, otherwise t_0.
+        squares = self.buffer("squares", i, j, torch.float64)
+        if is_far:
+            self._differences(a, i, b, j, squares)
         else:
-            out = self.product("exponent", self.left(a, i), b.right[j].T)
-            if self.exact:
-                # 2·t_0 for a function of the distance, otherwise −t_0
-                out.mul_(-2 if self.kernel.takes_distance else -1)
-                near = _NEAR_IN_ROUNDINGS * torch.finfo(self.dtype).eps * self._scale_of_squares() * sum(radius2)
-                if float(out.min()) < near:
-                    self._refine(a, i, b, j, out, near)
-                if not self.kernel.takes_distance:
-                    out.neg_()
-        if self.kernel.takes_distance:
-            out.sqrt_()
-        return out
+            left, right = (self._exact_factor(sample, rows, n) for n, (sample, rows) in enumerate(((a, i), (b, j))))
+            torch.mm(left, right.T, out=squares).mul_(-2 if self.kernel.takes_distance else -1)
+            near = _NEAR_IN_ROUNDINGS * torch.finfo(torch.float64).eps * largest
+            if float(squares.min()) < near:
+                self._refine(a, i, b, j, squares, near)
+        if not self.kernel.takes_distance:
+            return torch.mul(squares, -self.evaluator.exponent_scale, out=self.buffer("exponent", i, j))
+        if not self.mixed:
+            return squares.sqrt_()
+        self._is_near = is_far or self._least(squares, diagonal) < LEAST_SHARE_OF_MOMENTS * largest
+        out = self.buffer("exponent", i, j)
+        return out.copy_(squares.sqrt_()) if is_far else out.copy_(squares).sqrt_()
+
+    def _least(self, squares: Tensor, diagonal: bool) -> float:
+        """The least number in a tile; on the `diagonal` of a sample less that of the tile, which becomes 0."""
+        if not diagonal:
+            return float(squares.min())
+        least = float(squares.fill_diagonal_(math.inf).min())
+        squares.fill_diagonal_(0)
+        return least
+
+    def _exact_factor(self, a: TiledSample, i: slice, place: int) -> Tensor:
+        """In float64: as `left`, or for `place` 1 as `TiledSample.right`."""
+        if a.right.dtype == torch.float64:
+            return a.right[i] if place else self.left(a, i)
+        scaled = (a.z[i].double() - self.centre).mul_(self.scale)
+        norms = scaled.square().sum(1, keepdim=True).mul_(-0.5)
+        ones = torch.ones_like(norms)
+        return torch.cat([scaled, *((ones, norms) if place else (norms, ones))], 1)
 
     def _differences(self, a: TiledSample, i: slice, b: TiledSample, j: slice, out: Tensor) -> None:
         # From the rows as given: two close rows may both be far from the centre.
         distance = torch.cdist(a.z[i].double(), b.z[j].double(), compute_mode="donot_use_mm_for_euclid_dist")
-        scale = 2 if self.kernel.takes_distance else -self.evaluator.exponent_scale
-        torch.mul(distance, distance, out=out).mul_(self.host_sum.gamma * scale)
+        torch.mul(distance, distance, out=out).mul_(self._scale_of_squares())
         if not self.kernel.homogeneous:
             # Infinity times k = 0 would be nan. The largest value times any ratio of bandwidths stays finite.
-            out.clamp_(-_LARGEST, _LARGEST)
+            out.clamp_(max=_LARGEST)
 
     def _refine(self, a: TiledSample, i: slice, b: TiledSample, j: slice, out: Tensor, near: float) -> None:
         """Computes the squared distances in a tile that are below `near` from differences."""
         left, right = (out < near).nonzero().unbind(1)
         if left.numel() * a.z.shape[1] > out.numel():
             self._differences(a, i, b, j, out)
-            if not self.kernel.takes_distance:
-                out.neg_()
             return
-        x, y = self.centred(a.z[i][left]), self.centred(b.z[j][right])
+        x, y = (z.double() - self.centre for z in (a.z[i][left], b.z[j][right]))
         d2 = (x - y).square().sum(1)
         # Pairs closer than the rounding error of the rows count as identical: an unbounded slope would amplify a random direction.
-        rounding = 16 * torch.finfo(self.dtype).eps
+        rounding = 16 * torch.finfo(torch.float64).eps
         d2[d2 <= rounding**2 * (x.square().sum(1) + y.square().sum(1))] = 0
         out[left, right] = d2 * self._scale_of_squares()
 
     def _scale_of_squares(self) -> float:
         """Of what a tile has of ‖x − y‖²."""
         return self.host_sum.gamma * (2 if self.kernel.takes_distance else 1)
+
+
+def _are_distances_in_range(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> bool:
+    """Whether the exponents of float32 samples are as exact in float32 as those of products, and their squares finite."""
+    if samples[0].dtype != torch.float32:
+        return False
+    largest = 4 * host_sum.gamma * host_sum.ratios[-1] * max(float((z - centre).square().sum(1).max()) for z in samples)
+    is_exact = host_sum.kernel.homogeneous or (2 * largest) ** 0.5 * torch.finfo(torch.float32).eps <= EXPONENT_ERROR[torch.float32]
+    return is_exact and largest < 1e30
 
 
 def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor, exact_distances: bool) -> tuple[Tensor, float]:
