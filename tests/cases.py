@@ -337,9 +337,11 @@ class PairErrors:
             radius, distance = radius2.sqrt(), torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
             by_products = distance > 2**7 * exact**0.5 * radius
             u = radius / h
-            value = exact * (u + 1) + exact**0.5 * 2**-10 * u + (eps * u if rounded_weights else 0)
+            # In the dtype of the samples, down to this share of the radius; nearer rows in float64.
+            share = torch.clamp(distance / radius, min=2**-3)
+            value = eps * (8 * u + 1) + exact**0.5 * 2**-10 * u
             direction = exact * radius / distance + torch.where(by_products, exact * radius2 / distance.square(), 0)
-            direction = (roundings * direction).clamp(max=2).where(distance > 0, 0) + 4 * (eps if rounded_weights else exact)
+            direction = (roundings * (direction + eps / share.square())).clamp(max=2).where(distance > 0, 0) + 4 * eps
             # Unless it is unbounded, the slope at distance zero times the rounding of a difference of rows.
             at_zero = 0.0 if kernel.takes_distance else 4 * exact * float(a @ (u / h))
             # A Riesz kernel is a power of u.

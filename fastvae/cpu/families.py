@@ -135,7 +135,8 @@ class _RationalQuadraticEvaluator(TileEvaluator):
 
 def _zero_if_infinite_(slope: Tensor) -> Tensor:
     """In place: 0 for a pair of identical rows. A mask would take ten times as long."""
-    return slope.nan_to_num_(nan=math.nan, posinf=0.0)
+    # The root of −0 is −0.
+    return slope.nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 class _LaplaceEvaluator(TileEvaluator):

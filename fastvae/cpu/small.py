@@ -383,7 +383,8 @@ def pair_exponents(
     if kernel.takes_distance:
         left = x, x_norm2[..., None]
         right = left if same else (y, y_norm2[..., None])
-        found = _distances(kernel, left, right, 2 * gamma, reach, narrowest, dtype)
+        # For float64 samples float64 has no digits to spare.
+        found = _distances(kernel, left, right, 2 * gamma, reach, narrowest, dtype) if centred or dtype == torch.float32 else None
         if found is not None:
             return x.to(found.dtype), y.to(found.dtype), found, (2 * reach) ** 0.5
     elif error * narrowest * kernel.steepness <= limit:
@@ -415,9 +416,9 @@ def _distances(
     `reach` bounds factor·(‖x‖² + ‖y‖²).
     """
     rounding = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps
-    is_in_range = reach < 1e30 and (kernel.homogeneous or rounding <= EXPONENT_ERROR[dtype])
+    is_in_range = 1e-30 < reach < 1e30 and (kernel.homogeneous or rounding <= EXPONENT_ERROR[dtype])
     multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
-    many = left[0].shape[-2] * right[0].shape[-2] >= _FEWEST_PAIRS
+    many = left[0].shape[:-1].numel() * right[0].shape[-2] >= _FEWEST_PAIRS
     for product_dtype in (dtype, torch.float64) if is_in_range and many and dtype != torch.float64 else (torch.float64,):
         (x, x_norm2), (y, y_norm2) = ([t.to(product_dtype) for t in side] for side in (left, right))
         squares = multiply(y_norm2.mT, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2, alpha=factor)

@@ -252,7 +252,7 @@ class Tiles:
         if is_far or self._is_near:
             for sample in (a, b):
                 if sample.moments is not None and sample.direct is None:
-                    sample.direct = torch.zeros_like(sample.z, dtype=self.dtype)
+                    sample.direct = torch.zeros_like(sample.z, dtype=torch.float64)
             (self._add_far_row_gradient if is_far else self._add_near_row_gradient)(slope, a, i, b, j, scale)
             return
         if a.moments is not None:
@@ -329,9 +329,10 @@ class Tiles:
             return torch.mul(squares, -self.evaluator.exponent_scale, out=self.buffer("exponent", i, j))
         if not self.mixed:
             return squares.sqrt_()
-        self._is_near = is_far or self._least(squares, diagonal) < LEAST_SHARE_OF_MOMENTS * largest
-        out = self.buffer("exponent", i, j)
-        return out.copy_(squares.sqrt_()) if is_far else out.copy_(squares).sqrt_()
+        least, out = self._least(squares, diagonal), self.buffer("exponent", i, j)
+        self._is_near = is_far or least < LEAST_SHARE_OF_MOMENTS * largest
+        # Squares that float32 cannot represent have roots that it can.
+        return out.copy_(squares.sqrt_()) if is_far or least < 1e-30 else out.copy_(squares).sqrt_()
 
     def _least(self, squares: Tensor, diagonal: bool) -> float:
         """The least number in a tile; on the `diagonal` of a sample less that of the tile, which becomes 0."""
@@ -382,7 +383,7 @@ def _are_distances_in_range(host_sum: HostKernelSum, samples: Sequence[Tensor], 
         return False
     largest = 4 * host_sum.gamma * host_sum.ratios[-1] * max(float((z - centre).square().sum(1).max()) for z in samples)
     is_exact = host_sum.kernel.homogeneous or (2 * largest) ** 0.5 * torch.finfo(torch.float32).eps <= EXPONENT_ERROR[torch.float32]
-    return is_exact and largest < 1e30
+    return is_exact and 1e-30 < largest < 1e30
 
 
 def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor, exact_distances: bool) -> tuple[Tensor, float]:
