@@ -18,12 +18,15 @@ def append(path: Path, *rows: dict[str, Any]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def load(benchmark: str, results: Path = RESULTS) -> list[dict[str, Any]]:
     """All rows of a benchmark, of every device; only the newest row of each case."""
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted(results.glob(f"{benchmark}_*.jsonl")):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
+        for row in read(path):
             key = tuple(row.get(name) for name in ("device", "threads", "provider", "direction", "n", "dim", "bandwidths"))
             newest[key] = row
     return list(newest.values())

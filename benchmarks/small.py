@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,53 +307,53 @@ def kernel_operations() -> dict[str, Operation]:
     for name in ("imq", "rbf"):
         add(
             f"ksd_to_normal, {name}",
-            lambda z, name=name: fastvae.ksd_to_normal(z, kernel=name, bandwidth=width(z, 1.0)),
+            lambda z, name=name, **more: fastvae.ksd_to_normal(z, kernel=name, bandwidth=width(z, 1.0), **more),
             lambda z, name=name: eager.ksd_to_normal(name, z, [width(z, 1.0)]),
             rows(1),
         )
     add(
         "ksd_to_normal, imq, unbiased",
-        lambda z: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0), estimator="unbiased"),
+        lambda z, **more: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0), estimator="unbiased", **more),
         lambda z: eager.ksd_to_normal("imq", z, [width(z, 1.0)], unbiased=True),
         rows(1),
     )
     add(
         "ksd_to_normal, imq, 3 bandwidths",
-        lambda z: fastvae.ksd_to_normal(z, bandwidth=widths(z)),
+        lambda z, **more: fastvae.ksd_to_normal(z, bandwidth=widths(z), **more),
         lambda z: eager.ksd_to_normal("imq", z, widths(z)),
         rows(1),
     )
     add(
         "ksd_to_normal, imq, batch",
-        lambda z: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0)),
+        lambda z, **more: fastvae.ksd_to_normal(z, bandwidth=width(z, 1.0), **more),
         lambda z: eager.ksd_to_normal("imq", z, [width(z, 1.0)]),
         rows(1, batch=(BATCH,)),
     )
     for name in ("rbf", "imq", "laplace"):
         add(
             f"log_kernel_density, {name}",
-            lambda x, y, name=name: fastvae.log_kernel_density(x, y, kernel=name, bandwidth=width(x)),
+            lambda x, y, name=name, **more: fastvae.log_kernel_density(x, y, kernel=name, bandwidth=width(x), **more),
             lambda x, y, name=name, **more: eager.log_density(name, x, y, [width(x)], **more),
             rows(2),
             cdist=name != "laplace",
         )
     add(
         "log_kernel_density, rbf, weights",
-        lambda x, y, w: fastvae.log_kernel_density(x, y, y_weights=w, bandwidth=width(x)),
+        lambda x, y, w, **more: fastvae.log_kernel_density(x, y, y_weights=w, bandwidth=width(x), **more),
         lambda x, y, w, **more: eager.log_density("rbf", x, y, [width(x)], w, **more),
         weighted,
         cdist=True,
     )
     add(
         "log_kernel_density, rbf, 3 bandwidths",
-        lambda x, y: fastvae.log_kernel_density(x, y, bandwidth=widths(x)),
+        lambda x, y, **more: fastvae.log_kernel_density(x, y, bandwidth=widths(x), **more),
         lambda x, y, **more: eager.log_density("rbf", x, y, widths(x), **more),
         rows(2),
         cdist=True,
     )
     add(
         "log_kernel_density, rbf, batch",
-        lambda x, y: fastvae.log_kernel_density(x, y, bandwidth=width(x)),
+        lambda x, y, **more: fastvae.log_kernel_density(x, y, bandwidth=width(x), **more),
         lambda x, y, **more: eager.log_density("rbf", x, y, [width(x)], **more),
         rows(2, batch=(BATCH,)),
         cdist=True,
@@ -364,14 +364,14 @@ def kernel_operations() -> dict[str, Operation]:
                 options: Any = {"kernel": name, "normalize": normalize}
                 add(
                     f"kernel_matmul, {name}, normalize={normalize}",
-                    lambda x, y, v, options=options: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), **options),
+                    lambda x, y, v, options=options, **more: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), **options, **more),
                     lambda x, y, v, name=name, normalize=normalize, **more: eager.product(name, x, y, v, width(x), normalize, **more),
                     rows(2, 4),
                     cdist=name != "laplace",
                 )
     add(
         "kernel_matmul, rbf, normalize=both, batch",
-        lambda x, y, v: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), normalize="both"),
+        lambda x, y, v, **more: fastvae.kernel_matmul(x, y, v, bandwidth=width(x), normalize="both", **more),
         lambda x, y, v, **more: eager.product("rbf", x, y, v, width(x), "both", **more),
         rows(2, 4, batch=(BATCH,)),
         cdist=True,
@@ -382,16 +382,27 @@ def kernel_operations() -> dict[str, Operation]:
             directions = torch.randn(dim, slices, generator=torch.Generator().manual_seed(1))
             return *rows(1)(n, dim), directions / directions.norm(dim=0)
 
-        add(f"sigreg, {slices} slices", lambda z, directions: fastvae.sigreg(z, directions=directions), eager_sigreg, projected)
-    points: dict[int, tuple[fastvae.KernelMean, Tensor]] = {}
-    for dim in {dim for _, dim in KERNEL_SIZES}:
+        add(
+            f"sigreg, {slices} slices",
+            lambda z, directions, **more: fastvae.sigreg(z, directions=directions, **more),
+            eager_sigreg,
+            projected,
+        )
+
+    @cache
+    def mean_and_weights(dim: int, device: torch.device) -> tuple[fastvae.KernelMean, Tensor]:
         generator = torch.Generator().manual_seed(1)
         z, weights = torch.randn(POINTS, dim, generator=generator), torch.rand(POINTS, generator=generator) / (POINTS / 2)
-        points[dim] = fastvae.KernelMean(z, weights.double(), norm=0.7, bandwidth=dim**0.5), weights
+        return fastvae.KernelMean(z, weights.double(), norm=0.7, bandwidth=dim**0.5).to(device), weights.to(device)
+
+    def eager_mmd_to_mean(x: Tensor, **more: Any) -> Tensor:
+        mean, weights = mean_and_weights(x.shape[1], x.device)
+        return eager.mmd_to_mean(x, mean.points.to(x), weights.to(x), 0.7, width(x, 1.0), **more)
+
     add(
         "mmd, to a KernelMean",
-        lambda x: fastvae.mmd(x, points[x.shape[1]][0]),
-        lambda x, **more: eager.mmd_to_mean(x, points[x.shape[1]][0].points.to(x), points[x.shape[1]][1].to(x), 0.7, width(x, 1.0), **more),
+        lambda x, **more: fastvae.mmd(x, mean_and_weights(x.shape[1], x.device)[0], **more),
+        eager_mmd_to_mean,
         rows(1),
         cdist=True,
     )
@@ -399,7 +410,7 @@ def kernel_operations() -> dict[str, Operation]:
     for name, family in (kernels | {"rbf + laplace": RBF() + 0.5 * Laplace().scaled(2)}).items():
         add(
             f"mmd, {name}",
-            lambda x, y, family=family: fastvae.mmd(x, y, kernel=family, bandwidth=width(x, 1.0)),
+            lambda x, y, family=family, **more: fastvae.mmd(x, y, kernel=family, bandwidth=width(x, 1.0), **more),
             lambda x, y, name=name, **more: eager.mmd(name, x, y, width(x, 1.0), **more),
             rows(2),
             cdist=name == "imq",

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import HUGE_PAGES, RESULTS, load, machine_of, machines, milliseconds
+from benchmarks.rows import HUGE_PAGES, RESULTS, load, machine_of, machines, milliseconds, read
 
 Row = dict[str, Any]
 
@@ -45,9 +44,7 @@ def rows_of(name: str, **fields: Any) -> list[Row]:
     return [row for row in _read(RESULTS / f"{name}.jsonl") if all(row.get(key) == value for key, value in fields.items())]
 
 
-@functools.cache
-def _read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+_read = functools.cache(read)
 
 
 def gpu_row(
@@ -278,12 +275,12 @@ def gpu_training() -> str:
     for objective, n in itertools.product(("vae", "mmd_vae"), (128, 8192)):
         rows = {row["provider"]: row for row in rows_of("gpu", stage="training", objective=objective, n=n)}
         lines.append([f"`{objective}`", f"{n:,}", *(_ms(rows.get(name)) for name in names)])
-    head = ["fastvae", "hand-written", "fastvae, compiled"]
+    head = ["fastvae", "hand-written", "hand-written, compiled"]
     return markdown(["objective", "batch", *head, *(f"{name}, graph" for name in head)], lines)
 
 
 def gpu_accuracy() -> str:
-    newest = {(row["n"], row["precision"]): row for row in rows_of("gpu", stage="accuracy", d=16)}
+    newest = {(row["n"], row["precision"]): row for row in rows_of("gpu", stage="accuracy", d=16, operation=None)}
     modes = ("highest", "ieee", "high", "medium")
     lines = []
     for n in sorted({n for n, _ in newest}):

@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
 
 import os
+import time
 import warnings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -27,6 +28,12 @@ if triton_interpreter():
 
 # Seconds of a processor that a test may take before it has to be marked as slow, with room for slower machines.
 FAST = 10.0
+
+
+def pytest_runtest_setup():
+    """`benchmarks.gpu` gives the tests so much time."""
+    if time.time() > float(os.environ.get("TESTS_END", "inf")):
+        pytest.skip("no time is left")
 
 
 @pytest.hookimpl(wrapper=True)

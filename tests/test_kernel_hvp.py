@@ -176,7 +176,7 @@ FUNCTIONS = {
     "mmd, unbiased": lambda x, y, v, **o: fastvae.mmd(x, y, estimator="unbiased", **o),
     "mmd_to_normal": lambda x, y, v, **o: fastvae.mmd_to_normal(x, **({} if o["kernel"] == "rbf" else o) | {"kernel": "rbf"}),
     "kernel_matmul": lambda x, y, v, **o: fastvae.kernel_matmul(x, y, v, **o),
-    "group_mmd": lambda x, y, v, **o: fastvae.group_mmd(x, torch.tensor([0, 0, 1, 1, 1]), num_groups=2, **o).values,
+    "group_mmd": lambda x, y, v, **o: fastvae.group_mmd(x, torch.tensor([0, 0, 1, 1, 1], device=x.device), num_groups=2, **o).values,
 }
 
 
@@ -184,7 +184,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=[*TRITON.marks, pytest.mark.slow])])
 def test_gradgradcheck(backend, name, kernel):
-    inputs = [t.cpu().requires_grad_() for t in random((5, 2), (4, 2), (4, 2))]
+    inputs = [t.to("cpu" if backend == "cpu" else DEVICE).requires_grad_() for t in random((5, 2), (4, 2), (4, 2))]
     fast = {"fast_mode": True} if backend == "triton" else {"check_fwd_over_rev": True}
     function = FUNCTIONS[name]
     assert torch.autograd.gradgradcheck(lambda *t: function(*t, kernel=kernel, backend=backend), inputs, **fast)

@@ -738,10 +738,11 @@ def test_groups_under_a_wide_bandwidth_keep_their_digits(bandwidth, estimator, s
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter]), "reference"])
 def test_what_is_not_finite_gives_nan(backend):
     """Wherever it is and whichever kernel: value and gradient."""
+    device = DEVICE if backend == "triton" else "cpu"
     for n in range(10 if backend == "triton" else 200):
         pick = random.Random(n)
         torch.manual_seed(n)
-        x, y, v = torch.randn(pick.randint(2, 6), 3), torch.randn(pick.randint(2, 6), 3), torch.randn(6, 2)
+        x, y, v = (torch.randn(shape).to(device) for shape in ((pick.randint(2, 6), 3), (pick.randint(2, 6), 3), (6, 2)))
         v = v[: len(y)]
         value = pick.choice([math.nan, math.inf, -math.inf])
         kernel = pick.choice(KERNELS)
@@ -751,7 +752,7 @@ def test_what_is_not_finite_gives_nan(backend):
         where[pick.randrange(len(where)), pick.randrange(3)] = value
         x.requires_grad_(), y.requires_grad_(), v.requires_grad_()
         z = torch.cat([x, y]).detach().requires_grad_()
-        labels = torch.arange(len(z)) % 2
+        labels = torch.arange(len(z), device=device) % 2
         outputs = [
             ("mmd", fastvae.mmd(x, y, **options), [x, y]),
             ("linear mmd", fastvae.mmd(z[: (len(z) + 1) // 2], z[len(z) // 2 :], estimator="linear", **options), [z]),

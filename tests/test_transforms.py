@@ -1,5 +1,6 @@
 """Every public operation under every transform of PyTorch: as the dense reference has it, or refused in a sentence."""
 
+import copy
 import functools
 
 import pytest
@@ -9,6 +10,7 @@ from torch import func
 import fastvae
 from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional, vae
 from fastvae.ops.reparameterize_kl import epsilon
+from tests.cases import DEVICE
 
 # Of PyTorch's own, on the first forward-mode call.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -144,8 +146,10 @@ def test_first_derivatives_and_batches(transform, name, x):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_triton(name, x, interpreter_warnings):
-    is_as_reference(ONCE_DIFFERENTIATED["vmap(grad)"], name, x, backend="triton")
+def test_triton(name, x, interpreter_warnings, monkeypatch):
+    for constant in ("y", "v", "eps", "logvar", "labels", "h", "mean"):
+        monkeypatch.setitem(globals(), constant, copy.deepcopy(globals()[constant]).to(DEVICE))
+    is_as_reference(ONCE_DIFFERENTIATED["vmap(grad)"], name, x.to(DEVICE), backend="triton")
 
 
 @pytest.mark.slow
@@ -330,8 +334,10 @@ def noise_loss(weights, x, eps=None, moments=False, **options):
     return loss, (loss, (z - mu) / (0.5 * logvar).exp())
 
 
-def gradients_of_each_item_are_those_of_a_loop(gradient, loop, weights, x, noise, randomness="different", tolerance=1e-7):
+def gradients_of_each_item_are_those_of_a_loop(gradient, loop, weights, x, noise, randomness="different", tolerance=1e-7, device="cpu"):
     """`gradient` and `loop` are functions of the weights, one item and its noise, which is drawn if it is None; the second takes noise."""
+    weights, x = {name: weight.to(device) for name, weight in weights.items()}, x.to(device)
+    noise = None if noise is None else noise.to(device)
     if noise is None:
         found, (values, noise) = torch.vmap(gradient, (None, 0), randomness=randomness)(weights, x)
         assert ((noise[0] - noise[1]).abs().max() > 0.1) == (randomness == "different")
@@ -352,6 +358,10 @@ def make_noise_from_seeds(monkeypatch):
     monkeypatch.setattr(functional, "epsilon", lambda tensors, options: epsilon(tensors, options._replace(backend="triton")))
 
 
+def device_of(backend):
+    return DEVICE if backend == "triton" else "cpu"
+
+
 NOISES = {"given": (NOISE, "error"), "drawn": (None, "different"), "drawn once": (None, "same")}
 
 
@@ -364,7 +374,7 @@ def test_gradients_of_each_item_of_reparameterize_kl(backend, moments, noise, mo
         backend = None
     gradient = func.grad(lambda *args: noise_loss(*args, moments=moments, backend=backend), has_aux=True)
     gradients_of_each_item_are_those_of_a_loop(
-        gradient, lambda *args: noise_loss(*args, backend="reference"), WEIGHTS, ROWS, *NOISES[noise]
+        gradient, lambda *args: noise_loss(*args, backend="reference"), WEIGHTS, ROWS, *NOISES[noise], device=device_of(backend)
     )
 
 
@@ -388,7 +398,9 @@ def test_gradients_of_each_small_batch_of_a_vae(backend, noise, monkeypatch, int
         make_noise_from_seeds(monkeypatch)
     elif backend:
         monkeypatch.setattr(vae, "reparameterize_kl", functools.partial(fastvae.reparameterize_kl, backend=backend))
-    gradients_of_each_item_are_those_of_a_loop(func.grad(loss, has_aux=True), loss, parameters, ROWS, *NOISES[noise])
+    gradients_of_each_item_are_those_of_a_loop(
+        func.grad(loss, has_aux=True), loss, parameters, ROWS, *NOISES[noise], device=device_of(backend)
+    )
 
 
 @pytest.mark.slow
