@@ -386,7 +386,7 @@ def operation(name: str, n: int, d: int) -> list[Row]:
     # A small step waits for the host; its graph shows the time that the device takes.
     graphs = n <= 4096 or name == "reparameterize_kl"
     steps = OPERATIONS[name][0](n, d, torch.float32)
-    return timed_rows(steps, graphs=graphs, memory=n > 4096, rounds=20, operation=name, direction=DIRECTION, n=n, d=d)
+    return timed_rows(steps, graphs=graphs, memory=n > 4096, operation=name, direction=DIRECTION, n=n, d=d)
 
 
 def operations(*places: int) -> list[Case]:

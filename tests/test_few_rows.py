@@ -89,13 +89,15 @@ def test_only_wanted_gradients(wanted):
     gradients = evaluate(lambda *points: fastvae.mmd(*points, backend="triton"), x, y)
     x.requires_grad_(wanted[0]), y.requires_grad_(wanted[1])
     value = fastvae.mmd(x, y, backend="triton")
-    torch.testing.assert_close(value.detach(), gradients[0], rtol=0, atol=0)
+    # On a GPU these are kernels of their own, with roundings of their own.
+    tolerance = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {"rtol": RTOL, "atol": ATOL}
+    torch.testing.assert_close(value.detach(), gradients[0], **tolerance)
     if any(wanted):
         value.sum().backward()
     for z, want, gradient in zip((x, y), wanted, gradients[1:], strict=True):
         assert (z.grad is not None) == want
         if want:
-            torch.testing.assert_close(z.grad, gradient, rtol=0, atol=0)
+            torch.testing.assert_close(z.grad, gradient, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
