@@ -479,3 +479,32 @@ def test_a_class_of_its_own_keeps_the_buffers_that_are_not_saved(tmp_path):
     given = {"encoder": torch.nn.Linear(4, 4), "decoder": torch.nn.Linear(2, 4)}
     Shifted(**given, latent_dim=2).save_pretrained(tmp_path)
     assert torch.equal(Shifted.from_pretrained(tmp_path, **given).shift, torch.ones(4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make_objective", [lambda: VAEObjective.mmd_vae(100.0), lambda: VAEObjective.beta_tc_vae(3.0, 1000)])
+def test_a_training_step_as_a_cuda_graph(make_objective):
+    """A replayed step is the plain one, with the batch and the weight that it finds in their places."""
+    vae = VAE.mlp(16, latent_dim=3, hidden=(32,)).cuda()
+    objective = make_objective().cuda()
+    name = "mmd_weight" if objective.mmd_weight else "tc_weight"
+    objective.set(**{name: 2.0})
+    x, eps = torch.rand(256, 16, device="cuda"), torch.randn(256, 3, device="cuda")
+    parameters = list(vae.parameters())
+
+    def step():
+        loss = objective(vae(x, eps=eps), x).loss
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    from benchmarks.gpu_steps import graph_of
+
+    captured = []
+    replay = graph_of(lambda: captured.__setitem__(slice(None), step()))
+    for weight in (2.0, 50.0):
+        x.copy_(torch.rand_like(x))
+        eps.copy_(torch.randn_like(eps))
+        objective.set(**{name: weight})
+        replay()
+        for actual, expected in zip(captured, step(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
