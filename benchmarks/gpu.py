@@ -57,6 +57,9 @@ def tests(seconds: float) -> str:
     # The options in pyproject.toml need plugins and packages that may not be installed.
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--continue-on-collection-errors"]
     command += ["-o", "addopts=", "-o", "filterwarnings=", "-m", "interpreter or gpu", *parallel, *map(str, test_files())]
+    if parallel and importlib.util.find_spec("pytest_timeout"):
+        # A kernel that does not end takes its worker with it, which pytest-xdist replaces.
+        command += ["--timeout=150", "--timeout-method=thread"]
     if DRY:
         command += ["-k", "triton_half"]
     end = time.time() + seconds
