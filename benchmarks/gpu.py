@@ -5,9 +5,9 @@
     python -m benchmarks.gpu --dry-run           all stages without a GPU, with tiny samples in Triton's interpreter; no row is a result
 
 The package need not be installed. The tests are all those of the Triton kernels. If one fails, its name is printed, each row says so in its
-field "tests", and the script ends with 1. A case that fails is a row too, and the next one is tried, in a new process if the device does
-not recover. Rows are appended to gpu.jsonl in --output, case by case; a dry run writes none by default. Steps of one size are timed in
-turn, both directly and as CUDA graphs; they are defined in benchmarks/gpu_steps.py.
+field "tests", the tables leave these rows out, and the script ends with 1. A case that fails is a row too, and the next one is tried, in a
+new process if the device does not recover. Rows are appended to gpu.jsonl in --output, case by case; a dry run writes none by default.
+Steps of one size are timed in turn, both directly and as CUDA graphs; they are defined in benchmarks/gpu_steps.py.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def rows_of(name: str, **fields: Any) -> list[Row]:
     """The rows of results/NAME.jsonl that have these fields, oldest first."""
-    return [row for row in _read(RESULTS / f"{name}.jsonl") if all(row.get(key) == value for key, value in fields.items())]
+    rows = (row for row in _read(RESULTS / f"{name}.jsonl") if row.get("tests") != "failed")
+    return [row for row in rows if all(row.get(key) == value for key, value in fields.items())]
 
 
 _read = functools.cache(read)

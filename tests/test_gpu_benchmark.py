@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_steps, rows
+from benchmarks import gpu, gpu_steps, rows, table
 from tests import conftest
 
 pytest.importorskip("triton")
@@ -32,6 +32,12 @@ def test_runs_to_its_end(stage, tmp_path):
     assert all(row.get("provider") in absent and row["status"].startswith("ModuleNotFoundError") for row in failed), failed
     if stage == "accuracy":
         assert all(row["value"] < 1e-4 and row["gradient"] < 1e-3 for row in found if row["precision"] in ("highest", "ieee"))
+
+
+def test_tables_leave_out_rows_of_failed_tests(monkeypatch):
+    measured = [{"n": 1}, {"n": 2, "tests": "failed"}, {"n": 3, "tests": "passed"}]
+    monkeypatch.setattr(table, "_read", lambda path: measured)
+    assert [row["n"] for row in table.rows_of("gpu")] == [1, 3]
 
 
 def test_the_tests_of_every_kernel_run():
