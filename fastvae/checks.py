@@ -756,6 +756,12 @@ def sum_of_weights(name: str, weights: Tensor, estimator: str = "biased") -> Non
         raise ValueError(f"{name} must have at least two nonzero values for estimator='unbiased', got one: use estimator='biased'")
 
 
+def nonzero_sum(name: str, weights: Tensor) -> None:
+    """Weights of any sum but 0, unless reading them would wait for a GPU or break a graph."""
+    if _readable(weights) and weights.sum() == 0:
+        raise ValueError(f"{name} must have a sum other than 0, got 0")
+
+
 def enough_rows(name: str, x: Tensor, estimator: str) -> None:
     if estimator != "biased" and x.shape[-2] < 2:
         raise ValueError(f"{name} must have at least two rows for estimator={estimator!r}, got {x.shape[-2]}: use estimator='biased'")

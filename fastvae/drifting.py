@@ -57,7 +57,8 @@ def drifting(
 
     Raises:
         TypeError: An input is not a floating-point tensor, or dtypes differ.
-        ValueError: A shape, device or temperature breaks a rule above, or negatives_weights are given without negatives.
+        ValueError: A shape, device or temperature breaks a rule above, negatives_weights are given without negatives, or all weights sum
+            to 0, which is not checked on a GPU.
 
     Source: github.com/lambertae/drifting, torch/drift_loss.py; Deng et al. 2026, "Generative modeling via drifting".
     """
@@ -85,6 +86,7 @@ def drifting(
     with without_autocast(generated.device):
         parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
         w = torch.cat([w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, row_weights, strict=True)], 1)
+        checks.nonzero_sum("the weights of all rows", w)
         others = [z.detach() for z in parts[1:]]
         if torch.compiler.is_compiling() and not needs_grad(parts[0]):
             # The compiler cannot trace a Function of a variable number of tensors without a gradient.

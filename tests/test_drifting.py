@@ -196,6 +196,8 @@ def test_compile():
         ({"negatives_weights": torch.ones(5, 4)}, "negatives_weights needs negatives"),
         ({"generated_weights": torch.ones(5, 4)}, r"generated_weights must have one value for each row of generated, shape \(5, 8\)"),
         ({"negatives": torch.ones(4, 16)}, r"negatives must have the batch dimensions of generated, \(5,\), got \(4, 16\)"),
+        ({"generated_weights": 0.0, "positives_weights": 0.0}, "the weights of all rows must have a sum other than 0, got 0"),
+        ({"generated_weights": torch.zeros(5, 8), "positives_weights": 0}, "the weights of all rows must have a sum other than 0, got 0"),
     ],
 )
 def test_errors(options, sentence):
