@@ -55,8 +55,14 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def option(name: str, value: object, known: Iterable[object]) -> None:
     known = tuple(known)
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    # An array or a tensor has no single truth value of ==.
+    if not isinstance(value, (str, bool, type(None))) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {received(value)}")
+
+
+def received(value: object) -> str:
+    """What a sentence says of a value: itself if it is short, else its type."""
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def kernel(value: object) -> Kernel:
@@ -271,8 +277,7 @@ def quadrature(num_points: Any, t_max: Any, t_min: Any) -> tuple[int, float, flo
 
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        received = repr(value) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
-        raise TypeError(f"{name} must be True or False, got {received}")
+        raise TypeError(f"{name} must be True or False, got {received(value)}")
 
 
 def generator(value: object) -> None:
@@ -449,8 +454,7 @@ def positive_distance(rule: str, distance: Tensor) -> Tensor:
         return torch.where(distance == 0, torch.nan, distance)
     if distance == 0:
         raise ValueError(
-            f"the {rule} distance between rows must be greater than 0 for bandwidth={rule!r}, got 0, as most rows are duplicates: "
-            "pass a number"
+            f"the {rule} distance between rows must be greater than 0 to be a bandwidth, got 0, as most rows are duplicates: pass a number"
         )
     return distance
 
@@ -472,15 +476,21 @@ def bandwidths(bandwidth: object, weights: object, device: torch.device | None) 
     if isinstance(bandwidth, str):
         bandwidth_rule(bandwidth)
         return [math.nan], bandwidths(1.0, weights, device)[1]
-    h = _vector("bandwidth", bandwidth, device, positive=True)
-    if len(h) == 0:
-        raise ValueError("bandwidth must hold at least one value, got none")
+    h = bandwidth_vector("bandwidth", bandwidth, device)
     if weights is None:
         return h, [1.0] * len(h)
     a = _vector("bandwidth_weights", weights, device, positive=False)
     if len(a) != len(h):
         raise ValueError(f"bandwidth_weights must have one value for each bandwidth, got {len(a)} for {len(h)}")
     return h, a
+
+
+def bandwidth_vector(name: str, value: object, device: torch.device | None) -> Numbers:
+    """Bandwidths that are not the name of a rule, as in `bandwidths`."""
+    h = _vector(name, value, device, positive=True)
+    if len(h) == 0:
+        raise ValueError(f"{name} must hold at least one value, got none")
+    return h
 
 
 def problem_bandwidths(h: Tensor, value: object, x: Tensor) -> Tensor:
@@ -622,8 +632,8 @@ def _positive_weights(weights: Sequence[float], needed_for: str) -> None:
 def method_of_test(value: object) -> None:
     """How a two-sample test draws its null distribution, where it is not by features."""
     names = ("permutation", "wild_bootstrap")
-    if value not in names:
-        got = value.__name__ if isinstance(value, type) else repr(value)
+    if not isinstance(value, str) or value not in names:
+        got = value.__name__ if isinstance(value, type) else received(value)
         raise ValueError(f"method must be {', '.join(map(repr, names))}, RandomFeatures(count) or NystromFeatures(landmarks), got {got}")
 
 
@@ -870,9 +880,10 @@ def groups(value: object, num_groups: object, z: Tensor) -> int:
 
 def pairs(value: Any, num_groups: int) -> Tensor:
     """Pairs of groups as an integer tensor (P, 2)."""
-    if isinstance(value, str):
-        raise TypeError("pairs must be pairs of integers, got str")
-    index = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    try:
+        index = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"pairs must be pairs of integers, got {received(value)}") from None
     whole = index.dtype != torch.bool and not index.is_floating_point() and not index.is_complex()
     if index.ndim != 2 or index.shape[1] != 2 or index.numel() == 0 or not whole:
         raise ValueError(f"pairs must be pairs of integers, shape (P, 2), got shape {tuple(index.shape)} of {index.dtype}")
@@ -942,8 +953,7 @@ def dims(name: str, value: Dims, ndim: int) -> tuple[int, ...]:
     if isinstance(value, numbers.Integral):
         return (dimension(name, value, ndim),)
     if isinstance(value, str) or not isinstance(value, Sequence):
-        received = repr(value) if isinstance(value, str) else type(value).__name__
-        raise TypeError(f"{name} must be an integer, a sequence of integers or 'all', got {received}")
+        raise TypeError(f"{name} must be an integer, a sequence of integers or 'all', got {received(value)}")
     found = tuple(sorted(dimension(f"each of {name}", dim, ndim) for dim in value))
     if len(set(found)) != len(found):
         raise ValueError(f"{name} must name each dimension once, got {tuple(value)}")
@@ -965,15 +975,15 @@ def _parametrisation(scale: Any, offset: Any, bounds: Any, soft_clamp: Any) -> P
         raise TypeError(f"scale must be a name, got {type(scale).__name__}")
     option("scale", scale, get_args(ScaleKind))
     offset = real("scale_offset", offset, at_least=0)
+    clamp = None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0)
     if bounds is not None:
         bounds = ordered("logvar_bounds", bounds)
         if max(-bounds[0], bounds[1]) > 1e30:
             raise ValueError(f"logvar_bounds must lie between -1e30 and 1e30, got ({bounds[0]:g}, {bounds[1]:g})")
         if scale != "logvar":
             raise ValueError(f"logvar_bounds must be None for scale={scale!r}, got {bounds}")
-        if soft_clamp is not None:
-            raise ValueError(f"soft_clamp must be None if logvar_bounds is given, got {soft_clamp}")
-    clamp = None if soft_clamp is None else real("soft_clamp", soft_clamp, above=0)
+        if clamp is not None:
+            raise ValueError(f"soft_clamp must be None if logvar_bounds is given, got {clamp}")
     return Parametrisation(cast(ScaleKind, scale), offset, bounds, clamp)
 
 
@@ -983,7 +993,7 @@ _cached_parametrisation = functools.lru_cache(maxsize=256, typed=True)(_parametr
 def ordered(name: str, value: Any) -> tuple[float, float]:
     """(low, high), two numbers in order."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"{name} must be (low, high), got {value!r}")
+        raise ValueError(f"{name} must be (low, high), got {received(value)}")
     low, high = (real(f"each of {name}", bound) for bound in value)
     if not low < high:
         raise ValueError(f"{name} must be (low, high) with low < high, got ({low:g}, {high:g})")

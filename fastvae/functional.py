@@ -642,6 +642,7 @@ def reparameterize_kl(
     if (
         type(kl_dims) is int
         and type(scale) is str
+        and type(scale_offset) is float
         and (kl_dims, scale, scale_offset) == _DEFAULTS
         and (eps is None and backend is None and prior is None and logvar_bounds is None and soft_clamp is None)
         and isinstance(mu, Tensor)

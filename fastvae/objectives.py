@@ -339,9 +339,9 @@ class VAEObjective(GroupModule):
         checks.option("tc_estimator", tc_estimator, checks.DENSITY_ESTIMATORS)
         self.tc_estimator = tc_estimator
         if not isinstance(dip, Sequence) or len(dip) != 3:
-            raise ValueError(f"dip must be (lambda_od, lambda_d, kind), got {dip!r}")
+            raise ValueError(f"dip must be (lambda_od, lambda_d, kind), got {checks.received(dip)}")
         lambda_od, lambda_d, self.dip_kind = dip
-        self.dip_weights = checks.real("lambda_od", lambda_od, at_least=0), checks.real("lambda_d", lambda_d, at_least=0)
+        self.dip_weights = checks.real("lambda_od of dip", lambda_od, at_least=0), checks.real("lambda_d of dip", lambda_d, at_least=0)
         checks.option("the kind of dip", self.dip_kind, get_args(DipKind))
         self.process_group: ProcessGroup | None = None
 
@@ -414,6 +414,7 @@ class VAEObjective(GroupModule):
         mmd_rows: MMDRows = "sample",
     ) -> VAEObjective:
         """InfoVAE with alpha = 1: no KL, `lambda_` times the MMD²."""
+        lambda_ = checks.real("lambda_", lambda_, at_least=0)
         return cls.info_vae(1.0, lambda_, bandwidth=bandwidth, estimator=estimator, mmd_rows=mmd_rows)
 
     @classmethod
@@ -434,6 +435,7 @@ class VAEObjective(GroupModule):
     def beta_tc_vae(cls, beta: float, dataset_size: int, *, estimator: checks.DensityEstimator = "minibatch_weighted") -> VAEObjective:
         """The negative ELBO with `beta` ≥ 1 times the total correlation within the KL. Source: Chen et al. 2018, with α = γ = 1."""
         tc_weight = checks.real("beta", beta, at_least=1) - 1
+        checks.option("estimator", estimator, checks.DENSITY_ESTIMATORS)
         return cls(tc_weight=tc_weight, dataset_size=dataset_size, tc_estimator=estimator)
 
     @classmethod
@@ -446,7 +448,8 @@ class VAEObjective(GroupModule):
         """The negative ELBO plus DIP. `lambda_d` is 10·lambda_od (kind "i") or lambda_od ("ii") by default. Source: Kumar et al. 2018."""
         checks.option("kind", kind, get_args(DipKind))
         lambda_od = checks.real("lambda_od", lambda_od, at_least=0)
-        return cls(dip=(lambda_od, (10 if kind == "i" else 1) * lambda_od if lambda_d is None else lambda_d, kind))
+        lambda_d = (10 if kind == "i" else 1) * lambda_od if lambda_d is None else checks.real("lambda_d", lambda_d, at_least=0)
+        return cls(dip=(lambda_od, lambda_d, kind))
 
     @classmethod
     def iwae(cls, samples: int, *, gradient: BoundGradient = "reparameterised") -> ImportanceWeighted:

@@ -65,8 +65,10 @@ class DiagonalGaussianDistribution:
         checks.moments("parameters", parameters, dim)
         if not isinstance(deterministic, bool):
             raise TypeError(f"deterministic must be a bool, got {type(deterministic).__name__}: parameters hold both halves")
-        if logvar_bounds == LOGVAR_BOUNDS and (scale != "logvar" or soft_clamp is not None):
-            logvar_bounds = None
+        # An array is not compared: the checks say what is wrong with it.
+        if isinstance(logvar_bounds, tuple) and logvar_bounds == LOGVAR_BOUNDS:
+            plain = isinstance(scale, str) and scale == "logvar" and soft_clamp is None
+            logvar_bounds = LOGVAR_BOUNDS if plain else None
         self._parametrisation = checks.parametrisation(scale, scale_offset, logvar_bounds, soft_clamp)
         self.parameters = parameters
         self.deterministic = deterministic

@@ -267,7 +267,7 @@ def alibi_detect(
     if isinstance(sigma, str):
         checks.option("sigma", sigma, checks.BANDWIDTH_RULES)
         sigma = _of_data((median_bandwidth if sigma == "median" else mean_bandwidth)(x))
-    h = sigma.reshape(-1) if isinstance(sigma, Tensor) else checks.positive_numbers("sigma", sigma)
+    h = checks.bandwidth_vector("sigma", sigma, x.device)
     return mmd(x, y, bandwidth=h, bandwidth_weights=[1 / len(h)] * len(h), estimator="unbiased", **options)
 
 
@@ -703,7 +703,7 @@ def eb_jepa(z1: Tensor, z2: Tensor, *, lmbd: float = 10.0, **options: Unpack[Sli
 
 
 def _schrab_kernel(name: str, known: dict[str, tuple[Kernel, float]]) -> tuple[Kernel, float]:
-    if name in ("laplace", "laplace_gaussian", "gaussian_laplace") or (isinstance(name, str) and name.endswith("_l1")):
+    if isinstance(name, str) and (name in ("laplace", "laplace_gaussian", "gaussian_laplace") or name.endswith("_l1")):
         raise ValueError(f"kernel must use the Euclidean distance, one of {', '.join(map(repr, known))}, got {name!r} of the L1 norm")
     checks.option("kernel", name, known)
     return known[name]

@@ -250,7 +250,7 @@ def test_duplicates(pairs):
     if DEVICE != "cpu":
         assert median_bandwidth(z, pairs=pairs).isnan()
         return
-    with pytest.raises(ValueError, match=r"^the median distance between rows must be greater than 0 for bandwidth='median', got 0"):
+    with pytest.raises(ValueError, match=r"^the median distance between rows must be greater than 0 to be a bandwidth, got 0"):
         median_bandwidth(z, pairs=pairs)
     with pytest.raises(ValueError, match=r"median distance"):
         median_bandwidth(rows(2), self_pairs=True)

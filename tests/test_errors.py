@@ -36,8 +36,8 @@ BAD_MMD = [
     ((X, Y), {"bandwidth": []}, ValueError, "bandwidth must hold at least one value, got none"),
     ((X, Y), {"bandwidth": "medain"}, ValueError, "bandwidth must be a number, several, or one of 'median', 'mean', got 'medain'"),
     ((X, Y), {"bandwidth": ["median"]}, TypeError, "bandwidth must be a number, got str"),
-    ((X, 0 * Y), {"bandwidth": "median"}, ValueError, "the median distance between rows must be greater than 0 for bandwidth='median'"),
-    ((X, 0 * Y), {"bandwidth": "mean"}, ValueError, "the mean distance between rows must be greater than 0 for bandwidth='mean', got 0"),
+    ((X, 0 * Y), {"bandwidth": "median"}, ValueError, "the median distance between rows must be greater than 0 to be a bandwidth"),
+    ((X, 0 * Y), {"bandwidth": "mean"}, ValueError, "the mean distance between rows must be greater than 0 to be a bandwidth, got 0"),
     ((X, Y), {"bandwidth": True}, TypeError, "bandwidth must be a number, got bool"),
     ((X, Y), {"bandwidth": torch.tensor([1.0, 0.0])}, ValueError, "bandwidth must be greater than 0, got 0"),
     (
@@ -528,3 +528,71 @@ def test_vae_builders(build, error, sentence):
     with pytest.raises(error) as caught:
         build()
     assert str(caught.value) == sentence
+
+
+# The arguments that a call needs, valid ones.
+Z = torch.arange(12.0).view(4, 3)
+CALLED = {
+    "mmd": (Z, Z),
+    "mmd_to_normal": (Z,),
+    "kernel_matmul": (Z, Z, Z),
+    "witness": (Z, Z, Z),
+    "group_mmd": (Z, torch.tensor([0, 0, 1, 1])),
+    "log_kernel_density": (Z, Z),
+    "ksd_to_normal": (Z,),
+    "sigreg": (Z,),
+    "reparameterize_kl": (Z, Z),
+    "reparameterize_kl_moments": (Z[:, :2],),
+    "gaussian_kl": (Z, Z),
+    "DiagonalGaussianDistribution": (Z[:, :2],),
+    "median_bandwidth": (Z,),
+    "mean_bandwidth": (Z,),
+    "two_sample_test": (Z, Z),
+    "MMDLoss": (),
+    "SIGReg": (),
+    "VAEObjective": (),
+    "VAEObjective.vae": (),
+    "VAEObjective.beta_vae": (2.0,),
+    "VAEObjective.info_vae": (0.5, 3.0),
+    "VAEObjective.mmd_vae": (2.0,),
+    "VAEObjective.wae_mmd": (2.0,),
+    "VAEObjective.beta_tc_vae": (2.0, 9),
+    "VAEObjective.capacity_vae": (2.0, 3.0),
+    "VAEObjective.dip_vae": (2.0,),
+    "VAEObjective.iwae": (2,),
+    "KernelMean": {"points": Z, "norm": 1.0, "bandwidth": 1.0},
+    "KernelMean.fit": (Z,),
+    "RandomFeatures": (2,),
+    "NystromFeatures": (2,),
+    "Gaussian": (),
+    "Laplace": (),
+    "VAE.mlp": {"shape": 4, "latent_dim": 2},
+    "VAE.conv": {"shape": (1, 8, 8), "latent_dim": 2},
+}
+CALLED |= {f"recipes.{name}": (Z, Z) for name in ("alibi_detect", "cmmd", "dan", "deepda", "drifting", "geomloss", "mmdagg", "mmd_gan")}
+CALLED |= {f"recipes.{name}": (Z, Z) for name in ("mmd_gan_mix", "pythae", "pytorch_adapt", "pytorch_vae", "stable_audio", "wae")}
+
+
+def refusal(function, arguments):
+    """The sentence of its error, or an empty one."""
+    try:
+        function(**arguments)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_an_error_names_an_argument_of_the_call(name):
+    """Also where the value is an array, which has no single truth value."""
+    function = functools.reduce(getattr, name.split("."), fastvae)
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    valid = CALLED[name] if isinstance(CALLED[name], dict) else dict(zip(parameters, CALLED[name], strict=False))
+    for parameter in parameters:
+        for bad in (object(), "bad", -2.0, Z.numpy(), Z, torch.zeros(0, 3), torch.zeros(3, dtype=torch.long)):
+            sentence = refusal(function, valid | {parameter: bad})
+            rule, _, received = sentence.partition(", got ")
+            assert "\n" not in sentence
+            assert not sentence or parameter in rule
+            named = re.findall(r"(?<!\.)\b([a-z_]+)=", f"{rule} {received.partition(':')[2]}")
+            assert set(named) <= set(parameters), sentence

@@ -490,7 +490,7 @@ def test_a_third_derivative_raises_unless_z_is_constant_in_it():
         lambda: second_derivative(lambda z: torch.autograd.grad(fastvae.ksd_to_normal(z), z, create_graph=True)[0].sum(), z, direction),
     ]
     for way in ways:
-        with pytest.raises(NotImplementedError, match="ksd_to_normal has no third derivative: pass backend='reference'"):
+        with pytest.raises(NotImplementedError, match="ksd_to_normal has no third derivative: call it with backend='reference'"):
             way()
 
 

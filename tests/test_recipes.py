@@ -485,7 +485,7 @@ def test_compile():
         (lambda x, y: recipes.pytorch_vae(x, y, model="vae"), "model must be one of 'info_vae', 'wae_mmd', got 'vae'"),
         (lambda x, y: recipes.geomloss(x, y, loss="sinkhorn"), "loss must be one of 'gaussian', 'laplacian', 'energy', got 'sinkhorn'"),
         (lambda x, y: recipes.alibi_detect(x, y, sigma="max"), "sigma must be one of 'median', 'mean', got 'max'"),
-        (lambda x, y: recipes.alibi_detect(x, y, sigma=-1), "every one of sigma must be greater than 0, got -1"),
+        (lambda x, y: recipes.alibi_detect(x, y, sigma=-1), "^sigma must be greater than 0, got -1"),
         (lambda x, y: recipes.pytorch_adapt(x, y, mmd_type="cubic"), "mmd_type must be one of 'linear', 'quadratic', got 'cubic'"),
         (
             lambda x, y: recipes.trvae(x, torch.tensor([0, 1] * 4 + [0]), boundary=2),

@@ -524,7 +524,7 @@ X, Y = torch.zeros(4, 3), torch.ones(5, 3)
         ),
         ((X, Y), {"bandwidth": "scott"}, ValueError, "bandwidth must be a number, several, or one of 'median', 'mean', got 'scott'"),
         ((X, Y), {"bandwidth": "scott", "aggregate": "agg"}, ValueError, "bandwidth must be a number, several, or one of 'median'"),
-        ((X, X), {}, ValueError, "the median distance between rows must be greater than 0 for bandwidth='median', got 0"),
+        ((X, X), {}, ValueError, "the median distance between rows must be greater than 0 to be a bandwidth, got 0"),
         ((X, Y), {"aggregate": "fuse"}, ValueError, "the 5 % quantile of the distances between rows must be greater than 0"),
         ((X, Y), {"precision": "low"}, ValueError, "precision must be one of None, 'highest', 'high', 'medium', 'ieee', got 'low'"),
     ],

@@ -242,7 +242,7 @@ def no_forward_mode(name: str, has_reference: bool = True) -> Any:
     message = f"{name} has no derivative in forward mode, which torch.func.jvp, jacfwd and hessian take: use torch.func.grad or jacrev"
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
-        raise NotImplementedError(message + (", or pass backend='reference', which is dense and has one" if has_reference else ""))
+        raise NotImplementedError(message + (", or call it with backend='reference', which is dense and has one" if has_reference else ""))
 
     return staticmethod(jvp)
 
@@ -377,7 +377,9 @@ def forbid_derivative(message: str, t: Tensor, *inputs: Tensor | None) -> Tensor
 
 def forbid_second_derivative(name: str, grad: Tensor, *inputs: Tensor | None, has_reference: bool = True) -> Tensor:
     """`grad`, which depends on `inputs`."""
-    message = f"{name} has no second derivative" + (": pass backend='reference', which is dense and has one" if has_reference else "")
+    message = f"{name} has no second derivative" + (
+        ": call it with backend='reference', which is dense and has one" if has_reference else ""
+    )
     return forbid_derivative(message, grad, *inputs)
 
 
@@ -385,7 +387,7 @@ def forbid_third_derivative(name: str, t: Tensor | None, *inputs: Tensor | None)
     """What a second derivative depends on besides its direction, in which it is linear."""
     if t is None:
         return None
-    return forbid_derivative(f"{name} has no third derivative: pass backend='reference', which is dense and has one", t, *inputs)
+    return forbid_derivative(f"{name} has no third derivative: call it with backend='reference', which is dense and has one", t, *inputs)
 
 
 def gradients_function(
@@ -445,7 +447,7 @@ def direction_of_all_ranks(name: str, direction: Tensor, group: str) -> Tensor:
 
 _BANDWIDTHS = (
     "with respect to bandwidths and their weights: detach them, or divide the samples by one bandwidth, as in x / h and y / h, or "
-    "pass backend='reference', which is dense and has one"
+    "call it with backend='reference', which is dense and has one"
 )
 
 
