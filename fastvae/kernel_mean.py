@@ -60,6 +60,8 @@ class KernelMean(nn.Module):
 
     Attributes:
         points, weights, norm, error: As above; `weights`, `norm` and `error` in float64. `weights` is None for equal weights.
+            What a CPU prepares of the points is kept until they change. A change in place that PyTorch does not count, by `points.data` or
+            by an array that shares their memory, is not noticed: assign the points anew.
         kernel, bandwidth, bandwidth_weights: The kernel as a `fastvae.Kernel` and tuples of numbers.
 
     Raises:
@@ -71,8 +73,8 @@ class KernelMean(nn.Module):
     weights: Tensor | None
     norm: Tensor
     error: Tensor
-    # The points, their version and what was prepared of them.
-    _prepared: tuple[Tensor, int, Landmarks] | None = None
+    # The points, their version and address, and what was prepared of them.
+    _prepared: tuple[Tensor, tuple[int, int], Landmarks] | None = None
 
     def __init__(
         self,
@@ -309,12 +311,13 @@ class KernelMean(nn.Module):
     def _landmarks(self, dtype: torch.dtype) -> Landmarks:
         """The points in `dtype`, prepared once for the steps of a training."""
         points, found = self.points, self._prepared
-        version = -1 if points.is_inference() else points._version
-        if found is not None and version >= 0 and found[0] is points and found[1] == version and found[2].z.dtype == dtype:
+        # An assignment to `points.data` changes the address alone.
+        state = None if points.is_inference() else (points._version, points.data_ptr())
+        if found is not None and found[0] is points and found[1] == state and found[2].z.dtype == dtype:
             return found[2]
         prepared = Landmarks.of(points.detach().to(dtype))
-        if version >= 0 and not prepared.z.is_inference():
-            self._prepared = points, version, prepared
+        if state is not None and not prepared.z.is_inference():
+            self._prepared = points, state, prepared
         return prepared
 
     def __getstate__(self) -> dict[str, Any]:

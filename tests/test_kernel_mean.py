@@ -438,6 +438,10 @@ def test_points_that_change_are_prepared_anew():
     compare(other)
     other.points = other.points + 0.25
     compare(other)
+    other.points.data = other.points + 0.25
+    compare(other)
+    other.load_state_dict(mean.state_dict(), assign=True)
+    compare(other)
     compare(other.to(DEVICE))
     assert set(mean.state_dict()) == {"points", "weights", "norm", "error", "_extra_state"}
     assert "_prepared" not in mean.__getstate__()
