@@ -88,7 +88,9 @@ def log_kernel_density(
             )
             return density + zero_if_finite(x, y, *([] if w is None else [w])).to(dtype)
     batch, (n, m) = x.shape[:-2], (x.shape[-2], y.shape[-2])
-    flat = x.reshape(-1, n, dim), y.reshape(-1, m, dim), None if y_weights is None else y_weights.reshape(-1, m)
+    flat: Any = (x, y, y_weights)
+    if len(batch) > 1:
+        flat = x.flatten(0, -3), y.flatten(0, -3), None if y_weights is None else y_weights.flatten(0, -2)
 
     def of_one(h: Numbers) -> Any:
         return apply_log_kernel_density(*flat, *kernel_arguments(family, h, [1.0]), precision or "", backend or "")

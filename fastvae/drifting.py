@@ -11,7 +11,16 @@ from torch import Tensor
 
 from fastvae import checks
 from fastvae.dispatch import accumulation_dtype
-from fastvae.ops.common import forbid_second_derivative, loop_over_batch, needs_grad, no_forward_mode, without_autocast, without_grad
+from fastvae.ops.common import (
+    forbid_second_derivative,
+    gradient_to,
+    loop_over_batch,
+    needs_grad,
+    no_forward_mode,
+    scaled,
+    without_autocast,
+    without_grad,
+)
 
 # Numbers of the rows of the problems that a CPU takes together, which then fit its second-level cache.
 _NUMBERS_AT_ONCE = 1 << 18
@@ -84,7 +93,7 @@ def drifting(
     radii = tuple(checks.positive_numbers("temperatures", temperatures))
     dtype, batch = accumulation_dtype(generated.dtype), generated.shape[:-2]
     with without_autocast(generated.device):
-        parts = [z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
+        parts = [z.to(dtype) if z.ndim == 3 else z.to(dtype).reshape(-1, *z.shape[-2:]) for _, z in samples]
         w = torch.cat([w.to(dtype).reshape(z.shape[:-1]) for z, w in zip(parts, row_weights, strict=True)], 1)
         checks.nonzero_sum("the weights of all rows", w)
         others = [z.detach() for z in parts[1:]]
@@ -111,10 +120,11 @@ class _Drifting(torch.autograd.Function):
         found, *parts = ctx.saved_tensors
         if grad is None:
             return (None,) * (2 + len(parts))
-        gradient = found * grad[:, None, None]
-        if not _forms_fields(parts):
+        if _forms_fields(parts):
+            gradient = gradient_to(parts[0], found, grad)
+        else:
             with without_autocast(grad.device):
-                gradient = without_grad(_field, gradient, parts)
+                gradient = without_grad(_field, scaled(found, grad), parts)
         gradient = forbid_second_derivative("drifting", gradient, grad, parts[0], has_reference=False)
         return None, None, gradient, *[None] * (len(parts) - 1)
 

@@ -356,7 +356,7 @@ def kernel_matmul(
                 out = reference.normalized_matmul(x, y, columns, normalize=normalize, bandwidth=h, bandwidth_weights=a, kernel=family)
             out = out + zero_if_finite(x, y, columns).to(dtype)
     elif normalize is not None:
-        flat = [t.reshape(-1, *t.shape[-2:]) for t in (x, y, columns)]
+        flat = [t.flatten(0, -3) if len(batch) > 1 else t for t in (x, y, columns)]
         out = apply_normalized_matmul(*flat, *kernel_arguments(family, h, a), normalize, *options)[0]
         out = out.reshape(*batch, *out.shape[-2:])
     else:

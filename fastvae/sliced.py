@@ -96,8 +96,8 @@ def sigreg(
             options = {"num_points": num_points, "t_max": t_max, "t_min": t_min, "scale_by_n": scale_by_n}
             return reference.sigreg(z.to(dtype), directions, **options)  # type: ignore[arg-type]
         points = _points(num_points, t_max, t_min)
-        samples = z.flatten(0, -3) if z.ndim > 3 else z if z.ndim == 3 else z[None]
-        sums = characteristic_sums(samples, directions, points.base, points.steps, points.odd, precision or "", backend or "")
+        # Not a view: a compiled backward pass refuses its derivatives to the inputs of a graph alone, and takes others for zero.
+        sums = characteristic_sums(z, directions, points.base, points.steps, points.odd, precision or "", backend or "")
         n: int | Tensor = z.shape[-2]
         if process_group is not None:
             total = sum_shares(torch.cat([sums.flatten(), sums.new_full((1,), z.shape[-2])]), process_group)

@@ -8,7 +8,7 @@ import torch
 from torch import func
 
 import fastvae
-from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional, vae
+from fastvae import VAE, Gaussian, MMDLoss, VAEObjective, functional, recipes, vae
 from fastvae.ops.reparameterize_kl import epsilon
 from tests.cases import DEVICE
 
@@ -182,6 +182,17 @@ def test_compiled_derivatives_run_uncompiled_or_say_so(transform, name, x):
         return
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"must not be compiled with fullgraph=True: without it"):
         COMPILED_DERIVATIVES[transform](OPERATIONS[name], x, fullgraph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(name for name in OF_EACH if name != "mmd, linear"), "drifting"])
+def test_second_derivative_of_what_is_compiled_is_refused(name, x):
+    """Where the operation takes an input of the graph. PyTorch takes derivatives to what a compiled backward pass lacks for zero."""
+    rows, operation = (x[None], lambda x: recipes.drifting(x, y[None]).sum()) if name == "drifting" else (x, OPERATIONS[name])
+    leaf = rows.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(compiled(operation)(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(gradient.norm(), leaf)
 
 
 @pytest.mark.slow

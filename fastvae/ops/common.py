@@ -333,7 +333,7 @@ def scaled(rows: Tensor | None, factor: Tensor) -> Tensor | None:
 
 def gradient_to(rows: Tensor, gradient: Tensor, grad_value: Tensor) -> Tensor:
     """`scaled` in the dtype of the rows that it is the gradient to."""
-    if is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return cast(Tensor, gradient_to_op(rows, gradient, grad_value))
     return _gradient_to(rows, gradient, grad_value)
 

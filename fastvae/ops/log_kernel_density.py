@@ -39,7 +39,7 @@ SHARES = {"rows": (1.0, 0.0), "columns": (0.0, 1.0), "both": (0.5, 0.5)}
 
 
 class Problem(NamedTuple):
-    """Rows x (B, N, D) and y (B, M, D) of a batch of B problems, and what their sums are of."""
+    """Rows x (B, N, D) and y (B, M, D) of a batch of B problems, or x (N, D) and y (M, D) of one, and what their sums are of."""
 
     x: Tensor
     y: Tensor
@@ -54,6 +54,9 @@ class Problem(NamedTuple):
 
     def each(self, slope: bool, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """function(sweeps, *tensors) of each problem, or of several at once, with the sweeps of each bandwidth and a part of the batch."""
+        if self.x.ndim == 2:
+            batch = self._replace(x=self.x[None], y=self.y[None])
+            return tuple(t[0] for t in batch.each(slope, function, *(None if t is None else t[None] for t in tensors)))
         parts: list[tuple[Tensor, ...]] = []
         x, y = (z.to(accumulation_dtype(z.dtype)) for z in (self.x, self.y))
         with without_autocast(x.device):

@@ -21,11 +21,11 @@ BACKWARD_SCHEMA = "(Tensor grad, Tensor z, Tensor directions, float base, SymInt
 
 
 def _sums(z: Tensor, directions: Tensor, base: float, steps: int, odd: bool, precision: str, backend: str) -> Tensor:
-    """Sums over n of cos(t·p_nk) and sin(t·p_nk), (steps, chains, 2, B, K) in float64, for z (B, N, D) and directions (D, K).
+    """Sums over n of cos(t·p_nk) and sin(t·p_nk), (steps, chains, 2, B, K) in float64, for B samples z (..., N, D) and directions (D, K).
 
     t is base·(1, 3, 5, …), one chain, if `odd`, else base·(1, 2, 3, …), of which the second chain has the even multiples.
     """
-    points = Points(base, steps, odd)
+    points, z = Points(base, steps, odd), _with_one_batch_dimension(z)
     if runs_on_triton(backend, z):
         import fastvae.kernels.sigreg as kernels
 
@@ -34,18 +34,22 @@ def _sums(z: Tensor, directions: Tensor, base: float, steps: int, odd: bool, pre
         return cpu.forward(z, directions, points)
 
 
+def _with_one_batch_dimension(z: Tensor) -> Tensor:
+    return z if z.ndim == 3 else z.reshape(-1, *z.shape[-2:])
+
+
 def _fake_sums(z: Tensor, directions: Tensor, base: float, steps: int, odd: bool, *_: Any) -> Tensor:
-    return z.new_empty((steps, 1 if odd else 2, 2, z.shape[0], directions.shape[1]), dtype=torch.float64)
+    return z.new_empty((steps, 1 if odd else 2, 2, z.shape[:-2].numel(), directions.shape[1]), dtype=torch.float64)
 
 
 def _gradient(grad: Tensor, z: Tensor, directions: Tensor, base: float, steps: int, odd: bool, precision: str, backend: str) -> Tensor:
-    points = Points(base, steps, odd)
+    points, samples = Points(base, steps, odd), _with_one_batch_dimension(z)
     if runs_on_triton(backend, z):
         import fastvae.kernels.sigreg as kernels
 
-        return cast(Tensor, kernels.backward(grad, z, directions, points, matmul_precision(precision)))
+        return cast(Tensor, kernels.backward(grad, samples, directions, points, matmul_precision(precision))).view(z.shape)
     with without_autocast(z.device):
-        return cpu.backward(grad, z, directions, points).to(z.dtype)
+        return cpu.backward(grad, samples, directions, points).to(z.dtype).view(z.shape)
 
 
 def _fake_gradient(grad: Tensor, z: Tensor, *_: Any) -> Tensor:
