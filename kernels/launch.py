@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple[Any, ...]]] = {}
 # A parameter that changes at each step makes new keys for old kernels.
 _MOST = 4096
+# CUDA takes so many programs along the second and the third dimension of a grid, and 2³¹ − 1 along the first.
+_MOST_PROGRAMS = 65_535
 # Neither 1 nor multiples of 16.
 _PLAIN_INTEGER, _PLAIN_LONG = 17, (1 << 40) + 17
 
@@ -32,6 +34,11 @@ def launch(
         args: the arguments before the constexprs in the signature of `fn`. A NamedTuple may hold tensors, integers and floats.
         constants: the constexprs and the compiler's options, by name. Called only when the kernel is not compiled yet.
     """
+    if grid[1] > _MOST_PROGRAMS or grid[2] > _MOST_PROGRAMS:
+        size = max(grid[1:])
+        raise ValueError(
+            f"{fn.fn.__name__} must have at most {_MOST_PROGRAMS} blocks of rows, features, columns or problems, got {size}: pass fewer"
+        )
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(fn, key, device, grid, args, constants)

@@ -350,6 +350,26 @@ def test_second_derivative_by_triton_in_float32(kernel, n, d, offset, options):
 
 @needs_triton
 @pytest.mark.interpreter
+def test_triton_batch_of_more_than_one_launch(monkeypatch, interpreter_warnings):
+    from fastvae.ops import common
+
+    z, direction = (
+        torch.stack([sample(6, 3, torch.float64) * n for n in (1, 2, 3)]),
+        torch.ones(3, 6, 3, dtype=torch.float64, device=DEVICE),
+    )
+
+    def results():
+        value = fastvae.ksd_to_normal(leaf := z.clone().requires_grad_(), backend="triton")
+        (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        return value, gradient, torch.autograd.grad(gradient, leaf, direction)[0], fastvae.ksd_to_normal(z, backend="triton")
+
+    expected = results()
+    monkeypatch.setattr(common, "_MOST_PADDED", 2 * 128 * 16)
+    torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+
+
+@needs_triton
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("precision", "rtol"), [("ieee", 2e-5), ("high", 5e-3), ("medium", 5e-2)])
 def test_precision_of_the_second_derivative(precision, rtol):
     z = sample(80, 70, torch.float32)

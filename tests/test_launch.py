@@ -151,6 +151,15 @@ def test_integers_of_tuples_are_compiled_unspecialised():
     assert [value >= 1 << 31 for value in rows] == [False, False, False, True]
 
 
+def test_a_grid_that_cuda_does_not_take_is_refused():
+    """In a sentence, and not as an invalid argument of CUDA."""
+    from fastvae.kernels.launch import launch
+    from fastvae.kernels.total_correlation import marginal_kernel
+
+    with pytest.raises(ValueError, match=r"^marginal_kernel must have at most 65535 blocks of rows, .* got 70000: pass fewer$"):
+        launch(marginal_kernel, (), torch.device("cpu"), (1, 70_000, 1), (), dict)
+
+
 def test_a_kernel_without_a_family_is_refused():
     from fastvae.kernels.families import family_of
     from fastvae.radial import Kernel

@@ -572,12 +572,12 @@ def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
 @needs_triton
 @pytest.mark.interpreter
 def test_a_batch_of_more_than_one_launch(monkeypatch):
-    from fastvae.ops import mmd_problem
+    from fastvae.ops import common
 
     # In float32 one kernel for few rows would take them.
     x, y = (torch.randn(5, rows, 3, dtype=torch.float64, device=DEVICE) for rows in (6, 4))
     expected_values = fastvae.mmd(x, y, backend="triton")
-    monkeypatch.setattr(mmd_problem, "_MOST_PADDED", 2 * 128 * 16)
+    monkeypatch.setattr(common, "_MOST_PADDED", 2 * 128 * 16)
     torch.testing.assert_close(fastvae.mmd(x, y, backend="triton"), expected_values, rtol=0, atol=0)
 
 

@@ -126,6 +126,16 @@ def matmul_precision(precision: str) -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
+# The most elements of a padded sample of all problems in one launch, 64 MiB in float32, of which a sweep has about ten copies. That is four
+# thousand problems of up to 128 rows and 32 features, enough to fill any GPU.
+_MOST_PADDED = 1 << 24
+
+
+def problems_in_a_launch(rows: int, features: int) -> int:
+    """As many problems of a batch as one launch takes. Each is padded to whole tiles, which is much for a small one."""
+    return max(1, _MOST_PADDED // ((rows + -rows % 128) * (features + -features % 16)))
+
+
 def without_grad(function: Any, *args: Any) -> Any:
     """Calls `function` without gradients: PyTorch cannot differentiate a custom op within a transform of `torch.func`."""
     if not torch.is_grad_enabled():

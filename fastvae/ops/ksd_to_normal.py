@@ -28,6 +28,7 @@ from fastvae.ops.common import (
     leaves,
     matmul_precision,
     needs_grad,
+    problems_in_a_launch,
     refuse_tangents,
     save_arguments,
     save_inputs,
@@ -85,8 +86,19 @@ def _on_triton(problem: Problem) -> cpu.Result:
     import fastvae.kernels.ksd_to_normal as kernels
 
     z, whole, numbers = problem.z, problem.z if problem.all_z is None else problem.all_z, problem.kernel.numbers(problem.z)
-    arguments = numbers, problem.unbiased, matmul_precision(problem.precision)
-    return cast(cpu.Result, kernels.ksd_to_normal(whole, problem.start, z.shape[-2], problem.z_grad, *arguments))
+    arguments = problem.start, z.shape[-2], problem.z_grad, numbers, problem.unbiased, matmul_precision(problem.precision)
+    found: list[cpu.Result] = [kernels.ksd_to_normal(part, *arguments) for part in _launches(whole)]
+    gradients = [gradient for _, gradient in found if gradient is not None]
+    return _joined([value for value, _ in found]), _joined(gradients) if gradients else None
+
+
+def _launches(rows: Tensor) -> Sequence[Tensor]:
+    """The problems of a batch that one launch takes together, or the only one."""
+    return [rows] if rows.ndim == 2 else torch.split(rows, problems_in_a_launch(*rows.shape[1:]))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _on_cpu(problem: Problem) -> cpu.Result:
@@ -144,9 +156,9 @@ def _hessian_on_triton(problem: Problem, direction: Tensor, all_direction: Tenso
     import fastvae.kernels.ksd_to_normal as kernels
 
     z, whole, numbers = problem.z, problem.z if problem.all_z is None else problem.all_z, problem.kernel.numbers(problem.z)
-    arguments = numbers, problem.unbiased, matmul_precision(problem.precision)
-    whole_direction = direction if all_direction is None else all_direction
-    return cast(Tensor, kernels.hessian_product(whole, whole_direction, problem.start, z.shape[-2], *arguments))
+    arguments = problem.start, z.shape[-2], numbers, problem.unbiased, matmul_precision(problem.precision)
+    parts = zip(_launches(whole), _launches(direction if all_direction is None else all_direction), strict=True)
+    return _joined([kernels.hessian_product(*part, *arguments) for part in parts])
 
 
 def _hessian_on_cpu(problem: Problem, direction: Tensor, all_direction: Tensor | None) -> Tensor:

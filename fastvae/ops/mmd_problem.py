@@ -17,7 +17,14 @@ from fastvae.cpu.closed_forms import Sample, bandwidth_gradients, diagonal_hessi
 from fastvae.cpu.inductor import InductorSweep
 from fastvae.dispatch import accumulation_dtype, runs_on_triton
 from fastvae.kernel_sums import rounding_of_sum
-from fastvae.ops.common import KernelArguments, direction_of_all_ranks, matmul_precision, unit_weights, without_autocast
+from fastvae.ops.common import (
+    KernelArguments,
+    direction_of_all_ranks,
+    matmul_precision,
+    problems_in_a_launch,
+    unit_weights,
+    without_autocast,
+)
 from fastvae.ops.kernel_hvp import kernel_hvp
 
 
@@ -70,10 +77,6 @@ _OPTIONS = KERNEL + len(KernelArguments._fields)
 # The value and the gradients to x, y, bandwidths and their weights, None for one that is not asked for.
 Found = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
-# The most elements of a padded sample of all problems in one launch, 64 MiB in float32, of which a sweep has about ten copies. That is four
-# thousand problems of up to 128 rows and 32 features, enough to fill any GPU.
-_MOST_PADDED = 1 << 24
-
 
 def evaluate(problem: Problem) -> Found:
     """From a single sweep over the pairs."""
@@ -116,9 +119,7 @@ def _on_triton(problem: Problem) -> Found:
             return _triton_sweep(problem, precision)
         if (result := _few_rows(problem)) is not None:
             return result
-        # As many problems of a batch as one launch takes. Each is padded to whole tiles, which is much for a small one.
-        rows = max(t.shape[1] for t in problem[:2] if isinstance(t, Tensor))
-        step = max(1, _MOST_PADDED // ((rows + -rows % 128) * (problem.x.shape[2] + -problem.x.shape[2] % 16)))
+        step = problems_in_a_launch(max(t.shape[1] for t in problem[:2] if isinstance(t, Tensor)), problem.x.shape[2])
         parts = (itemgetter(slice(n, n + step)) for n in range(0, problem.x.shape[0], step))
         return _joined([_triton_sweep(_of_tensors(problem, part), precision) for part in parts])
 
