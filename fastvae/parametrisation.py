@@ -58,6 +58,16 @@ class Parametrisation(NamedTuple):
         std = (s.exp() if self.scale == "log_std" else F.softplus(s) if self.scale == "softplus" else s) + self.offset
         return std, 2 * std.log()
 
+    def relative(self, mu: Tensor, s: Tensor, std: Tensor, prior_mu: Tensor, prior_s: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:
+        """(μ − μ₀)/σ₀ and σ/σ₀ of bounded s and s₀, also where both σ underflow."""
+        tiny = torch.finfo(prior_std.dtype).tiny
+        normal = prior_std.clamp(min=tiny)
+        t, ratio = (mu - prior_mu) / normal, std / normal
+        if self.offset or self.scale not in ("logvar", "log_std"):
+            return t, ratio
+        # Only there, as the rounding of a large difference is a factor of its exponential.
+        return t, torch.where(prior_std < tiny, ((0.5 if self.scale == "logvar" else 1.0) * (s - prior_s)).exp(), ratio)
+
     def slope(self, s: Tensor, std: Tensor) -> Tensor | float:
         """The derivative of log σ to a bounded s."""
         if self.scale == "variance":

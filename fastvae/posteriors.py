@@ -144,8 +144,9 @@ class DiagonalGaussianDistribution:
             raise ValueError(f"sample must have as many dimensions as the mean, {mean.ndim}, got {sample.ndim}")
         checks.broadcast("sample", sample, "the mean", mean)
         over = checks.dims("dims", dims, mean.ndim)
-        var = logvar.exp() if self._parametrisation.is_logvar else std.square()
-        nll = 0.5 * (math.log(2 * math.pi) + logvar + (sample.to(dtype) - mean).square() / var)
+        # A sample equal to the mean has a density also where σ underflows.
+        distance = (sample.to(dtype) - mean) / std.clamp(min=torch.finfo(dtype).tiny)
+        nll = 0.5 * (math.log(2 * math.pi) + logvar + distance.square())
         return nll.sum(over) if over else nll
 
     def _noise(self, generator: Generators) -> Tensor:

@@ -25,6 +25,8 @@ from fastvae.parametrisation import Parametrisation
 # exp(x) = exp2(_LOG2_E·x); tl.exp takes three instructions more.
 _LOG2_E = tl.constexpr(LOG2_E)
 _HALF_LOG2_E = tl.constexpr(0.5 * LOG2_E)
+# The least normal numbers.
+_TINY_32, _TINY_64 = tl.constexpr(2.0**-126), tl.constexpr(2.0**-1022)
 
 
 class Array(NamedTuple):
@@ -135,8 +137,7 @@ def forward_kernel(
     # compute the KL by formula (2)
     if SPEC.PRIOR:
         p = _load_gaussian(inputs.prior_mu, inputs.prior_s, place, dtype, SPEC)
-        t = (q.mu - p.mu) / p.std
-        ratio = q.std / p.std
+        t, ratio, _ = _relative(q, p, SPEC)
         twice_kl = t * t + (ratio * ratio - 1) - (q.logvar - p.logvar)
     else:
         twice_kl = q.mu * q.mu + (q.std * q.std - 1) - q.logvar
@@ -176,9 +177,8 @@ def backward_kernel(grads: Gradients, inputs: Inputs, sizes: Sizes, SPEC: tl.con
     # compute the gradients by formulas (3) and (4)
     if SPEC.PRIOR:
         p = _load_gaussian(inputs.prior_mu, inputs.prior_s, place, dtype, SPEC)
-        t = (q.mu - p.mu) / p.std
-        ratio = q.std / p.std
-        grad_mu = dkl * t / p.std
+        t, ratio, prior_std = _relative(q, p, SPEC)
+        grad_mu = dkl * t / prior_std
         if SPEC.PRIOR_GRADIENT:
             _store_gradients(grads.prior_mu, grads.prior_s, -grad_mu, dkl * (1 - t * t - ratio * ratio), p, place, SPEC)
     else:
@@ -267,6 +267,18 @@ def _spread(s, SPEC: tl.constexpr):
             std = s + SPEC.OFFSET
         logvar = 2 * tl.log(std)
     return std, logvar
+
+
+@triton.jit
+def _relative(q: Gaussian, p: Gaussian, SPEC: tl.constexpr):
+    """(μ − μ₀)/σ₀, σ/σ₀ and σ₀, also where both σ underflow, as `fastvae.parametrisation` has them."""
+    TINY: tl.constexpr = _TINY_64 if p.std.dtype == tl.float64 else _TINY_32
+    std = tl.where(p.std < TINY, TINY, p.std)
+    ratio = q.std / std
+    if SPEC.OFFSET == 0 and (SPEC.SCALE == "logvar" or SPEC.SCALE == "log_std"):
+        FACTOR: tl.constexpr = _HALF_LOG2_E if SPEC.SCALE == "logvar" else _LOG2_E
+        ratio = tl.where(p.std < TINY, tl.exp2((q.s - p.s) * FACTOR), ratio)
+    return (q.mu - p.mu) / std, ratio, std
 
 
 @triton.jit

@@ -173,6 +173,28 @@ def test_a_value_that_is_not_finite_gives_nan(backend):
         source[1, 2] = original
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("scale", ["logvar", "log_std"])
+@pytest.mark.usefixtures("interpreter_warnings")
+def test_gaussians_whose_deviations_underflow(scale, backend):
+    """σ/σ₀ is the exponential of a difference, and a distance of 0 is 0 also over σ₀ = 0."""
+    (mu,) = tensors((4, 3), torch.float32, 1)
+    s = torch.full_like(mu, -300.0)
+    inputs = [t.clone().requires_grad_() for t in (mu, s, mu, s + torch.linspace(0, 2, 12, device=DEVICE).view(4, 3))]
+    kl = fastvae.gaussian_kl(*inputs, scale=scale, backend=backend)
+    exact = fastvae.gaussian_kl(*(t.detach().double().requires_grad_() for t in inputs), scale=scale, backend="reference")
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-5)
+    ratio2 = ((1 if scale == "logvar" else 2) * (inputs[1] - inputs[3]).detach().double()).exp()
+    slope = (ratio2 - 1) * (0.5 if scale == "logvar" else 1)
+    for grad, expected in zip(torch.autograd.grad(kl.sum(), inputs), (0 * slope, slope, 0 * slope, -slope), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_density_of_a_mean_whose_deviation_underflows():
+    posterior = fastvae.DiagonalGaussianDistribution(torch.tensor([[1.5, -300.0]], device=DEVICE), logvar_bounds=None)
+    torch.testing.assert_close(posterior.nll(posterior.mean).item(), 0.5 * (np.log(2 * np.pi) - 300.0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_comes_from_the_generator(backend):
     mu, logvar, _ = tensors((50, 20), torch.float32)

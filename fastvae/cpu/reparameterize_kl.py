@@ -117,7 +117,7 @@ def _half_of_sums(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _forward(inputs: Inputs, parametrisation: Parametrisation, out: Tensor | None, scratch: list[Tensor]) -> tuple[Tensor | None, Tensor]:
     """z, if there is ε, and twice the summands of KL. `scratch` holds arrays to use again in the next block."""
     if _is_plain(inputs, parametrisation):
-        mu, logvar, std = inputs.mu, *_plain_spread(inputs.s, parametrisation, scratch)
+        mu, s, (logvar, std) = inputs.mu, inputs.s, _plain_spread(inputs.s, parametrisation, scratch)
     else:
         mu, s = parametrisation.bounded(inputs.mu, inputs.s)
         std, logvar = parametrisation.spread(s)
@@ -128,8 +128,17 @@ def _forward(inputs: Inputs, parametrisation: Parametrisation, out: Tensor | Non
         return z, torch.addcmul(_MINUS_ONE, std, std, out=own).addcmul_(mu, mu).sub_(logvar)
     prior_mu, prior_s = parametrisation.bounded(inputs.prior_mu, inputs.prior_s)
     prior_std, prior_logvar = parametrisation.spread(prior_s)
-    t, ratio = (mu - prior_mu) / prior_std, std / prior_std
+    t, ratio = _relative(parametrisation, mu, s, std, prior_mu, prior_s, prior_std)
     return z, torch.addcmul(_MINUS_ONE, ratio, ratio).addcmul_(t, t).sub_(logvar - prior_logvar)
+
+
+def _relative(
+    parametrisation: Parametrisation, mu: Tensor, s: Tensor, std: Tensor, prior_mu: Tensor, prior_s: Tensor, prior_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(μ − μ₀)/σ₀ and σ/σ₀. With `Parametrisation.relative` alone a KL would take half as long again."""
+    if prior_std.amin() >= torch.finfo(prior_std.dtype).tiny:
+        return (mu - prior_mu) / prior_std, std / prior_std
+    return parametrisation.relative(mu, s, std, prior_mu, prior_s, prior_std)
 
 
 def _plain_spread(s: Tensor, parametrisation: Parametrisation, scratch: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -204,8 +213,8 @@ def _general_gradients(dz: Tensor | None, dkl: Tensor, inputs: Inputs, parametri
     if inputs.prior_mu is not None and inputs.prior_s is not None:
         prior_mu, prior_s = parametrisation.bounded(inputs.prior_mu, inputs.prior_s)
         prior_std, _ = parametrisation.spread(prior_s)
-        t, ratio = (mu - prior_mu) / prior_std, std / prior_std
-        grad_t = dkl * t / prior_std
+        t, ratio = _relative(parametrisation, mu, s, std, prior_mu, prior_s, prior_std)
+        grad_t = dkl * t / prior_std.clamp(min=torch.finfo(prior_std.dtype).tiny)
         prior_grad_s = dkl * (1 - t.square() - ratio.square()) * parametrisation.slope(prior_s, prior_std)
         prior_grads = parametrisation.unbounded_gradients(-grad_t, prior_grad_s, prior_mu, prior_s, inputs.prior_s)
     grad_log_std = dkl * (ratio.square() - 1)

@@ -42,7 +42,7 @@ def reparameterize_kl(
         eps = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
     mu, s = parametrisation.bounded(mu, s)
     std, logvar = parametrisation.spread(s)
-    return mu + std * eps, _kl(mu, std, logvar, kl_dims, parametrisation, prior)
+    return mu + std * eps, _kl(mu, s, std, logvar, kl_dims, parametrisation, prior)
 
 
 def gaussian_kl(
@@ -55,11 +55,12 @@ def gaussian_kl(
 ) -> Tensor:
     """The KL of `reparameterize_kl`."""
     mu, s = parametrisation.bounded(mu, s)
-    return _kl(mu, *parametrisation.spread(s), kl_dims, parametrisation, prior)
+    return _kl(mu, s, *parametrisation.spread(s), kl_dims, parametrisation, prior)
 
 
 def _kl(
     mu: Tensor,
+    s: Tensor,
     std: Tensor,
     logvar: Tensor,
     kl_dims: int | Sequence[int],
@@ -69,7 +70,8 @@ def _kl(
     if prior is not None:
         prior_mu, prior_s = parametrisation.bounded(*prior)
         prior_std, prior_logvar = parametrisation.spread(prior_s)
-        mu, std, logvar = (mu - prior_mu) / prior_std, std / prior_std, logvar - prior_logvar
+        mu, std = parametrisation.relative(mu, s, std, prior_mu, prior_s, prior_std)
+        logvar = logvar - prior_logvar
     kl = 0.5 * (mu.square() + std.square() - 1 - logvar)
     # A sum over no dimension would be one over all.
     return kl.sum(kl_dims) if isinstance(kl_dims, int) else kl.sum(tuple(kl_dims)) if kl_dims else kl
