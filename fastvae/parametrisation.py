@@ -12,6 +12,10 @@ from torch.nn import functional as F
 ScaleKind = Literal["logvar", "log_std", "std", "variance", "softplus"]
 
 
+# Below it log softplus(s) is s in float64 too. In float32 softplus(s) loses digits below −87 and is 0 below −104.
+LINEAR = -40.0
+
+
 class Parametrisation(NamedTuple):
     """How an encoder's μ and s give the mean and the standard deviation of a Gaussian.
 
@@ -56,6 +60,8 @@ class Parametrisation(NamedTuple):
             var = (s.exp() if self.scale == "logvar" else s) + self.offset
             return var.sqrt(), var.log()
         std = (s.exp() if self.scale == "log_std" else F.softplus(s) if self.scale == "softplus" else s) + self.offset
+        if self.scale == "softplus" and not self.offset:
+            return std, 2 * torch.where(s < LINEAR, s, std.clamp(min=torch.finfo(std.dtype).tiny).log())
         return std, 2 * std.log()
 
     def relative(self, mu: Tensor, s: Tensor, std: Tensor, prior_mu: Tensor, prior_s: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +69,7 @@ class Parametrisation(NamedTuple):
         tiny = torch.finfo(prior_std.dtype).tiny
         normal = prior_std.clamp(min=tiny)
         t, ratio = (mu - prior_mu) / normal, std / normal
-        if self.offset or self.scale not in ("logvar", "log_std"):
+        if self.offset or self.scale in ("std", "variance"):
             return t, ratio
         # Only there, as the rounding of a large difference is a factor of its exponential.
         return t, torch.where(prior_std < tiny, ((0.5 if self.scale == "logvar" else 1.0) * (s - prior_s)).exp(), ratio)
@@ -76,7 +82,8 @@ class Parametrisation(NamedTuple):
             return 1 / std
         if self.scale == "softplus":
             # As F.softplus, which is s above 20.
-            return torch.where(s > 20, 1, s.sigmoid()) / std
+            slope = torch.where(s > 20, 1, s.sigmoid()) / std
+            return slope if self.offset else torch.where(s < LINEAR, 1, slope)
         factor = 0.5 if self.scale == "logvar" else 1.0
         # exp(s)/(exp(s) + o), without overflow
         return factor * (s - math.log(self.offset)).sigmoid() if self.offset else factor

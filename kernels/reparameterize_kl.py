@@ -20,11 +20,13 @@ from fastvae.kernel_sums import LOG2_E
 from fastvae.kernels.config import RowConfig, row_config
 from fastvae.kernels.launch import launch, tensor_key
 from fastvae.layouts import Layout, Rows
-from fastvae.parametrisation import Parametrisation
+from fastvae.parametrisation import LINEAR, Parametrisation
 
 # exp(x) = exp2(_LOG2_E·x); tl.exp takes three instructions more.
 _LOG2_E = tl.constexpr(LOG2_E)
 _HALF_LOG2_E = tl.constexpr(0.5 * LOG2_E)
+# Below it log softplus(s) is s.
+_LINEAR = tl.constexpr(LINEAR)
 # The least normal numbers.
 _TINY_32, _TINY_64 = tl.constexpr(2.0**-126), tl.constexpr(2.0**-1022)
 
@@ -266,6 +268,8 @@ def _spread(s, SPEC: tl.constexpr):
         else:
             std = s + SPEC.OFFSET
         logvar = 2 * tl.log(std)
+        if SPEC.SCALE == "softplus" and SPEC.OFFSET == 0:
+            logvar = tl.where(s < _LINEAR, 2 * s, logvar)
     return std, logvar
 
 
@@ -275,7 +279,7 @@ def _relative(q: Gaussian, p: Gaussian, SPEC: tl.constexpr):
     TINY: tl.constexpr = _TINY_64 if p.std.dtype == tl.float64 else _TINY_32
     std = tl.where(p.std < TINY, TINY, p.std)
     ratio = q.std / std
-    if SPEC.OFFSET == 0 and (SPEC.SCALE == "logvar" or SPEC.SCALE == "log_std"):
+    if SPEC.OFFSET == 0 and SPEC.SCALE != "std" and SPEC.SCALE != "variance":
         FACTOR: tl.constexpr = _HALF_LOG2_E if SPEC.SCALE == "logvar" else _LOG2_E
         ratio = tl.where(p.std < TINY, tl.exp2((q.s - p.s) * FACTOR), ratio)
     return (q.mu - p.mu) / std, ratio, std
@@ -290,6 +294,8 @@ def _store_gradients(mu_array: Array, s_array: Array, grad_mu, grad_log_std, q: 
         grad_s = grad_log_std / q.std
     elif SPEC.SCALE == "softplus":
         grad_s = grad_log_std * tl.where(q.s > 20, 1.0, sigmoid(q.s)) / q.std
+        if SPEC.OFFSET == 0:
+            grad_s = tl.where(q.s < _LINEAR, grad_log_std, grad_s)
     else:
         FACTOR: tl.constexpr = 0.5 if SPEC.SCALE == "logvar" else 1.0
         grad_s = FACTOR * grad_log_std

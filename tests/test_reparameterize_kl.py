@@ -174,7 +174,7 @@ def test_a_value_that_is_not_finite_gives_nan(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-@pytest.mark.parametrize("scale", ["logvar", "log_std"])
+@pytest.mark.parametrize("scale", ["logvar", "log_std", "softplus"])
 @pytest.mark.usefixtures("interpreter_warnings")
 def test_gaussians_whose_deviations_underflow(scale, backend):
     """σ/σ₀ is the exponential of a difference, and a distance of 0 is 0 also over σ₀ = 0."""
@@ -188,6 +188,16 @@ def test_gaussians_whose_deviations_underflow(scale, backend):
     slope = (ratio2 - 1) * (0.5 if scale == "logvar" else 1)
     for grad, expected in zip(torch.autograd.grad(kl.sum(), inputs), (0 * slope, slope, 0 * slope, -slope), strict=True):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.usefixtures("interpreter_warnings")
+def test_softplus_that_underflows(backend):
+    """The KL is −s up to a constant, as log softplus(s) is s."""
+    s = torch.tensor([[-30.0, -80.0, -95.0], [-104.0, -120.0, -1e4]], device=DEVICE, requires_grad=True)
+    kl = fastvae.gaussian_kl(torch.zeros_like(s), s, kl_dims=(), scale="softplus", backend=backend)
+    torch.testing.assert_close(kl, -0.5 - s.detach())
+    torch.testing.assert_close(torch.autograd.grad(kl.sum(), s)[0], -torch.ones_like(s))
 
 
 def test_the_density_of_a_mean_whose_deviation_underflows():
