@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import inspect
 import os
 import re
@@ -29,23 +30,38 @@ _LOCAL = ("LDL", "STL")
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel.
+    """A compiled kernel. What is counted in its code takes as long as to compile it, and is found when it is asked for.
 
     Attributes:
         registers: a thread.
-        stack: bytes a thread.
+        stack: bytes a thread; zero if nothing spills.
         shared: bytes a block.
-        local: loads and stores of local memory, that is, spills.
-        code: opcodes of the whole kernel.
-        loops: opcodes of the loops at the outermost level, in program order, each with the opcodes of the loops nested in it.
+        cubin: the file.
     """
 
     registers: int
     stack: int
     shared: int
-    local: int
-    code: collections.Counter[str]
-    loops: list[Loop]
+    cubin: bytes
+
+    @functools.cached_property
+    def _disassembly(self) -> tuple[list[tuple[str, str]], dict[str, int]]:
+        return _disassemble(_tool("nvdisasm", self.cubin, "-c"))
+
+    @functools.cached_property
+    def code(self) -> collections.Counter[str]:
+        """Opcodes of the whole kernel."""
+        return collections.Counter(op.lstrip("@") for op, _ in self._disassembly[0])
+
+    @property
+    def local(self) -> int:
+        """Loads and stores of local memory, that is, spills."""
+        return sum(n for op, n in self.code.items() if op.startswith(_LOCAL))
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        """Opcodes of the loops at the outermost level, in program order, each with the opcodes of the loops nested in it."""
+        return _loops(*self._disassembly)
 
 
 @dataclass(frozen=True)
@@ -68,16 +84,10 @@ def compile_kernel(fn: Any, types: dict[str, Any], constants: dict[str, Any], ar
         aligned: integer arguments that are multiples of 16.
     """
     binary = compile_for(GPUTarget("cuda", arch, 32), fn, types, constants, aligned)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code, labels = _disassemble(_tool("nvdisasm", "-c", file.name))
+    usage = _tool("cuobjdump", binary.asm["cubin"], "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    ops = collections.Counter(op.lstrip("@") for op, _ in code)
-    local = sum(n for op, n in ops.items() if op.startswith(_LOCAL))
-    return Binary(int(found[1]), int(found[2]), binary.metadata.shared, local, ops, _loops(code, labels))
+    return Binary(int(found[1]), int(found[2]), binary.metadata.shared, binary.asm["cubin"])
 
 
 def compile_for(target: GPUTarget, fn: Any, types: dict[str, Any], constants: dict[str, Any], aligned: tuple[str, ...] = ()) -> Any:
@@ -131,8 +141,11 @@ def is_product(op: str) -> bool:
     return is_matrix(op) or op.startswith(("FFMA", "DFMA", "MUFU"))
 
 
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([os.path.join(_BIN, name), *args], capture_output=True, text=True, check=True).stdout
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([os.path.join(_BIN, name), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _disassemble(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
