@@ -95,9 +95,10 @@ def check(kernel, bandwidths, inputs, directions, dtype=torch.float32, precision
     assert max(found) < (tolerance or TOLERANCE[dtype]), found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [50, None])
-@pytest.mark.parametrize("bandwidths", [1, 5])
+# Every pair of two of these, for each kernel.
+@pytest.mark.parametrize(
+    ("bandwidths", "m", "dtype"), [(1, 50, torch.float32), (1, None, torch.float64), (5, 50, torch.float64), (5, None, torch.float32)]
+)
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_families(kernel, bandwidths, m, dtype):
     inputs = problem(70, m, 3, 3)
@@ -105,8 +106,7 @@ def test_families(kernel, bandwidths, m, dtype):
 
 
 @pytest.mark.parametrize("given", ["x", "y", "u", "v", "xy", "uv", "xu", "yu", "xv"])
-@pytest.mark.parametrize("c", [1, 3])
-@pytest.mark.parametrize("kernel", [RBF(), Polynomial()], ids=str)
+@pytest.mark.parametrize(("kernel", "c"), [(RBF(), 1), (RBF(), 3), (Polynomial(), 3)], ids=str)
 def test_absent_directions(kernel, c, given):
     inputs = problem(40, 70, 5, c)
     check(kernel, 1, inputs, directions_of(inputs, given), torch.float64)
@@ -128,9 +128,8 @@ def test_one_result(only):
     assert max(errors(actual, [e if want else None for e, want in zip(exact, wanted, strict=True)])) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("d", "c"), [(3, 20), (3, 70), (40, 1), (40, 3), (130, 1), (130, 2), (130, 20)])
-@pytest.mark.parametrize("kernel", [RationalQuadratic(2.3), Laplace()], ids=str)
+@pytest.mark.parametrize(("kernel", "dtype"), [(RationalQuadratic(2.3), torch.float32), (Laplace(), torch.float64)], ids=str)
 def test_sizes(kernel, d, c, dtype):
     inputs = problem(70, 30, d, c)
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"), dtype)
@@ -157,8 +156,7 @@ def test_precisions(kernel, precision, tolerance):
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"), precision=precision, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [50, None])
+@pytest.mark.parametrize(("m", "dtype"), [(50, torch.float64), (None, torch.float32)])
 @pytest.mark.parametrize("kernel", [RBF(), Laplace(), Matern32(), Energy(), Riesz(0.7), Riesz(1.5)], ids=str)
 def test_identical_rows(kernel, m, dtype):
     """φ' and φ'' of a function of the distance count as 0 there."""
@@ -171,8 +169,7 @@ def test_identical_rows(kernel, m, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "distance"), [(torch.float32, 100.0), (torch.float64, 1e4)])
-@pytest.mark.parametrize("m", [30, None])
-@pytest.mark.parametrize("given", ["xyuv", "x", "yu"])
+@pytest.mark.parametrize(("m", "given"), [(30, "xyuv"), (30, "yu"), (None, "x")])
 @pytest.mark.parametrize("kernel", [RBF(), RationalQuadratic(2.3), Laplace(), Energy()], ids=str)
 def test_clusters_far_apart(kernel, given, m, dtype, distance):
     """Where products lose the distances within a cluster, differences keep them."""
@@ -183,8 +180,7 @@ def test_clusters_far_apart(kernel, given, m, dtype, distance):
     check(kernel, 1, inputs, directions_of(inputs, given), dtype)
 
 
-@pytest.mark.parametrize("m", [100, None])
-@pytest.mark.parametrize("distance", [0.1, 0.01])
+@pytest.mark.parametrize(("m", "distance"), [(100, 0.1), (None, 0.01)])
 @pytest.mark.parametrize("kernel", [Laplace(), Energy(), Riesz(0.7), Riesz(1.5), Matern32()], ids=str)
 def test_near_pairs(kernel, distance, m):
     """One pair whose second derivative exceeds all others, and whose distance products of rows would lose."""
@@ -202,8 +198,7 @@ def test_tiny_and_huge_rows(kernel, scale):
     check(kernel, 1, inputs, directions_of(inputs, "xyuv"))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize(("bad", "c"), [(float("nan"), 1), (float("inf"), 3)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_makes_every_result_nan(c, bad):
     inputs = problem(20, 30, 3, c)
@@ -215,8 +210,7 @@ def test_what_is_not_finite_makes_every_result_nan(c, bad):
             assert all(t.isnan().all() for t in evaluate(RBF(), 1, changed[:4], changed[4:], dtype)), number
 
 
-@pytest.mark.parametrize("c", [1, 3])
-@pytest.mark.parametrize("scale", [1.0, 4.0, 100.0])
+@pytest.mark.parametrize(("scale", "c"), [(1.0, 1), (1.0, 3), (4.0, 1), (100.0, 3)])
 @pytest.mark.parametrize("kernel", [RBF(), RationalQuadratic(2.3), Matern32()], ids=str)
 def test_products_of_each_pass_of_one_sample(kernel, scale, c):
     """Without pairs i = i the widest bandwidths take products of bfloat16, narrower ones those of TF32, and the narrowest differences."""
