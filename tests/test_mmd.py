@@ -10,7 +10,7 @@ import fastvae
 from fastvae import reference
 from fastvae.cpu import families, products, small
 from fastvae.cpu.mmd import CPUSweep
-from fastvae.radial import KERNELS, RBF, Polynomial, RationalQuadratic
+from fastvae.radial import KERNELS, RBF, RationalQuadratic
 from tests.cases import (
     CASES,
     DEVICE,
@@ -347,7 +347,6 @@ def test_same_sample_has_no_mmd():
     assert abs(fastvae.mmd(x, x.clone(), bandwidth=1.5).item()) < 1e-7
 
 
-ALL_KERNELS = [*KERNELS.values(), RationalQuadratic(0.5), RationalQuadratic(2.3), Polynomial(1), Polynomial(2, coef0=0.5)]
 BACKENDS = [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=[needs_triton, pytest.mark.interpreter])]
 
 
@@ -400,18 +399,9 @@ def test_only_the_wanted_gradients(monkeypatch):
     assert asked == [True, True, True, False, False, False]
 
 
-@pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kernel", ALL_KERNELS, ids=repr)
-def test_gradcheck_of_every_kernel(backend, kernel):
-    x, y = (torch.randn(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for rows in (4, 3))
-    for bandwidth in ((1.5,), (0.8, 1.7)):
-        assert gradcheck(lambda x, y, h=bandwidth: fastvae.mmd(x, y, bandwidth=h, kernel=kernel, backend=backend), (x, y), backend)
-
-
 @pytest.mark.parametrize("estimator", ["biased", "unbiased", "linear"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gradcheck_of_every_kernel_and_of_the_bandwidths(kernel, estimator):
+def test_gradcheck_of_every_kernel(kernel, estimator):
     x, y = (torch.randn(4, 2, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
     h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))
     options = {"kernel": kernel, "estimator": estimator}
@@ -451,8 +441,15 @@ def test_batch_dimensions():
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("scales", [(1e-3, 1.0, 30.0), (30.0, 1.0, 1e-3)])
-@pytest.mark.parametrize(("kernel", "weighted"), [("rbf", False), ("laplace", True), ("polynomial", False)])
+@pytest.mark.parametrize(
+    ("kernel", "weighted", "scales"),
+    [
+        ("rbf", False, (1e-3, 1.0, 30.0)),
+        ("rbf", False, (30.0, 1.0, 1e-3)),
+        ("laplace", True, (1e-3, 1.0, 30.0)),
+        ("polynomial", False, (30.0, 1.0, 1e-3)),
+    ],
+)
 def test_a_batch_is_one_launch_of_the_same_numbers(kernel, weighted, scales, monkeypatch):
     """Problems of different scales, so that each has its own shifts, its own pass and its own coincident pairs."""
     from fastvae.kernels import mmd as kernels
@@ -489,7 +486,7 @@ BACKENDS = ["cpu", "inductor", pytest.param("triton", marks=[needs_triton, pytes
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("options", "batch"), [("biased", (2,)), ("unbiased", ()), ("weights", (2,))])
+@pytest.mark.parametrize(("options", "batch"), [("unbiased", ()), ("weights", (2,))])
 @pytest.mark.parametrize("kernel", [*KERNELS, RationalQuadratic(2.3), RationalQuadratic(0.5), RationalQuadratic(50.0), "normal"])
 def test_gradients_to_bandwidths_and_weights(kernel, options, batch, backend):
     x, y = (torch.randn(*batch, rows, 5, dtype=torch.float64, device=DEVICE) for rows in (70, 40))
@@ -537,8 +534,9 @@ def test_triton_gradient_to_bandwidths_alone(wanted):
 @pytest.mark.usefixtures("interpreter_warnings")
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("kernel", "bandwidth"), [("rbf", 1.5), ("rbf", 15.0), ("laplace", 1.5), ("polynomial", 1.5)])
+@pytest.mark.parametrize(
+    ("kernel", "bandwidth", "weighted"), [("rbf", 1.5, True), ("rbf", 15.0, False), ("laplace", 1.5, True), ("polynomial", 1.5, False)]
+)
 def test_triton_rows_of_larger_samples(kernel, bandwidth, weighted):
     """The share of a rank, whose rows start and end within a tile of the samples of all."""
     x, y = torch.randn(150, 5, dtype=torch.float64, device=DEVICE), torch.randn(101, 5, dtype=torch.float64, device=DEVICE) + 0.2
@@ -804,14 +802,9 @@ def test_tiny_data_and_bandwidth():
 
 @pytest.mark.usefixtures("interpreter_warnings")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bandwidth", [1e-30, 1e-20, 1e-10, 1e10, 1e25, 1e30])
+@pytest.mark.parametrize("bandwidth", [1e-30, 1e-20, 1e25, 1e30])
 @pytest.mark.parametrize(
-    ("kernel", "count"),
-    [
-        ("rbf", 1),
-        ("energy", 1),
-        *((kernel, 2) for kernel in ("rbf", "imq", "laplace", "energy", RationalQuadratic(2.3), RationalQuadratic(50.0))),
-    ],
+    ("kernel", "count"), [("rbf", 1), ("rbf", 2), ("laplace", 2), ("energy", 1), (RationalQuadratic(2.3), 2), (RationalQuadratic(50.0), 2)]
 )
 def test_bandwidths_of_any_size(kernel, bandwidth, backend, count):
     """With data of their size and of size one, in float32; what float32 can't hold is there zero."""
@@ -854,10 +847,16 @@ def test_compiled_call_gives_nan_for_what_it_cannot_check():
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
-@pytest.mark.parametrize("batch", [(), (2,)])
-@pytest.mark.parametrize("kernel", ["rbf", "laplace"])
-@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize(
+    ("wanted", "kernel", "batch", "estimator"),
+    [
+        (0, "rbf", (), "biased"),
+        (0, "laplace", (2,), "unbiased"),
+        (1, "rbf", (2,), "unbiased"),
+        (1, "laplace", (), "unbiased"),
+        (1, "laplace", (2,), "biased"),
+    ],
+)
 def test_a_large_sample_without_gradient_is_swept_apart(monkeypatch, wanted, kernel, batch, estimator):
     from fastvae.kernels import mmd as kernels
 
@@ -957,8 +956,7 @@ def test_gradients_lie_as_the_compiler_expects_them(n, dim, kernel, backend):
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("interpreter_warnings")
-@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
-@pytest.mark.parametrize("rows", [(40, 30), (300, 150)])
+@pytest.mark.parametrize(("kernel", "rows"), [*((kernel, (40, 30)) for kernel in DISTANCE_KERNELS), ("laplace", (300, 150))])
 def test_triton_takes_differences_where_many_pairs_are_near(kernel, rows):
     """A function of the root, of rows near to one another and one far away: products would lose the directions between them."""
     x, y = (1e-4 * torch.randn(n, 5, device=DEVICE) for n in rows)
