@@ -272,18 +272,6 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastvae.normalized_matmul, (x, y, v, *kernel, normalize, "", ""))
 
 
-@pytest.mark.slow
-def test_compile_without_breaks():
-    x, y, v = problem(6, 5, 3, 2)
-
-    def loss(x, y, v):
-        density = fastvae.log_kernel_density(x, y, bandwidth=(0.7, 1.9), normalized=True)
-        return density.sum() + fastvae.kernel_matmul(x, y, v, normalize="both").square().sum()
-
-    actual = evaluate(torch.compile(loss, fullgraph=True, backend="aot_eager"), x, y, v)
-    torch.testing.assert_close(actual, evaluate(loss, x, y, v))
-
-
 def test_second_derivative_raises():
     x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
     product = fastvae.kernel_matmul(x, y, v, normalize="rows")

@@ -37,8 +37,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden", ["", "triton"])
-@pytest.mark.parametrize("distribution", ["wheel", "sdist"])
+@pytest.mark.parametrize(("distribution", "hidden"), [("wheel", "triton"), ("sdist", "")])
 def test_distributions_install_and_work_outside_the_checkout(wheel, tmp_path, distribution, hidden):
     """Installed by pip into a folder, without network and without what they depend on, which is there already."""
     file = wheel if distribution == "wheel" else next(wheel.parent.glob("*.tar.gz"))

@@ -33,9 +33,8 @@ def one_by_one(z, labels, groups, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize(("estimator", "upstream"), [("biased", "uniform"), ("unbiased", "any")])
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("upstream", ["uniform", "any"])
 def test_group_mmd_is_one_mmd_a_pair(kernel, estimator, upstream, backend):
     z, labels = groups_of_rows()
     weights = (
@@ -79,9 +78,18 @@ def test_several_tiles_in_float32(bandwidth):
 
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("bandwidth", [(1.0,), (40.0,), (0.3, 1.0, 300.0)])
-@pytest.mark.parametrize("few", [True, False])
-@pytest.mark.parametrize("soft", [False, True])
+# Every pair of two of these.
+@pytest.mark.parametrize(
+    ("bandwidth", "few", "soft"),
+    [
+        ((1.0,), True, False),
+        ((1.0,), False, True),
+        ((40.0,), True, True),
+        ((40.0,), False, False),
+        ((0.3, 1.0, 300.0), True, False),
+        ((0.3, 1.0, 300.0), False, True),
+    ],
+)
 def test_triton_in_float32(bandwidth, few, soft, monkeypatch):
     if not few:
         without_few_pairs(monkeypatch)
@@ -204,7 +212,7 @@ def test_group_mmd_copies_pairs_to_a_device_once(pairs, kernel):
 
 
 def test_opcheck():
-    z, labels = groups_of_rows(8)
+    z, _ = groups_of_rows(8)
     v = torch.randn(8, 3, dtype=torch.float64, device=DEVICE)
     arguments = (z.requires_grad_(), v, *kernel_arguments(KERNELS["rbf"], [1.0], [1.0]), "", "")
     for diagonal in (False, True):
@@ -213,9 +221,6 @@ def test_opcheck():
     for given in (None, torch.tensor([[0, 1], [0, 2]], device=DEVICE)):
         weights = (ones, ones, 8 * ones, False, given)
         torch.library.opcheck(torch.ops.fastvae.group_mmd.default, (*arguments, *weights, given is None and DEVICE == "cpu"))
-    compiled = torch.compile(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), fullgraph=True, backend="aot_eager")
-    for actual, exact in zip(evaluate(compiled, z), evaluate(lambda z: fastvae.group_mmd(z, labels, num_groups=5).mean(), z), strict=True):
-        torch.testing.assert_close(actual, exact)
 
 
 def test_gradcheck():
