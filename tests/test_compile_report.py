@@ -47,25 +47,22 @@ def test_committed_rows_neither_spill_nor_overflow(committed):
         assert_fits(key, row)
 
 
+def run_python(*args):
+    """In a process of its own: here the kernels belong to Triton's interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, *args], check=True, cwd=Path(__file__).parents[1], env=env)
+
+
 @pytest.mark.slow
 def test_compiled_anew(committed, tmp_path):
-    """In a process of its own: here the kernels belong to Triton's interpreter."""
     output = tmp_path / "rows.jsonl"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--output", str(output)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=env)
+    run_python("-m", "benchmarks.compile_report", "--quick", "--output", str(output))
     rows = report.load(output)
     assert rows
     for key, row in rows.items():
         assert_fits(key, row)
         if row["triton"] == committed[key]["triton"]:
             assert row["instructions"] <= committed[key]["instructions"] + RISE, key
-
-
-def compile_by(code):
-    """Run in a process of its own, as the interpreter of this one cannot compile."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], env=env)
 
 
 _AROUND_THE_SWEEP = """
@@ -308,17 +305,7 @@ for scalar, first, second in (("*fp32", BF16X3, TF32X3), ("*fp32", TF32X3, -1), 
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "code",
-    [_AROUND_THE_SWEEP, _AROUND_KERNEL_HVP, _AROUND_THE_DENSITIES, _OF_FEW_PAIRS, _OF_POSTERIORS],
-    ids=["mmd", "kernel_hvp", "total_correlation", "few_pairs", "reparameterize_kl"],
-)
-def test_other_kernels_compile_without_spills(code):
-    """The interpreter takes what the compiler refuses, such as a name of two types."""
-    compile_by(code)
-
-
+# The MI300 (gfx942), with the configurations of sm_80, which are those of an unknown GPU: within its 64 KiB of shared memory.
 _FOR_AMD = """
 import torch
 torch.version.hip = "6.4"  # what tells PyTorch's build for AMD from others
@@ -350,12 +337,6 @@ for variant in (
 """
 
 
-@pytest.mark.slow
-def test_compiles_for_an_amd_gpu():
-    """The MI300 (gfx942), with the configurations of sm_80, which are those of an unknown GPU: within its 64 KiB of shared memory."""
-    compile_by(_FOR_AMD)
-
-
 _HISTOGRAM = """
 from benchmarks.sass import compile_kernel
 from fastvae.kernels import ranked_squared_distance as kernels
@@ -368,11 +349,7 @@ for architecture in (80, 90, 120):
 """
 
 
-@pytest.mark.slow
-def test_the_histogram_of_distances_compiles_without_spills():
-    compile_by(_HISTOGRAM)
-
-
+# A large α would multiply the error of the fast logarithm.
 _LOGARITHMS = """
 from triton.backends.compiler import GPUTarget
 from benchmarks import compile_report as report, sass
@@ -395,6 +372,11 @@ for alpha, fast in ((2.0, True), (100.0, False)):
 """
 
 
+_FOR_NVIDIA = _AROUND_THE_SWEEP + _AROUND_KERNEL_HVP + _AROUND_THE_DENSITIES + _OF_FEW_PAIRS + _OF_POSTERIORS + _HISTOGRAM + _LOGARITHMS
+
+
 @pytest.mark.slow
-def test_a_large_alpha_does_not_multiply_the_error_of_the_fast_logarithm():
-    compile_by(_LOGARITHMS)
+@pytest.mark.parametrize("code", [_FOR_NVIDIA, _FOR_AMD], ids=["NVIDIA", "AMD"])
+def test_other_kernels_compile_without_spills(code):
+    """The interpreter takes what the compiler refuses, such as a name of two types."""
+    run_python("-c", code)
