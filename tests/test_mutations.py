@@ -1,4 +1,4 @@
-"""The faults of `tests.mutations` can still be put in, and two of them are found."""
+"""The faults of `tests.mutations` can still be put in, and one of them is found."""
 
 import pytest
 
@@ -16,7 +16,6 @@ def test_names_differ():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["CPU: lost diagonal of K_xx", "reparameterize_kl: backward ignores the noise"])
-def test_a_fault_is_found(name):
-    (fault,) = (fault for fault in mutations.FAULTS if fault.name == name)
+def test_a_fault_is_found():
+    (fault,) = (fault for fault in mutations.FAULTS if fault.name == "CPU: lost diagonal of K_xx")
     assert mutations.run(fault)[0] == "found"
