@@ -1,5 +1,6 @@
 """K·v on the CPU path and on the Triton kernels against the dense reference in float64."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import fastvae
 from fastvae import reference
 from fastvae.cpu import small
 from fastvae.radial import KERNELS, RationalQuadratic
-from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, needs_triton, without_few_pairs
+from tests.cases import DEVICE, TOLERANCE, TRITON_TOLERANCE, evaluate, gradcheck, needs_triton, without_few_pairs
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -101,10 +102,13 @@ def test_triton_clusters_far_apart_with_a_small_bandwidth(kernel, dtype, distanc
     assert max(relative_errors(actual[1:], exact[1:])) < TOLERANCE[dtype][1]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_gradcheck(kernel):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    """On Triton of one kernel, as the values and gradients of all are compared with the reference's."""
     x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
-    assert torch.autograd.gradcheck(lambda *points: fastvae.kernel_matmul(*points, kernel=kernel), (x, y, v))
+    for kernel in ["rbf"] if backend else KERNELS:
+        function = functools.partial(fastvae.kernel_matmul, kernel=kernel, backend=backend)
+        assert gradcheck(function, (x, y, v), backend)
 
 
 def test_cpu_a_small_sum_keeps_its_digits():

@@ -161,9 +161,10 @@ def test_numbers_that_are_not_finite_stay_visible(backend, value):
     assert density[1].isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "laplace"])
-def test_gradcheck(kernel):
-    backend = None
+@pytest.mark.parametrize(
+    ("kernel", "backend"), [("rbf", None), ("laplace", None), pytest.param("rbf", *BACKENDS[1].values, marks=BACKENDS[1].marks)]
+)
+def test_gradcheck(kernel, backend):
     x, y, v = (t.requires_grad_() for t in problem(5, 4, 3, 2))
     h, a = (torch.tensor(t, dtype=torch.float64, device=DEVICE, requires_grad=True) for t in ((0.8, 1.7), (0.3, 2.0)))
     w = weights(y).requires_grad_()

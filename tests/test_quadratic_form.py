@@ -11,7 +11,7 @@ from fastvae.cpu import small
 from fastvae.ops.common import kernel_arguments
 from fastvae.ops.quadratic_form import quadratic_form_op
 from fastvae.radial import KERNELS
-from tests.cases import DEVICE, INTEGERS, Copies, evaluate, needs_cpu, needs_triton, without_few_pairs
+from tests.cases import DEVICE, INTEGERS, Copies, evaluate, gradcheck, needs_cpu, needs_triton, without_few_pairs
 
 pytestmark = pytest.mark.usefixtures("interpreter_warnings")
 
@@ -223,11 +223,13 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastvae.group_mmd.default, (*arguments, *weights, given is None and DEVICE == "cpu"))
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
     z, _ = groups_of_rows(7, 3, 2)
     weights = torch.rand(7, 2, dtype=torch.float64, device=DEVICE)
-    for kernel in KERNELS:
-        assert torch.autograd.gradcheck(lambda z, k=kernel: fastvae.group_mmd(z, weights, kernel=k).values[0, 1], (z.requires_grad_(),))
+    for kernel in ["rbf"] if backend else KERNELS:
+        options = {"kernel": kernel, "backend": backend}
+        assert gradcheck(lambda z, o=options: fastvae.group_mmd(z, weights, **o).values[0, 1], (z.requires_grad_(),), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
