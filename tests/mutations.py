@@ -327,7 +327,7 @@ FAULTS = [
     Fault(
         "CPU: distances of near rows from products in float32",
         "fastvae/cpu/tiles.py",
-        "if self._least(out, diagonal) >= LEAST_SHARE * largest:",
+        "if self._least(out, diagonal) >= max(LEAST_SHARE * largest, LEAST_SQUARE):",
         "if self._least(out, diagonal) >= -1:",
         NEAR_ROWS,
     ),

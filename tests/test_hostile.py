@@ -54,6 +54,19 @@ def test_near_rows(kernel, distance, pairs, monkeypatch):
         assert relative(a, e) < 4e-6
 
 
+@needs_cpu
+@pytest.mark.parametrize("unit", [1e-18, 1e-22, 1e-26])
+@pytest.mark.parametrize("kernel", ["laplace", "energy"])
+def test_one_sample_in_a_much_smaller_unit_than_the_other(kernel, unit, monkeypatch):
+    """Its squared distances are denormal in float32, or 0."""
+    monkeypatch.setattr(small, "_PAIRS", 0)
+    x, y = torch.randn(400, 32) * unit, torch.randn(150, 32)
+    actual = evaluate(fastvae.mmd, x, y, kernel=kernel, bandwidth=4.0, backend="cpu")
+    exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=4.0)
+    for a, e in zip(actual, exact, strict=True):
+        assert relative(a, e) < 4e-6
+
+
 @pytest.mark.parametrize("outlier", [1e6, 1e10, 1e15])
 @pytest.mark.parametrize("kernel", ["rbf", "laplace", "energy"])
 def test_one_row_far_from_the_others(kernel, outlier):

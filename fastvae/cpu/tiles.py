@@ -41,6 +41,9 @@ _NEAR_IN_ROUNDINGS = 2.0**26
 # float32 are accurate enough, and that from which moments in float32 are.
 LEAST_SHARE, LEAST_SHARE_OF_MOMENTS = 2.0**-6, 2.0**-12
 
+# Squares from this on, and their products with weights, are normal numbers in float32.
+LEAST_SQUARE = 1e-30
+
 
 @dataclass
 class TiledSample:
@@ -311,7 +314,7 @@ class Tiles:
         largest, diagonal = self._scale_of_squares() * sum(radius2), a is b and i == j
         if self.mixed and not (is_far or self._was_near):
             out = self.product("exponent", self.left(a, i), b.right[j].T).mul_(-2)
-            if self._least(out, diagonal) >= LEAST_SHARE * largest:
+            if self._least(out, diagonal) >= max(LEAST_SHARE * largest, LEAST_SQUARE):
                 return out.sqrt_()
             # So have other tiles, most likely.
             self._was_near = True
@@ -330,9 +333,9 @@ class Tiles:
         if not self.mixed:
             return squares.sqrt_()
         least, out = self._least(squares, diagonal), self.buffer("exponent", i, j)
-        self._is_near = is_far or least < LEAST_SHARE_OF_MOMENTS * largest
+        self._is_near = is_far or least < max(LEAST_SHARE_OF_MOMENTS * largest, LEAST_SQUARE)
         # Squares that float32 cannot represent have roots that it can.
-        return out.copy_(squares.sqrt_()) if is_far or least < 1e-30 else out.copy_(squares).sqrt_()
+        return out.copy_(squares.sqrt_()) if is_far or least < LEAST_SQUARE else out.copy_(squares).sqrt_()
 
     def _least(self, squares: Tensor, diagonal: bool) -> float:
         """The least number in a tile; on the `diagonal` of a sample less that of the tile, which becomes 0."""
@@ -383,7 +386,7 @@ def _are_distances_in_range(host_sum: HostKernelSum, samples: Sequence[Tensor], 
         return False
     largest = 4 * host_sum.gamma * host_sum.ratios[-1] * max(float((z - centre).square().sum(1).max()) for z in samples)
     is_exact = host_sum.kernel.homogeneous or (2 * largest) ** 0.5 * torch.finfo(torch.float32).eps <= EXPONENT_ERROR[torch.float32]
-    return is_exact and 1e-30 < largest < 1e30
+    return is_exact and LEAST_SQUARE < largest < 1e30
 
 
 def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor, exact_distances: bool) -> tuple[Tensor, float]:
