@@ -355,6 +355,18 @@ def test_float32_rows_close_to_each_other(kernel, far):
     assert (gradient.double() - expected[1]).norm() < 1e-7 * expected[1].norm()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.7])], ids=["equal", "weights"])
+def test_one_point(weights, weighted):
+    mean = KernelMean(LANDMARKS[:1], weights, norm=0.3, bandwidth=1.5, kernel="laplace")
+    p = torch.linspace(1, 2, len(X), dtype=X.dtype, device=DEVICE) if weighted else None
+    p = p if p is None else p / p.sum()
+    # A row of x twice, so that the tiles take it.
+    x = torch.cat([X[:-1], X[:1]])
+    actual = fastvae.mmd(x, mean, estimator="unbiased", x_weights=p)
+    torch.testing.assert_close(actual, dense(x, mean, "unbiased", p))
+
+
 def test_wrong_shapes():
     with pytest.raises(ValueError, match=r"weights must have one number for each of the 150 points, got shape \(150, 2\)"):
         KernelMean(POOL, POOL[:, :2], norm=1.0, bandwidth=1.0)

@@ -295,11 +295,12 @@ def _prepared_samples(problem: Problem, dtype: torch.dtype) -> list[Sample]:
     """The samples in this dtype, with normalised weights."""
     prepared: list[Sample] = []
     for z, weights, whole, whole_weights, start, grad in _samples(problem):
-        if prepared and problem.y_norm is not None:
+        is_fixed = bool(prepared) and problem.y_norm is not None
+        if is_fixed:
             # These sum to one as far as large weights of both signs can.
             p, whole_p = (None if weights is None else weights.to(dtype)), None
         else:
             p, whole_p = (None if given is None else unit_weights(given, whole_weights, dtype) for given in (weights, whole_weights))
         whole = None if whole is None else whole.to(dtype)
-        prepared.append(Sample.of(z.to(dtype), p, whole, whole_p, start, problem.unbiased, grad))
+        prepared.append(Sample.of(z.to(dtype), p, whole, whole_p, start, problem.unbiased and not is_fixed, grad))
     return prepared
