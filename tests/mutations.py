@@ -355,7 +355,7 @@ FAULTS = [
     Fault(
         "CPU: a root's near pairs by products",
         "fastvae/cpu/tiles.py",
-        "            if float(squares.min()) < near:\n",
+        "            if least < near:\n",
         "            if False:\n",
         ("tests/test_properties.py::test_mmd",),
     ),

@@ -265,13 +265,11 @@ class Tiles:
 
     def _add_near_row_gradient(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
         """From moments in float64."""
-        x, y, w = a.z[i].double() - self.centre, b.z[j].double() - self.centre, slope.double()
+        x, y, w = a.z[i].double() - self.centre, b.z[j].double() - self.centre, self.buffer("slope", i, j, torch.float64).copy_(slope)
         if a.direct is not None:
-            right = b.weights[j, None].double()
-            a.direct[i].add_((x * (w @ right)).sub_(w @ (y * right)), alpha=scale)
+            a.direct[i].add_(_by_moments(x, w, y, b.weights[j]), alpha=scale)
         if b.direct is not None and not (a is b and i == j):
-            left = a.weights[i, None].double()
-            b.direct[j].add_((y * (w.T @ left)).sub_(w.T @ (x * left)), alpha=scale)
+            b.direct[j].add_(_by_moments(y, w.T, x, a.weights[i]), alpha=scale)
 
     def _add_far_row_gradient(self, slope: Tensor, a: TiledSample, i: slice, b: TiledSample, j: slice, scale: float) -> None:
         """From differences."""
@@ -320,19 +318,21 @@ class Tiles:
             self._was_near = True
         # In float64. 2·t_0 for a function of the distance, otherwise t_0.
         squares = self.buffer("squares", i, j, torch.float64)
+        least = 0.0
         if is_far:
             self._differences(a, i, b, j, squares)
         else:
             left, right = (self._exact_factor(sample, rows, n) for n, (sample, rows) in enumerate(((a, i), (b, j))))
             torch.mm(left, right.T, out=squares).mul_(-2 if self.kernel.takes_distance else -1)
-            near = _NEAR_IN_ROUNDINGS * torch.finfo(torch.float64).eps * largest
-            if float(squares.min()) < near:
+            near, least = _NEAR_IN_ROUNDINGS * torch.finfo(torch.float64).eps * largest, self._least(squares, diagonal)
+            if least < near:
                 self._refine(a, i, b, j, squares, near)
+                least = self._least(squares, diagonal) if self.mixed else least
         if not self.kernel.takes_distance:
             return torch.mul(squares, -self.evaluator.exponent_scale, out=self.buffer("exponent", i, j))
         if not self.mixed:
             return squares.sqrt_()
-        least, out = self._least(squares, diagonal), self.buffer("exponent", i, j)
+        out = self.buffer("exponent", i, j)
         self._is_near = is_far or least < max(LEAST_SHARE_OF_MOMENTS * largest, LEAST_SQUARE)
         # Squares that float32 cannot represent have roots that it can.
         return out.copy_(squares.sqrt_()) if is_far or least < LEAST_SQUARE else out.copy_(squares).sqrt_()
@@ -378,6 +378,13 @@ class Tiles:
     def _scale_of_squares(self) -> float:
         """Of what a tile has of ‖x − y‖²."""
         return self.host_sum.gamma * (2 if self.kernel.takes_distance else 1)
+
+
+def _by_moments(x: Tensor, w: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights_j·w_ij·(x_i − y_j), (N, D), in float64."""
+    # Contiguous along the rows, as in `Tiles.prepare`.
+    moments = torch.cat([y.T, y.new_ones(1, len(y))]).mul_(weights) @ w.T
+    return (x * moments[-1:].T).sub_(moments[:-1].T)
 
 
 def _are_distances_in_range(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> bool:
