@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvae
 from fastvae import reference
 from fastvae.cpu import small
+from fastvae.ops import mmd_problem
 from fastvae.radial import RBF, RationalQuadratic
 from tests.cases import DEVICE, DISTANCE_KERNELS, evaluate, needs_cpu, needs_triton
 
@@ -52,6 +53,24 @@ def test_near_rows(kernel, distance, pairs, monkeypatch):
     exact = evaluate(reference.mmd, x.double(), y.double(), kernel=kernel, bandwidth=4.0)
     for a, e in zip(actual, exact, strict=True):
         assert relative(a, e) < 4e-6
+
+
+@needs_cpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-4])
+@pytest.mark.parametrize("kernel", DISTANCE_KERNELS)
+def test_few_near_rows_are_refined(kernel, distance, dtype, bound, monkeypatch):
+    """In the array of all pairs, by themselves."""
+    x, y = torch.randn(150, 16, dtype=dtype) + 3, torch.randn(2, 120, 16, dtype=dtype) + 3
+    x[1], y[:, 7] = x[0] + distance, x[3] + distance
+    for u, v in ((x, y[0]), (x.expand(2, -1, -1), y)):
+        exact = evaluate(lambda *z: reference.mmd(*z, kernel=kernel, bandwidth=4.0).sum(), u.double(), v.double())
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cdist", lambda *_, **__: pytest.fail("all distances were computed from differences"))
+            patch.setattr(mmd_problem, "_streaming", lambda *_: pytest.fail("tiles took few rows"))
+            actual = evaluate(lambda *z: fastvae.mmd(*z, kernel=kernel, bandwidth=4.0, backend="cpu").sum(), u, v)
+        for a, e in zip(actual, exact, strict=True):
+            assert relative(a, e) < bound
 
 
 @needs_cpu

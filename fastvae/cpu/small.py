@@ -57,6 +57,8 @@ _LEAST_SQUARE = 1e-30
 _DISTANCE_ERROR = 2.0**-26
 # With fewer pairs products in float32 gain nothing.
 _FEWEST_PAIRS = 1 << 13
+# With fewer differences all of them take no more time than those of near pairs alone.
+_FEWEST_DIFFERENCES = 1 << 18
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -345,13 +347,14 @@ def has_few_pairs(x: Tensor, y: Tensor) -> bool:
     return x.shape[:-2].numel() * n * m <= (4 * _PAIRS if prepares_much else _PAIRS)
 
 
-def are_exact(reach: float, least: float, narrowest: float) -> bool:
-    """Whether distances √(2t) from products in float64 are as exact as float32, in the value of the narrowest bandwidth and in its slope.
+def _least_exact(reach: float, narrowest: float) -> float:
+    """The least 2·t at which distances √(2t) from products in float64 are as exact as float32, in the value of the narrowest bandwidth and
+    in its slope.
 
-    `reach` bounds 2·t, and `least` is the smallest 2·t. An error of t is one of √(2t) divided by that, and is relative to t in a slope.
+    `reach` bounds 2·t. An error of t is one of √(2t) divided by that, and is relative to t in a slope.
     """
-    error = 0.5 * reach * torch.finfo(torch.float64).eps
-    return least > 0 and error <= _DISTANCE_ERROR * min((least / narrowest) ** 0.5, least)
+    error = 0.5 * reach * torch.finfo(torch.float64).eps / _DISTANCE_ERROR
+    return max(error, error * error * narrowest)
 
 
 def pair_exponents(
@@ -426,13 +429,29 @@ def _distances(
         if left is right:
             diagonal.fill_(math.inf)
         least = float(squares.amin())
-        if least >= LEAST_SHARE * reach if product_dtype == torch.float32 else are_exact(reach, least, narrowest):
+        if product_dtype == torch.float64 or least >= LEAST_SHARE * reach:
             break
-    else:
-        return None
+    near = _least_exact(reach, narrowest)
+    if product_dtype == torch.float64 and not (near <= least and least > 0):
+        by_differences = dtype != torch.float64 and squares.numel() * x.shape[-1] < _FEWEST_DIFFERENCES
+        if by_differences or not _refine(squares, x, y, factor, near):
+            return None
     if left is right:
         diagonal.zero_()
     return (squares.to(dtype) if is_in_range and least >= LEAST_SHARE_OF_MOMENTS * reach else squares).sqrt_()
+
+
+def _refine(squares: Tensor, x: Tensor, y: Tensor, factor: float, near: float) -> bool:
+    """Computes the pairs below `near` from differences; False where they are too many, or not exact enough either."""
+    pairs = (squares < near).nonzero().unbind(-1)
+    if not near < math.inf or pairs[0].numel() * x.shape[-1] > squares.numel():
+        return False
+    x, y = x[pairs[:-1]], y[pairs[:-2] + pairs[-1:]]
+    d2, roundings = (x - y).square_().sum(-1), torch.finfo(torch.float64).eps / _DISTANCE_ERROR
+    if bool(((d2 > 0) & (d2 < roundings**2 * (x.square().sum(-1) + y.square().sum(-1)))).any()):
+        return False
+    squares[pairs] = d2.mul_(factor)
+    return True
 
 
 def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) -> Tensor | None:
