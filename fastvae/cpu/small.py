@@ -461,6 +461,9 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) ->
         return _product(u, v.mT)
     u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
     if kernel.takes_distance:
+        if dtype == torch.float64 and u.shape[-2] * v.shape[-2] > _PAIRS_AT_ONCE:
+            # Tiles are float64 too, and use their memory again: the new pages of large arrays can take longer than what is done in them.
+            return None
         sides = [(rows.scaled, -2 * rows.neg_half_norm2) for rows in ((left,) if left is right else (left, right))]
         distances = _distances(kernel, sides[0], sides[-1], 1.0, left.farthest / LOG2_E, left.plan.host_sum.ratios[-1], dtype)
         if distances is None and dtype != torch.float64:
