@@ -412,17 +412,23 @@ def _distances(
     reach: float,
     narrowest: float,
     dtype: torch.dtype,
+    in_float64: bool = True,
 ) -> Tensor | None:
     """√(2t) = √factor·‖x−y‖ from products of rows, in float64 with their ‖x‖² (..., N, 1); None where they are not exact enough.
 
-    In `dtype`, or in float64 where float32 would lose too many digits. For a sample and itself, the same object twice, the diagonal is 0.
-    `reach` bounds factor·(‖x‖² + ‖y‖²).
+    In `dtype`, or, if `in_float64`, in float64 where float32 would lose too many digits. For a sample and itself, the same object twice,
+    the diagonal is 0. `reach` bounds factor·(‖x‖² + ‖y‖²).
     """
     rounding = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps
     is_in_range = 1e-30 < reach < 1e30 and (kernel.homogeneous or rounding <= EXPONENT_ERROR[dtype])
     multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
     many = left[0].shape[:-1].numel() * right[0].shape[-2] >= _FEWEST_PAIRS
-    for product_dtype in (dtype, torch.float64) if is_in_range and many and dtype != torch.float64 else (torch.float64,):
+    dtypes = [torch.float64] if in_float64 else []
+    if is_in_range and many and dtype != torch.float64:
+        dtypes.insert(0, dtype)
+    if not dtypes:
+        return None
+    for product_dtype in dtypes:
         (x, x_norm2), (y, y_norm2) = ([t.to(product_dtype) for t in side] for side in (left, right))
         squares = multiply(y_norm2.mT, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2, alpha=factor)
         diagonal = squares.diagonal(dim1=-2, dim2=-1)
@@ -431,6 +437,8 @@ def _distances(
         least = float(squares.amin())
         if product_dtype == torch.float64 or least >= LEAST_SHARE * reach:
             break
+    else:
+        return None
     near = _least_exact(reach, narrowest)
     if product_dtype == torch.float64 and not (near <= least and least > 0):
         by_differences = dtype != torch.float64 and squares.numel() * x.shape[-1] < _FEWEST_DIFFERENCES
@@ -461,13 +469,13 @@ def _exponents(kernel: Kernel, left: _Rows, right: _Rows, dtype: torch.dtype) ->
         return _product(u, v.mT)
     u_half, v_half = left.neg_half_norm2, right.neg_half_norm2
     if kernel.takes_distance:
-        if dtype == torch.float64 and u.shape[-2] * v.shape[-2] > _PAIRS_AT_ONCE:
-            # Tiles are float64 too, and use their memory again: the new pages of large arrays can take longer than what is done in them.
-            return None
         sides = [(rows.scaled, -2 * rows.neg_half_norm2) for rows in ((left,) if left is right else (left, right))]
-        distances = _distances(kernel, sides[0], sides[-1], 1.0, left.farthest / LOG2_E, left.plan.host_sum.ratios[-1], dtype)
-        if distances is None and dtype != torch.float64:
+        is_large = u.shape[-2] * v.shape[-2] > _PAIRS_AT_ONCE
+        reach, narrowest = left.farthest / LOG2_E, left.plan.host_sum.ratios[-1]
+        distances = _distances(kernel, sides[0], sides[-1], 1.0, reach, narrowest, dtype, not is_large)
+        if distances is None and dtype != torch.float64 and not is_large:
             return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
+        # Tiles use their memory again: the new pages of large arrays of float64 can take longer than what is done in them.
         return distances
     if u.ndim == 2 and u.shape[0] * v.shape[0] > _PAIRS_OF_SUMS:
         return _product(torch.cat([u, u_half, torch.ones_like(u_half)], 1), torch.cat([v, torch.ones_like(v_half), v_half], 1).T)
