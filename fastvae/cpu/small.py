@@ -32,7 +32,7 @@ from fastvae.kernel_sums import (
     rbf_normal_self_exponent,
     read,
 )
-from fastvae.radial import Kernel
+from fastvae.radial import Kernel, Sum
 
 # Up to this many pairs of rows of [x; y] one array of them is faster than tiles.
 _PAIRS = 1 << 20
@@ -126,6 +126,10 @@ def mmd(
     The result is None where products are not accurate enough for this data; the streaming path then takes differences.
     """
     result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    count = x.shape[-2] + (0 if y is None else y.shape[-2])
+    if isinstance(kernel, Sum) and count * count > _PAIRS_AT_ONCE:
+        # Its terms have arrays of their own, whose new pages take longer than tiles.
+        return None
     z = given = (x if y is None else torch.cat([x, y], -2)).to(torch.float64 if kernel.takes_distance else result_dtype)
     if kernel.radial:
         z = z - z.mean(-2, keepdim=True)
