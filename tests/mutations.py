@@ -355,8 +355,8 @@ FAULTS = [
     Fault(
         "CPU, few rows: moments of near rows in float32",
         "fastvae/cpu/small.py",
-        "is_in_range and least >= LEAST_SHARE_OF_MOMENTS * reach",
-        "is_in_range",
+        "in_float32 and least >= LEAST_SHARE_OF_MOMENTS * reach",
+        "in_float32",
         NEAR_ROWS,
     ),
     Fault(

@@ -55,7 +55,7 @@ SCALES = 1e-6, 1e6
 _LEAST_SQUARE = 1e-30
 # Of distances from products in float64.
 _DISTANCE_ERROR = 2.0**-26
-# With fewer pairs products in float32 gain nothing.
+# With fewer pairs float32 gains nothing.
 _FEWEST_PAIRS = 1 << 13
 # With fewer differences all of them take no more time than those of near pairs alone.
 _FEWEST_DIFFERENCES = 1 << 18
@@ -423,34 +423,31 @@ def _distances(
     In `dtype`, or, if `in_float64`, in float64 where float32 would lose too many digits. For a sample and itself, the same object twice,
     the diagonal is 0. `reach` bounds factor·(‖x‖² + ‖y‖²).
     """
-    rounding = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps
-    is_in_range = 1e-30 < reach < 1e30 and (kernel.homogeneous or rounding <= EXPONENT_ERROR[dtype])
-    multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
     many = left[0].shape[:-1].numel() * right[0].shape[-2] >= _FEWEST_PAIRS
-    dtypes = [torch.float64] if in_float64 else []
-    if is_in_range and many and dtype != torch.float64:
-        dtypes.insert(0, dtype)
-    if not dtypes:
-        return None
-    for product_dtype in dtypes:
-        (x, x_norm2), (y, y_norm2) = ([t.to(product_dtype) for t in side] for side in (left, right))
+    in_float32 = many and dtype == torch.float32 and 1e-30 < reach < 1e30
+    if in_float32 and not kernel.homogeneous:
+        in_float32 = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps <= EXPONENT_ERROR[dtype]
+    multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
+    for product_dtype in [torch.float32] * in_float32 + [torch.float64] * in_float64:
+        (x, x_norm2), (y, y_norm2) = left, right
+        if product_dtype == torch.float32:
+            x, x_norm2, y, y_norm2 = (t.float() for t in (x, x_norm2, y, y_norm2))
         squares = multiply(y_norm2.mT, x, y.mT, alpha=-2 * factor, beta=factor).add_(x_norm2, alpha=factor)
-        diagonal = squares.diagonal(dim1=-2, dim2=-1)
         if left is right:
-            diagonal.fill_(math.inf)
+            squares.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
         least = float(squares.amin())
         if product_dtype == torch.float64 or least >= LEAST_SHARE * reach:
             break
     else:
         return None
     near = _least_exact(reach, narrowest)
-    if product_dtype == torch.float64 and not (near <= least and least > 0):
+    if squares.dtype == torch.float64 and not (near <= least and least > 0):
         by_differences = dtype != torch.float64 and squares.numel() * x.shape[-1] < _FEWEST_DIFFERENCES
         if by_differences or not _refine(squares, x, y, factor, near):
             return None
     if left is right:
-        diagonal.zero_()
-    return (squares.to(dtype) if is_in_range and least >= LEAST_SHARE_OF_MOMENTS * reach else squares).sqrt_()
+        squares.diagonal(dim1=-2, dim2=-1).zero_()
+    return (squares.float() if in_float32 and least >= LEAST_SHARE_OF_MOMENTS * reach else squares).sqrt_()
 
 
 def _refine(squares: Tensor, x: Tensor, y: Tensor, factor: float, near: float) -> bool:
