@@ -362,8 +362,8 @@ FAULTS = [
     Fault(
         "CPU: a root's near pairs by products",
         "fastvae/cpu/tiles.py",
-        "            if least < near:\n",
-        "            if False:\n",
+        "        if least < near:\n",
+        "        if False:\n",
         ("tests/test_properties.py::test_mmd",),
     ),
     Fault(

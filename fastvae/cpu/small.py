@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvae.cpu.families import TileEvaluator, exponentials, tile_evaluator
 from fastvae.cpu.products import is_faster_by_onednn, multiply, onednn_product
 from fastvae.cpu.quadratic_form import pair_weights
-from fastvae.cpu.tiles import LEAST_EXPONENT, LEAST_SHARE, LEAST_SHARE_OF_MOMENTS
+from fastvae.cpu.tiles import LEAST_EXPONENT, LEAST_SHARE, LEAST_SHARE_OF_MOMENTS, LEAST_SQUARE, are_distances_in_range
 from fastvae.kernel_sums import (
     EXPONENT_ERROR,
     LOG2_E,
@@ -50,9 +50,8 @@ _PAIRS_OF_SUMS = 1 << 16
 # Up to this many numbers Python reads them faster than PyTorch reduces them.
 _READ = 256
 
-# Scales and mean squares whose products float32 can represent. Others are left to the streaming path.
+# Scales whose products float32 can represent. Others are left to the streaming path.
 SCALES = 1e-6, 1e6
-_LEAST_SQUARE = 1e-30
 # Of distances from products in float64.
 _DISTANCE_ERROR = 2.0**-26
 # With fewer pairs float32 gains nothing.
@@ -424,9 +423,7 @@ def _distances(
     the diagonal is 0. `reach` bounds factor·(‖x‖² + ‖y‖²).
     """
     many = left[0].shape[:-1].numel() * right[0].shape[-2] >= _FEWEST_PAIRS
-    in_float32 = many and dtype == torch.float32 and 1e-30 < reach < 1e30
-    if in_float32 and not kernel.homogeneous:
-        in_float32 = (reach * narrowest) ** 0.5 * torch.finfo(dtype).eps <= EXPONENT_ERROR[dtype]
+    in_float32 = many and dtype == torch.float32 and are_distances_in_range(kernel, reach, narrowest)
     multiply = torch.addmm if left[0].ndim == 2 else torch.baddbmm
     for product_dtype in [torch.float32] * in_float32 + [torch.float64] * in_float64:
         (x, x_norm2), (y, y_norm2) = left, right
@@ -504,7 +501,7 @@ def _prepare(kernel: Kernel, bandwidth: Numbers, bandwidth_weights: Numbers, z: 
     else:
         # Of a batch, the mean of the problem whose rows are closest to each other.
         mean, most = -2 * float(neg_half_norm2.mean(-2).max()), -2 * float(neg_half_norm2.min())
-    if not (mean > _LEAST_SQUARE and most < math.inf):
+    if not (mean > LEAST_SQUARE and most < math.inf):
         return None
     if not kernel.radial:
         return _Rows(plan, math.inf, scaled, neg_half_norm2)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastvae.cpu.families import exponentials, tile_evaluator
 from fastvae.cpu.products import is_faster_by_onednn, multiply, onednn_product
 from fastvae.kernel_sums import EXPONENT_ERROR, LOG2_E, HostKernelSum, KernelSum
+from fastvae.radial import Kernel
 
 # 512² float32 values fill one second-level cache of 1 MiB; 256² and 1024² were slower with one thread. Each thread takes its share of every
 # operation on a tile, so that more threads make tiles larger: two are 1.1 to 1.35 times as fast with 768² as with 512².
@@ -102,7 +103,10 @@ class Tiles:
         self.exact = kernel.kernel.slope_takes_distance if second_derivative else kernel.kernel.takes_distance
         self.centre, self.limit = _arithmetic(self.host_sum, samples, centre, self.exact)
         # Only distances need float64, and only where rows are near each other.
-        self.mixed = self.exact and not second_derivative and _are_distances_in_range(self.host_sum, samples, self.centre)
+        self.mixed = False
+        if self.exact and not second_derivative and samples[0].dtype == torch.float32:
+            radius2 = max(float((z - self.centre).square().sum(1).max()) for z in samples)
+            self.mixed = are_distances_in_range(kernel.kernel, 8 * self.host_sum.gamma * radius2, self.host_sum.ratios[-1])
         self.dtype = samples[0].dtype if self.mixed else self.centre.dtype
         # Of a mixed tile: whether its moments, and whether any distance so far, needed float64.
         self._is_near = self._was_near = False
@@ -316,18 +320,7 @@ class Tiles:
                 return out.sqrt_()
             # So have other tiles, most likely.
             self._was_near = True
-        # In float64. 2·t_0 for a function of the distance, otherwise t_0.
-        squares = self.buffer("squares", i, j, torch.float64)
-        least = 0.0
-        if is_far:
-            self._differences(a, i, b, j, squares)
-        else:
-            left, right = (self._exact_factor(sample, rows, n) for n, (sample, rows) in enumerate(((a, i), (b, j))))
-            torch.mm(left, right.T, out=squares).mul_(-2 if self.kernel.takes_distance else -1)
-            near, least = _NEAR_IN_ROUNDINGS * torch.finfo(torch.float64).eps * largest, self._least(squares, diagonal)
-            if least < near:
-                self._refine(a, i, b, j, squares, near)
-                least = self._least(squares, diagonal) if self.mixed else least
+        squares, least = self._exact_squares(a, i, b, j, largest, is_far)
         if not self.kernel.takes_distance:
             return torch.mul(squares, -self.evaluator.exponent_scale, out=self.buffer("exponent", i, j))
         if not self.mixed:
@@ -336,6 +329,20 @@ class Tiles:
         self._is_near = is_far or least < max(LEAST_SHARE_OF_MOMENTS * largest, LEAST_SQUARE)
         # Squares that float32 cannot represent have roots that it can.
         return out.copy_(squares.sqrt_()) if is_far or least < LEAST_SQUARE else out.copy_(squares).sqrt_()
+
+    def _exact_squares(self, a: TiledSample, i: slice, b: TiledSample, j: slice, largest: float, is_far: bool) -> tuple[Tensor, float]:
+        """In float64, 2·t_0 of a tile for a function of the distance, otherwise t_0; and the least of a mixed tile that is not far."""
+        squares, diagonal = self.buffer("squares", i, j, torch.float64), a is b and i == j
+        if is_far:
+            self._differences(a, i, b, j, squares)
+            return squares, 0.0
+        torch.mm(self._exact_factor(a, i, 0), self._exact_factor(b, j, 1).T, out=squares)
+        squares.mul_(-2 if self.kernel.takes_distance else -1)
+        near, least = _NEAR_IN_ROUNDINGS * torch.finfo(torch.float64).eps * largest, self._least(squares, diagonal)
+        if least < near:
+            self._refine(a, i, b, j, squares, near)
+            least = self._least(squares, diagonal) if self.mixed else least
+        return squares, least
 
     def _least(self, squares: Tensor, diagonal: bool) -> float:
         """The least number in a tile; on the `diagonal` of a sample less that of the tile, which becomes 0."""
@@ -387,13 +394,13 @@ def _by_moments(x: Tensor, w: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return (x * moments[-1:].T).sub_(moments[:-1].T)
 
 
-def _are_distances_in_range(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor) -> bool:
-    """Whether the exponents of float32 samples are as exact in float32 as those of products, and their squares finite."""
-    if samples[0].dtype != torch.float32:
-        return False
-    largest = 4 * host_sum.gamma * host_sum.ratios[-1] * max(float((z - centre).square().sum(1).max()) for z in samples)
-    is_exact = host_sum.kernel.homogeneous or (2 * largest) ** 0.5 * torch.finfo(torch.float32).eps <= EXPONENT_ERROR[torch.float32]
-    return is_exact and LEAST_SQUARE < largest < 1e30
+def are_distances_in_range(kernel: Kernel, reach: float, narrowest: float) -> bool:
+    """Whether distances √(2t) are as exact in float32 as the exponents of other kernels, and their squares are finite there.
+
+    `reach` bounds 2t for the widest bandwidth, and `narrowest` is the ratio of the largest γ to its.
+    """
+    is_exact = kernel.homogeneous or (reach * narrowest) ** 0.5 * torch.finfo(torch.float32).eps <= EXPONENT_ERROR[torch.float32]
+    return is_exact and LEAST_SQUARE < reach < 1e30
 
 
 def _arithmetic(host_sum: HostKernelSum, samples: Sequence[Tensor], centre: Tensor, exact_distances: bool) -> tuple[Tensor, float]:
